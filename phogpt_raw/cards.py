@@ -1,0 +1,73 @@
+"""What a GPU is to a training run: above all, which dtype it computes in, and why.
+
+The surprise: `torch.cuda.is_bf16_supported()` says yes on a T4 and a V100, because it counts
+emulation. Only the compute capability tells: bf16 has hardware from 8.0 (Ampere) on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from phogpt_raw.refusal import Refusal
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device as the run sees it; memory_gib is what a process can use, 0 for the CPU."""
+
+    name: str
+    device: str
+    capability: tuple[int, int] = (0, 0)
+    memory_gib: float = 0.0
+
+
+def this_card() -> Card:
+    """The first visible GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return Card("CPU", "cpu")
+    properties = torch.cuda.get_device_properties(0)
+    arch = f"sm_{properties.major}{properties.minor}"
+    built_for = torch.cuda.get_arch_list()
+    if built_for and not any(runs_on(built, arch) for built in built_for):
+        raise Refusal(
+            f"{properties.name} is {arch}, this torch {torch.__version__} is built for "
+            f"{' '.join(built_for)}; for a V100 install with -c constraints-v100.txt"
+        )
+    return Card(
+        properties.name,
+        "cuda",
+        (properties.major, properties.minor),
+        properties.total_memory / 2**30,
+    )
+
+
+def runs_on(built: str, arch: str) -> bool:
+    """Machine code runs on its own major generation, from its minor version on; PTX also later."""
+    kind, b = built.split("_")
+    b, a = int(b.rstrip("af")), int(arch.split("_")[1])
+    return b <= a and (kind == "compute" or b // 10 == a // 10)
+
+
+def training_dtype(card: Card, asked: str = "auto") -> tuple[torch.dtype, str]:
+    """The compute dtype on `card`, with the reason that the start card prints."""
+    bf16 = card.capability >= (8, 0)
+    if asked != "auto":
+        if asked == "bf16" and card.device == "cuda" and not bf16:
+            raise Refusal(
+                f"--dtype bf16: {card.name} (compute capability {show(card)}) only emulates "
+                f"bf16; use --dtype fp16 or leave the flag out"
+            )
+        if asked == "fp16" and card.device == "cpu":
+            raise Refusal("--dtype fp16: the CPU computes in fp32 or bf16; leave the flag out")
+        return DTYPES[asked], "asked for by --dtype"
+    if card.device == "cpu":
+        return torch.float32, "the CPU has no faster one"
+    if bf16:
+        return torch.bfloat16, f"compute capability {show(card)} has bf16 in hardware"
+    return torch.float16, f"compute capability {show(card)} has no bf16 (8.0 and up do)"
+
+
+def show(card: Card) -> str:
+    return ".".join(map(str, card.capability))

@@ -1,0 +1,29 @@
+"""Refusal: what a person has to hear in one line, instead of a traceback.
+
+A Refusal is raised where a file, a flag, a row or a card cannot be used as asked. A bug is not a
+Refusal: it keeps its traceback.
+"""
+
+import functools
+import sys
+
+
+class Refusal(ValueError):
+    """One sentence: what is wrong, where (file and line, flag, tensor), and what to do."""
+
+
+def exits_cleanly(main):
+    """Decorate a command: a Refusal becomes one line on stderr and exit status 2, Ctrl-C 130."""
+
+    @functools.wraps(main)
+    def command(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except Refusal as refusal:
+            print(f"error: {' '.join(str(refusal).split())}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped by hand", file=sys.stderr)
+            sys.exit(130)
+
+    return command
