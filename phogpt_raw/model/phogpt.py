@@ -1,0 +1,222 @@
+"""PhoGPT's forward: MPT blocks with biases, ALiBi attention and a tied head.
+
+Names are llm-foundry's, so that a parameter's name is its name in the checkpoint. Three things
+surprise: every linear and every norm has a bias (transformers' own MPT has none and drops them
+without an error); there is no position embedding at all; and with a vocabulary of 250,880 the head,
+not the blocks, decides the memory, so `forward` ends at the hidden states and the loss takes only
+the rows it needs through `logits`.
+
+B micro-batch, L length, S positions in the cache, D hidden, H heads, K head width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from phogpt_raw.model.attention import alibi_slopes, attend, attention_bias
+from phogpt_raw.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What of VinAI's config.json decides the numbers; the rest of it is checked by `from_json`."""
+
+    d_model: int
+    n_heads: int
+    n_layers: int
+    vocab_size: int
+    max_seq_len: int
+    expansion_ratio: int = 4
+    no_bias: bool = False
+    layer_norm_epsilon: float = 1e-5
+    alibi_bias_max: float = 8
+    clip_qkv: float | None = None
+    softmax_scale: float | None = None
+
+    @classmethod
+    def from_json(cls, config: dict, where: str = "config.json") -> "ModelConfig":
+        """The config as VinAI ships it; raises Refusal naming the first field not supported."""
+        attention = config.get("attn_config") or {}
+        for field, supported in SUPPORTED.items():
+            name = field.removeprefix("attn_config.")
+            value = (attention if name != field else config).get(name, supported[0])
+            if value not in supported:
+                raise Refusal(
+                    f"{where}: {field} = {value!r} is not supported, only "
+                    f"{' or '.join(repr(s) for s in supported)}; this is not a PhoGPT model"
+                )
+        fields = cls.__dataclass_fields__
+        given = {k: v for k, v in {**config, **attention}.items() if k in fields}
+        try:
+            shape = cls(**given)
+        except TypeError as error:
+            raise Refusal(f"{where}: {str(error).split(') ')[-1]}: not an MPT config?") from None
+        if shape.d_model % shape.n_heads:
+            raise Refusal(f"{where}: d_model {shape.d_model} is not divided by n_heads "
+                          f"{shape.n_heads}")
+        return shape
+
+
+# VinAI's two shapes; PhoGPT-7B5-Instruct and 4B-Chat are the same as their bases.
+PUBLISHED = {
+    "7b5": ModelConfig(4096, 32, 32, vocab_size=250_880, max_seq_len=2048),
+    "4b": ModelConfig(3072, 24, 32, vocab_size=20_480, max_seq_len=8192),
+}
+
+# Learned positions are switched off by MPT itself where ALiBi is on (VinAI's raw file says true):
+# should a checkpoint really hold them, loading refuses their key.
+SUPPORTED = {
+    "model_type": ("mpt",),
+    "attn_config.alibi": (True,),
+    "attn_config.attn_type": ("multihead_attention",),
+    "attn_config.attn_uses_sequence_id": (False,),
+    "attn_config.prefix_lm": (False,),
+    "attn_config.qk_ln": (False,),
+    "attn_config.qk_gn": (False,),
+    "attn_config.rope": (False,),
+    "attn_config.sliding_window_size": (-1,),
+    "attn_config.attn_pdrop": (0,),
+    "resid_pdrop": (0,),
+    "emb_pdrop": (0,),
+    "norm_type": ("low_precision_layernorm", "layernorm"),
+    "logit_scale": (None,),
+    "tie_word_embeddings": (True,),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, bias = config.d_model, not config.no_bias
+        self.heads, self.clip, self.scale = config.n_heads, config.clip_qkv, config.softmax_scale
+        self.Wqkv = nn.Linear(d, 3 * d, bias=bias)
+        self.out_proj = nn.Linear(d, d, bias=bias)
+
+    def forward(self, x_BLD, bias, cache=None):
+        qkv = self.Wqkv(x_BLD)
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
+        q, k, v = rearrange(qkv, "b l (three h k) -> three b h l k", three=3, h=self.heads)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return self.out_proj(rearrange(attend(q, k, v, bias, self.scale), "b h l k -> b l (h k)"))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, bias = config.d_model, not config.no_bias
+        self.up_proj = nn.Linear(d, config.expansion_ratio * d, bias=bias)
+        self.down_proj = nn.Linear(config.expansion_ratio * d, d, bias=bias)
+
+    def forward(self, x_BLD):
+        return self.down_proj(F.gelu(self.up_proj(x_BLD)))  # the exact GELU, not tanh's
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        norm = {"eps": config.layer_norm_epsilon, "bias": not config.no_bias}
+        self.norm_1 = nn.LayerNorm(config.d_model, **norm)
+        self.attn = Attention(config)
+        self.norm_2 = nn.LayerNorm(config.d_model, **norm)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x_BLD, bias, cache=None):
+        x_BLD = x_BLD + self.attn(self.norm_1(x_BLD), bias, cache)
+        return x_BLD + self.ffn(self.norm_2(x_BLD))
+
+
+class PhoGPT(nn.Module):
+    """`forward` gives hidden states, `logits` takes the rows that are wanted through the head.
+
+    `recompute` is the number of blocks, from the first, whose inner activations are made again in
+    backward instead of kept: a third more time for them, about sixteen activations less each.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = 0
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.d_model),
+                blocks=nn.ModuleList(Block(config) for _ in range(config.n_layers)),
+                norm_f=nn.LayerNorm(
+                    config.d_model, eps=config.layer_norm_epsilon, bias=not config.no_bias
+                ),
+            )
+        )
+        slopes = alibi_slopes(config.n_heads, config.alibi_bias_max)
+        self.register_buffer("slopes_H", slopes, persistent=False)
+
+    def forward(self, ids_BL, doc_BL=None, cache: "Cache | None" = None) -> torch.Tensor:
+        """Hidden states [B, L, D] after the last norm.
+
+        doc_BL numbers each token's document: attention stays inside it, so padding (a document of
+        its own, on either side) and packing are one thing. None: one document a row. With a cache,
+        ids_BL are the next L tokens and attend to all that it holds.
+        """
+        queries = keys = ids_BL.shape[1]
+        doc_BS = doc_BL
+        if cache is not None:
+            keys, doc_BS = cache.advance(queries, doc_BL)
+        x = self.transformer.wte(ids_BL)
+        bias = attention_bias(self.slopes_H, queries, keys, x.dtype, doc_BS)
+        for n, block in enumerate(self.transformer.blocks):
+            if cache is None and torch.is_grad_enabled() and n < self.recompute:
+                x = checkpoint(block, x, bias, use_reentrant=False)
+            else:
+                x = block(x, bias, cache and cache.layers[n])
+        return self.transformer.norm_f(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[…, D] -> [..., V] through the embedding's own weights (the head is tied)."""
+        return F.linear(hidden, self.head)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The head's weight [V, D]."""
+        return self.transformer.wte.weight
+
+    def new_cache(self, rows: int, positions: int) -> "Cache":
+        """An empty key-value cache for `rows` sequences of up to `positions` tokens each."""
+        c = self.config
+        shape = (2, rows, c.n_heads, positions, c.d_model // c.n_heads)
+        layers = [torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
+                  for _ in range(c.n_layers)]
+        doc_BS = torch.zeros(rows, positions, dtype=torch.long, device=self.head.device)
+        return Cache([LayerCache(kv) for kv in layers], doc_BS)
+
+
+class LayerCache:
+    """Keys and values of one layer, [2, B, H, S, K], filled from the left."""
+
+    def __init__(self, kv):
+        self.kv, self.filled = kv, 0
+
+    def extend(self, k_BHLK, v_BHLK):
+        start, self.filled = self.filled, self.filled + k_BHLK.shape[2]
+        self.kv[0, :, :, start : self.filled] = k_BHLK
+        self.kv[1, :, :, start : self.filled] = v_BHLK
+        return self.kv[:, :, :, : self.filled].unbind(0)
+
+
+class Cache:
+    """One LayerCache a layer, and the documents [B, S] of the positions that they hold."""
+
+    def __init__(self, layers, doc_BS):
+        self.layers, self.doc_BS, self.filled = layers, doc_BS, 0
+
+    def advance(self, queries, doc_BL):
+        """Note the next `queries` tokens' documents; return the keys they see and all documents."""
+        start, self.filled = self.filled, self.filled + queries
+        if doc_BL is not None:
+            self.doc_BS[:, start : self.filled] = doc_BL
+        return self.filled, self.doc_BS[:, : self.filled]

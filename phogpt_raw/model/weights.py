@@ -1,0 +1,218 @@
+"""A checkpoint becomes an NF4 model, one tensor at a time, and every key is accounted for.
+
+Linear weights are quantised to NF4 with double quantisation (Dettmers et al. 2023,
+arXiv:2305.14314) from the dtype that they are stored in; embedding, norms and biases are cast to
+the compute dtype. The surprise is what others do here: transformers' MPT loads PhoGPT without its
+193 biases and reports it in passing. Here a key that is missing, left over or misshapen is an error
+that names it.
+
+Files are memory-mapped, so what a load holds in anonymous host memory is one tensor, not a shard.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.refusal import Refusal
+
+NANO = Path(__file__).parents[1] / "nano" / "base"
+FILES = ["*.json", "*.safetensors", "*.bin"]  # of a hub repository; never its code
+PINNED_IDS = dict(unk=0, bos=1, eos=2, pad=3)
+
+
+def load_base(
+    model: str,
+    *,
+    nf4: bool = True,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> tuple[PhoGPT, "PreTrainedTokenizerFast"]:  # noqa: F821
+    """A frozen PhoGPT and its tokenizer; `model` is `nano`, a folder or a hub id.
+
+    `dtype` is the compute dtype (default fp32 on the CPU, fp16 elsewhere). nf4=False keeps plain
+    weights in it. Raises Refusal where the folder, the config, a file or a key is not as it should.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+    folder = find_folder(model, revision)
+    phogpt = read_model(folder, nf4=nf4, dtype=dtype, device=device)
+    return phogpt, read_tokenizer(folder, phogpt.config)
+
+
+def find_folder(model: str, revision: str | None = None) -> Path:
+    """The folder of `nano`, of a path, or of a hub repository (fetched, or found in the cache)."""
+    if model == "nano":
+        return NANO
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise Refusal(f"--model {model}: no such folder, and not a hub id such as vinai/PhoGPT-4B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors as hub
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=FILES))
+    except hub.GatedRepoError:
+        raise Refusal(
+            f"--model {model}: the repository is gated; accept its terms on "
+            f"https://huggingface.co/{model} and set HF_TOKEN to a token of that account"
+        ) from None
+    except hub.RevisionNotFoundError:
+        raise Refusal(f"--model {model}: it has no revision {revision!r}") from None
+    except hub.RepositoryNotFoundError:
+        raise Refusal(
+            f"--model {model}: no such repository on the hub (or private: then set HF_TOKEN)"
+        ) from None
+    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, OSError) as error:
+        raise Refusal(
+            f"--model {model}: no such folder, and the hub does not answer "
+            f"({type(error).__name__}); fetch it once while online, or name a folder"
+        ) from None
+
+
+def read_config(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Refusal(f"{path}: missing; a model folder holds config.json beside the weights")
+    return ModelConfig.from_json(read_json(path), str(path))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise Refusal(f"{path}: not JSON ({error}); fetch it again") from None
+
+
+def read_tokenizer(folder: Path, config: ModelConfig):
+    """The tokenizer of a model folder, its special tokens checked against PhoGPT's ids.
+
+    PreTrainedTokenizerFast rather than AutoTokenizer: that one first parses config.json with
+    transformers' own MPT class, which refuses VinAI's `attn_pdrop: 0.0`.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        raise Refusal(f"{folder / 'tokenizer.json'}: missing; copy the base's tokenizer files")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in PINNED_IDS}
+    if ids != PINNED_IDS:
+        raise Refusal(f"{folder}: special token ids {ids} are not PhoGPT's {PINNED_IDS}")
+    if len(tokenizer) > config.vocab_size:
+        raise Refusal(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding only "
+            f"{config.vocab_size} rows: they are not of one model"
+        )
+    return tokenizer
+
+
+def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.device) -> PhoGPT:
+    """Build on the meta device, then fill each parameter as its tensor is read."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        phogpt = PhoGPT(config)
+    wanted = {name: p.shape for name, p in phogpt.named_parameters()}
+    files = list_files(folder)
+    for name, tensor, file in iterate(files):
+        shape = wanted.pop(name, None)
+        if shape is None:
+            seen_before = name in dict(phogpt.named_parameters())
+            raise Refusal(f"{file}: tensor {name} " + (
+                "is there twice" if seen_before else
+                "is not part of PhoGPT as config.json describes it; wrong config, or renamed keys"))
+        if tensor.shape != shape:
+            raise Refusal(f"{file}: tensor {name} has shape {list(tensor.shape)}, config.json "
+                          f"asks for {list(shape)}")
+        place(phogpt, name, tensor, nf4=nf4, dtype=dtype, device=device)
+    if wanted:
+        biases = sum(name.endswith(".bias") for name in wanted)
+        hint = "; PhoGPT has biases: was it saved by transformers' own MPT?" if biases else ""
+        raise Refusal(
+            f"{folder}: {len(wanted)} tensors are missing ({biases} of them biases), the first is "
+            f"{next(iter(wanted))}{hint}"
+        )
+    phogpt.slopes_H = phogpt.slopes_H.to(device)
+    # PEFT decides by this flag whether a linear gets its 4-bit layer.
+    phogpt.is_loaded_in_4bit = nf4
+    return phogpt.requires_grad_(False).eval()
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Weight files of a folder, safetensors before .bin; an index's shards must all be there."""
+    for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{end}.index.json"
+        if index.is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            for name in names:
+                if not (folder / name).is_file():
+                    raise Refusal(f"{folder / name}: this shard is missing, {index.name} names it")
+            return [folder / name for name in names]
+        if (folder / f"{stem}.{end}").is_file():
+            return [folder / f"{stem}.{end}"]
+    raise Refusal(f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of "
+                  f"shards)")
+
+
+def iterate(files: list[Path]) -> Iterator[tuple[str, torch.Tensor, Path]]:
+    """(name, tensor, file) of each tensor, mapped from the file and not yet read."""
+    for file in files:
+        try:
+            if file.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():
+                        yield name, tensors.get_tensor(name), file
+            else:
+                yield from ((name, tensor, file) for name, tensor in read_bin(file).items())
+        except Refusal:
+            raise
+        except Exception as error:  # each reader has its own kinds for a damaged file
+            reason = str(error).strip().split("\n")[0]
+            raise Refusal(f"{file}: cannot be read ({reason}); {os.path.getsize(file)} bytes: "
+                          f"truncated? fetch it again") from None
+
+
+def read_bin(file: Path) -> dict[str, torch.Tensor]:
+    """A .bin file's tensors, memory-mapped; weights only, so that no code in it can run."""
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device):
+    """Put one tensor where its name says: a block's linear weight as NF4, the rest in `dtype`."""
+    path, kind = name.rsplit(".", 1)
+    module = phogpt.get_submodule(path)
+    if nf4 and kind == "weight" and isinstance(module, nn.Linear):
+        linear = nf4_linear(tensor, dtype, device, bias=module.bias)
+        parent, child = path.rsplit(".", 1)
+        setattr(phogpt.get_submodule(parent), child, linear)
+    else:
+        module.register_parameter(kind, nn.Parameter(tensor.to(device, dtype, copy=True), False))
+
+
+def nf4_linear(weight: torch.Tensor, dtype: torch.dtype, device, bias=None):
+    """bitsandbytes' Linear4bit holding `weight` [out, in] as NF4 with double quantisation.
+
+    On a CPU with avx512_bf16 that layer would repack its weights for inference, in place and not
+    exactly; frozen weights must stay what they are, so that is switched off.
+    """
+    import bitsandbytes as bnb
+
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        linear = bnb.nn.Linear4bit(
+            in_features, out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+        )
+    linear.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear
+    ).to(device)
+    linear.weight.quant_state.dtype = dtype  # what dequantising gives; the 4 bits keep no dtype
+    linear.bias = bias
+    linear.support_avx512bf16_for_cpu = False
+    return linear
