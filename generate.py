@@ -1,0 +1,69 @@
+"""Ask a fine-tuned PhoGPT, or the base alone:
+
+    python generate.py --adapter runs/nano-001 "Phở bò là gì?"
+    python generate.py --model vinai/PhoGPT-4B-Chat "Phở bò là gì?"
+
+Greedy, streamed as it is written, ended by the model's own </s>.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from phogpt_raw.cards import DTYPES, this_card, training_dtype
+from phogpt_raw.config import Parser
+from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
+from phogpt_raw.decode import answer
+from phogpt_raw.model.adapters import load_adapters, named_base
+from phogpt_raw.model.weights import load_base
+from phogpt_raw.refusal import Refusal, exits_cleanly
+
+
+def parse(arguments):
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", help="what to ask; - reads it from standard input")
+    parser.add_argument("--adapter", type=Path, help="the folder of a run, or of a checkpoint")
+    parser.add_argument("--model", help="the base (default: the one the adapter names, or nano)")
+    parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
+    parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES])
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--no-nf4", "--no_nf4", dest="nf4", action="store_false")
+    return parser.parse_args(arguments)
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    question = sys.stdin.read() if options.question == "-" else options.question
+    if not question.strip():
+        raise Refusal("the question is empty")
+    if options.max_new_tokens < 1:
+        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    card = this_card()
+    dtype, _ = training_dtype(card, options.dtype)
+    base = options.model or (named_base(options.adapter) if options.adapter else "nano")
+    model, tokenizer = load_base(base, nf4=options.nf4, dtype=dtype, device=card.device,
+                                 revision=options.revision)
+    if options.adapter:
+        load_adapters(model, options.adapter)
+    template, _ = choose_template(tokenizer, options.template)
+    prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
+    streamer = TextStreamer(tokenizer)
+    [written] = answer(
+        model, [prompt], eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+        max_new_tokens=options.max_new_tokens,
+        on_token=lambda token: streamer.put(torch.tensor([token])),
+    )
+    streamer.end()
+    if not written.stopped:
+        print(f"(cut after {options.max_new_tokens} tokens; --max-new-tokens writes on)",
+              file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

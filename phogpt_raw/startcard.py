@@ -1,0 +1,65 @@
+"""The plan of a run in words, before anything is trained: what `--dry-run` prints."""
+
+import statistics
+
+import torch
+
+from phogpt_raw import console
+from phogpt_raw.cards import Card
+from phogpt_raw.config import Config
+from phogpt_raw.data.examples import Examples
+from phogpt_raw.model.adapters import Adapters
+from phogpt_raw.model.attention import backend
+from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.training.optim import describe
+
+
+def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: PhoGPT,
+         adapters: Adapters, examples: Examples, steps: int) -> None:
+    lengths = [len(e.ids) for e in examples.train]
+    longest = max(lengths)
+    shape, lora = model.config, model.peft_config["default"]
+    quantised, plain = parameters(model, adapters)
+    rows = f"{len(lengths):,} rows of {examples.source}, {int(statistics.median(lengths))} tokens" \
+           f" in the middle, {longest} the longest; {len(examples.held_out)} held out"
+    passes = steps * config.batch_size / len(lengths)
+    console.card("PhoGPT raw", {
+        "model": f"{config.model}: {shape.n_layers} blocks of width {shape.d_model}, vocabulary "
+                 f"{shape.vocab_size:,}; {millions(quantised)} parameters in NF4, "
+                 f"{millions(plain)} in {name(dtype)}",
+        "adapters": f"{millions(adapters.count)} parameters in fp32: LoRA rank {lora.r}, alpha "
+                    f"{lora.lora_alpha:g}, on {', '.join(sorted(lora.target_modules))}"
+                    + (f", going on from {config.adapter}" if config.adapter else ""),
+        "card": card.name + (f", {card.memory_gib:.1f} GiB, compute capability "
+                             f"{'.'.join(map(str, card.capability))}" if card.memory_gib else ""),
+        "dtype": f"{name(dtype)}: {reason}",
+        "attention": f"{backend(model.slopes_H, shape, longest, dtype)}, ALiBi as a bias",
+        "data": rows,
+        "template": f"{examples.template}: {examples.template_reason}",
+        "steps": f"{steps} of {config.batch_size} rows, {config.micro_batch} at a time "
+                 f"({passes:.1f} passes)",
+        "optimizer": f"{describe(config.optimizer, card.device)}; learning rate to "
+                     f"{config.lr:g} in {config.warmup} steps, then a cosine to "
+                     f"{config.lr * config.lr_floor:g}; clip {config.clip:g}",
+        "recompute": f"{model.recompute} of {shape.n_layers} blocks in backward",
+    })
+    cut = [e for e in examples.train + examples.held_out if e.cut]
+    if cut:
+        console.say(f"{len(cut)} rows are longer than --max-len {config.max_len}: their answers "
+                    f"are cut and have no </s> (the first: {cut[0].where})")
+
+
+def parameters(model: PhoGPT, adapters: Adapters) -> tuple[int, int]:
+    """(in NF4, plain) frozen parameters; an NF4 byte holds two."""
+    packed = sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8) * 2
+    plain = sum(p.numel() for p in model.parameters()
+                if p.dtype != torch.uint8 and not p.requires_grad)
+    return packed, plain
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

@@ -1,0 +1,81 @@
+"""A checkpoint is whole or it is not there; what it restores goes on bit for bit.
+
+`checkpoint-N` holds the adapter in PEFT's format, the optimizer, and what else the next step
+depends on: loss scale, random generators, counters, the best validation loss. The data order needs
+no state, it follows from the step. It is written under another name and renamed at the end.
+"""
+
+import ast
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import torch
+
+from phogpt_raw.model.adapters import Adapters
+from phogpt_raw.refusal import Refusal
+from phogpt_raw.training.optim import load_state
+
+UNFINISHED = ".unfinished"
+
+
+def save(run: Path, step: int, adapters: Adapters, optimizer, scaler, progress: dict) -> Path:
+    """Write run/checkpoint-<step>; `progress` is what `read_progress` gives back."""
+    final = run / f"checkpoint-{step}"
+    folder = final.with_name(final.name + UNFINISHED)
+    shutil.rmtree(folder, ignore_errors=True)
+    adapters.save(folder)
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+             "random": random_state()}
+    torch.save(state, folder / "training_state.pt")
+    text = json.dumps(progress, indent=2, ensure_ascii=False)
+    (folder / "progress.json").write_text(text + "\n", "utf-8")
+    for file in folder.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+    return final
+
+
+def newest(run: Path) -> Path | None:
+    """The whole checkpoint of the highest step, or None."""
+    found = {int(name): folder for folder in run.glob("checkpoint-*")
+             if (name := folder.name.removeprefix("checkpoint-")).isdigit()}
+    return found[max(found)] if found else None
+
+
+def read_progress(folder: Path) -> dict:
+    return readable(folder, lambda: json.loads((folder / "progress.json").read_text("utf-8")))
+
+
+def load(folder: Path, adapters: Adapters, optimizer, scaler) -> None:
+    """Restore adapters, optimizer, loss scale and random generators from a checkpoint."""
+    file = folder / "training_state.pt"
+    state = readable(folder, lambda: torch.load(file, map_location="cpu", weights_only=True))
+    adapters.load(folder)
+    load_state(optimizer, state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    restore_random_state(state["random"])
+
+
+def readable(folder: Path, read):
+    try:
+        return read()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise Refusal(f"{folder}: cannot be read ({str(error).splitlines()[0]}); delete it to go "
+                      f"on from the one before") from None
+
+
+def random_state() -> dict:
+    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
+            "python": repr(random.getstate())}
+
+
+def restore_random_state(state: dict) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(ast.literal_eval(state["python"]))

@@ -1,0 +1,68 @@
+"""What the adapters are worth: loss on held-out rows, and whether answers stop by themselves."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from phogpt_raw.config import Config
+from phogpt_raw.data.batches import make_window
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.decode import answer
+from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.training.loss import chunk_rows, summed_loss
+
+
+@dataclass(frozen=True)
+class Score:
+    """val_loss: nats a supervised token; stops: share of `answers` that end by themselves."""
+
+    val_loss: float
+    stops: float | None
+    answers: list[str]
+
+    @property
+    def val_ppl(self) -> float:
+        return math.exp(min(self.val_loss, 700))
+
+
+@torch.no_grad()
+def held_out_loss(model: PhoGPT, examples: list[Example], *, micro_batch: int, pad_id: int,
+                  chunk: int) -> float:
+    """Mean loss in nats over all supervised tokens: long answers weigh by their length."""
+    was_training = model.training
+    model.eval()
+    window = make_window(examples, micro_batch, pad_id)
+    total = torch.zeros((), device=model.head.device)
+    for batch in window.batches:
+        batch = batch.to(model.head.device)
+        hidden_TD = model(batch.ids_BL, batch.doc_BL).flatten(0, 1).index_select(0, batch.rows_T)
+        total += summed_loss(hidden_TD, model.head, batch.targets_T, chunk)
+    model.train(was_training)
+    return float(total) / window.supervised
+
+
+class Evaluation:
+    """A run's look at its held-out rows; calling it gives a Score, or None where there are none."""
+
+    def __init__(self, model: PhoGPT, tokenizer, examples: list[Example], config: Config):
+        self.model, self.tokenizer, self.examples, self.config = model, tokenizer, examples, config
+
+    def __call__(self) -> Score | None:
+        if not self.examples:
+            return None
+        config, tokenizer = self.config, self.tokenizer
+        loss = held_out_loss(
+            self.model, self.examples, micro_batch=config.micro_batch,
+            pad_id=tokenizer.pad_token_id,
+            chunk=chunk_rows(self.model.config.vocab_size, config.loss_mib),
+        )
+        prompts = [e.ids[: len(e.ids) - e.answer] for e in self.examples[: config.eval_answers]]
+        written, rows = [], 4 * config.micro_batch  # without gradients there is room for more
+        for start in range(0, len(prompts), rows):
+            written += answer(self.model, prompts[start : start + rows],
+                              eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+                              max_new_tokens=config.answer_tokens)
+        stops = sum(a.stopped for a in written) / len(written) if written else None
+        texts = [self.tokenizer.decode(a.ids).strip() for a in written]
+        return Score(loss, stops, texts)

@@ -1,0 +1,53 @@
+"""Next-token loss through the frozen head, without ever holding the logits.
+
+PhoGPT-7B5's head has 250,880 rows: at 2,048 tokens the fp32 logits alone are 1.9 GiB, and a plain
+cross-entropy holds three such tensors. But the head is frozen, so all that backward needs is the
+gradient of the hidden rows, (softmax - one-hot) times the head, and that can be made chunk by chunk
+in the same pass. Nothing of size V survives a chunk and nothing is computed twice.
+
+T supervised rows, C rows of a chunk, D hidden, V vocabulary.
+"""
+
+import torch
+
+BYTES_A_LOGIT = 12  # 16-bit logits, their fp32 copy, the softmax and its 16-bit copy, overlapping
+
+
+def chunk_rows(vocabulary: int, limit_mib: int) -> int:
+    """Rows a chunk may have so that its transients stay within limit_mib."""
+    return max(1, limit_mib * 2**20 // (vocabulary * BYTES_A_LOGIT))
+
+
+class HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD, head_VD, targets_T, chunk):
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets_T), chunk):
+            rows = slice(start, start + chunk)
+            logits_CV = (hidden_TD[rows] @ head_VD.T).float()
+            counts_C1 = (targets_T[rows] >= 0)[:, None]
+            targets_C1 = targets_T[rows].clamp(min=0)[:, None]
+            picked_C1 = logits_CV.gather(1, targets_C1)
+            lse_C1 = logits_CV.logsumexp(1, keepdim=True)
+            total += ((lse_C1 - picked_C1) * counts_C1).sum()
+            if gradient_TD is not None:
+                slope_CV = logits_CV.sub_(lse_C1).exp_()
+                slope_CV.scatter_add_(1, targets_C1, -torch.ones_like(picked_C1))
+                slope_CV.mul_(counts_C1)
+                torch.mm(slope_CV.to(head_VD.dtype), head_VD, out=gradient_TD[rows])
+        ctx.save_for_backward(gradient_TD)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient_TD,) = ctx.saved_tensors
+        return (gradient_TD * upstream).to(gradient_TD.dtype), None, None, None
+
+
+def summed_loss(hidden_TD, head_VD, targets_T, chunk: int) -> torch.Tensor:
+    """Sum over rows of -log softmax(hidden @ head.T)[target], nats, fp32; targets < 0 are ignored.
+
+    `chunk` rows at a time. The gradient reaches hidden_TD alone: the head must be frozen.
+    """
+    return HeadLoss.apply(hidden_TD, head_VD, targets_T, chunk)
