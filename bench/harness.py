@@ -1,0 +1,167 @@
+"""What the benches share: a setting becomes the very step that train.py takes; results as JSON."""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from phogpt_raw.cards import this_card, training_dtype
+from phogpt_raw.config import Config, Parser
+from phogpt_raw.data.batches import Window, make_window
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.model.adapters import Adapters, new_adapters
+from phogpt_raw.model.phogpt import PUBLISHED, PhoGPT
+from phogpt_raw.model.weights import load_base, place
+from phogpt_raw.refusal import Refusal
+from phogpt_raw.training.loss import chunk_rows
+from phogpt_raw.training.optim import make_optimizer
+from phogpt_raw.training.step import eager_micro_step, make_scaler, train_step, unmarked
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table: a step of `accumulate` micro-batches of micro_batch x seq_len tokens."""
+
+    seq_len: int
+    micro_batch: int
+    accumulate: int
+    recompute: str
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_len * self.micro_batch * self.accumulate
+
+
+class Bench:
+    """A model with adapters, and train_step over random tokens that all carry loss."""
+
+    def __init__(self, options):
+        self.card = this_card()
+        self.dtype, _ = training_dtype(self.card, options.dtype)
+        self.options = options
+        self.model = self.load(options.model)
+        self.adapters: Adapters = new_adapters(self.model, rank=options.rank, alpha=32)
+        self.optimizer = make_optimizer(self.adapters.flat, options.optimizer, 1e-4, 0.0)
+        self.scaler = make_scaler(self.dtype, self.card.device)
+        self.chunk = chunk_rows(self.model.config.vocab_size, Config.loss_mib)
+
+    def load(self, model: str) -> PhoGPT:
+        if model in PUBLISHED:
+            return random_base(model, self.dtype, self.card.device)
+        return load_base(model, dtype=self.dtype, device=self.card.device)[0]
+
+    def window(self, setting: Setting) -> Window:
+        dice = torch.Generator().manual_seed(0)
+        high = self.model.config.vocab_size
+        rows = torch.randint(4, high, (setting.micro_batch * setting.accumulate, setting.seq_len),
+                             generator=dice).tolist()
+        examples = [Example(ids, len(ids) - 1, False, "random") for ids in rows]
+        return make_window(examples, setting.micro_batch, pad_id=3)
+
+    def run(self, setting: Setting, window: Window, mark=unmarked) -> None:
+        """One optimizer step; raises torch.OutOfMemoryError where the card is too small."""
+        self.model.recompute = Config(recompute=setting.recompute).blocks_to_recompute(
+            self.model.config.n_layers)
+        micro_step = eager_micro_step(self.model, self.scaler, self.chunk, mark)
+        train_step(window, micro_step, self.adapters.flat, self.optimizer, self.scaler, 1.0, mark)
+
+    def rows(self, settings: list[Setting], measure):
+        """(setting, what measure(bench, setting, window) gives, or "out of memory") of each."""
+        self.model.train()
+        for setting in settings:
+            try:
+                result = measure(self, setting, self.window(setting))
+            except torch.OutOfMemoryError:
+                result = None
+            if self.card.device == "cuda":
+                self.adapters.flat.grad.zero_()
+                torch.cuda.empty_cache()
+            yield setting, result
+
+
+def random_base(name: str, dtype: torch.dtype, device: str) -> PhoGPT:
+    """A published shape with random NF4 weights: as large and as slow as the real one."""
+    with torch.device("meta"):
+        phogpt = PhoGPT(PUBLISHED[name])
+    for key, p in dict(phogpt.named_parameters()).items():
+        weight = torch.randn(p.shape, dtype=torch.bfloat16, device=device) * 0.02
+        if "norm" in key and key.endswith("weight"):
+            weight.fill_(1)
+        place(phogpt, key, weight, nf4=True, dtype=dtype, device=torch.device(device))
+    phogpt.slopes_H = phogpt.slopes_H.to(device)
+    phogpt.is_loaded_in_4bit = True
+    return phogpt.requires_grad_(False)
+
+
+def parser(description: str) -> Parser:
+    built = Parser(description=description, allow_abbrev=False,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    built.add_argument("--model", default="nano",
+                       help="nano, a folder, a hub id, or 7b5 or 4b: that shape, random weights")
+    built.add_argument("--seq-len", "--seq_len", default="", metavar="N,N,…")
+    built.add_argument("--micro-batch", "--micro_batch", default="1", metavar="N,N,…")
+    built.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
+    built.add_argument("--recompute", default="all", metavar="all,none,N,…")
+    built.add_argument("--rank", type=int, default=16)
+    built.add_argument("--dtype", default="auto", choices=["auto", "fp16", "bf16", "fp32"])
+    built.add_argument("--optimizer", default="paged_adamw_8bit")
+    built.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+    return built
+
+
+def settings(options) -> list[Setting]:
+    """The grid of a command line; on a CPU short rows by default."""
+    default = "256,512,1024,2048" if torch.cuda.is_available() else "64,128,256"
+    return [
+        Setting(length, micro_batch, options.accumulate, recompute.strip())
+        for length in numbers(options.seq_len or default, "--seq-len")
+        for micro_batch in numbers(options.micro_batch, "--micro-batch")
+        for recompute in options.recompute.split(",")
+    ]
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise Refusal(f"{flag} {text}: whole numbers with commas between them") from None
+    if min(values) < 1:
+        raise Refusal(f"{flag} {text}: must be at least 1")
+    return values
+
+
+def remark(bench: Bench) -> str:
+    """The line above a table: what was measured, on what."""
+    line = f"measured on {bench.card.name}, {bench.options.model}, " \
+           f"{str(bench.dtype).removeprefix('torch.')}, rank {bench.options.rank}"
+    if bench.card.device == "cpu":
+        line += "\nno GPU here: this shows that the bench runs and says nothing about a card"
+    return line
+
+
+def save(what: str, bench: Bench, rows: list[dict]) -> Path:
+    """bench/results/<what>-<card>-<model>-<date>.json."""
+    card = bench.card.name.replace(" ", "-")
+    model = Path(bench.options.model).name
+    file = RESULTS / f"{what}-{card}-{model}-{date.today()}.json"
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=RESULTS.parent).stdout.strip()
+    content = {
+        "what": what, "source": "measured", "card": asdict(bench.card),
+        "versions": {name: version(name) for name in packages}, "commit": commit or None,
+        "date": str(date.today()), "command": "python bench/" + " ".join(
+            [Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "rows": rows,
+    }
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return file

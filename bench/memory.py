@@ -1,0 +1,54 @@
+"""Peak memory of a training step, by phase, on the machine at hand.
+
+    python bench/memory.py                                            nano
+    python bench/memory.py --model 7b5 --seq-len 512,1024 --save      PhoGPT-7B5's shape, on a GPU
+
+The step is train.py's own. A setting that does not fit is a row that says so.
+"""
+
+from dataclasses import asdict
+
+import harness
+from rich.table import Table
+
+from phogpt_raw.console import out
+from phogpt_raw.meter import Scale
+from phogpt_raw.refusal import exits_cleanly
+
+
+def peaks(bench, setting, window):
+    """{phase: {kind: GiB}} of the second step: the first makes the optimizer's state."""
+    bench.run(setting, window)
+    scale = Scale()
+    bench.run(setting, window, mark=scale)
+    return scale.read()
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    options = harness.parser(__doc__).parse_args(arguments)
+    bench = harness.Bench(options)
+    out.print(harness.remark(bench))
+    phases = ("forward", "backward", "clip", "optimizer")
+    kinds = ("allocated", "reserved", "device") if bench.card.device == "cuda" else ("resident",)
+    main_kind = kinds[0]
+    table = Table(title=f"peak GiB {main_kind}, by phase; last the whole step's")
+    for column in ("work", "recomp.", "forward", "backw.", "clip", "optim.", *kinds):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
+    for setting, found in bench.rows(harness.settings(options), peaks):
+        label = f"{setting.micro_batch} x {setting.seq_len}"
+        if found is None:
+            table.add_row(label, setting.recompute, "out of", "memory")
+        else:
+            by_phase = [f"{found[phase][main_kind]:.2f}" for phase in phases]
+            top = [f"{max(f[kind] for f in found.values()):.2f}" for kind in kinds]
+            table.add_row(label, setting.recompute, *by_phase, *top)
+        rows.append(asdict(setting) | {"fits": found is not None, "peak_gib": found})
+    out.print(table)
+    if options.save:
+        out.print(f"saved {harness.save('memory', bench, rows)}")
+
+
+if __name__ == "__main__":
+    main()
