@@ -1,0 +1,83 @@
+"""What became of nano's held-out answers: polite, ended by themselves, distinct, on the topic.
+
+    python -m phogpt_raw.nano.judge runs/nano-001
+
+Politeness and stopping are what LoRA teaches, and a base with random weights learns them as well.
+Only naming the topic and not saying the same to everybody tell a base that knows Vietnamese apart.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from phogpt_raw.data.examples import PAIRS
+from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
+from phogpt_raw.decode import answer
+from phogpt_raw.model.adapters import load_adapters
+from phogpt_raw.model.weights import load_base
+from phogpt_raw.refusal import exits_cleanly
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Shares of all answers."""
+
+    stops: float
+    polite: float
+    distinct: float
+    names_topic: float
+
+
+def judge(answers: list[str], stopped: list[bool], topics: list[str]) -> Judgement:
+    """Polite: begins with Dạ and ends with ạ. ; on the topic: holds its words, in any case.
+
+    >>> judge(["Dạ, phở là món ăn ạ.", "Phở"], [True, False], ["Phở", "bún"])
+    Judgement(stops=0.5, polite=0.5, distinct=1.0, names_topic=0.5)
+    """
+    count = len(answers)
+    return Judgement(
+        stops=sum(stopped) / count,
+        polite=sum(polite(text) for text in answers) / count,
+        distinct=len(set(answers)) / count,
+        names_topic=sum(topic.casefold() in text.casefold()
+                        for text, topic in zip(answers, topics, strict=True)) / count,
+    )
+
+
+def polite(text: str) -> bool:
+    return text.startswith("Dạ") and text.rstrip(".! ").endswith("ạ")
+
+
+def held_out_pairs() -> list[dict]:
+    return [json.loads(line) for line in (PAIRS / "heldout.jsonl").read_text("utf-8").splitlines()]
+
+
+def ask(model, tokenizer, questions: list[str], tokens: int = 96) -> tuple[list[str], list[bool]]:
+    """Greedy answers as text, and whether each ended by itself."""
+    template = TEMPLATES[choose_template(tokenizer)[0]]
+    prompts = [encode_prompt(tokenizer, template, question) for question in questions]
+    written = answer(model, prompts, eos_id=tokenizer.eos_token_id,
+                     pad_id=tokenizer.pad_token_id, max_new_tokens=tokens)
+    return [tokenizer.decode(a.ids).strip() for a in written], [a.stopped for a in written]
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", type=Path, help="folder of a run, or - for the base alone")
+    parser.add_argument("--base", default="nano", help="nano, or a folder of the same shape")
+    options = parser.parse_args(arguments)
+    model, tokenizer = load_base(options.base)
+    if str(options.adapter) != "-":
+        load_adapters(model, options.adapter)
+    pairs = held_out_pairs()
+    answers, stopped = ask(model, tokenizer, [pair["prompt"] for pair in pairs])
+    for pair, text in zip(pairs, answers, strict=True):
+        print(f"{pair['prompt']}\n  {' '.join(text.split())}")
+    print(judge(answers, stopped, [pair["topic"] for pair in pairs]))
+
+
+if __name__ == "__main__":
+    main()
