@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--max-seq-len", type=int, default=1024, help="tokens that the model may read")
     flag("--heldout", type=float, default=0.015, help="share of articles kept out")
     flag("--questions", type=float, default=0.15, help="share of questions in the training text")
-    flag("--repeats", type=int, default=5, help="questions about one phrase at most")
+    flag("--repeats", type=int, default=6, help="questions about one phrase at most")
     flag("--seed", type=int, default=0)
     prepare(parser.parse_args(argv))
 
