@@ -4,6 +4,8 @@
     python train.py --preset t4 --model vinai/PhoGPT-4B-Chat --data rows.jsonl --epochs 3
 """
 
+import torch
+
 from phogpt_raw import console, startcard
 from phogpt_raw.cards import this_card, training_dtype
 from phogpt_raw.config import from_command_line
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     scaler = make_scaler(dtype, card.device)
     micro_step = eager_micro_step(model, scaler, chunk_rows(model.config.vocab_size,
                                                             config.loss_mib))
+    torch.manual_seed(config.seed)  # dropout's, also of a loaded adapter; a resumed run has its own
     evaluate = Evaluation(model, tokenizer, examples.held_out, config)
     run = Run(config, steps)
     progress = run.begin(config, adapters, optimizer, scaler)
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             show.without_tokens(progress)
         if run.due(config.eval_every):
             score = look(run, evaluate, adapters, show)
-        if run.due(config.save_every):
+        if run.due(config.eval_every) or run.due(config.save_every):
             run.save(adapters, optimizer, scaler)
     console.summary(run, examples.questions, score, show)
 

@@ -60,12 +60,12 @@ class Config:
     eval_every: int = 0  # steps between evaluations; 0: only before, and at the end
     eval_answers: int = 64  # held-out answers written at an evaluation, to see whether they stop
     answer_tokens: int = 96  # tokens such an answer may have
-    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    save_every: int = 0  # steps between checkpoints, beside those at evaluations and at the end
 
     def __post_init__(self):
         for name, low in LOWEST.items():
             value = getattr(self, name)
-            if value is not None and value < low:
+            if value is not None and not low <= value < float("inf"):  # nan is neither
                 raise Refusal(f"--{flag(name)} {value}: must be at least {low}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -138,6 +138,8 @@ def parser(description: str) -> Parser:
         kind = field_type(field)
         if kind is bool:
             built.add_argument(*names, action=argparse.BooleanOptionalAction, help=help_text)
+            built.add_argument(f"--no_{field.name}", dest=field.name, action="store_false",
+                               help=argparse.SUPPRESS)  # argparse makes --no-… alone
         else:
             built.add_argument(*names, type=kind, metavar=kind.__name__.upper(), help=help_text)
     return built
@@ -164,7 +166,7 @@ def read_preset(preset: str) -> dict:
                       f"or name a .toml file")
     try:
         values = tomllib.loads(file.read_text("utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not UTF-8
         raise Refusal(f"{file}: not TOML ({error})") from None
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for key, value in values.items():

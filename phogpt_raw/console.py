@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def example(tokenizer, encoded) -> None:
     out.print(f"\n[bold cyan]one training example[/bold cyan] ({encoded.where}; loss on the "
               f"{encoded.answer} of {len(encoded.ids)} tokens between ⟦ and ⟧)")
     out.print(question, markup=False, end="")
-    out.print(f"[bold green]⟦{answer}⟧[/bold green]" if "[" not in answer else f"⟦{answer}⟧")
+    out.print(f"⟦{answer}⟧", markup=False, style="bold green")
 
 
 def say(text: str) -> None:
@@ -52,9 +53,9 @@ class Progress:
         self.steps, self.every = steps, max(1, steps // 10)
         self.seconds, self.taken, self.since = 0.0, 0, None
         kept = []
-        if step and self.file.is_file():
+        if step and self.file.is_file():  # a row torn by a power cut is of a later step
             kept = [row for row in self.file.read_text().splitlines()
-                    if json.loads(row)["step"] <= step]
+                    if row.endswith("}") and json.loads(row)["step"] <= step]
         self.file.write_text("".join(row + "\n" for row in kept))
 
     def begin(self) -> None:
@@ -131,15 +132,16 @@ def summary(run, questions: list[str], last, show: Progress) -> None:
         lines["validation loss"] = (
             f"{first['val_loss']:.3f} before, {last.val_loss:.3f} after "
             f"({last.val_loss / first['val_loss'] - 1:+.0%})")
-        if last.answers:
+        if last.answers and first["answers"]:
             lines["answers that stop"] = (f"{first['stops']:.0%} before, {last.stops:.0%} after, "
                                           f"of {len(last.answers)}")
     kept = f"step {progress.best_step}" + (", the lowest validation loss" if last else ", the last")
     lines["adapter"] = f"{run.folder} ({kept})"
     card("done", lines)
-    if last and last.answers:
+    if last and last.answers and first["answers"]:
         out.print("\n[bold cyan]held-out questions[/bold cyan]")
-        for question, before, after in list(zip(questions, first["answers"], last.answers))[:2]:
+        told = zip(questions, first["answers"], last.answers, strict=False)
+        for question, before, after in islice(told, 2):
             out.print(f"\n{question}", markup=False)
             out.print(f"  before  {one_line(before)}", markup=False, style="dim")
             out.print(f"  after   {one_line(after)}", markup=False, style="green")

@@ -60,7 +60,8 @@ def choose_template(tokenizer, asked: str = "auto") -> tuple[str, str]:
 
 def encode_text(tokenizer, text: str) -> list[int]:
     """Ids of plain text; a `</s>` typed by a person stays text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True,
+                     verbose=False)["input_ids"]
 
 
 def encode_prompt(tokenizer, template: Template, prompt: str) -> list[int]:
@@ -82,7 +83,7 @@ def encode_row(tokenizer, template: Template, row: Row, max_len: int) -> Example
         raise Refusal(f"{row.where}: the question alone has {len(prompt)} tokens, --max-len is "
                       f"{max_len}; raise it or shorten the row")
     response = row.response.removesuffix(tokenizer.eos_token).rstrip()
-    answer = encode_text(tokenizer, template.gap + response) + [tokenizer.eos_token_id]
+    answer = [*encode_text(tokenizer, template.gap + response), tokenizer.eos_token_id]
     room = max_len - len(prompt)
     kept = answer[:room]
     return Example(prompt + kept, len(kept), len(kept) < len(answer), row.where)

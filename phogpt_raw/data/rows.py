@@ -12,6 +12,8 @@ from pathlib import Path
 
 from phogpt_raw.refusal import Refusal
 
+FIELDS = ("prompt", "response", "instruction", "input", "output")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -58,27 +60,34 @@ def through_datasets(path: Path):
     kinds = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
     if path.suffix not in kinds:
         raise Refusal(f"{path}: unknown kind of file; .jsonl, {', '.join(kinds)} are read")
+    if not path.stat().st_size:
+        return
     from datasets import load_dataset
 
+    # A cell of a .csv is text, though it says 42 or null.
+    as_text = dict(keep_default_na=False, converters=dict.fromkeys(FIELDS, str))
     try:
         table = load_dataset(kinds[path.suffix], data_files=str(path), split="train",
-                             streaming=True)
+                             streaming=True, **(as_text if path.suffix == ".csv" else {}))
         for number, record in enumerate(table, 1):
-            yield record, f"{path}:{number}"
+            yield record, f"{path}: record {number}"
     except Refusal:
         raise
     except Exception as error:
-        raise Refusal(f"{path}: cannot be read ({str(error).strip().splitlines()[0]})") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refusal(f"{path}: cannot be read ({reason})") from None
 
 
 def to_row(record, where: str) -> Row:
     if not isinstance(record, dict):
         raise Refusal(f"{where}: a row is an object with fields, not {type(record).__name__}")
+    # A table gives null for a field that only other rows have; Alpaca gives "" for no input.
+    record = {name: value for name, value in record.items() if value is not None}
     if "prompt" in record and "response" in record:
         prompt, response = text(record, "prompt", where), text(record, "response", where)
     elif "instruction" in record and "output" in record:
-        prompt = text(record, "instruction", where)
-        if record.get("input"):
+        prompt, more = text(record, "instruction", where), record.get("input", "")
+        if more != "" and not str(more).isspace():
             prompt += "\n" + text(record, "input", where)
         response = text(record, "output", where)
     else:
@@ -89,6 +98,10 @@ def to_row(record, where: str) -> Row:
 
 def text(record: dict, field: str, where: str) -> str:
     value = record[field]
-    if not isinstance(value, str) or not value.strip():
-        raise Refusal(f"{where}: {field} is {'empty' if value in ('', None) else 'not text'}")
+    if not isinstance(value, str):
+        raise Refusal(f"{where}: {field} is not text")
+    if not value.strip():
+        raise Refusal(f"{where}: {field} is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise Refusal(f"{where}: {field} holds half a character (a lone surrogate, \\ud83d say)")
     return unicodedata.normalize("NFC", value).strip()

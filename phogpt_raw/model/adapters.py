@@ -58,7 +58,7 @@ class Adapters:
     def load_tensors(self, tensors: dict[str, torch.Tensor], where: str) -> None:
         """Copy `tensors` (PEFT's names) into the views; every name and shape must agree."""
         mine = self.tensors()
-        for name in mine.keys() ^ tensors.keys():
+        for name in sorted(mine.keys() ^ tensors.keys()):
             word = "lacks" if name in mine else "holds an unknown"
             raise Refusal(f"{where}: {word} {name}; it was made for another model")
         for name, view in mine.items():
@@ -75,7 +75,9 @@ class Adapters:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.copy(self.model.peft_config["default"])
-        config.inference_mode, config.target_modules = True, sorted(config.target_modules)
+        config.inference_mode = True
+        if not isinstance(config.target_modules, str):  # a set, in an order of its own each time
+            config.target_modules = sorted(config.target_modules)
         config.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
@@ -154,9 +156,7 @@ def inject(model: PhoGPT, config) -> Adapters:
 
     check_targets(model, config.target_modules)
     inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    model.train(model.training)  # the new layers too: theirs would drop out in an eval model
     return Adapters(model)
 
 

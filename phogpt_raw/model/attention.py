@@ -5,9 +5,9 @@ ALiBi has no position embedding: head h adds `-slope_h * (i - j)` to the score o
 additive bias, in the compute dtype, built once a forward and shared by all layers; the scores
 themselves never leave `scaled_dot_product_attention`.
 
-The surprise: the bias is written as a distance, 0 on the diagonal. MPT writes `slope * (j - L + 1)`,
-which differs by a constant a row (softmax does not see it) but is large exactly where the weights
-are: in bf16 that costs three digits at 2,048 tokens.
+The surprise: the bias is written as a distance, 0 on the diagonal. MPT writes `slope * (j - L + 1)`
+in fp32, which differs by a constant a row; softmax does not see it, but it is largest exactly where
+the weights are, and 16 bits would round it there. The distance is small where it matters.
 
 B micro-batch, L queries, S keys, H heads, K head width.
 """
@@ -30,7 +30,8 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
     [0.0625, 0.00390625, 0.25]
     """
     n = 2 ** math.ceil(math.log2(heads))
-    i = torch.arange(1, n + 1, dtype=torch.float64, device="cpu")  # real even while a model is on meta
+    # on the CPU by name: real numbers, even while the model is being built on the meta device
+    i = torch.arange(1, n + 1, dtype=torch.float64, device="cpu")
     slopes = 2.0 ** (-bias_max / n * i)
     if n != heads:
         slopes = torch.cat([slopes[1::2], slopes[::2]])[:heads]
@@ -44,7 +45,7 @@ def attention_bias(
     dtype: torch.dtype,
     doc_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Bias for the last `queries` of `keys` positions: [B, H, L, S], or [1, H, L, S] without doc_BS.
+    """Bias of the last `queries` of `keys` positions: [B, H, L, S]; B is 1 without doc_BS.
 
     A key is seen when it is not in the future and is of the query's document (doc_BS: the number
     of each position's document; None: one document a row). Every query sees at least itself, in
@@ -69,7 +70,7 @@ def attend(q_BHLK, k_BHSK, v_BHSK, bias, scale: float | None) -> torch.Tensor:
 
 
 def backend(slopes_H: torch.Tensor, config, length: int, dtype: torch.dtype) -> str:
-    """The kernel that scaled_dot_product_attention takes for rows of `length`, as torch names it."""
+    """The kernel scaled_dot_product_attention takes for rows of `length`, as torch names it."""
     shape = (1, config.n_heads, length, config.d_model // config.n_heads)
     q = torch.empty(shape, dtype=dtype, device=slopes_H.device, requires_grad=True)
     bias = attention_bias(slopes_H, length, length, dtype)

@@ -55,6 +55,11 @@ class ModelConfig:
             shape = cls(**given)
         except TypeError as error:
             raise Refusal(f"{where}: {str(error).split(') ')[-1]}: not an MPT config?") from None
+        for field in ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len",
+                      "expansion_ratio"):
+            value = getattr(shape, field)
+            if not isinstance(value, int) or value < 1:
+                raise Refusal(f"{where}: {field} = {value!r} is not a positive whole number")
         if shape.d_model % shape.n_heads:
             raise Refusal(f"{where}: d_model {shape.d_model} is not divided by n_heads "
                           f"{shape.n_heads}")

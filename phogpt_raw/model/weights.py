@@ -11,6 +11,7 @@ Files are memory-mapped, so what a load holds in anonymous host memory is one te
 
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def find_folder(model: str, revision: str | None = None) -> Path:
         return Path(model).expanduser()
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise Refusal(f"--model {model}: no such folder, and not a hub id such as vinai/PhoGPT-4B")
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=FILES))
@@ -69,7 +70,9 @@ def find_folder(model: str, revision: str | None = None) -> Path:
         raise Refusal(
             f"--model {model}: no such repository on the hub (or private: then set HF_TOKEN)"
         ) from None
-    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, OSError) as error:
+    except hub.HFValidationError as error:
+        raise Refusal(f"--model {model}: no such folder, and not a hub id ({error})") from None
+    except (hub.HTTPError, hub.LocalEntryNotFoundError, OSError) as error:  # proxy's: HTTPError
         raise Refusal(
             f"--model {model}: no such folder, and the hub does not answer "
             f"({type(error).__name__}); fetch it once while online, or name a folder"
@@ -85,9 +88,12 @@ def read_config(folder: Path) -> ModelConfig:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise Refusal(f"{path}: not JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise Refusal(f"{path}: not a JSON object; fetch it again")
+    return content
 
 
 def read_tokenizer(folder: Path, config: ModelConfig):
@@ -100,7 +106,10 @@ def read_tokenizer(folder: Path, config: ModelConfig):
 
     if not (folder / "tokenizer.json").is_file():
         raise Refusal(f"{folder / 'tokenizer.json'}: missing; copy the base's tokenizer files")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise Refusal(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in PINNED_IDS}
     if ids != PINNED_IDS:
         raise Refusal(f"{folder}: special token ids {ids} are not PhoGPT's {PINNED_IDS}")
@@ -148,7 +157,7 @@ def list_files(folder: Path) -> list[Path]:
     for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{end}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
             for name in names:
                 if not (folder / name).is_file():
                     raise Refusal(f"{folder / name}: this shard is missing, {index.name} names it")
@@ -167,7 +176,7 @@ def iterate(files: list[Path]) -> Iterator[tuple[str, torch.Tensor, Path]]:
                 from safetensors import safe_open
 
                 with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():
+                    for name in tensors.keys():  # noqa: SIM118 (not a dict, it has no __iter__)
                         yield name, tensors.get_tensor(name), file
             else:
                 yield from ((name, tensor, file) for name, tensor in read_bin(file).items())
@@ -181,7 +190,15 @@ def iterate(files: list[Path]) -> Iterator[tuple[str, torch.Tensor, Path]]:
 
 def read_bin(file: Path) -> dict[str, torch.Tensor]:
     """A .bin file's tensors, memory-mapped; weights only, so that no code in it can run."""
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    with open(file, "rb") as opened:
+        if opened.read(2) != b"PK":
+            raise Refusal(f"{file}: not the zip that torch.save writes since torch 1.6; fetch it "
+                          f"again (is it a git-lfs pointer?), or load and save it with a new torch")
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:  # its text advises to let the code run
+        raise Refusal(f"{file}: holds more than tensors, maybe code that would run on loading; "
+                      f"use safetensors or another source") from None
 
 
 def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device):
@@ -193,7 +210,8 @@ def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device
         parent, child = path.rsplit(".", 1)
         setattr(phogpt.get_submodule(parent), child, linear)
     else:
-        module.register_parameter(kind, nn.Parameter(tensor.to(device, dtype, copy=True), False))
+        there = tensor.to(device, copy=True).to(dtype)  # cast on the device, not on the host
+        module.register_parameter(kind, nn.Parameter(there, requires_grad=False))
 
 
 def nf4_linear(weight: torch.Tensor, dtype: torch.dtype, device, bias=None):

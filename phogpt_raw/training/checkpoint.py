@@ -64,9 +64,10 @@ def load(folder: Path, adapters: Adapters, optimizer, scaler) -> None:
 def readable(folder: Path, read):
     try:
         return read()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise Refusal(f"{folder}: cannot be read ({str(error).splitlines()[0]}); delete it to go "
-                      f"on from the one before") from None
+    except Exception as error:  # each reader has its own kinds for a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refusal(f"{folder}: cannot be read ({reason}); delete it to go on from the one "
+                      f"before") from None
 
 
 def random_state() -> dict:

@@ -85,15 +85,14 @@ class Run:
         return self.progress
 
     def judge(self, adapters: Adapters, score: Score | None) -> None:
-        """Keep the adapter as the result if its score is the best, or if there is nothing to ask.
+        """Keep the adapter as the result if its score is the best, or if nothing is held out.
 
-        The first score counts too: where training only makes things worse, the result is what it
-        began with.
+        The score before the first step is only remembered: it is of an adapter not yet trained.
         """
         progress = self.progress
-        if score and not progress.first:
-            progress.first = dataclasses.asdict(score)
-        if score is None or score.val_loss < progress.best_loss:
+        if progress.step == 0:
+            progress.first = dataclasses.asdict(score) if score else {}
+        elif score is None or score.val_loss < progress.best_loss:
             progress.best_loss = score.val_loss if score else math.inf
             progress.best_step = progress.step
             adapters.save(self.folder)
