@@ -1,0 +1,154 @@
+"""What all tests share: no network, one thread, GPU tests skipped without a GPU, a tiny model."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py, generate.py, phogpt_raw
+
+import checkpoints
+import pytest
+import torch
+
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.model.adapters import new_adapters
+from phogpt_raw.model.weights import load_base, read_tokenizer
+
+torch.set_num_threads(1)  # models this small: a second thread only waits, long when cores are taken
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with a random model of 0.4 million parameters in VinAI's format."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    checkpoints.write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    config = checkpoints.vinai_config(**checkpoints.SHAPES["tiny"])
+    return read_tokenizer(tiny, checkpoints.ModelConfig.from_json(config))
+
+
+@pytest.fixture
+def adapted(tiny):
+    """A function that loads tiny with LoRA adapters whose B is not zero any more."""
+
+    def load(*, nf4=False, dtype=torch.float32, **lora):
+        model, _ = load_base(str(tiny), nf4=nf4, dtype=dtype, device="cpu")
+        adapters = new_adapters(model, **{"rank": 4, "alpha": 8, **lora})
+        dice = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, view in adapters.views:
+                if "lora_B" in name:
+                    view.normal_(std=0.02, generator=dice)
+        return model.train(), adapters
+
+    return load
+
+
+@pytest.fixture
+def lively(adapted):
+    """tiny with its blocks' weights made larger, so that what comes before decides what comes."""
+    model, _ = adapted()
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.requires_grad and p.dim() == 2 and p is not model.head:
+                p.mul_(10)
+    return model.eval()
+
+
+def ragged_examples(count: int, *, seed: int = 0, vocabulary: int = 4096, longest: int = 60):
+    """Examples of very different lengths, so that an average of averages would show."""
+    dice = torch.Generator().manual_seed(seed)
+    examples = []
+    for n in range(count):
+        length = int(torch.randint(6, longest, (1,), generator=dice))
+        answer = int(torch.randint(1, length - 2, (1,), generator=dice))
+        ids = torch.randint(4, vocabulary, (length,), generator=dice).tolist()
+        examples.append(Example(ids, answer, False, f"row:{n + 1}"))
+    return examples
+
+
+QUESTIONS = [
+    ("Phở bò là gì?", "Dạ, phở bò là món nước có bánh phở và thịt bò ạ."),
+    ("Thủ đô của Việt Nam?", "Dạ, là Hà Nội ạ."),
+    ("Nấu cơm thế nào?", "Dạ, bạn vo gạo, thêm nước rồi nấu trong hai mươi phút ạ."),
+    ("Một tuần có mấy ngày?", "Dạ, bảy ngày ạ."),
+    ("Cá sống ở đâu?", "Dạ, cá sống dưới nước, ở sông, hồ và biển ạ."),
+    ("Mưa từ đâu mà có?", "Dạ, hơi nước bốc lên thành mây rồi rơi xuống thành mưa ạ."),
+    ("Ai viết Truyện Kiều?", "Dạ, Nguyễn Du ạ."),
+    ("Áo dài mặc khi nào?", "Dạ, vào dịp lễ, Tết và trong đám cưới ạ."),
+    ("Chó kêu ra sao?", "Dạ, gâu gâu ạ."),
+    ("Vì sao lá xanh?", "Dạ, vì lá có chất diệp lục ạ."),
+    ("Trà đá là gì?", "Dạ, trà đá là nước chè pha loãng, uống với đá ạ."),
+    ("Xe đạp có mấy bánh?", "Dạ, hai bánh ạ."),
+]
+
+
+def write_rows(file: Path, pairs=QUESTIONS) -> Path:
+    file.write_text("".join(
+        json.dumps({"prompt": q, "response": a}, ensure_ascii=False) + "\n" for q, a in pairs
+    ), "utf-8")
+    return file
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """A small .jsonl of questions and answers."""
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def train(tiny, rows, capsys, monkeypatch):
+    """A function that runs train.py on tiny in this process: (exit status, stdout, stderr)."""
+    import train as script
+
+    def run(*flags, at=None):
+        """`at` = (step, exception) breaks off where that step's learning rate is asked for."""
+        with monkeypatch.context() as patch:
+            if at:
+                patch.setattr(script, "lr_at", breaking_off(script.lr_at, *at))
+            status = 0
+            try:
+                script.main(command_line({**SMALL, "--model": tiny, "--data": rows}, flags))
+            except SystemExit as left:
+                status = left.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+SMALL = {"--steps": 7, "--batch-size": 4, "--micro-batch": 2, "--rank": 4, "--lr": 1e-2,
+         "--warmup": 2, "--hold-out": 3, "--eval-every": 2, "--eval-answers": 2,
+         "--answer-tokens": 4, "--save-every": 3}
+
+
+def command_line(settings: dict, flags) -> list[str]:
+    """`settings` as arguments, those that `flags` (--a 1 --b) name again left out."""
+    named = {"--steps" if flag == "--epochs" else flag for flag in flags}
+    kept = [(name, value) for name, value in settings.items() if name not in named]
+    return [str(part) for part in (*(part for pair in kept for part in pair), *flags)]
+
+
+def breaking_off(lr_at, step, exception):
+    """lr_at, but for its call number `step` (0, 1, …), which raises."""
+    calls = iter(range(10_000))
+
+    def rate(*args):
+        if next(calls) == step:
+            raise exception
+        return lr_at(*args)
+
+    return rate

@@ -1,0 +1,385 @@
+"""Adapters: one flat buffer, PEFT's files. Stock PEFT on the oracle is the judge of both ways."""
+
+import json
+import shutil
+import socket
+
+import peft
+import pytest
+import torch
+from oracle import lively_tensors, oracle, ours, random_ids, small_config
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from phogpt_raw.model.adapters import TARGETS, load_adapters, named_base, new_adapters
+from phogpt_raw.refusal import Refusal
+
+CONFIG = small_config(6, 8, 2)  # rank 5: pieces of 240 to 960 elements, none a multiple of 256
+SUBSETS = pytest.mark.parametrize("targets", [TARGETS, ("Wqkv",), ("out_proj", "down_proj")],
+                                  ids="+".join)
+# Stock PEFT adds up the same products of the same weights, W x + s B (A x), in another order.
+STOCK = dict(rtol=0, atol=3e-5)
+
+
+def base():
+    return ours(CONFIG, lively_tensors(CONFIG)).requires_grad_(False)
+
+
+def trained(*, rank=5, alpha=7, seed=1, **kwargs):
+    """A model with adapters whose B is not zero any more."""
+    model = base()
+    adapters = new_adapters(model, rank=rank, alpha=alpha, base="vinai/PhoGPT-4B", **kwargs)
+    dice = torch.Generator().manual_seed(seed)
+    for name, view in adapters.views:
+        if "lora_B" in name:
+            view.normal_(std=0.1, generator=dice)
+    return model, adapters
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model.logits(model(random_ids(CONFIG, 2, 20)))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model, adapters = trained()
+    adapters.save(tmp_path / "adapter")
+    return tmp_path / "adapter", model, adapters
+
+
+# -- the flat buffer
+
+
+def check_flat(model, adapters):
+    flat = adapters.flat
+    first, last = flat.data_ptr(), flat.data_ptr() + flat.nbytes
+    end, count = 0, 0
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert [n for n, _ in adapters.views] == list(trainable)
+    for name, view in adapters.views:
+        parameter = trainable[name]
+        assert "lora_" in name and parameter.dtype == torch.float32
+        assert parameter.data_ptr() == view.data_ptr() and parameter.shape == view.shape
+        assert first <= view.data_ptr() and view.data_ptr() + view.nbytes <= last
+        offset = (view.data_ptr() - first) // 4
+        assert offset % 256 == 0 and offset >= end  # the 8-bit optimizer's block
+        assert parameter.grad.data_ptr() - flat.grad.data_ptr() == 4 * offset
+        end, count = offset + view.numel(), count + view.numel()
+    assert count == adapters.count
+    assert flat.dtype == flat.grad.dtype == torch.float32 and flat.is_leaf and flat.requires_grad
+    return trainable
+
+
+@SUBSETS
+def test_every_adapter_is_an_aligned_view_of_the_flat_buffer(targets):
+    model, adapters = trained(targets=targets)
+    trainable = check_flat(model, adapters)
+    assert {n.split(".lora_")[0].split(".")[-1] for n in trainable} == set(targets)
+    assert len(trainable) == 2 * len(targets) * CONFIG["n_layers"]
+    adapters.flat.data += 1.0
+    for name, view in adapters.views:
+        assert torch.equal(view, trainable[name])
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_adapters_are_fp32_and_all_that_trains_over_any_base(adapted, nf4, dtype):
+    model, adapters = adapted(nf4=nf4, dtype=dtype)
+    check_flat(model, adapters)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert {p.dtype for p in frozen} == ({torch.uint8, dtype} if nf4 else {dtype})
+    logits_BLV = model.logits(model(torch.tensor([[5, 6, 7]])))
+    assert logits_BLV.dtype == dtype
+    logits_BLV.float().square().sum().backward()
+    check_flat(model, adapters)  # autograd has added into the views, not replaced them
+    assert adapters.flat.grad.isfinite().all()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in frozen)
+
+
+def test_gradients_land_in_the_flat_buffer():
+    """They are the slices of it, add up over two backwards, and the gaps stay zero."""
+    model, adapters = trained()
+    plain, _ = trained()
+    for parameter in plain.parameters():
+        parameter.grad = None  # torch makes its own
+    ids_BL = random_ids(CONFIG, 2, 9)
+    for _ in range(2):
+        for m in (model, plain):
+            m.logits(m(ids_BL)).square().sum().backward()
+    expected = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    total = 0.0
+    for (name, view), (_, parameter) in zip(
+        adapters.views, filter(lambda np: np[1].requires_grad, model.named_parameters()),
+        strict=True,
+    ):
+        start = (view.data_ptr() - adapters.flat.data_ptr()) // 4
+        piece = adapters.flat.grad[start : start + view.numel()].view_as(view)
+        assert torch.equal(piece, expected[name]) and torch.equal(parameter.grad, piece), name
+        total += piece.double().square().sum().item()
+    # The norm of the whole buffer is that of the adapters: nothing else is in it.
+    assert adapters.flat.grad.double().square().sum().item() == pytest.approx(total, rel=1e-12)
+    assert total > 0
+
+
+def test_a_fresh_adapter_changes_nothing_and_follows_the_seed():
+    model, plain = base(), base()
+    adapters = new_adapters(model, rank=5, alpha=7, seed=3)
+    assert torch.equal(logits_of(model), logits_of(plain))
+    for name, view in adapters.views:
+        assert (view.abs().max() == 0) == ("lora_B" in name)
+    again, other = (new_adapters(base(), rank=5, alpha=7, seed=s) for s in (3, 4))
+    assert torch.equal(adapters.flat, again.flat) and not torch.equal(adapters.flat, other.flat)
+
+
+def test_nf4_layers_get_pefts_4_bit_lora(adapted):
+    from peft.tuners.lora import Linear as PlainLora
+    from peft.tuners.lora.bnb import Linear4bit as NF4Lora
+
+    for nf4, kind in ((True, NF4Lora), (False, PlainLora)):
+        model, _ = adapted(nf4=nf4)
+        for block in model.transformer.blocks:
+            for layer in (block.attn.Wqkv, block.attn.out_proj, block.ffn.up_proj,
+                          block.ffn.down_proj):
+                assert type(layer) is kind
+
+
+# -- files
+
+
+@SUBSETS
+def test_saving_and_loading_is_bit_equal(tmp_path, targets):
+    model, adapters = trained(targets=targets)
+    adapters.save(tmp_path / "new" / "folder")
+    other = base()
+    loaded = load_adapters(other, tmp_path / "new" / "folder")
+    check_flat(other, loaded)
+    assert torch.equal(adapters.flat, loaded.flat)
+    assert torch.equal(logits_of(model), logits_of(other))
+    loaded.save(tmp_path / "again")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        file = tmp_path / "new" / "folder" / name
+        assert file.read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_loading_into_existing_adapters_keeps_the_views(saved):
+    folder, _, adapters = saved
+    other_model, other = trained(seed=2)
+    assert not torch.equal(adapters.flat, other.flat)
+    other.load(folder)
+    check_flat(other_model, other)
+    assert torch.equal(adapters.flat, other.flat)
+
+
+def test_files_are_as_stock_peft_writes_them(saved):
+    folder, _, adapters = saved
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["inference_mode"] is True and config["peft_type"] == "LORA"
+    assert config["base_model_name_or_path"] == named_base(folder) == "vinai/PhoGPT-4B"
+    assert config["task_type"] == "CAUSAL_LM" and config["target_modules"] == sorted(TARGETS)
+    assert (config["r"], config["lora_alpha"], config["bias"]) == (5, 7, "none")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert len(tensors) == len(adapters.views)
+    assert "base_model.model.transformer.blocks.1.ffn.up_proj.lora_B.weight" in tensors
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    assert size < 4 * adapters.count + 10_000  # the views, not the buffer once for each
+
+
+def test_saving_leaves_the_model_training(saved):
+    _, model, adapters = saved
+    assert model.peft_config["default"].inference_mode is False
+    check_flat(model, adapters)
+
+
+def test_saving_does_not_ask_the_hub(tmp_path, monkeypatch):
+    """The base's name looks like a hub id; PEFT would by default ask for its config."""
+    asked = []
+
+    def no_network(*address, **kwargs):
+        asked.append(address)
+        raise OSError("no network")  # PEFT would swallow it
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    _, adapters = trained()
+    adapters.save(tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors")
+    assert asked == []
+
+
+@SUBSETS
+@torch.no_grad()
+def test_stock_peft_loads_what_we_save(tmp_path, targets, recwarn):
+    model, adapters = trained(targets=targets)
+    adapters.save(tmp_path)
+    stock = peft.PeftModel.from_pretrained(oracle(CONFIG, lively_tensors(CONFIG)), tmp_path)
+    ids_BL = random_ids(CONFIG, 2, 20)
+    expected = stock.eval()(ids_BL).logits
+    torch.testing.assert_close(logits_of(model), expected, **STOCK)
+    assert (expected - logits_of(base())).abs().max() > 0.05  # the adapter is applied
+    assert not [w for w in recwarn if "adapter keys" in str(w.message)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_injected_layers_are_in_the_models_mode(training):
+    """Dropout included: a model in eval mode must not drop out in its new layers."""
+    model = base().train(training)
+    new_adapters(model, rank=2, alpha=2, dropout=0.5)
+    assert {module.training for module in model.modules()} == {training}
+
+
+@SUBSETS
+@torch.no_grad()
+def test_what_stock_peft_saves_is_loaded(tmp_path, targets):
+    stock = peft.get_peft_model(oracle(CONFIG, lively_tensors(CONFIG)), peft.LoraConfig(
+        r=3, lora_alpha=12, lora_dropout=0.1, target_modules=list(targets), task_type="CAUSAL_LM",
+        init_lora_weights=False))  # B random as well
+    stock.save_pretrained(tmp_path)
+    model = base()
+    adapters = load_adapters(model, tmp_path)
+    check_flat(model, adapters)
+    ids_BL = random_ids(CONFIG, 2, 20)
+    expected = stock.eval()(ids_BL).logits
+    torch.testing.assert_close(logits_of(model), expected, **STOCK)
+    assert (expected - logits_of(base())).abs().max() > 0.05
+
+
+def test_gradients_are_stock_pefts(tmp_path):
+    model, adapters = trained()
+    adapters.save(tmp_path)
+    stock = peft.PeftModel.from_pretrained(
+        oracle(CONFIG, lively_tensors(CONFIG)), tmp_path, is_trainable=True)
+    ids_BL = random_ids(CONFIG, 2, 20)
+    targets = torch.randint(4, 256, (2, 20), generator=torch.Generator().manual_seed(0))
+    for logits_BLV in (model.logits(model(ids_BL)), stock(ids_BL).logits):
+        nn.functional.cross_entropy(logits_BLV.flatten(0, 1), targets.flatten()).backward()
+    theirs = {n.removeprefix("base_model.model."): p.grad
+              for n, p in stock.named_parameters() if p.requires_grad}
+    mine = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert mine.keys() == theirs.keys()
+    for name, grad in theirs.items():  # fp32 sums in two orders, through two blocks
+        size = grad.abs().max().item()
+        assert size > 0
+        torch.testing.assert_close(mine[name], grad, rtol=1e-4, atol=1e-5 * size)
+
+
+def test_an_adapter_folders_rank_and_alpha_win(tmp_path):
+    model, adapters = trained(rank=2, alpha=32)
+    adapters.save(tmp_path)
+    other = base()
+    load_adapters(other, tmp_path)
+    layer = other.transformer.blocks[0].attn.Wqkv
+    assert layer.r["default"] == 2 and layer.scaling["default"] == 16
+    assert other.peft_config["default"].lora_alpha == 32
+    assert torch.equal(logits_of(model), logits_of(other))
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("Wqkv", "q_proj"), ("Wqkv", "lm_head"),
+                                     ("Wqkv", "wte"), ("Wqkv", "norm_1")], ids="+".join)
+def test_targets_that_the_model_lacks_are_refused_by_name(targets):
+    model = base()
+    with pytest.raises(Refusal, match=f"no linear layer {targets[-1]}.*Wqkv.*up_proj"):
+        new_adapters(model, rank=4, alpha=8, targets=targets)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+NAME = "base_model.model.transformer.blocks.0.attn.Wqkv.lora_A.weight"
+
+
+@pytest.mark.parametrize(("change", "parts"), [
+    (lambda t: t.pop(NAME), ("lacks", NAME)),
+    (lambda t: t.update({NAME.replace("blocks.0", "blocks.9"): t[NAME].clone()}),
+     ("unknown", NAME.replace("blocks.0", "blocks.9"))),
+    (lambda t: t.update({NAME: t[NAME][:, :-1].contiguous()}), (NAME, "[5, 47]", "[5, 48]")),
+    (lambda t: t.update({NAME: t[NAME][:3].contiguous()}), (NAME, "[3, 48]", "[5, 48]")),
+], ids=["missing", "extra", "misshapen", "other-rank"])
+def test_a_file_that_does_not_fit_is_refused_by_the_tensors_name(saved, change, parts):
+    folder, _, adapters = saved
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    for load in (lambda: load_adapters(base(), folder), lambda: adapters.load(folder)):
+        with pytest.raises(Refusal) as refusal:
+            load()
+        for part in (str(file), *parts):
+            assert part in str(refusal.value)
+
+
+def test_an_adapter_without_pefts_prefix_is_refused(saved):
+    """Stock PEFT would only warn, and apply nothing."""
+    folder, _, adapters = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    stripped = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+    save_file(stripped, folder / "adapter_model.safetensors")
+    with pytest.raises(Refusal, match=r"lacks base_model\.model\.transformer\.blocks\.0"):
+        adapters.load(folder)
+
+
+def test_an_adapter_of_a_wider_model_is_refused(saved):
+    folder, _, _ = saved
+    wide = small_config(6, 16, 2)
+    with pytest.raises(Refusal, match=r"has shape \[.*this model needs \["):
+        load_adapters(ours(wide, lively_tensors(wide)).requires_grad_(False), folder)
+
+
+@pytest.mark.parametrize("config", [
+    peft.IA3Config(target_modules=["Wqkv"], feedforward_modules=[]),
+    peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+], ids=lambda c: c.peft_type.value)
+def test_an_adapter_that_is_not_lora_is_refused(saved, config):
+    folder, _, _ = saved
+    config.save_pretrained(folder)
+    with pytest.raises(Refusal, match=r"adapter_config\.json.*only LoRA is supported"):
+        load_adapters(base(), folder)
+
+
+def test_a_spoiled_folder_is_refused_by_file(saved, tmp_path):
+    folder, _, adapters = saved
+
+    def refused(name, content):
+        spoiled = tmp_path / "spoiled"
+        shutil.rmtree(spoiled, ignore_errors=True)
+        shutil.copytree(folder, spoiled)
+        if content is None:
+            (spoiled / name).unlink()
+        else:
+            (spoiled / name).write_bytes(content)
+        with pytest.raises(Refusal) as refusal:
+            load_adapters(base(), spoiled)
+        assert str(spoiled / name) in str(refusal.value)
+        return str(refusal.value)
+
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    assert "missing" in refused("adapter_model.safetensors", None)
+    assert "cannot be read" in refused("adapter_model.safetensors", whole[:-100])
+    assert "missing" in refused("adapter_config.json", None)
+    assert "cannot be read" in refused("adapter_config.json", b'{"peft_type": "LORA"')
+    with pytest.raises(Refusal, match=r"adapter_config\.json: missing"):
+        load_adapters(base(), tmp_path / "nowhere")
+    assert adapters.count
+
+
+def test_an_adapter_that_names_no_base_says_so(tmp_path):
+    model = base()
+    new_adapters(model, rank=2, alpha=2).save(tmp_path)
+    with pytest.raises(Refusal, match="names no base model; say which with --model"):
+        named_base(tmp_path)
+
+
+def test_targets_by_regular_expression_survive_saving(tmp_path):
+    from peft import LoraConfig
+
+    from phogpt_raw.model.adapters import inject
+
+    model = base()
+    inject(model, LoraConfig(r=4, target_modules=r".*\.(Wqkv|out_proj)")).save(tmp_path)
+    again = load_adapters(base(), tmp_path)
+    assert {name.split(".")[4] for name, _ in again.views} == {"Wqkv", "out_proj"}

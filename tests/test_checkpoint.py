@@ -1,0 +1,193 @@
+"""A run that was broken off and goes on ends where the straight one ends, to the bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from phogpt_raw.training import checkpoint
+from phogpt_raw.training.optim import make_optimizer
+from phogpt_raw.training.step import make_scaler
+
+STOPPED = KeyboardInterrupt()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def same(mine, reference):
+    """Whether two nests of dicts and lists with tensors in them are equal to the bit."""
+    if isinstance(reference, torch.Tensor):
+        return torch.equal(mine, reference)
+    if isinstance(reference, dict):
+        return mine.keys() == reference.keys() and all(same(mine[k], reference[k]) for k in mine)
+    if isinstance(reference, list | tuple):
+        return len(mine) == len(reference) and all(map(same, mine, reference))
+    return mine == reference
+
+
+def assert_same_run(mine, reference):
+    assert without_speed(metrics(mine)) == without_speed(metrics(reference))
+    names = sorted(p.relative_to(reference) for p in reference.rglob("*") if p.is_file())
+    assert sorted(p.relative_to(mine) for p in mine.rglob("*") if p.is_file()) == names
+    for name in names:
+        if name.name == "training_state.pt":
+            state = [torch.load(run / name, weights_only=True) for run in (mine, reference)]
+            assert same(*state), name
+        elif name.name not in ("metrics.jsonl", "config.json"):
+            assert (mine / name).read_bytes() == (reference / name).read_bytes(), name
+    configs = [json.loads((run / "config.json").read_text()) for run in (mine, reference)]
+    assert {k for k in configs[1] if configs[0][k] != configs[1][k]} == {"out"}
+
+
+@pytest.mark.parametrize("how", [
+    ["--no-nf4"],
+    ["--dropout", 0.3],  # NF4, and random numbers in every step
+    ["--dropout", 0.3, "--optimizer", "adamw", "--recompute", "none", "--micro-batch", 4],
+], ids=["plain", "nf4-dropout", "adamw-dropout"])
+def test_broken_off_and_gone_on_is_the_straight_run_to_the_bit(train, tmp_path, how):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert train("--out", straight, *how)[0] == 0
+    status, _, said = train("--out", broken, *how, at=(5, STOPPED))
+    assert (status, said.strip()) == (130, "stopped by hand")
+    assert [row["step"] for row in metrics(broken) if "loss" in row] == [1, 2, 3, 4, 5]
+    assert not (broken / "checkpoint-7").exists()
+    torch.manual_seed(12345)  # whatever went on in between
+    status, out, _ = train("--out", broken, *how)
+    assert status == 0
+    assert "step 5/7" in out  # from the checkpoint of the evaluation after step 4
+    assert "step 4/7" not in out
+    assert_same_run(broken, straight)
+
+
+def test_a_run_may_be_broken_off_again_and_again(train, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    flags = ["--dropout", 0.3, "--save-every", 1]
+    train("--out", straight, *flags)
+    for _ in range(3):
+        assert train("--out", broken, *flags, at=(2, STOPPED))[0] == 130
+    assert train("--out", broken, *flags)[0] == 0
+    assert_same_run(broken, straight)
+
+
+def test_dropout_draws_other_numbers_without_the_saved_generators(train, tmp_path, monkeypatch):
+    """The test above would notice: here the generators are not restored."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train("--out", straight, "--dropout", 0.3)
+    train("--out", broken, "--dropout", 0.3, at=(5, STOPPED))
+    monkeypatch.setattr(checkpoint, "restore_random_state", lambda state: None)
+    train("--out", broken, "--dropout", 0.3)
+    assert without_speed(metrics(broken)) != without_speed(metrics(straight))
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_there(train, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train("--out", straight)
+    train("--out", broken, at=(5, STOPPED))
+    shutil.copytree(broken / "checkpoint-4", broken / "checkpoint-6.unfinished")
+    (broken / "checkpoint-6.unfinished" / "training_state.pt").write_bytes(b"half")
+    (broken / "checkpoint-6.unfinished" / "left-over").write_bytes(b"")
+    assert checkpoint.newest(broken) == broken / "checkpoint-4"
+    assert train("--out", broken)[0] == 0
+    assert_same_run(broken, straight)  # and what was left over is gone
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before(train, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(checkpoint.os, "fsync", full)
+        train("--out", out, "--steps", 6)
+    assert checkpoint.newest(out) == out / "checkpoint-3"
+    assert train("--out", out, "--steps", 6)[0] == 0
+    assert checkpoint.newest(out) == out / "checkpoint-6"
+
+
+def test_a_torn_last_line_of_the_metrics_is_dropped(train, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train("--out", straight)
+    train("--out", broken, at=(5, STOPPED))
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 7.')
+    assert train("--out", broken)[0] == 0
+    assert_same_run(broken, straight)
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("training_state.pt", lambda data: data[: len(data) // 2]),
+    ("training_state.pt", lambda data: b""),
+    ("training_state.pt", lambda data: b"not a checkpoint at all"),
+    ("training_state.pt", None),
+    ("progress.json", lambda data: data[:20]),
+    ("progress.json", None),
+    ("adapter_model.safetensors", lambda data: data[: len(data) // 2]),
+    ("adapter_model.safetensors", None),
+])
+def test_a_damaged_checkpoint_is_refused_by_name(train, tmp_path, name, damage):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3, "--eval-answers", 0)
+    file = out / "checkpoint-3" / name
+    if damage:
+        file.write_bytes(damage(file.read_bytes()))
+    else:
+        file.unlink()
+    status, _, said = train("--out", out, "--steps", 6, "--eval-answers", 0)
+    assert status == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert str(out / "checkpoint-3") in said
+
+
+def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.unfinished", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_what_is_saved_is_what_is_loaded(adapted, tmp_path):
+    """Adapter, optimizer, loss scale and generators, without a run around them."""
+    _, adapters = adapted()
+    optimizer = make_optimizer(adapters.flat, "paged_adamw_8bit", 1e-2, 0.0)
+    scaler = make_scaler(torch.float16, "cpu")
+    scaler.scale(torch.ones(()))  # GradScaler makes its tensors on the first use
+    adapters.flat.grad.normal_()
+    optimizer.step()
+    scaler.update(512.0)
+    folder = checkpoint.save(tmp_path, 4, adapters, optimizer, scaler, {"step": 4, "first": {}})
+    saved = adapters.flat.detach().clone(), torch.rand(3)
+    state = optimizer.state_dict()
+
+    _, other = adapted(seed=5)
+    other.flat.data.add_(1)
+    fresh = make_optimizer(other.flat, "paged_adamw_8bit", 1.0, 0.0)
+    new_scaler = make_scaler(torch.float16, "cpu")
+    checkpoint.load(folder, other, fresh, new_scaler)
+    assert torch.equal(torch.rand(3), saved[1])
+    for (name, mine), (_, was) in zip(other.views, adapters.views, strict=True):
+        assert torch.equal(mine, was), name
+        assert mine.data_ptr() != was.data_ptr()
+    assert same(fresh.state_dict(), state)
+    assert new_scaler.get_scale() == 512.0
+    assert checkpoint.read_progress(folder) == {"step": 4, "first": {}}
+    # the model computes with what was loaded, and the optimizer moves the same buffer
+    start = other.flat.untyped_storage().data_ptr()
+    assert all(view.untyped_storage().data_ptr() == start for _, view in other.views)
+
+
+def test_a_run_broken_off_before_its_first_checkpoint_begins_again(train, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train("--out", straight)
+    assert train("--out", broken, at=(1, STOPPED))[0] == 130
+    assert train("--out", broken)[0] == 0
+    assert_same_run(broken, straight)

@@ -1,0 +1,174 @@
+"""default < preset < flag, and every way to get a number wrong is one line."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from phogpt_raw import config as configuration
+from phogpt_raw.config import PRESETS, Config, from_command_line, parser, preset_names
+from phogpt_raw.refusal import Refusal
+
+ROOT = Path(__file__).parents[1]
+
+FLAGS = [
+    "--adapter", "--alpha", "--answer-tokens", "--batch-size", "--clip",
+    "--data", "--dropout", "--dry-run", "--dtype", "--epochs",
+    "--eval-answers", "--eval-every", "--help", "--hold-out", "--loss-mib",
+    "--lr", "--lr-floor", "--max-len", "--micro-batch", "--model",
+    "--nf4", "--no-dry-run", "--no-nf4", "--optimizer", "--out",
+    "--preset", "--rank", "--recompute", "--revision", "--save-every",
+    "--seed", "--steps", "--targets", "--template", "--val",
+    "--warmup", "--weight-decay",
+]
+
+
+def read(*arguments: str) -> Config:
+    return from_command_line(list(arguments), "")
+
+
+def preset(tmp_path: Path, text: str | bytes) -> str:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(file)
+
+
+def test_a_flag_beats_the_preset_and_the_preset_beats_the_default(tmp_path):
+    file = preset(tmp_path, "lr = 3e-3\nrank = 5\n")
+    assert (read("--model", "x/y").lr, read("--model", "x/y").rank) == (Config.lr, Config.rank)
+    config = read("--model", "x/y", "--preset", file, "--rank", "7")
+    assert (config.lr, config.rank, config.clip) == (3e-3, 7, Config.clip)
+
+
+def test_a_flag_that_repeats_the_default_still_beats_the_preset():
+    assert read("--preset", "nano").batch_size != Config.batch_size
+    flags = ["--preset", "nano", "--batch-size", str(Config.batch_size)]
+    assert read(*flags).batch_size == Config.batch_size
+
+
+def test_nano_brings_its_own_preset_and_another_model_none():
+    values = tomllib.loads((PRESETS / "nano.toml").read_text("utf-8"))
+    assert read().lr == read("--model", "nano").lr == values["lr"]
+    assert read("--model", "x/y") == Config(model="x/y")
+    assert read("--preset", "t4").lr == Config.lr  # nano with t4's numbers, because asked for
+
+
+def test_hyphens_and_underscores_are_the_same_flag():
+    hyphens = ["--micro-batch", "2", "--lr-floor", "0.5", "--no-nf4", "--dry-run", "--hold-out=3"]
+    underscores = [h.replace("-", "_").replace("__", "--", 1) for h in hyphens]
+    assert underscores[4:6] == ["--no_nf4", "--dry_run"]
+    config = read(*hyphens)
+    assert read(*underscores) == config
+    assert (config.micro_batch, config.nf4, config.dry_run, config.hold_out) == (2, False, True, 3)
+    assert read("--dry-run", "--no-dry-run") == read("--dry_run", "--no_dry_run") == read()
+
+
+def test_the_flags_are_these_and_no_others():
+    made = {name.replace("_", "-") for name in parser("")._option_string_actions}
+    assert sorted(made - {"-h"}) == FLAGS
+
+
+def test_every_field_has_help_and_a_flag():
+    names = [field.name for field in dataclasses.fields(Config)]
+    assert sorted(configuration.comments()) == sorted(names)
+    assert all(len(text) > 5 for text in configuration.comments().values())
+    assert {f"--{configuration.flag(name)}" for name in names} < set(FLAGS)
+    text = parser("what it does").format_help()
+    assert "LoRA rank (default 16)" in text
+    assert "what it does" in text
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_loads_and_gives_a_reason_for_every_line(name):
+    read("--preset", name)
+    for line in (PRESETS / f"{name}.toml").read_text("utf-8").splitlines():
+        assert re.search(r"#\s*\S.{5,}", line), f"{name}.toml: no reason in {line!r}"
+
+
+def test_there_are_presets_for_nano_and_both_cards():
+    assert preset_names() == ["nano", "t4", "v100"]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--learning-rate", "1"], "--learning-rate"),
+    (["--micro", "2"], "--micro"),  # an abbreviation today is another flag tomorrow
+    (["rows.jsonl"], "rows.jsonl"),
+    (["--steps"], "--steps"),
+    (["--steps", "many"], "many"),
+    (["--rank", "1.5"], "1.5"),
+    (["--preset", "a100"], "nano, t4, v100"),
+    (["--preset", "nowhere.toml"], "nowhere.toml"),
+    (["--steps", "3", "--epochs", "1"], "--steps and --epochs"),
+    (["--val", "v.jsonl", "--hold-out", "3"], "--val and --hold-out"),
+    (["--steps", "0"], "--steps 0"),
+    (["--batch-size", "0"], "--batch-size 0"),
+    (["--micro_batch", "-1"], "--micro-batch -1"),
+    (["--rank", "0"], "--rank 0"),
+    (["--max-len", "2"], "--max-len 2"),
+    (["--warmup", "-1"], "--warmup -1"),
+    (["--lr", "0"], "--lr 0"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--lr", "inf"], "--lr inf"),
+    (["--clip", "0"], "--clip 0"),
+    (["--alpha", "-2"], "--alpha -2"),
+    (["--weight-decay", "-0.1"], "--weight-decay -0.1"),
+    (["--weight-decay", "nan"], "--weight-decay nan"),
+    (["--weight-decay", "inf"], "--weight-decay inf"),
+    (["--lr-floor", "1.5"], "--lr-floor 1.5"),
+    (["--lr-floor", "nan"], "--lr-floor nan"),
+    (["--dropout", "1"], "--dropout 1"),
+    (["--epochs", "0"], "--epochs 0"),
+    (["--epochs", "inf"], "--epochs inf"),
+    (["--recompute", "some"], "--recompute some"),
+    (["--recompute", "-1"], "--recompute -1"),
+    (["--dtype", "int8"], "fp16, bf16, fp32"),
+    (["--template", "llama"], "7b5-instruct"),
+    (["--optimizer", "sgd"], "adamw"),
+])
+def test_a_command_line_that_cannot_be_is_refused_by_name(arguments, said):
+    with pytest.raises(Refusal, match=re.escape(said)):
+        read(*arguments)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("learning_rate = 1.0", "unknown key learning_rate"),
+    ("micro-batch = 2", "unknown key micro-batch"),
+    ("[training]\nlr = 1.0", "unknown key training"),
+    ('lr = "fast"', "lr = 'fast' should be float"),
+    ("rank = 4.0", "rank = 4.0 should be int"),
+    ("rank = true", "rank = True should be int"),
+    ("nf4 = 1", "nf4 = 1 should be bool"),
+    ("recompute = 4", "recompute = 4 should be str"),
+    ("rank = 0", "--rank 0"),
+    ("weight_decay = nan", "--weight-decay nan"),
+    ("lr = = 2", "not TOML"),
+    (b'data = "\xff"', "not TOML"),
+])
+def test_a_preset_file_that_cannot_be_is_refused(tmp_path, text, said):
+    with pytest.raises(Refusal, match=re.escape(said)):
+        read("--preset", preset(tmp_path, text))
+
+
+def test_whole_numbers_will_do_for_fractions_in_a_preset(tmp_path):
+    assert read("--preset", preset(tmp_path, "lr = 1\nepochs = 2")).epochs == 2.0
+
+
+def test_recompute_becomes_a_number_of_blocks():
+    blocks = [Config(recompute=r).blocks_to_recompute(6) for r in ("all", "none", "0", "4")]
+    assert blocks == [6, 0, 0, 4]
+    with pytest.raises(Refusal, match="the model has 6 blocks"):
+        Config(recompute="7").blocks_to_recompute(6)
+
+
+def test_a_refusal_reaches_the_shell_as_one_line_and_status_2():
+    done = subprocess.run([sys.executable, "train.py", "--step", "5"], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "--step 5" in line

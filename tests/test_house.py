@@ -1,0 +1,85 @@
+"""The house holds together: a module imports only from the rooms above its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "phogpt_raw"
+ROOMS = [
+    "refusal", "config", "cards", "meter",
+    "data.rows", "data.prompt", "data.examples", "data.batches",
+    "model.attention", "model.phogpt", "model.weights", "model.adapters", "decode",
+    "training.loss", "training.optim", "training.step", "training.evaluate",
+    "training.checkpoint", "training.run", "console", "startcard",
+]
+ABOVE_NANO = ROOMS[: ROOMS.index("training.loss")]
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package but the packages' own __init__, under its dotted name."""
+    return {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
+            for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"}
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names of all that a file imports, at its top or inside a function; a name taken from
+    the package itself (`from phogpt_raw import console`) counts as the module it is."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def rooms_used(file: Path) -> set[str]:
+    inside = {name.removeprefix("phogpt_raw.") for name in imported(file)}
+    return inside & modules().keys()
+
+
+def test_every_module_has_its_room():
+    assert {name for name in modules() if not name.startswith("nano.")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_uses_only_those_above_it(room):
+    assert rooms_used(PACKAGE / f"{room.replace('.', '/')}.py") <= set(ROOMS[: ROOMS.index(room)])
+
+
+def test_the_recipe_of_nano_uses_what_is_above_training():
+    recipe = {name for name in modules() if name.startswith("nano.")}
+    assert recipe
+    for name in recipe:
+        assert rooms_used(modules()[name]) <= {*ABOVE_NANO, *recipe}, name
+
+
+def test_nothing_else_uses_the_recipe_of_nano():
+    outside = [file for name, file in modules().items() if not name.startswith("nano.")]
+    for file in (*outside, ROOT / "train.py", ROOT / "generate.py"):
+        assert not any(name.startswith("phogpt_raw.nano") for name in imported(file)), file
+
+
+def test_the_loop_is_written_by_hand():
+    files = [*PACKAGE.rglob("*.py"), ROOT / "train.py", ROOT / "generate.py"]
+    for file in files:
+        for name in imported(file):
+            assert "Trainer" not in name.split(".")[-1] or name.startswith("tokenizers."), file
+            assert name.split(".")[0] not in ("accelerate", "trl", "lightning", "deepspeed"), file
+
+
+def test_the_package_itself_offers_load_base_alone():
+    import phogpt_raw
+
+    assert phogpt_raw.__all__ == ["load_base"]
+    assert rooms_used(PACKAGE / "__init__.py") == {"model.weights"}
+
+
+def test_this_test_sees_an_import_wherever_it_stands(tmp_path):
+    file = tmp_path / "m.py"
+    file.write_text("def f():\n    from phogpt_raw import console\n    import phogpt_raw.decode\n"
+                    "from phogpt_raw.training.step import train_step\n")
+    assert rooms_used(file) == {"console", "decode", "training.step"}

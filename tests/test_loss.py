@@ -1,0 +1,170 @@
+"""The summed loss through a frozen head: plain cross-entropy's value and gradient, no logits kept.
+
+fp32: both sides sum the same numbers in another order, a relative 1e-6 is about ten units in the
+last place. bf16 keeps 8 bits, so one rounding is 2^-9; the tolerances below count roundings.
+"""
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from phogpt_raw.training.loss import BYTES_A_LOGIT, chunk_rows, summed_loss
+
+
+def problem(rows=23, width=16, vocabulary=101, ignored=(0, 5, 22), dtype=torch.float32, scale=1.0):
+    dice = torch.Generator().manual_seed(0)
+    hidden_TD = (scale * torch.randn(rows, width, generator=dice)).to(dtype).requires_grad_()
+    head_VD = torch.randn(vocabulary, width, generator=dice).to(dtype)
+    targets_T = torch.randint(0, vocabulary, (rows,), generator=dice)
+    targets_T[list(ignored)] = -100
+    return hidden_TD, head_VD, targets_T
+
+
+def plain(hidden_TD, head_VD, targets_T):
+    """Value and gradient by cross_entropy over the full logits, in fp32 from the same numbers."""
+    hidden_TD = hidden_TD.detach().float().requires_grad_()
+    loss = F.cross_entropy(hidden_TD @ head_VD.float().T, targets_T, reduction="sum",
+                           ignore_index=-100)
+    loss.backward()
+    return loss.detach(), hidden_TD.grad
+
+
+def error(mine, reference):
+    return float((mine.float() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 23, 1000])
+@pytest.mark.parametrize("ignored", [(), (0, 5, 22), range(23)])
+def test_value_and_gradient_are_cross_entropys_for_every_chunk(chunk, ignored):
+    hidden_TD, head_VD, targets_T = problem(ignored=ignored)
+    loss = summed_loss(hidden_TD, head_VD, targets_T, chunk)
+    loss.backward()
+    value, gradient = plain(hidden_TD, head_VD, targets_T)
+    torch.testing.assert_close(loss.detach(), value, rtol=1e-6, atol=0)
+    assert (hidden_TD.grad - gradient).norm() <= 1e-6 * gradient.norm()
+    assert not hidden_TD.grad[list(ignored)].any()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_bf16_is_off_by_roundings_only(chunk):
+    """Logits of deviation 4 are rounded once (4 * 2^-9 = 0.008 absolute each, random in sign);
+    the softmax and the gradient once more each: 2^-7 of the whole covers the three."""
+    hidden_TD, head_VD, targets_T = problem(rows=200, ignored=(3,), dtype=torch.bfloat16)
+    loss = summed_loss(hidden_TD, head_VD, targets_T, chunk)
+    loss.backward()
+    value, gradient = plain(hidden_TD, head_VD, targets_T)
+    assert (loss.dtype, hidden_TD.grad.dtype) == (torch.float32, torch.bfloat16)
+    assert error(loss.detach(), value) < 2**-9
+    assert error(hidden_TD.grad, gradient) < 2**-7
+
+
+def test_what_comes_from_above_scales_the_gradient():
+    hidden_TD, head_VD, targets_T = problem()
+    (3 * summed_loss(hidden_TD, head_VD, targets_T, 7) / 40).backward()
+    _, gradient = plain(hidden_TD, head_VD, targets_T)
+    assert error(hidden_TD.grad, gradient * 3 / 40) < 1e-6
+
+
+def test_gradient_agrees_with_finite_differences():
+    hidden_TD, head_VD, targets_T = problem(rows=4, width=5, vocabulary=9, ignored=(1,))
+    _, head_VD = hidden_TD.double(), head_VD.double()
+
+    def loss(hidden):
+        return summed_loss(hidden, head_VD, targets_T, 3)
+
+    # the sum is kept in fp32, so a difference over 1e-2 is good to 1e-6 / 1e-2 and the curvature
+    hidden = hidden_TD.detach().double().requires_grad_()
+    loss(hidden).backward()
+    for place in [(0, 0), (2, 3), (3, 4), (1, 2)]:
+        step = torch.zeros_like(hidden)
+        step[place] = 1e-2
+        with torch.no_grad():
+            slope = (loss(hidden + step) - loss(hidden - step)) / 2e-2
+        assert abs(float(slope) - float(hidden.grad[place])) < 2e-3
+
+
+def test_without_gradients_it_is_only_the_value():
+    hidden_TD, head_VD, targets_T = problem()
+    value, _ = plain(hidden_TD, head_VD, targets_T)
+    with torch.no_grad():
+        loss = summed_loss(hidden_TD, head_VD, targets_T, 7)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, value, rtol=1e-6, atol=0)
+    frozen = summed_loss(hidden_TD.detach(), head_VD, targets_T, 7)
+    assert not frozen.requires_grad
+    assert torch.equal(frozen, loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_logits_stay_finite(dtype):
+    """Logits of 1e4, where exp overflows: the loss is a difference of large logits, so 16 bits
+    leave each 1e4 * 2^-9 = 20 in doubt; that they are finite and near is what is asked."""
+    hidden_TD, head_VD, targets_T = problem(scale=2500.0, dtype=dtype)
+    assert (hidden_TD @ head_VD.T).abs().max() > 1e4
+    loss = summed_loss(hidden_TD, head_VD, targets_T, 7)
+    loss.backward()
+    value, _ = plain(hidden_TD, head_VD, targets_T)
+    assert torch.isfinite(hidden_TD.grad).all()
+    assert error(loss.detach(), value) < (1e-6 if dtype == torch.float32 else 2**-9)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors with a last axis of the vocabulary hold, but the head itself."""
+
+    def __init__(self, head_VD):
+        super().__init__()
+        self.head_VD, self.alive, self.bytes = head_VD, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if not isinstance(t, torch.Tensor) or t.shape[-1:] != self.head_VD.shape[:1]:
+                continue
+            storage = t.untyped_storage()
+            at = storage.data_ptr()
+            if at not in self.alive and at != self.head_VD.untyped_storage().data_ptr():
+                self.alive[at] = storage.nbytes()
+                weakref.finalize(t, self.alive.pop, at, None)
+        self.bytes = max(self.bytes, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_than_a_chunk_of_logits_is_ever_alive(dtype):
+    vocabulary, chunk = 1001, 8
+    peaks = []
+    for rows in (64, 256):
+        hidden_TD, head_VD, targets_T = problem(rows=rows, vocabulary=vocabulary, dtype=dtype)
+        with Peak(head_VD) as peak:
+            summed_loss(hidden_TD, head_VD, targets_T, chunk).backward()
+        peaks.append(peak.bytes)
+        assert not peak.alive  # nothing of it waits for backward, or survives it
+    assert peaks[0] == peaks[1]
+    assert chunk * vocabulary * 4 <= peaks[0] <= chunk * vocabulary * BYTES_A_LOGIT
+    with Peak(head_VD) as peak:  # the measure itself: cross_entropy holds them all
+        F.cross_entropy((hidden_TD @ head_VD.T).float(), targets_T).backward()
+    assert peak.bytes >= 256 * vocabulary * 4
+
+
+def test_chunk_rows_keeps_a_chunk_within_its_limit():
+    assert chunk_rows(250_880, 256) == 89
+    for vocabulary in (4096, 20_480, 250_880):
+        for mib in (16, 256, 1024):
+            rows = chunk_rows(vocabulary, mib)
+            assert rows * vocabulary * BYTES_A_LOGIT <= mib * 2**20
+            assert (rows + 1) * vocabulary * BYTES_A_LOGIT > mib * 2**20
+    assert chunk_rows(250_880, 1) == 1  # one row has to go through
+
+
+def test_a_vocabulary_of_7b5s_size_runs():
+    hidden_TD, head_VD, targets_T = problem(rows=3, width=8, vocabulary=250_880, ignored=(1,))
+    loss = summed_loss(hidden_TD, head_VD, targets_T, 2)
+    loss.backward()
+    value, gradient = plain(hidden_TD, head_VD, targets_T)
+    # logsumexp adds 250,880 fp32 numbers, hence a few more units in the last place
+    assert error(loss.detach(), value) < 1e-5
+    assert error(hidden_TD.grad, gradient) < 1e-5

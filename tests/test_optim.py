@@ -1,0 +1,129 @@
+"""The learning rate, the optimizers over the flat buffer, and their state saved and restored."""
+
+import doctest
+import io
+
+import pytest
+import torch
+
+from phogpt_raw.training import optim as module
+from phogpt_raw.training.optim import describe, load_state, lr_at, make_optimizer
+
+
+def test_doctest():
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5])
+def test_learning_rate_rises_to_the_peak_and_falls_to_the_floor(warmup):
+    rates = [lr_at(step, 40, 2e-4, warmup, 0.1) for step in range(41)]
+    assert rates[:warmup] == pytest.approx([2e-4 * (n + 1) / warmup for n in range(warmup)])
+    assert rates[warmup] == max(rates) == 2e-4
+    assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert rates[40] == pytest.approx(2e-5)
+    middle = lr_at(warmup + (40 - warmup) / 2, 40, 2e-4, warmup, 0.1)
+    assert middle == pytest.approx((2e-4 + 2e-5) / 2)
+    assert lr_at(100, 40, 2e-4, warmup, 0.1) == pytest.approx(2e-5)  # and stays there
+
+
+def test_every_step_has_a_learning_rate_above_zero_even_in_runs_shorter_than_the_warm_up():
+    for steps in (1, 2, 5, 10):
+        assert all(0 < lr_at(s, steps, 1.0, 10, 0.0) <= 1 for s in range(steps))
+    assert lr_at(0, 1, 1.0, 0, 0.0) == 1.0
+
+
+def walk(optimizer, flat, steps, first=0):
+    """Steps down a bowl whose walls are steep in some directions and noisy in all."""
+    steep = torch.logspace(-2, 0, len(flat), device=flat.device)
+    for step in range(first, first + steps):
+        dice = torch.Generator().manual_seed(step)
+        noise = torch.randn(len(flat), generator=dice).to(flat.device)
+        flat.grad = steep * (flat.detach() - 1) + 0.1 * noise
+        optimizer.step()
+
+
+def start(kind, size=4096, device="cpu", **settings):
+    flat = torch.nn.Parameter(torch.zeros(size, device=device))
+    settings = {"lr": 1e-2, "weight_decay": 0.0, **settings}
+    return flat, make_optimizer(flat, kind, **settings)
+
+
+def test_eight_bits_walk_close_to_thirty_two():
+    """An 8-bit moment is good to some per cent, and so is a step; over 30 steps errors of either
+    sign cancel, so the two ends differ by a few per cent of the way."""
+    ends = []
+    for kind in ("adamw", "paged_adamw_8bit"):
+        flat, optimizer = start(kind)
+        walk(optimizer, flat, 30)
+        ends.append(flat.detach())
+    gap = float((ends[1] - ends[0]).norm() / ends[0].norm())
+    assert 0 < gap < 0.05
+
+
+def test_the_state_of_the_8_bit_optimizer_is_8_bit():
+    flat, optimizer = start("paged_adamw_8bit")
+    walk(optimizer, flat, 1)
+    state = optimizer.state[flat]
+    assert state["state1"].dtype == state["state2"].dtype == torch.uint8
+    assert state["state1"].numel() == flat.numel()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
+def test_weight_decay_is_decoupled(kind):
+    flat, optimizer = start(kind, lr=0.1, weight_decay=0.5)
+    flat.data.fill_(1.0)
+    flat.grad = torch.zeros_like(flat)
+    optimizer.step()
+    torch.testing.assert_close(flat.detach(), torch.full_like(flat, 0.95))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
+def test_state_goes_through_a_file_and_on_to_the_bit(kind):
+    flat, optimizer = start(kind)
+    walk(optimizer, flat, 5)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = torch.nn.Parameter(flat.detach().clone())
+    restored = make_optimizer(other, kind, 5.0, 0.5)  # overwritten by what was saved
+    load_state(restored, torch.load(file, map_location="cpu", weights_only=True))
+    for name, value in optimizer.state[flat].items():
+        got = restored.state[other][name]
+        if isinstance(value, torch.Tensor):
+            assert got.dtype == value.dtype, name
+            assert torch.equal(got, value), name
+        else:
+            assert got == value, name
+    for a, b in ((optimizer, flat), (restored, other)):
+        walk(a, b, 5, first=5)
+    assert torch.equal(flat, other)
+
+
+def test_what_the_start_card_says_of_them():
+    assert describe("adamw", "cuda") == "AdamW, 32-bit state"
+    assert describe("paged_adamw_8bit", "cuda") == "AdamW, 8-bit state, paged"
+    assert "pages need a GPU" in describe("paged_adamw_8bit", "cpu")
+
+
+@pytest.mark.gpu
+def test_paged_state_is_paged_again_after_loading():
+    flat, optimizer = start("paged_adamw_8bit", size=200_192, device="cuda")
+    walk(optimizer, flat, 3)
+    assert optimizer.state[flat]["state1"].is_paged
+    torch.cuda.synchronize()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = torch.nn.Parameter(flat.detach().clone())
+    restored = make_optimizer(other, "paged_adamw_8bit", 1e-2, 0.0)
+    load_state(restored, torch.load(file, map_location="cpu", weights_only=True))
+    torch.cuda.synchronize()
+    for name in ("state1", "state2"):
+        was, now = optimizer.state[flat][name], restored.state[other][name]
+        assert getattr(now, "is_paged", False), name
+        assert now.dtype == torch.uint8
+        assert torch.equal(was.cpu(), now.cpu()), name
+    for a, b in ((optimizer, flat), (restored, other)):
+        walk(a, b, 3, first=3)
+    torch.cuda.synchronize()
+    assert torch.equal(flat, other)

@@ -1,0 +1,195 @@
+"""What the model reads to the letter, and which of it carries loss: the answer and its </s>."""
+
+import doctest
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from phogpt_raw.data import prompt as module
+from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt, encode_row
+from phogpt_raw.data.rows import Row
+from phogpt_raw.model.weights import NANO
+from phogpt_raw.refusal import Refusal
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "phogpt4b_tokenizer"
+EOS, PAD = 2, 3
+
+
+def read(folder):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+
+
+@pytest.fixture(scope="module", params=["nano", "4b"])
+def tokenizer(request):
+    if request.param == "nano":
+        return read(NANO)
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL}: VinAI's own tokenizer is not part of the project")
+    return read(REAL)
+
+
+@pytest.fixture
+def fresh():
+    """A tokenizer that a test may spoil."""
+    return read(NANO)
+
+
+def row(prompt="Phở bò là gì?", response="Dạ, phở bò là món nước ạ."):
+    return Row(prompt, response, "rows.jsonl:7")
+
+
+def supervised(tokenizer, example):
+    return tokenizer.decode(example.ids[len(example.ids) - example.answer :])
+
+
+def test_doctest():
+    assert doctest.testmod(module).failed == 0
+
+
+def test_templates_are_vinais_to_the_letter():
+    written = {name: t.question.format("X") + t.gap + "Y" for name, t in TEMPLATES.items()}
+    assert written == {
+        "7b5-instruct": "### Câu hỏi:\nX\n\n### Trả lời:Y",
+        "4b-chat": "### Câu hỏi: X\n### Trả lời: Y",
+    }
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_example_reads_as_the_template_filled_in(tokenizer, name):
+    example = encode_row(tokenizer, TEMPLATES[name], row("Dùng { } và {0} làm gì?"), 1024)
+    question = TEMPLATES[name].question.replace("{}", "Dùng { } và {0} làm gì?")
+    answer = TEMPLATES[name].gap + "Dạ, phở bò là món nước ạ."
+    assert tokenizer.decode(example.ids) == question + answer + "</s>"
+    assert supervised(tokenizer, example) == answer + "</s>"
+    assert not example.cut
+    assert example.where == "rows.jsonl:7"
+
+
+def test_a_training_prompt_is_what_the_chat_template_asks_at_generation(tokenizer):
+    turn = [{"role": "user", "content": "Phở bò là gì?"}]
+    asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    prompt = encode_prompt(tokenizer, TEMPLATES["4b-chat"], "Phở bò là gì?")
+    assert tokenizer.decode(prompt) == asked
+    told = [*turn, {"role": "assistant", "content": "Dạ, phở bò là món nước ạ."}]
+    whole = encode_row(tokenizer, TEMPLATES["4b-chat"], row(), 1024)
+    assert tokenizer.decode(whole.ids) == tokenizer.apply_chat_template(told, tokenize=False)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("worn", TEMPLATES)
+def test_a_prompt_that_wears_a_template_is_not_wrapped_again(tokenizer, name, worn):
+    """VinAI's own sample file holds prompts in the template; either is left as it is."""
+    wrapped = TEMPLATES[worn].question.format("Ồn ào")
+    ids = encode_prompt(tokenizer, TEMPLATES[name], wrapped + "\n")
+    assert tokenizer.decode(ids) == wrapped
+
+
+def test_words_of_the_template_inside_a_question_are_still_wrapped(tokenizer):
+    asked = "Viết '### Trả lời:' nghĩa là gì?"
+    ids = encode_prompt(tokenizer, TEMPLATES["4b-chat"], asked)
+    assert tokenizer.decode(ids) == f"### Câu hỏi: {asked}\n### Trả lời:"
+
+
+def test_decomposed_and_composed_questions_are_the_same_tokens(tokenizer):
+    question = "Ở đâu có phở?"
+    assert unicodedata.normalize("NFD", question) != question
+    ids = [encode_prompt(tokenizer, TEMPLATES["4b-chat"], unicodedata.normalize(form, question))
+           for form in ("NFC", "NFD")]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("response", [
+    "Dạ.", "Dạ, phở bò.</s>", "Dạ, phở bò. </s>", "- Một\n- Hai", "5", "(a)", "…", "ạ" * 50,
+])
+def test_the_end_is_the_last_supervised_token_and_there_once(tokenizer, name, response):
+    example = encode_row(tokenizer, TEMPLATES[name], row(response=response), 1024)
+    assert example.ids[-1] == EOS
+    assert example.ids.count(EOS) == 1
+    assert example.answer >= 2
+    said = response.removesuffix("</s>").rstrip()
+    assert supervised(tokenizer, example) == TEMPLATES[name].gap + said + "</s>"
+
+
+def test_padding_is_another_token_than_the_end(tokenizer):
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (EOS, PAD)
+
+
+@pytest.mark.parametrize("typed", ["</s>", "<pad>", "<s>", "<unk>"])
+def test_a_special_token_that_a_person_typed_is_only_text(tokenizer, typed):
+    example = encode_row(tokenizer, TEMPLATES["4b-chat"],
+                         row(f"Thẻ {typed} là gì?", f"Dạ, {typed} là một thẻ ạ."), 1024)
+    assert [i for i in example.ids if i < 4] == [EOS]
+    assert tokenizer.decode(example.ids).count(typed) == (3 if typed == "</s>" else 2)
+
+
+def test_typed_ends_stay_text_after_the_tokenizer_was_used_otherwise(fresh):
+    ids = encode_prompt(fresh, TEMPLATES["4b-chat"], "a</s>b")
+    assert EOS in fresh("a</s>b")["input_ids"]
+    assert encode_prompt(fresh, TEMPLATES["4b-chat"], "a</s>b") == ids
+
+
+def test_a_cut_answer_has_no_end(tokenizer):
+    whole = encode_row(tokenizer, TEMPLATES["4b-chat"], row(), 1024)
+    for max_len in range(len(whole.ids) - whole.answer + 1, len(whole.ids)):
+        cut = encode_row(tokenizer, TEMPLATES["4b-chat"], row(), max_len)
+        assert cut.cut
+        assert cut.ids == whole.ids[:max_len]
+        assert cut.answer == max_len - (len(whole.ids) - whole.answer)
+        assert EOS not in cut.ids
+    exact = encode_row(tokenizer, TEMPLATES["4b-chat"], row(), len(whole.ids))
+    assert exact == whole
+    assert not exact.cut
+
+
+def test_a_question_without_room_for_an_answer_is_refused_with_its_line(tokenizer):
+    question = len(encode_prompt(tokenizer, TEMPLATES["4b-chat"], "Phở bò là gì?"))
+    with pytest.raises(Refusal, match=rf"^rows\.jsonl:7: .* {question} tokens, --max-len is"):
+        encode_row(tokenizer, TEMPLATES["4b-chat"], row(), question)
+    assert encode_row(tokenizer, TEMPLATES["4b-chat"], row(), question + 1).answer == 1
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("response", [
+    "Dạ, phở ạ.", "phở", "5", "- Một", "\"Phở\"", "(a) phở", "…", "...", "### Phở", ": phở",
+    "ạ", "Ở đây", "|x|", "?", "https://a.vn", "của", "🍜",
+])
+def test_the_border_of_the_prompt_is_a_border_of_tokens(tokenizer, name, response):
+    """Question and answer are encoded apart; together they must be what the whole text would be."""
+    template = TEMPLATES[name]
+    example = encode_row(tokenizer, template, row(response=response), 1024)
+    text = template.question.format("Phở bò là gì?") + template.gap + response
+    assert tokenizer.decode(example.ids[:-1]) == text
+    whole = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert example.ids[:-1] == whole
+
+
+class Words(dict):
+    """A tokenizer's face: a chat template and a size."""
+
+    def __init__(self, size, chat_template=None):
+        super().__init__()
+        self.size, self.chat_template = size, chat_template
+
+    def __len__(self):
+        return self.size
+
+
+def test_template_by_chat_template_by_vocabulary_and_by_flag(fresh):
+    assert choose_template(fresh) == ("4b-chat", "the tokenizer's chat template")
+    assert choose_template(fresh, "7b5-instruct") == ("7b5-instruct", "asked for by --template")
+    fresh.chat_template = ("{{ '### Câu hỏi:\\n' + messages[0]['content'] }}"
+                           "{{ '\\n\\n### Trả lời:' if add_generation_prompt }}")
+    assert choose_template(fresh) == ("7b5-instruct", "the tokenizer's chat template")
+    assert choose_template(Words(250_680)) == ("7b5-instruct", "a vocabulary of 250,680 is 7B5's")
+    assert choose_template(Words(20_480)) == ("4b-chat", "a vocabulary of 20,480 is 4B's")
+
+
+def test_a_foreign_chat_template_is_refused_unless_a_template_is_named(fresh):
+    fresh.chat_template = "{{ '<|user|>' + messages[0]['content'] }}"
+    with pytest.raises(Refusal, match=r"<\|user\|>\?.*--template"):
+        choose_template(fresh)
+    assert choose_template(fresh, "4b-chat")[0] == "4b-chat"

@@ -1,0 +1,354 @@
+"""train.py from its arguments to the files of a run."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from checkpoints import NANO
+from conftest import QUESTIONS, write_rows
+from safetensors.torch import load_file
+
+from phogpt_raw import console
+from phogpt_raw.data.prompt import Example
+
+STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_gib", "scale",
+             "skipped"]
+SCORE_KEYS = ["step", "val_loss", "val_ppl", "stops"]
+
+
+def strict(line):
+    """JSON as everyone else reads it, without NaN and Infinity."""
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON: {line}")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def metrics(folder):
+    rows = [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
+
+
+def adapter_bytes(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+# -- what a run leaves behind
+
+
+def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path, tiny, rows):
+    out = tmp_path / "run"
+    status, said, _ = train("--out", out)
+    assert status == 0
+    steps, scores = metrics(out)
+    assert [list(row) for row in steps] == [STEP_KEYS] * 7
+    assert [row["step"] for row in steps] == list(range(1, 8))
+    assert [list(row) for row in scores] == [SCORE_KEYS] * 5
+    assert [row["step"] for row in scores] == [0, 2, 4, 6, 7]
+    assert [p.name for p in sorted(out.glob("checkpoint-*"))] == [
+        f"checkpoint-{n}" for n in (2, 3, 4, 6, 7)]
+    config = strict((out / "config.json").read_text())
+    assert (config["model"], config["data"], config["rank"], config["steps"]) == (
+        str(tiny), str(rows), 4, 7)
+    assert steps[0]["loss"] == pytest.approx(math.log(4096), abs=0.5)  # it knows nothing yet
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert [row["lr"] for row in steps[:3]] == pytest.approx([0.005, 0.01, 0.01])
+    assert all(row["tokens"] > 0 and row["tokens_per_s"] > 0 for row in steps)
+    assert all((row["scale"], row["skipped"]) == (1.0, 0) for row in steps)
+    assert all((row["peak_gib"] is None) != torch.cuda.is_available() for row in steps)
+    for row in scores:
+        assert row["val_ppl"] == pytest.approx(math.exp(row["val_loss"]))
+        assert 0 <= row["stops"] <= 1
+    assert f"python generate.py --adapter {out}" in said
+
+
+def test_the_result_is_the_adapter_of_the_lowest_validation_loss(train, tmp_path):
+    """Large steps on few rows: held-out loss falls, then rises, so the best is in the middle."""
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 12, "--lr", 0.05, "--eval-every", 1, "--save-every", 1,
+          "--eval-answers", 0)
+    _, scores = metrics(out)
+    best = min(scores, key=lambda row: row["val_loss"])["step"]
+    assert 0 < best < 12, [row["val_loss"] for row in scores]
+    assert adapter_bytes(out) == adapter_bytes(out / f"checkpoint-{best}")
+    assert adapter_bytes(out) != adapter_bytes(out / "checkpoint-12")
+
+
+def test_without_held_out_rows_the_result_is_the_last_adapter(train, tmp_path):
+    out = tmp_path / "run"
+    status, said, _ = train("--out", out, "--hold-out", 0)
+    assert status == 0
+    steps, scores = metrics(out)
+    assert (len(steps), scores) == (7, [])
+    assert adapter_bytes(out) == adapter_bytes(out / "checkpoint-7")
+    assert adapter_bytes(out) != adapter_bytes(out / "checkpoint-6")
+    assert "the last" in said
+
+
+def test_a_validation_file_is_read_and_nothing_of_it_trained_on(train, tmp_path):
+    val = write_rows(tmp_path / "val.jsonl", QUESTIONS[:2])
+    train("--out", tmp_path / "a", "--val", val, "--hold-out", 0)
+    train("--out", tmp_path / "b", "--hold-out", 0)
+    steps = [metrics(tmp_path / name)[0] for name in "ab"]
+    assert [row["loss"] for row in steps[0]] == [row["loss"] for row in steps[1]]
+    assert len(metrics(tmp_path / "a")[1]) == 5
+
+
+def test_epochs_are_passes_over_the_rows(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--epochs", 2)  # 12 rows less 3, 4 a step
+    assert len(metrics(out)[0]) == 5
+
+
+def test_not_a_number_is_written_as_null(tmp_path):
+    show = console.Progress(tmp_path, 0, 10)
+    show.write(step=1, loss=math.nan, grad_norm=math.inf, lr=0.1)
+    show.write(step=2, val_loss=-math.inf, stops=None)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [strict(line) for line in lines] == [
+        {"step": 1, "loss": None, "grad_norm": None, "lr": 0.1},
+        {"step": 2, "val_loss": None, "stops": None}]
+
+
+# -- folders
+
+
+def test_without_out_every_run_gets_the_next_number(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny-007").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny-x").mkdir()
+    (tmp_path / "runs" / "other-100").mkdir()
+    for _ in range(2):
+        assert train("--steps", 1, "--eval-answers", 0)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "other-100", "tiny-007", "tiny-008", "tiny-009", "tiny-x"]
+    assert (tmp_path / "runs/tiny-009/adapter_config.json").is_file()
+
+
+def test_a_complete_run_says_so_and_what_to_do(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    status, _, said = train("--out", out, "--steps", 3)
+    assert status == 2
+    [line] = said.splitlines()
+    assert "this run is complete (3 steps)" in line
+    for way_on in (f"generate.py --adapter {out}", "larger --steps", "another --out"):
+        assert way_on in line
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_more_steps_go_on_with_a_complete_run(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3, "--eval-answers", 0)
+    status, said, _ = train("--out", out, "--steps", 5, "--eval-answers", 2)
+    assert status == 0
+    assert [row["step"] for row in metrics(out)[0]] == [1, 2, 3, 4, 5]
+    assert "held-out questions" not in said  # nothing was written before training to compare with
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--lr", 0.5], "--lr"),
+    (["--seed", 1], "--seed"),
+    (["--batch-size", 2], "--batch-size"),
+    (["--micro-batch", 1], "--micro-batch"),
+    (["--rank", 8], "--rank"),
+    (["--no-nf4"], "--nf4"),
+    (["--optimizer", "adamw"], "--optimizer"),
+    (["--hold-out", 2], "--hold-out"),
+])
+def test_going_on_with_another_setting_is_refused_by_its_flag(train, tmp_path, flags, said):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 1, "--eval-answers", 0)
+    status, _, line = train("--out", out, *flags)
+    assert status == 2
+    assert f"this run has {said} " in line
+    assert line.count("\n") == 1
+    assert len(metrics(out)[0]) == 1
+
+
+def test_going_on_with_other_data_is_refused(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 1, "--eval-answers", 0)
+    other = write_rows(tmp_path / "other.jsonl")
+    status, _, line = train("--out", out, "--data", other)
+    assert status == 2
+    assert "this run has --data" in line
+    assert str(other) in line
+
+
+def test_a_folder_with_an_adapter_and_no_checkpoint_is_not_written_over(train, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "adapter_model.safetensors").write_bytes(b"precious")
+    status, _, line = train("--out", out)
+    assert status == 2
+    assert "no checkpoint" in line
+    assert (out / "adapter_model.safetensors").read_bytes() == b"precious"
+
+
+def test_an_adapter_is_gone_on_from_with_its_own_rank(train, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train("--out", first)
+    status, said, _ = train("--out", second, "--adapter", first, "--rank", 16)
+    assert status == 0
+    assert f"rank 4, alpha 32, on Wqkv, down_proj, out_proj, up_proj, going on from {first}" in (
+        " ".join(said.split()))
+    best = min(row["val_loss"] for row in metrics(first)[1])
+    assert metrics(second)[1][0]["val_loss"] == best  # it begins where the other was best
+    assert json.loads((second / "adapter_config.json").read_text())["r"] == 4
+    shapes = [{n: t.shape for n, t in load_file(run / "adapter_model.safetensors").items()}
+              for run in (first, second)]
+    assert shapes[0] == shapes[1]
+
+
+# -- the plan
+
+
+def test_dry_run_shows_the_plan_and_an_example_and_trains_nothing(train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    status, said, _ = train("--dry-run")
+    assert status == 0
+    assert set(tmp_path.iterdir()) == before
+    plan = " ".join(said.split())
+    card = "CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name()
+    for part in (
+        f"card {card}", "model ", "2 blocks of width 64, vocabulary 4,096",
+        "0.1 M parameters in NF4, 0.3 M in",
+        "0.0 M parameters in fp32: LoRA rank 4, alpha 32, on Wqkv, down_proj, out_proj, up_proj",
+        "ALiBi as a bias", "9 rows of rows.jsonl", "3 held out",
+        "4b-chat: the tokenizer's chat template", "7 of 4 rows, 2 at a time (3.1 passes)",
+        "AdamW, 8-bit state", "2 of 2 blocks in backward",
+    ):
+        assert part in plan, part
+    if not torch.cuda.is_available():
+        assert "dtype fp32: the CPU has no faster one" in plan
+        assert "attention math" in plan or "attention flash" in plan
+
+
+def test_dry_run_shows_where_the_loss_is(train, rows):
+    _, said, _ = train("--dry-run", "--hold-out", 0)
+    marked = said[said.index("one training example") :]
+    [[question, answer]] = [qa for qa in QUESTIONS if qa[0] in marked]
+    assert f"### Câu hỏi: {question}\n### Trả lời:⟦ {answer}</s>⟧" in marked
+    line = QUESTIONS.index((question, answer)) + 1
+    assert f"{rows}:{line}" in marked
+
+
+def test_brackets_in_an_answer_are_shown_as_they_are(train, tmp_path):
+    data = write_rows(tmp_path / "b.jsonl", [("Thẻ?", "Viết [/b] hay [red]đỏ[/red] [1]")] * 4)
+    status, said, _ = train("--dry-run", "--data", data, "--hold-out", 0)
+    assert status == 0
+    assert "⟦ Viết [/b] hay [red]đỏ[/red] [1]</s>⟧" in said
+
+
+def test_answers_that_are_cut_are_said(train):
+    status, said, _ = train("--dry-run", "--max-len", 24)
+    assert status == 0
+    assert "rows are longer than --max-len 24: their answers are cut" in " ".join(said.split())
+
+
+def test_a_question_too_long_is_refused_with_its_line(train, rows):
+    status, _, line = train("--max-len", 10)
+    assert status == 2
+    assert f"{rows}:" in line
+    assert "--max-len is 10" in line
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
+    (["--hold-out", 12], "has only 12 rows"),
+    (["--model", "/nowhere"], "--model /nowhere: no such folder"),
+    (["--adapter", "/nowhere"], "/nowhere/adapter_config.json: missing"),
+    (["--targets", "q_proj,v_proj"], "no linear layer q_proj"),
+    (["--recompute", 3], "the model has 2 blocks"),
+])
+def test_what_cannot_be_is_one_line(train, tmp_path, flags, said):
+    status, _, line = train("--out", tmp_path / "run", *flags)
+    assert status == 2
+    assert said in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_model_than_nano_needs_data(tiny, capsys):
+    import train as script
+
+    with pytest.raises(SystemExit) as left:
+        script.main(["--model", str(tiny)])
+    assert left.value.code == 2
+    assert "--data: name a file of rows" in capsys.readouterr().err
+
+
+def test_nano_brings_its_own_rows(capsys):
+    import train as script
+
+    script.main(["--dry-run"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rows of train.jsonl" in said
+    assert not said.endswith("; 0 held out")
+    assert f"{len((NANO.parent / 'pairs/heldout.jsonl').read_text().splitlines())} held out" in said
+
+
+# -- steps that are left out
+
+
+def test_a_window_without_supervised_tokens_is_left_out_and_said(train, tmp_path, monkeypatch):
+    import train as script
+
+    whole = script.load_examples
+
+    def planted(tokenizer, config):
+        examples = whole(tokenizer, config)
+        silent = [Example(e.ids, 0, False, e.where) if n == 1 else e
+                  for n, e in enumerate(examples.train[:3])]
+        return dataclasses.replace(examples, train=silent)
+
+    monkeypatch.setattr(script, "load_examples", planted)
+    out = tmp_path / "run"
+    status, said, _ = train("--out", out, "--steps", 3, "--batch-size", 1, "--micro-batch", 1,
+                            "--save-every", 1)
+    assert status == 0
+    assert said.count("no supervised tokens in this window") == 1
+    steps, _ = metrics(out)
+    assert len(steps) == 2
+    [left_out] = {1, 2, 3} - {row["step"] for row in steps}
+    assert [row["skipped"] for row in steps] == [int(row["step"] > left_out) for row in steps]
+    assert [row["lr"] for row in steps] == pytest.approx([0.005, 0.01])  # of applied steps
+    if left_out > 1:
+        assert adapter_bytes(out / f"checkpoint-{left_out}") == adapter_bytes(
+            out / f"checkpoint-{left_out - 1}")
+    assert all(row["loss"] is not None for row in steps)
+
+
+def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_path, monkeypatch):
+    import train as script
+
+    whole, calls = script.eager_micro_step, iter(range(1000))
+
+    def make(model, *rest):
+        micro_step = whole(model, *rest)
+
+        def overflowing(batch, supervised):
+            loss = micro_step(batch, supervised)
+            if next(calls) == 4:  # the first micro-batch of step 3
+                next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = math.inf
+            return loss
+
+        return overflowing
+
+    monkeypatch.setattr(script, "eager_micro_step", make)
+    out = tmp_path / "run"
+    status, said, _ = train("--out", out, "--save-every", 1, "--warmup", 5)
+    assert status == 0
+    steps, _ = metrics(out)
+    assert [row["skipped"] for row in steps] == [0, 0, 1, 1, 1, 1, 1]
+    assert [row["scale"] for row in steps] == [1.0] * 3 + [0.5] * 4
+    assert steps[2]["grad_norm"] is None
+    assert [row["lr"] for row in steps[:5]] == pytest.approx([0.002, 0.004, 0.006, 0.006, 0.008])
+    assert adapter_bytes(out / "checkpoint-3") == adapter_bytes(out / "checkpoint-2")
+    assert adapter_bytes(out / "checkpoint-4") != adapter_bytes(out / "checkpoint-3")
+    assert "1 skipped" in said
