@@ -3,7 +3,7 @@
     python bench/step_time.py                                          nano
     python bench/step_time.py --model 7b5 --seq-len 512,1024 --save    PhoGPT-7B5's shape, on a GPU
 
-The step is train.py's own; medians after warm-up. A setting that does not fit is a row that says so.
+The step is train.py's own, after warm-up. A setting that does not fit is a row that says so.
 """
 
 import statistics
