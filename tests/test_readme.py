@@ -1,0 +1,64 @@
+"""What the README says is there: files, flags, presets, and figures that are in the log."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from phogpt_raw.config import from_command_line, preset_names
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "phogpt_raw" / "nano" / "base" / "README.md", ROOT / "LOG.md"]
+README = PAGES[0].read_text("utf-8")
+
+
+def commands(text: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_training_commands_are_valid(tmp_path):
+    found = [c.split("&&")[-1].strip() for c in commands(README)]
+    training = [shlex.split(c)[2:] for c in found if c.startswith("python train.py")]
+    assert len(training) >= 3
+    for arguments in training:
+        from_command_line(arguments, "")
+
+
+def test_the_two_commands_stand_there_as_ci_runs_them():
+    assert sum(c.startswith("pip install -c constraints.txt -e . && python train.py")
+               for c in commands(README)) == 1
+    assert sum(c.startswith("pip install -c constraints.txt") and c.endswith("&& pytest")
+               for c in commands(README)) == 1
+
+
+def test_presets_and_pairs_are_as_told():
+    for preset in preset_names():
+        assert f"presets/{preset}.toml" in README
+    pairs = (ROOT / "phogpt_raw" / "nano" / "pairs" / "train.jsonl").read_text("utf-8")
+    assert f"{len(pairs.splitlines())} pairs" in README
+
+
+def test_every_measured_figure_of_the_readme_is_in_the_log():
+    log = (ROOT / "LOG.md").read_text("utf-8")
+    section = README.split("## Measured")[1].split("## ")[0]
+    figures = re.findall(r"\| (\d+\.\d+)(?: GiB)? ", section)
+    assert len(figures) >= 12
+    assert [figure for figure in figures if figure not in log] == []
+
+
+def test_pins_differ_in_torch_alone():
+    def pins(name):
+        lines = (ROOT / name).read_text().splitlines()
+        return {line for line in lines if line and not line.startswith("#")}
+
+    assert pins("constraints.txt") ^ pins("constraints-v100.txt") == {
+        "torch==2.13.0", "torch==2.10.0"}
