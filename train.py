@@ -1,6 +1,6 @@
 """QLoRA fine-tuning of PhoGPT; the loop: window, step, show, evaluate?, save?
 
-    python train.py --steps 60                          nano on any CPU, in about a minute
+    python train.py --steps 60                          nano on any CPU, in under a minute
     python train.py --preset t4 --model vinai/PhoGPT-4B-Chat --data rows.jsonl --epochs 3
 """
 

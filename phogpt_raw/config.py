@@ -58,7 +58,7 @@ class Config:
     loss_mib: int = 256  # MiB that one chunk of logits may take, its transients included
     # looking and saving
     eval_every: int = 0  # steps between evaluations; 0: only before, and at the end
-    eval_answers: int = 64  # held-out answers written at an evaluation, to see whether they stop
+    eval_answers: int = 8  # held-out answers written at an evaluation, to see whether they stop
     answer_tokens: int = 96  # tokens such an answer may have
     save_every: int = 0  # steps between checkpoints, beside those at evaluations and at the end
 

@@ -22,6 +22,12 @@ def exits_cleanly(main):
         except Refusal as refusal:
             print(f"error: {' '.join(str(refusal).split())}", file=sys.stderr)
             sys.exit(2)
+        except Exception as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+                raise
+            print("error: the GPU's memory is full; take a smaller --micro-batch or --max-len, or "
+                  "--recompute all, and go on with the same --out", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
             print("stopped by hand", file=sys.stderr)
             sys.exit(130)

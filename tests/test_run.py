@@ -352,3 +352,10 @@ def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_p
     assert adapter_bytes(out / "checkpoint-3") == adapter_bytes(out / "checkpoint-2")
     assert adapter_bytes(out / "checkpoint-4") != adapter_bytes(out / "checkpoint-3")
     assert "1 skipped" in said
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_turn(train, tmp_path):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    status, _, said = train("--out", tmp_path / "run", at=(3, full))
+    assert status == 2 and said.count("\n") == 1
+    assert "memory is full" in said and "--micro-batch" in said
