@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from rich import box
+from rich.table import Table
 
 from phogpt_raw.cards import this_card, training_dtype
 from phogpt_raw.config import Config, Parser
@@ -145,6 +147,15 @@ def remark(bench: Bench) -> str:
     if bench.card.device == "cpu":
         line += "\nno GPU here: this shows that the bench runs and says nothing about a card"
     return line
+
+
+def table(title: str, columns: list[str], caption: str | None = None) -> Table:
+    """A right-aligned table that fits 80 columns."""
+    made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False,
+                 padding=(0, 0), title_justify="left", caption_justify="left")
+    for column in columns:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
 
 
 def save(what: str, bench: Bench, rows: list[dict]) -> Path:

@@ -9,7 +9,6 @@ The step is train.py's own. A setting that does not fit is a row that says so.
 from dataclasses import asdict
 
 import harness
-from rich.table import Table
 
 from phogpt_raw.console import out
 from phogpt_raw.meter import Scale
@@ -32,9 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     phases = ("forward", "backward", "clip", "optimizer")
     kinds = ("allocated", "reserved", "device") if bench.card.device == "cuda" else ("resident",)
     main_kind = kinds[0]
-    table = Table(title=f"peak GiB {main_kind}, by phase; last the whole step's")
-    for column in ("work", "recomp.", "forward", "backw.", "clip", "optim.", *kinds):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = harness.table(
+        f"peak GiB {main_kind}, by phase; last the whole step's",
+        ["work", "recomp.", "forward", "backward", "clip", "optimizer", *kinds],
+    )
     rows = []
     for setting, found in bench.rows(harness.settings(options), peaks):
         label = f"{setting.micro_batch} x {setting.seq_len}"

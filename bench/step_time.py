@@ -10,7 +10,6 @@ import statistics
 from dataclasses import asdict
 
 import harness
-from rich.table import Table
 
 from phogpt_raw.console import out
 from phogpt_raw.meter import Stopwatch
@@ -38,11 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
     bench = harness.Bench(options)
     out.print(harness.remark(bench))
     phases = ("forward", "backward", "clip", "optimizer")
-    table = Table(title=f"milliseconds, medians of {options.steps} steps",
-                  caption="20 % and 80 %: quantiles of the step")
-    for column in ("work", "recomp.", "forward", "backw.", "clip", "optim.", "step", "20 %", "80 %",
-                   "tokens/s"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = harness.table(
+        f"milliseconds, medians of {options.steps} steps",
+        ["work", "recomp.", "forward", "backward", "clip", "optim.", "step", "20 %", "80 %",
+         "tokens/s"],
+        caption="20 % and 80 %: quantiles of the step",
+    )
     rows = []
     for setting, taken in bench.rows(harness.settings(options), seconds):
         label = f"{setting.micro_batch} x {setting.seq_len}"

@@ -1,0 +1,105 @@
+"""The benches run the step that trains, say what they measured, and take a full card for a row."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import harness
+import memory
+import step_time
+
+from phogpt_raw.meter import Scale, Stopwatch
+
+SMALL = ["--seq-len", "32,64", "--recompute", "all,none"]
+
+
+@pytest.mark.parametrize("bench, what", [(memory, "memory"), (step_time, "step_time")])
+def test_a_bench_prints_a_table_and_saves_only_when_asked(bench, what, tmp_path, monkeypatch,
+                                                          capsys):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    more = ["--steps", "2", "--warmup", "1"] if bench is step_time else []
+    bench.main([*SMALL, *more])
+    said = capsys.readouterr().out
+    assert said.count("1 x 32") == 2 and said.count("1 x 64") == 2
+    if not torch.cuda.is_available():
+        assert "says nothing about a card" in said
+    assert not list(tmp_path.iterdir())
+
+    monkeypatch.setattr(sys, "argv", [f"{what}.py", "--save"])
+    bench.main(["--seq-len", "32", *more, "--save"])
+    [file] = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert list(result) == ["what", "source", "card", "versions", "commit", "date", "command",
+                            "rows"]
+    assert result["what"] == what and result["source"] == "measured"
+    assert list(result["versions"]) == ["torch", "transformers", "peft", "bitsandbytes"]
+    assert result["command"] == f"python bench/{what}.py --save"
+    [row] = result["rows"]
+    assert row["fits"] and row["seq_len"] == 32
+    if bench is step_time:
+        phases = row["phases_s"]
+        assert 0 < sum(phases.values()) <= 1.5 * row["step_s"]
+        assert row["tokens_per_s"] == pytest.approx(32 / row["step_s"])
+
+
+@pytest.mark.parametrize("bench", [memory, step_time])
+def test_out_of_memory_is_a_row_and_the_next_one_is_measured(bench, monkeypatch, capsys):
+    run = harness.Bench.run
+
+    def too_small(self, setting, *args, **kwargs):
+        if setting.seq_len == 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, setting, *args, **kwargs)
+
+    monkeypatch.setattr(harness.Bench, "run", too_small)
+    more = ["--steps", "1", "--warmup", "0"] if bench is step_time else []
+    bench.main(["--seq-len", "64,32", *more])
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "1 x " in line)
+    assert "1 x 64" in first and "out of" in first and "memory" in first
+    assert "1 x 32" in second and "out of" not in second
+
+
+def test_the_bench_changes_the_adapters_as_training_does():
+    bench = harness.Bench(harness.parser("").parse_args([]))
+    before = bench.adapters.flat.detach().clone()
+    setting = harness.Setting(seq_len=32, micro_batch=2, accumulate=2, recompute="none")
+    window = bench.window(setting)
+    assert (window.tokens, len(window.batches)) == (setting.tokens, 2)
+    assert window.supervised == 4 * 31
+    bench.run(setting, window)
+    assert not torch.equal(bench.adapters.flat.detach(), before)
+
+
+def test_a_bad_grid_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        memory.main(["--seq-len", "12,x"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "error: --seq-len 12,x: whole numbers with commas between them\n"
+
+
+def test_a_stopwatch_gives_seconds_to_each_phase_and_begins_anew():
+    watch = Stopwatch()
+    for phase in ("forward", "backward", "forward"):
+        watch(phase)
+    seconds = watch.read()
+    assert list(seconds) == ["forward", "backward"]
+    assert all(value >= 0 for value in seconds.values())
+    watch("clip")
+    assert list(watch.read()) == ["clip"]
+
+
+def test_a_scale_sees_what_a_phase_holds():
+    scale = Scale()
+    scale("small")
+    scale("large")
+    held = torch.ones(64 * 2**20, device="cuda" if torch.cuda.is_available() else "cpu")
+    peaks = scale.read()
+    del held
+    kind = "allocated" if torch.cuda.is_available() else "resident"
+    assert peaks["large"][kind] - peaks["small"][kind] == pytest.approx(0.25, abs=0.05)
