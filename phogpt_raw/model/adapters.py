@@ -3,7 +3,9 @@
 PEFT injects the LoRA layers, names them and fixes the file format, so that an adapter trained here
 is an adapter anywhere. What training touches is ours: every adapter weight is a view of one flat
 fp32 buffer, every gradient a view of another, so clipping and the optimizer handle one tensor
-instead of hundreds (PagedAdamW8bit over 256 small tensors spends 26 ms a step on the host).
+instead of hundreds (PagedAdamW8bit over 256 small tensors spends 26 ms a step on the host). And a
+layer that is plain LoRA runs `low_rank_linear` in place of PEFT's forward; DoRA, dropout and the
+like run PEFT's.
 
 The surprise: a name that the model lacks (`q_proj`, from Llama recipes) is no error to PEFT as long
 as another one matches, and half the layers stay without adapters. Here it is one.
@@ -11,10 +13,12 @@ as another one matches, and half the layers stay without adapters. Here it is on
 
 import copy
 from pathlib import Path
+from types import MethodType
 
 import torch
 from torch import nn
 
+from phogpt_raw.model.lowrank import low_rank_linear
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 
@@ -157,7 +161,47 @@ def inject(model: PhoGPT, config) -> Adapters:
     check_targets(model, config.target_modules)
     inject_adapter_in_model(config, model)
     model.train(model.training)  # the new layers too: theirs would drop out in an eval model
+    fuse(model)
     return Adapters(model)
+
+
+def fuse(model: PhoGPT) -> None:
+    """Put `lora_forward` in front of PEFT's own forward in LoRA layers over a linear."""
+    from bitsandbytes import nn as bnb
+    from peft.tuners.lora import Linear, Linear4bit
+
+    for layer in model.modules():
+        if (type(layer) in (Linear, Linear4bit)
+                and type(layer.base_layer) in (nn.Linear, bnb.Linear4bit)):
+            layer.forward = MethodType(lora_forward, layer)
+
+
+def lora_forward(layer, x, *args, **kwargs):
+    """The forward of a LoRA layer: one fused function while it is plain LoRA, else PEFT's own."""
+    name = plain_adapter(layer)
+    if name is None or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    return low_rank_linear(x, layer.base_layer, A, B, layer.scaling[name])
+
+
+def plain_adapter(layer) -> str | None:
+    """The name of the one adapter that `layer` applies, if it is LoRA and nothing more; else None.
+
+    Asked at each call: PEFT can disable, merge, exchange and add adapters at any time.
+    """
+    active = layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(active) != 1:
+        return None
+    name = active[0]
+    plain = (
+        name in layer.lora_A
+        and name not in layer.lora_variant  # DoRA and its kin
+        and not layer.lora_bias[name]
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and not any(p.requires_grad for p in layer.base_layer.parameters())  # bias="all"
+    )
+    return name if plain else None
 
 
 def check_targets(model: PhoGPT, targets) -> None:
