@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from phogpt_raw.model.attention import alibi_slopes, attend, attention_bias
+from phogpt_raw.model.remake import remade
 from phogpt_raw.refusal import Refusal
 
 
@@ -119,11 +120,15 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.expansion_ratio * d, d, bias=bias)
 
     def forward(self, x_BLD):
-        return self.down_proj(F.gelu(self.up_proj(x_BLD)))  # the exact GELU, not tanh's
+        with remade(F.gelu, self.up_proj(x_BLD)) as wide:  # the exact GELU, not tanh's
+            return self.down_proj(wide)
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    Backward makes the norms' and the GELU's outputs again, they are not kept (remake.py).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -134,15 +139,17 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x_BLD, bias, cache=None):
-        x_BLD = x_BLD + self.attn(self.norm_1(x_BLD), bias, cache)
-        return x_BLD + self.ffn(self.norm_2(x_BLD))
+        with remade(self.norm_1, x_BLD) as normed:
+            x_BLD = x_BLD + self.attn(normed, bias, cache)
+        with remade(self.norm_2, x_BLD) as normed:
+            return x_BLD + self.ffn(normed)
 
 
 class PhoGPT(nn.Module):
     """`forward` gives hidden states, `logits` takes the rows that are wanted through the head.
 
     `recompute` is the number of blocks, from the first, whose inner activations are made again in
-    backward instead of kept: a third more time for them, about sixteen activations less each.
+    backward instead of kept: a third more time for them, about ten activations less each.
     """
 
     def __init__(self, config: ModelConfig):

@@ -1,0 +1,478 @@
+"""Norms and GELU made again in backward: the same gradients to the bit, from fewer kept bytes.
+
+The judge is the same model with `remade` replaced by a plain call; whatever autograd keeps then,
+and whatever it computes from it, is what a remake has to give.
+"""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ragged_examples
+from oracle import lively_tensors, ours, random_ids, small_config
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from phogpt_raw.data.batches import make_window
+from phogpt_raw.model import phogpt, remake
+from phogpt_raw.model.adapters import TARGETS, new_adapters
+from phogpt_raw.model.remake import remade
+from phogpt_raw.model.weights import load_base
+from phogpt_raw.training.step import eager_micro_step, make_scaler
+
+INPLACE = "modified by an inplace operation"
+
+
+def kept(function, *inputs):
+    """Instead of `remade`: a plain call, whose output autograd keeps."""
+    return contextlib.nullcontext(function(*inputs))
+
+
+@pytest.fixture
+def without_remake(monkeypatch):
+    """A function that runs another with every remake of the model replaced by a plain call."""
+
+    def run(function, *args, instead=kept):
+        with monkeypatch.context() as patch:
+            patch.setattr(phogpt, "remade", instead)
+            return function(*args)
+
+    return run
+
+
+def nano(nf4, dtype):
+    model, _ = load_base("nano", nf4=nf4, dtype=dtype, device="cpu")
+    return model.train(), lively_adapters(model)
+
+
+def lively_adapters(model, **lora):
+    """New adapters whose B is not zero, so that all that is below them has a gradient too."""
+    adapters = new_adapters(model, **{"rank": 4, "alpha": 8, **lora})
+    dice = torch.Generator().manual_seed(1)
+    for name, view in adapters.views:
+        if "lora_B" in name:
+            view.normal_(std=0.02, generator=dice)
+    return adapters
+
+
+def small(layers=2, **lora):
+    config = small_config(6, 8, layers)
+    model = ours(config, lively_tensors(config)).requires_grad_(False).train()
+    return model, lively_adapters(model, **lora)
+
+
+def window_gradient(model, adapters, window):
+    """The flat gradient of a window, its micro-batches accumulated as the step does it."""
+    adapters.flat.grad.zero_()
+    micro_step = eager_micro_step(model, make_scaler(torch.float32, "cpu"), chunk=64)
+    for batch in window.batches:
+        micro_step(batch, torch.tensor(float(window.supervised)))
+    return adapters.flat.grad.clone()
+
+
+# -- gradients of the model, to the bit
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 99], ids=lambda n: f"recompute-{n}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
+def test_adapter_gradients_are_the_same_to_the_bit(without_remake, nf4, dtype, recompute):
+    model, adapters = nano(nf4, dtype)
+    model.recompute = recompute
+    window = make_window(ragged_examples(3, longest=20), 2, pad_id=3)
+    assert len(window.batches) == 2
+    expected = without_remake(window_gradient, model, adapters, window)
+    assert expected.norm() > 1e-3
+    assert torch.equal(window_gradient(model, adapters, window), expected)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("Wqkv",), ("down_proj",), ("out_proj", "up_proj")],
+                         ids="+".join)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_adapter_gradients_are_the_same_wherever_adapters_are(without_remake, targets, dropout):
+    model, adapters = small(targets=targets, dropout=dropout)
+    ids_BL = random_ids(small_config(6), 2, 15)
+
+    def gradient():
+        torch.manual_seed(0)  # dropout
+        adapters.flat.grad.zero_()
+        model.logits(model(ids_BL)).square().mean().backward()
+        return adapters.flat.grad.clone()
+
+    expected = without_remake(gradient)
+    assert expected.norm() > 0
+    assert torch.equal(gradient(), expected)
+
+
+def all_gradients(model, ids_BL):
+    model.zero_grad()
+    F.cross_entropy(model.logits(model(ids_BL))[:, :-1].flatten(0, 1).float(),
+                    ids_BL[:, 1:].flatten()).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("fields", [{}, dict(no_bias=True, attn_config=dict(clip_qkv=0.3))],
+                         ids=["biases", "clipped"])
+def test_every_parameters_gradient_is_the_same_to_the_bit(without_remake, fields, dtype, recompute):
+    """Here every linear keeps its input for its own weight, and the norms are trained too."""
+    config = small_config(6, 8, 3, **fields)
+    model = ours(config, lively_tensors(config), dtype).train()
+    model.recompute = recompute
+    ids_BL = random_ids(config, 3, 24)
+    expected = without_remake(all_gradients, model, ids_BL)
+    for a, b in zip(all_gradients(model, ids_BL), expected, strict=True):
+        assert a.abs().max() > 0 and torch.equal(a, b)
+
+
+def test_a_block_used_twice_has_the_same_gradient(without_remake):
+    config = small_config(6, 8, 2)
+    model = ours(config, lively_tensors(config)).train()
+    model.transformer.blocks[1] = model.transformer.blocks[0]
+    ids_BL = random_ids(config, 2, 12)
+    expected = without_remake(all_gradients, model, ids_BL)
+    for a, b in zip(all_gradients(model, ids_BL), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_backward_twice_over_one_graph(without_remake, recompute):
+    model, adapters = small()
+    model.recompute = recompute
+    ids_BL = random_ids(small_config(6), 2, 15)
+
+    def gradients():
+        adapters.flat.grad.zero_()
+        loss = model.logits(model(ids_BL)).square().mean()
+        loss.backward(retain_graph=True)
+        once = adapters.flat.grad.clone()
+        loss.backward()
+        return once, adapters.flat.grad.clone()
+
+    once, twice = gradients()
+    assert once.norm() > 0 and torch.equal(twice, 2 * once)
+    for a, b in zip((once, twice), without_remake(gradients), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda f, x: F.gelu(x, approximate="tanh") if f is F.gelu else f(x),
+    lambda f, x: f(x) if f is F.gelu else F.layer_norm(x, x.shape[-1:], f.weight, f.bias, eps=1e-3),
+    lambda f, x: f(x) if f is F.gelu else F.layer_norm(x, x.shape[-1:], f.weight, None, f.eps),
+], ids=["tanh's GELU", "another epsilon", "no bias"])
+def test_a_wrong_remake_would_be_noticed(without_remake, wrong):
+    """The comparison to the bit is not of two gradients that a remake has no part in."""
+    model, adapters = small()
+    window = make_window(ragged_examples(2, longest=20, vocabulary=256), 2, pad_id=3)
+    expected = window_gradient(model, adapters, window)
+
+    def planted(function, x):
+        return remade(
+            lambda x: function(x) if torch.is_grad_enabled() else wrong(function, x), x)
+
+    assert not torch.equal(without_remake(window_gradient, model, adapters, window,
+                                          instead=planted), expected)
+
+
+# -- what is kept
+
+
+def storages(tree):
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+class Alive(TorchDispatchMode):
+    """The storages that operations inside have made (views of others are none), weakly held."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(result):
+            if storage._cdata not in given:
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.nbytes())
+        return result
+
+    def nbytes(self) -> int:
+        return sum(size for ref, size in self.made.values() if not ref.expired())
+
+
+def bytes_kept(model, ids_BL):
+    with Alive() as alive:
+        hidden_BLD = model(ids_BL)
+    assert hidden_BLD.requires_grad
+    return alive.nbytes()
+
+
+ROWS, LENGTH, HEADS, WIDTH, RANK = 3, 32, 6, 8, 4
+TOKENS, D = ROWS * LENGTH, HEADS * WIDTH
+ACTIVATION = TOKENS * D * 4  # bytes of u, one fp32 activation of width d
+# What a block keeps besides activations, fp32: mean and reciprocal deviation of two norms, the
+# softmax statistics of each head, and the four adapters' A x.
+BESIDES = 4 * (2 * 2 * TOKENS + HEADS * TOKENS + 4 * RANK * TOKENS)
+
+
+def test_a_block_keeps_ten_activations_instead_of_sixteen(without_remake):
+    """Both: two norms' inputs 2, qkv 3, attention's output 1, up-projection's output 4. A plain
+    block as well: two norms' outputs 2, GELU's output 4. Counted as what one block more keeps."""
+    ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
+
+    def block_bytes():
+        three, two = (bytes_kept(small(layers, rank=RANK)[0], ids_BL) for layers in (3, 2))
+        return three - two
+
+    assert without_remake(block_bytes) == 16 * ACTIVATION + BESIDES
+    assert block_bytes() == 10 * ACTIVATION + BESIDES
+
+
+def test_the_first_block_keeps_its_norms_output_and_not_the_embedding(without_remake):
+    """A frozen embedding's rows are kept by nothing else: one activation for the other, and no
+    gain. So three blocks keep 17 activations less, not 18."""
+    ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
+    model, _ = small(3)
+    assert without_remake(bytes_kept, model, ids_BL) - bytes_kept(model, ids_BL) == 17 * ACTIVATION
+
+
+@pytest.mark.parametrize("recompute", [1, 2, 3])
+def test_a_recomputed_block_keeps_no_more_than_without_remake(without_remake, recompute):
+    """Hooks inside a checkpoint hide tensors from it unless they hand them on."""
+    ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
+    model, _ = small(3)
+    model.recompute = recompute
+    plain, now = without_remake(bytes_kept, model, ids_BL), bytes_kept(model, ids_BL)
+    assert plain - now == 6 * (3 - recompute) * ACTIVATION
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "checkpoint"])
+def test_a_forward_that_keeps_nothing_needs_no_more_on_its_way(without_remake, gradients):
+    """The GELU's input, four activations, goes before the down-projection, as in a plain call."""
+    config = small_config(HEADS, WIDTH)
+    ids_BL = random_ids(config, ROWS, LENGTH)
+    model = ours(config, lively_tensors(config)).train()  # PEFT's own layers would need still more
+    model.recompute = 2
+
+    def peak():
+        with torch.set_grad_enabled(gradients), Alive() as alive:
+            model(ids_BL)
+        return alive.peak
+
+    plain = without_remake(peak)
+    assert plain > 10 * ACTIVATION and peak() == plain
+
+
+def test_it_runs_on_fake_tensors(without_remake):
+    """So nothing in it reads a value or depends on one: it can be captured as a CUDA graph."""
+    config = small_config(6)
+    with FakeTensorMode():
+        model = phogpt.PhoGPT(phogpt.ModelConfig.from_json(config)).train()
+        ids_BL = torch.zeros(2, 7, dtype=torch.long)
+        calls = []
+        for remake_or_not in (kept, remade):
+            def counted(function, *inputs, remake_or_not=remake_or_not):
+                def call(*tensors):
+                    calls.append(remake_or_not)
+                    return function(*tensors)
+                return remake_or_not(call, *inputs)
+            without_remake(all_gradients, model, ids_BL, instead=counted)
+    assert calls.count(kept) == 6 and calls.count(remade) == 12
+
+
+@pytest.mark.parametrize("recompute", [0, 2])
+@pytest.mark.parametrize("backward", [True, False], ids=["backward", "dropped"])
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
+def test_nothing_lives_on_and_no_cycle_holds_it(adapted, nf4, backward, recompute):
+    model, adapters = adapted(nf4=nf4)
+    model.recompute = recompute
+    adapters.flat.grad.zero_()
+    gc.collect()
+    gc.disable()
+    try:
+        with Alive() as alive:
+            loss = model(torch.tensor([[5, 6, 7, 8]])).square().sum()
+            during = alive.nbytes()
+            if backward:
+                loss.backward()
+        del loss
+        assert during > 0 and alive.nbytes() == 0
+    finally:
+        gc.enable()
+
+
+def test_no_hooks_where_there_are_no_gradients(monkeypatch):
+    model, _ = small()
+    monkeypatch.setattr(remake, "saved_tensors_hooks", None)
+    with torch.no_grad():
+        model(random_ids(small_config(6), 1, 5), cache=model.new_cache(1, 5))
+        model(random_ids(small_config(6), 1, 5))
+    with pytest.raises(TypeError):
+        model(random_ids(small_config(6), 1, 5))
+
+
+# -- one remake, alone
+
+
+class Double:
+    """x -> 2 x, counting its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return 2 * x
+
+
+class SavesBoth(torch.autograd.Function):
+    """sum((x W) (x W)) / 2 by hand, keeping its input and a view of it."""
+
+    @staticmethod
+    def forward(ctx, x_BLD, w_DK):
+        x_TD = x_BLD.view(-1, x_BLD.shape[-1])
+        ctx.save_for_backward(x_BLD, x_TD, w_DK)
+        return (x_TD @ w_DK).square().sum() / 2
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x_BLD, x_TD, w_DK = ctx.saved_tensors
+        assert x_TD.shape == (x_BLD[..., 0].numel(), x_BLD.shape[-1])
+        gradient = x_TD @ w_DK * upstream
+        return (gradient @ w_DK.T).view_as(x_BLD), x_TD.T @ gradient
+
+
+@pytest.fixture
+def x_BLD():
+    return torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+@pytest.fixture
+def w_DK():
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def test_savers_of_the_output_and_its_views_share_one_call_a_backward(x_BLD, w_DK):
+    double = Double()
+    with Alive() as alive, remade(double, x_BLD) as y:
+        loss = SavesBoth.apply(y, w_DK) + F.linear(y, w_DK.T).sum()
+        loss = loss + (y[:, 1::2] * w_DK.sum()).square().sum()
+        made = alive.made[y.untyped_storage()._cdata][0]
+    del y
+    assert double.calls == 1 and made.expired()
+    loss.backward(retain_graph=True)
+    assert double.calls == 2
+    x_BLD.grad, w_DK.grad = None, None
+    loss.backward()
+    assert double.calls == 3
+    y, w = (2 * x_BLD.detach()).requires_grad_(), w_DK.detach().requires_grad_()
+    ((y @ w).square().sum() / 2 + (y @ w).sum() + (y[:, 1::2] * w.sum()).square().sum()).backward()
+    torch.testing.assert_close(x_BLD.grad, 2 * y.grad)
+    torch.testing.assert_close(w_DK.grad, w.grad)
+
+
+def test_a_partial_backward_leaves_the_next_one_right(x_BLD, w_DK):
+    """One saver of two asks, so the output waits for the other; then both ask."""
+    double = Double()
+    with remade(double, x_BLD) as y:
+        one, two = (y @ w_DK).sum(), (y * y).sum()
+    torch.autograd.grad(one, w_DK, retain_graph=True)
+    (gradient,) = torch.autograd.grad(one + two, x_BLD)
+    torch.testing.assert_close(gradient, 8 * x_BLD.detach() + 2 * w_DK.detach().sum(1))
+
+
+def test_second_derivatives_go_through(x_BLD):
+    with remade(torch.exp, x_BLD) as y:
+        loss = (y * y).sum()
+    (first,) = torch.autograd.grad(loss, x_BLD, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x_BLD)
+    torch.testing.assert_close(second, 4 * (2 * x_BLD.detach()).exp())
+
+
+def test_only_the_very_tensor_is_remade(x_BLD, w_DK):
+    """Copies are kept, and so is the output once it was changed in place."""
+    double = Double()
+    with remade(double, x_BLD) as y:
+        loss = (y.clone() @ w_DK).sum() + (y.double() @ w_DK.double()).sum()
+        y.add_(1)
+        loss = loss + (y @ w_DK).sum()
+    loss.backward()
+    assert double.calls == 1
+    row_D = (2 * (2 * x_BLD.detach()) + (2 * x_BLD.detach() + 1)).sum((0, 1))
+    torch.testing.assert_close(w_DK.grad, row_D[:, None].expand_as(w_DK))
+
+
+def test_a_change_to_the_output_after_it_was_saved_does_no_harm(x_BLD, w_DK):
+    with remade(Double(), x_BLD) as y:
+        loss = (y @ w_DK).sum()
+    y.zero_()
+    loss.backward()
+    torch.testing.assert_close(w_DK.grad, (2 * x_BLD.detach()).sum((0, 1))[:, None].expand(8, 3))
+
+
+def test_views_as_another_type_are_kept(x_BLD):
+    double = Double()
+    with remade(double, x_BLD) as y:
+        z = torch.view_as_complex(y.unflatten(-1, (4, 2)))
+        loss = (z * z).real.sum()
+    loss.backward()
+    assert double.calls == 1
+    torch.testing.assert_close(x_BLD.grad, 8 * x_BLD.detach() * torch.tensor([1.0, -1.0]).repeat(4))
+
+
+@pytest.mark.parametrize("what", ["input", "a view of it", "norm's weight", "norm's bias",
+                                  "tensor let pass"])
+def test_a_change_in_place_before_backward_raises(x_BLD, w_DK, what):
+    norm, given = nn.LayerNorm(8).requires_grad_(False), x_BLD * 1
+    with remade(norm, given) as y:
+        z = y @ w_DK
+        loss = (z * z).sum()
+    changed = {"input": given, "a view of it": given[1:], "norm's weight": norm.weight,
+               "norm's bias": norm.bias, "tensor let pass": z}[what]
+    with torch.no_grad():
+        changed.add_(1)
+    with pytest.raises(RuntimeError, match=INPLACE):
+        loss.backward()
+
+
+def test_hooks_further_out_see_what_is_let_pass(x_BLD, w_DK):
+    """A checkpoint's are such; here some that count, and give everything back negated twice."""
+    seen = []
+
+    def pack(tensor):
+        seen.append(tuple(tensor.shape))
+        return -tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.neg), remade(Double(), x_BLD) as y:
+        loss = (y @ w_DK).exp().sum()
+    assert (2, 5, 3) in seen and (8, 3) in seen  # what exp and the product keep
+    assert (10, 8) not in seen and seen.count((2, 5, 8)) == 1  # the input alone, not the output
+    loss.backward()
+    w = w_DK.detach().requires_grad_()
+    (2 * x_BLD.detach() @ w).exp().sum().backward()
+    assert torch.equal(w_DK.grad, w.grad)
+
+
+def test_inside_a_checkpoint_the_input_is_let_go(x_BLD, w_DK):
+    def run(x):
+        x = x.exp()  # made inside, so the checkpoint should not keep it
+        with remade(Double(), x) as y:
+            return (y @ w_DK).square().sum()
+
+    with Alive() as alive:
+        loss = checkpoint(run, x_BLD, use_reentrant=False)
+        assert alive.nbytes() <= loss.nbytes + 4  # and an empty tensor or two of the checkpoint's
+    loss.backward()
+    expected = x_BLD.grad
+    x_BLD.grad = None
+    run(x_BLD).backward()
+    assert torch.equal(x_BLD.grad, expected)
