@@ -51,6 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
                                  revision=options.revision)
     if options.adapter:
         load_adapters(model, options.adapter)
+    if options.max_new_tokens > model.config.max_seq_len:
+        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: the model was made for "
+                      f"{model.config.max_seq_len} tokens at most")
     template, _ = choose_template(tokenizer, options.template)
     prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
     streamer = TextStreamer(tokenizer)

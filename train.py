@@ -4,10 +4,12 @@
     python train.py --preset t4 --model vinai/PhoGPT-4B-Chat --data rows.jsonl --epochs 3
 """
 
+from dataclasses import replace
+
 import torch
 
 from phogpt_raw import console, startcard
-from phogpt_raw.cards import this_card, training_dtype
+from phogpt_raw.cards import dtype_name, this_card, training_dtype
 from phogpt_raw.config import from_command_line
 from phogpt_raw.data.batches import Stream
 from phogpt_raw.data.examples import load_examples
@@ -29,14 +31,17 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = load_base(config.model, nf4=config.nf4, dtype=dtype, device=card.device,
                                  revision=config.revision)
     model.recompute = config.blocks_to_recompute(model.config.n_layers)
-    adapters = load_adapters(model, config.adapter) if config.adapter else new_adapters(
-        model, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
-        targets=config.targets.split(","), base=config.model, seed=config.seed)
+    if config.adapter:
+        adapters = load_adapters(model, config.adapter, base=config.model)
+    else:
+        adapters = new_adapters(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
+                                targets=config.target_names(), base=config.model, seed=config.seed)
     examples = load_examples(tokenizer, config)
     stream = Stream(examples.train, batch_size=config.batch_size, micro_batch=config.micro_batch,
                     pad_id=tokenizer.pad_token_id, seed=config.seed)
     steps = config.steps or stream.steps(config.epochs or 3)
-    startcard.show(config, card, dtype, reason, model, adapters, examples, steps)
+    run = Run(replace(config, dtype=dtype_name(dtype)), steps)
+    startcard.show(config, card, dtype, reason, model, adapters, examples, run)
     if config.dry_run:
         return console.example(tokenizer, examples.train[0])
 
@@ -46,8 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
                                                             config.loss_mib))
     torch.manual_seed(config.seed)  # dropout's, also of a loaded adapter; a resumed run has its own
     evaluate = Evaluation(model, tokenizer, examples.held_out, config)
-    run = Run(config, steps)
-    progress = run.begin(config, adapters, optimizer, scaler)
+    progress = run.begin(adapters, optimizer, scaler)
     show = console.Progress(run.folder, progress.step, steps)
     if progress.step == 0:
         score = look(run, evaluate, adapters, show)
@@ -58,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         lr = lr_at(progress.applied, steps, config.lr, config.warmup, config.lr_floor)
         if window.supervised:
             show.begin()
-            optimizer.param_groups[0]["lr"], scale = lr, scaler.get_scale()
+            optimizer.param_groups[0]["lr"] = lr
+            scale = scaler.get_scale()
             stats = train_step(window, micro_step, adapters.flat, optimizer, scaler, config.clip)
             progress.count(skipped=scaler.get_scale() < scale)  # lowered: the update was left out
             show.step(progress, stats, window, lr=lr, scale=scale)

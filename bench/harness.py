@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from phogpt_raw.cards import this_card, training_dtype
-from phogpt_raw.config import Config, Parser
+from phogpt_raw.config import CHOICES, Config, Parser
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.adapters import Adapters, new_adapters
@@ -110,13 +110,20 @@ def parser(description: str) -> Parser:
                        help="nano, a folder, a hub id, or 7b5 or 4b: that shape, random weights")
     built.add_argument("--seq-len", "--seq_len", default="", metavar="N,N,…")
     built.add_argument("--micro-batch", "--micro_batch", default="1", metavar="N,N,…")
-    built.add_argument("--accumulate", type=int, default=1, help="micro-batches a step")
+    built.add_argument("--accumulate", type=count, default=1, help="micro-batches a step")
     built.add_argument("--recompute", default="all", metavar="all,none,N,…")
-    built.add_argument("--rank", type=int, default=16)
+    built.add_argument("--rank", type=count, default=16)
     built.add_argument("--dtype", default="auto", choices=["auto", "fp16", "bf16", "fp32"])
-    built.add_argument("--optimizer", default="paged_adamw_8bit")
+    built.add_argument("--optimizer", default=Config.optimizer, choices=CHOICES["optimizer"])
     built.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     return built
+
+
+def count(text: str) -> int:
+    """argparse's type of a number that is at least 1."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def settings(options) -> list[Setting]:

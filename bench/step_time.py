@@ -31,7 +31,7 @@ def seconds(bench, setting, window):
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps a row")
+    parser.add_argument("--steps", type=harness.count, default=10, help="timed steps a row")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     options = parser.parse_args(arguments)
     bench = harness.Bench(options)

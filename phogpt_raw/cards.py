@@ -60,13 +60,19 @@ def training_dtype(card: Card, asked: str = "auto") -> tuple[torch.dtype, str]:
                 f"bf16; use --dtype fp16 or leave the flag out"
             )
         if asked == "fp16" and card.device == "cpu":
-            raise Refusal("--dtype fp16: the CPU computes in fp32 or bf16; leave the flag out")
+            raise Refusal("--dtype fp16: the CPU computes in fp32 or bf16; leave the flag out, "
+                          "or say --dtype auto where a preset asks for it")
         return DTYPES[asked], "asked for by --dtype"
     if card.device == "cpu":
         return torch.float32, "the CPU has no faster one"
     if bf16:
         return torch.bfloat16, f"compute capability {show(card)} has bf16 in hardware"
     return torch.float16, f"compute capability {show(card)} has no bf16 (8.0 and up do)"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32, fp16 or bf16."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def show(card: Card) -> str:

@@ -87,6 +87,9 @@ class Config:
             raise Refusal("--val and --hold-out: give one of them")
 
 
+    def target_names(self) -> list[str]:
+        return [name.strip() for name in self.targets.split(",") if name.strip()]
+
     def blocks_to_recompute(self, blocks: int) -> int:
         """--recompute as a number of the model's `blocks`."""
         if self.recompute in ("all", "none"):
@@ -181,4 +184,5 @@ def read_preset(preset: str) -> dict:
 
 
 def save(config: Config, file: Path) -> None:
-    file.write_text(json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", "utf-8")

@@ -5,6 +5,7 @@ On a terminal the progress line is live; anywhere else it is a plain line now an
 
 import json
 import math
+import shlex
 import sys
 import time
 from itertools import islice
@@ -54,7 +55,7 @@ class Progress:
         self.seconds, self.taken, self.since = 0.0, 0, None
         kept = []
         if step and self.file.is_file():  # a row torn by a power cut is of a later step
-            kept = [row for row in self.file.read_text().splitlines()
+            kept = [row for row in self.file.read_text("utf-8").splitlines()
                     if row.endswith("}") and json.loads(row)["step"] <= step]
         self.file.write_text("".join(row + "\n" for row in kept))
 
@@ -145,9 +146,14 @@ def summary(run, questions: list[str], last, show: Progress) -> None:
             out.print(f"\n{question}", markup=False)
             out.print(f"  before  {one_line(before)}", markup=False, style="dim")
             out.print(f"  after   {one_line(after)}", markup=False, style="green")
-    asked = questions[2] if len(questions) > 2 else "…"
-    out.print(f"\nAsk it yourself:\n  python generate.py --adapter {run.folder} \"{asked}\"",
-              markup=False)
+    asked = one_line(questions[2]) if len(questions) > 2 else "…"
+    command = ["python", "generate.py", "--adapter", str(run.folder)]
+    out.print(f"\nAsk it yourself:\n  {shlex.join(command)} {quoted(asked)}", markup=False)
+
+
+def quoted(text: str) -> str:
+    """In double quotes where these are safe in a shell, else as shlex does it."""
+    return shlex.quote(text) if set('"$`\\!') & set(text) else f'"{text}"'
 
 
 def one_line(text: str, width: int = 160) -> str:

@@ -39,10 +39,11 @@ class Stopwatch:
 
 
 class Scale:
-    """Peak GiB by phase: torch's allocator, what it has reserved, and the whole device.
+    """GiB by phase: peaks of torch's allocator and of what it has reserved, and the whole device.
 
-    The whole device is what the driver counts as used, CUDA context, paged optimizer state and
-    other programs included. Without a GPU it is the process's resident memory at each phase's end.
+    The whole device is what the driver counts as used at the phase's end, CUDA context, paged
+    optimizer state and other programs included: torch gives nothing back within a phase, so that is
+    its peak too. Without a GPU it is the process's resident memory at each phase's end.
     """
 
     def __init__(self):

@@ -5,6 +5,7 @@ Refusal: it keeps its traceback.
 """
 
 import functools
+import os
 import sys
 
 
@@ -22,14 +23,19 @@ def exits_cleanly(main):
         except Refusal as refusal:
             print(f"error: {' '.join(str(refusal).split())}", file=sys.stderr)
             sys.exit(2)
+        except BrokenPipeError:  # whoever read the output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except Exception as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            print("error: the GPU's memory is full; take a smaller --micro-batch or --max-len, or "
-                  "--recompute all, and go on with the same --out", file=sys.stderr)
+            print("error: the GPU's memory is full; train.py: --micro-batch 1 or --recompute all, "
+                  "then go on with the same --out; generate.py: fewer --max-new-tokens",
+                  file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("stopped by hand", file=sys.stderr)
+            print("stopped by hand; with the same --out train.py goes on from its last checkpoint",
+                  file=sys.stderr)
             sys.exit(130)
 
     return command

@@ -5,34 +5,36 @@ import statistics
 import torch
 
 from phogpt_raw import console
-from phogpt_raw.cards import Card
+from phogpt_raw.cards import Card, dtype_name
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.attention import backend
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.optim import describe
+from phogpt_raw.training.run import Run
 
 
 def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: PhoGPT,
-         adapters: Adapters, examples: Examples, steps: int) -> None:
+         adapters: Adapters, examples: Examples, run: Run) -> None:
     lengths = [len(e.ids) for e in examples.train]
     longest = max(lengths)
     shape, lora = model.config, model.peft_config["default"]
     quantised, plain = parameters(model, adapters)
     rows = f"{len(lengths):,} rows of {examples.source}, {int(statistics.median(lengths))} tokens" \
            f" in the middle, {longest} the longest; {len(examples.held_out)} held out"
+    steps, at = run.steps, run.progress.step
     passes = steps * config.batch_size / len(lengths)
     console.card("PhoGPT raw", {
         "model": f"{config.model}: {shape.n_layers} blocks of width {shape.d_model}, vocabulary "
                  f"{shape.vocab_size:,}; {millions(quantised)} parameters in NF4, "
-                 f"{millions(plain)} in {name(dtype)}",
+                 f"{millions(plain)} in {dtype_name(dtype)}",
         "adapters": f"{millions(adapters.count)} parameters in fp32: LoRA rank {lora.r}, alpha "
                     f"{lora.lora_alpha:g}, on {', '.join(sorted(lora.target_modules))}"
                     + (f", going on from {config.adapter}" if config.adapter else ""),
         "card": card.name + (f", {card.memory_gib:.1f} GiB, compute capability "
                              f"{'.'.join(map(str, card.capability))}" if card.memory_gib else ""),
-        "dtype": f"{name(dtype)}: {reason}",
+        "dtype": f"{dtype_name(dtype)}: {reason}",
         "attention": f"{backend(model.slopes_H, shape, longest, dtype)}, ALiBi as a bias",
         "data": rows,
         "template": f"{examples.template}: {examples.template_reason}",
@@ -42,7 +44,11 @@ def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: Pho
                      f"{config.lr:g} in {config.warmup} steps, then a cosine to "
                      f"{config.lr * config.lr_floor:g}; clip {config.clip:g}",
         "recompute": f"{model.recompute} of {shape.n_layers} blocks in backward",
+        "folder": f"{run.folder}" + (f", going on after step {at}" if at else ""),
     })
+    if longest > shape.max_seq_len:
+        console.say(f"the longest row is longer than the {shape.max_seq_len} tokens that the model "
+                    f"was made for")
     cut = [e for e in examples.train + examples.held_out if e.cut]
     if cut:
         console.say(f"{len(cut)} rows are longer than --max-len {config.max_len}: their answers "
@@ -59,7 +65,3 @@ def parameters(model: PhoGPT, adapters: Adapters) -> tuple[int, int]:
 
 def millions(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-
-
-def name(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

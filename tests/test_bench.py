@@ -103,3 +103,11 @@ def test_a_scale_sees_what_a_phase_holds():
     del held
     kind = "allocated" if torch.cuda.is_available() else "resident"
     assert peaks["large"][kind] - peaks["small"][kind] == pytest.approx(0.25, abs=0.05)
+
+
+@pytest.mark.parametrize("flags", [["--rank", "0"], ["--accumulate", "0"], ["--optimizer", "sgd"]])
+def test_an_impossible_flag_of_a_bench_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        memory.main(flags)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -117,3 +117,11 @@ def test_bf16_can_be_asked_for_on_the_cpu(ask, tiny):
                          QUESTION)
     assert status == 0
     assert out.strip()
+
+
+def test_more_tokens_than_the_model_was_made_for_are_refused(tiny, capsys):
+    import generate
+
+    with pytest.raises(SystemExit) as stopped:
+        generate.main(["--model", str(tiny), "--max-new-tokens", "100000000", "Chào?"])
+    assert stopped.value.code == 2 and "made for 128 tokens" in capsys.readouterr().err

@@ -151,7 +151,7 @@ def test_no_more_than_a_chunk_of_logits_is_ever_alive(dtype):
 
 
 def test_chunk_rows_keeps_a_chunk_within_its_limit():
-    assert chunk_rows(250_880, 256) == 89
+    assert chunk_rows(250_880, 256) == 133
     for vocabulary in (4096, 20_480, 250_880):
         for mib in (16, 256, 1024):
             rows = chunk_rows(vocabulary, mib)
@@ -168,3 +168,18 @@ def test_a_vocabulary_of_7b5s_size_runs():
     # logsumexp adds 250,880 fp32 numbers, hence a few more units in the last place
     assert error(loss.detach(), value) < 1e-5
     assert error(hidden_TD.grad, gradient) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_factor_from_above_is_not_rounded_to_sixteen_bits(dtype):
+    """1e5 is inf in fp16 and 99,840 in bf16, yet its product with a small gradient is neither."""
+    hidden_TD, head_VD, targets_T = problem()
+    hidden_TD = (hidden_TD.detach() * 1e-3).to(dtype).requires_grad_()
+    head_VD = (head_VD * 1e-3).to(dtype)
+    summed_loss(hidden_TD, head_VD, targets_T, 7).backward()
+    once, hidden_TD.grad = hidden_TD.grad.float(), None
+    (summed_loss(hidden_TD, head_VD, targets_T, 7) * 1e5).backward()
+    wanted = once * 1e5
+    # one rounding of each element; subnormal fp16 values of the first are rounded coarser
+    assert (hidden_TD.grad.float() - wanted).norm() <= torch.finfo(dtype).eps * wanted.norm()
+    assert torch.isfinite(hidden_TD.grad).all()

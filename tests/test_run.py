@@ -153,7 +153,6 @@ def test_more_steps_go_on_with_a_complete_run(train, tmp_path):
     (["--lr", 0.5], "--lr"),
     (["--seed", 1], "--seed"),
     (["--batch-size", 2], "--batch-size"),
-    (["--micro-batch", 1], "--micro-batch"),
     (["--rank", 8], "--rank"),
     (["--no-nf4"], "--nf4"),
     (["--optimizer", "adamw"], "--optimizer"),
@@ -359,3 +358,29 @@ def test_a_full_gpu_is_one_line_that_says_what_to_turn(train, tmp_path):
     status, _, said = train("--out", tmp_path / "run", at=(3, full))
     assert status == 2 and said.count("\n") == 1
     assert "memory is full" in said and "--micro-batch" in said
+
+
+def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path):
+    """What a full GPU advises: less at once, and the same steps."""
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3)
+    status, _, said = train("--out", out, "--micro-batch", 1, "--recompute", 1)
+    assert (status, said) == (0, "")
+
+
+def test_a_run_does_not_go_on_in_another_dtype(train, tmp_path):
+    """`auto` is another dtype on another card, and with it another loss scale."""
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "fp32"
+    status, _, said = train("--out", out, "--dtype", "bf16")
+    assert status == 2 and "this run has --dtype fp32, not bf16" in said
+
+
+def test_going_on_from_an_adapter_names_the_base_it_was_put_on(train, tmp_path, tiny):
+    other = tmp_path / "other-base"
+    other.symlink_to(tiny)
+    train("--out", tmp_path / "first")
+    train("--out", tmp_path / "second", "--adapter", tmp_path / "first", "--model", other)
+    config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(other)

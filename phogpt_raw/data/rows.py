@@ -71,8 +71,6 @@ def through_datasets(path: Path):
                              streaming=True, **(as_text if path.suffix == ".csv" else {}))
         for number, record in enumerate(table, 1):
             yield record, f"{path}: record {number}"
-    except Refusal:
-        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(f"{path}: cannot be read ({reason})") from None

@@ -3,7 +3,7 @@
 PEFT injects the LoRA layers, names them and fixes the file format, so that an adapter trained here
 is an adapter anywhere. What training touches is ours: every adapter weight is a view of one flat
 fp32 buffer, every gradient a view of another, so clipping and the optimizer handle one tensor
-instead of hundreds (PagedAdamW8bit over 256 small tensors spends 26 ms a step on the host). And a
+instead of hundreds. And a
 layer that is plain LoRA runs `low_rank_linear` in place of PEFT's forward; DoRA, dropout and the
 like run PEFT's.
 
@@ -122,10 +122,14 @@ def new_adapters(
     ))
 
 
-def load_adapters(model: PhoGPT, folder: str | Path) -> Adapters:
-    """Inject the adapters of a folder, with its own rank, alpha and targets."""
+def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None) -> Adapters:
+    """Inject the adapters of a folder, with its own rank, alpha and targets.
+
+    `base`: what they name as the model below when saved again; None leaves what they name now.
+    """
     config = read_config(Path(folder))
     config.inference_mode = False
+    config.base_model_name_or_path = base or config.base_model_name_or_path
     adapters = inject(model, config)
     adapters.load(folder)
     return adapters

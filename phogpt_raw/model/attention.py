@@ -61,7 +61,8 @@ def attention_bias(
     if doc_BS is not None:
         hidden = hidden | (doc_BS[:, keys - queries :, None] != doc_BS[:, None, :])
         hidden = hidden[:, None]
-    return bias.masked_fill(hidden, torch.finfo(dtype).min)
+    fill = bias.masked_fill if hidden.dim() == 4 and len(hidden) > 1 else bias.masked_fill_
+    return fill(hidden, torch.finfo(dtype).min)
 
 
 def attend(q_BHLK, k_BHSK, v_BHSK, bias, scale: float | None) -> torch.Tensor:

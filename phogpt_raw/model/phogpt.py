@@ -148,8 +148,8 @@ class Block(nn.Module):
 class PhoGPT(nn.Module):
     """`forward` gives hidden states, `logits` takes the rows that are wanted through the head.
 
-    `recompute` is the number of blocks, from the first, whose inner activations are made again in
-    backward instead of kept: a third more time for them, about ten activations less each.
+    `recompute` is the number of blocks, from the first, that keep only their input and run again in
+    backward: a third more arithmetic for them, about ten activations less each.
     """
 
     def __init__(self, config: ModelConfig):
@@ -196,6 +196,12 @@ class PhoGPT(nn.Module):
     def head(self) -> torch.Tensor:
         """The head's weight [V, D]."""
         return self.transformer.wte.weight
+
+    def cache_rows(self, positions: int, limit_mib: int = 512) -> int:
+        """Rows of `positions` tokens whose keys and values fit into limit_mib, at least one."""
+        c = self.config
+        row = 2 * c.n_layers * positions * c.d_model * self.head.element_size()
+        return max(1, limit_mib * 2**20 // row)
 
     def new_cache(self, rows: int, positions: int) -> "Cache":
         """An empty key-value cache for `rows` sequences of up to `positions` tokens each."""

@@ -222,7 +222,7 @@ def print_samples(model: PhoGPT, tokenizer: Tokenizer, new_tokens: int = 60) -> 
             likely = model.logits(model(ids)[0, -1]).float().topk(40)
             choice = torch.multinomial((likely.values / 0.7).softmax(0), 1)
             ids = torch.cat([ids, likely.indices[choice][None]], dim=1)
-            if choice.numel() and ids[0, -1] == EOS:
+            if ids[0, -1] == EOS:
                 break
         print(f"---\n{tokenizer.decode(ids[0].tolist(), skip_special_tokens=False)}")
 

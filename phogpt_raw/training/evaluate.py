@@ -58,7 +58,8 @@ class Evaluation:
             chunk=chunk_rows(self.model.config.vocab_size, config.loss_mib),
         )
         prompts = [e.ids[: len(e.ids) - e.answer] for e in self.examples[: config.eval_answers]]
-        written, rows = [], 4 * config.micro_batch  # without gradients there is room for more
+        written = []
+        rows = self.model.cache_rows(max(map(len, prompts), default=0) + config.answer_tokens)
         for start in range(0, len(prompts), rows):
             written += answer(self.model, prompts[start : start + rows],
                               eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,

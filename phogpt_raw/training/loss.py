@@ -10,7 +10,7 @@ T supervised rows, C rows of a chunk, D hidden, V vocabulary.
 
 import torch
 
-BYTES_A_LOGIT = 12  # 16-bit logits, their fp32 copy, the softmax and its 16-bit copy, overlapping
+BYTES_A_LOGIT = 8  # fp32 logits, and logsumexp's copy or a 16-bit one beside them
 
 
 def chunk_rows(vocabulary: int, limit_mib: int) -> int:
@@ -36,13 +36,16 @@ class HeadLoss(torch.autograd.Function):
                 slope_CV.scatter_add_(1, targets_C1, -torch.ones_like(picked_C1))
                 slope_CV.mul_(counts_C1)
                 torch.mm(slope_CV.to(head_VD.dtype), head_VD, out=gradient_TD[rows])
+                del slope_CV
+            del logits_CV  # else they would live on beside the next chunk's
         ctx.save_for_backward(gradient_TD)
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         (gradient_TD,) = ctx.saved_tensors
-        return (gradient_TD * upstream).to(gradient_TD.dtype), None, None, None
+        # In fp32: in 16 bits the factor itself would be rounded, or overflow.
+        return (gradient_TD.float() * upstream).to(gradient_TD.dtype), None, None, None
 
 
 def summed_loss(hidden_TD, head_VD, targets_T, chunk: int) -> torch.Tensor:

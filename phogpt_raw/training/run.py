@@ -20,7 +20,7 @@ from phogpt_raw.training.evaluate import Score
 
 # May differ when a run goes on: everything else would make it another run.
 FREE = {"out", "dry_run", "steps", "epochs", "eval_every", "eval_answers", "answer_tokens",
-        "save_every"}
+        "save_every", "micro_batch", "recompute", "loss_mib"}
 
 
 @dataclass
@@ -47,11 +47,11 @@ class Run:
 
     def __init__(self, config: Config, steps: int):
         self.folder = Path(config.out) if config.out else next_number(config.model)
-        self.steps = steps
+        self.config, self.steps = config, steps
         self.progress = Progress()
         self.checkpoint = checkpoint.newest(self.folder)
         if self.checkpoint:
-            self.check_same(config)
+            self.check_same()
             self.progress = Progress(**checkpoint.read_progress(self.checkpoint))
             if self.progress.step >= steps:
                 raise Refusal(
@@ -64,22 +64,22 @@ class Run:
             raise Refusal(f"{self.folder}: holds an adapter but no checkpoint to go on from; name "
                           f"another --out, or start from it with --adapter {self.folder}")
 
-    def check_same(self, config: Config) -> None:
+    def check_same(self) -> None:
         file = self.folder / "config.json"
         if not file.is_file():
             raise Refusal(f"{file}: missing, so this run cannot go on; name another --out")
-        before, now = json.loads(file.read_text()), dataclasses.asdict(config)
-        for name in before.keys() - FREE:
+        before, now = json.loads(file.read_text("utf-8")), dataclasses.asdict(self.config)
+        for name in sorted(before.keys() - FREE):
             if name in now and before[name] != now[name]:
                 raise Refusal(
                     f"--out {self.folder}: this run has --{configuration.flag(name)} "
                     f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
                 )
 
-    def begin(self, config: Config, adapters: Adapters, optimizer, scaler) -> Progress:
+    def begin(self, adapters: Adapters, optimizer, scaler) -> Progress:
         """Make the folder, or restore the newest checkpoint; returns where the run stands."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        configuration.save(config, self.folder / "config.json")
+        configuration.save(self.config, self.folder / "config.json")
         if self.checkpoint:
             checkpoint.load(self.checkpoint, adapters, optimizer, scaler)
         return self.progress

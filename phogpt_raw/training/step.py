@@ -33,8 +33,9 @@ def unmarked(phase: str) -> None:
 
 
 def make_scaler(dtype: torch.dtype, device: str) -> torch.amp.GradScaler:
-    """Loss scaling for fp16. For bf16 and fp32 the scale stays 1 and only the check remains, that a
-    step with a gradient that is not finite is left out.
+    """Loss scaling for fp16. For bf16 and fp32 the scale begins at 1 and what matters is the check:
+    a step with a gradient that is not finite is left out. It halves the scale, which does no harm
+    there, and tells train.py.
 
     2^12 to begin with: the default 2^16 overflows for the first steps of every run.
     """
