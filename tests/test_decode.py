@@ -97,3 +97,12 @@ def test_dropout_is_off_while_writing(adapted):
     model, _ = adapted(dropout=0.9)
     assert model.training
     assert write(model, prompts(6)) == write(model, prompts(6))
+
+
+def test_rows_that_fit_is_bytes():
+    import doctest
+
+    from phogpt_raw.model import cache
+
+    assert doctest.testmod(cache).failed == 0
+    assert cache.rows_that_fit(32, 4096, 10**6, 2, 512) == 1

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "phogpt_raw"
 ROOMS = [
     "refusal", "config", "cards", "meter",
     "data.rows", "data.prompt", "data.examples", "data.batches",
-    "model.attention", "model.remake", "model.phogpt", "model.weights", "model.lowrank",
-    "model.adapters", "decode",
+    "model.attention", "model.remake", "model.cache", "model.phogpt", "model.weights",
+    "model.lowrank", "model.adapters", "decode",
     "training.loss", "training.optim", "training.step", "training.evaluate",
     "training.checkpoint", "training.run", "console", "startcard",
 ]

@@ -6,7 +6,8 @@ without an error); there is no position embedding at all; and with a vocabulary 
 not the blocks, decides the memory, so `forward` ends at the hidden states and the loss takes only
 the rows it needs through `logits`.
 
-B micro-batch, L length, S positions in the cache, D hidden, H heads, K head width, V vocabulary.
+B micro-batch, L length, S positions that attention sees, D hidden, H heads, K head width, V
+vocabulary.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from phogpt_raw.model.attention import alibi_slopes, attend, attention_bias
+from phogpt_raw.model.cache import Cache
 from phogpt_raw.model.remake import remade
 from phogpt_raw.refusal import Refusal
 
@@ -168,7 +170,7 @@ class PhoGPT(nn.Module):
         slopes = alibi_slopes(config.n_heads, config.alibi_bias_max)
         self.register_buffer("slopes_H", slopes, persistent=False)
 
-    def forward(self, ids_BL, doc_BL=None, cache: "Cache | None" = None) -> torch.Tensor:
+    def forward(self, ids_BL, doc_BL=None, cache: Cache | None = None) -> torch.Tensor:
         """Hidden states [B, L, D] after the last norm.
 
         doc_BL numbers each token's document: attention stays inside it, so padding (a document of
@@ -197,44 +199,8 @@ class PhoGPT(nn.Module):
         """The head's weight [V, D]."""
         return self.transformer.wte.weight
 
-    def cache_rows(self, positions: int, limit_mib: int = 512) -> int:
-        """Rows of `positions` tokens whose keys and values fit into limit_mib, at least one."""
-        c = self.config
-        row = 2 * c.n_layers * positions * c.d_model * self.head.element_size()
-        return max(1, limit_mib * 2**20 // row)
-
-    def new_cache(self, rows: int, positions: int) -> "Cache":
+    def new_cache(self, rows: int, positions: int) -> Cache:
         """An empty key-value cache for `rows` sequences of up to `positions` tokens each."""
         c = self.config
-        shape = (2, rows, c.n_heads, positions, c.d_model // c.n_heads)
-        layers = [torch.empty(shape, dtype=self.head.dtype, device=self.head.device)
-                  for _ in range(c.n_layers)]
-        doc_BS = torch.zeros(rows, positions, dtype=torch.long, device=self.head.device)
-        return Cache([LayerCache(kv) for kv in layers], doc_BS)
-
-
-class LayerCache:
-    """Keys and values of one layer, [2, B, H, S, K], filled from the left."""
-
-    def __init__(self, kv):
-        self.kv, self.filled = kv, 0
-
-    def extend(self, k_BHLK, v_BHLK):
-        start, self.filled = self.filled, self.filled + k_BHLK.shape[2]
-        self.kv[0, :, :, start : self.filled] = k_BHLK
-        self.kv[1, :, :, start : self.filled] = v_BHLK
-        return self.kv[:, :, :, : self.filled].unbind(0)
-
-
-class Cache:
-    """One LayerCache a layer, and the documents [B, S] of the positions that they hold."""
-
-    def __init__(self, layers, doc_BS):
-        self.layers, self.doc_BS, self.filled = layers, doc_BS, 0
-
-    def advance(self, queries, doc_BL):
-        """Note the next `queries` tokens' documents; return the keys they see and all documents."""
-        start, self.filled = self.filled, self.filled + queries
-        if doc_BL is not None:
-            self.doc_BS[:, start : self.filled] = doc_BL
-        return self.filled, self.doc_BS[:, : self.filled]
+        kv = (c.n_heads, positions, c.d_model // c.n_heads)
+        return Cache(c.n_layers, rows, *kv, dtype=self.head.dtype, device=self.head.device)

@@ -9,8 +9,11 @@ from phogpt_raw.config import Config
 from phogpt_raw.data.batches import make_window
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.decode import answer
+from phogpt_raw.model.cache import rows_that_fit
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.loss import chunk_rows, summed_loss
+
+CACHE_MIB = 512  # answers are written together as far as their keys and values fit into this
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Evaluation:
         )
         prompts = [e.ids[: len(e.ids) - e.answer] for e in self.examples[: config.eval_answers]]
         written = []
-        rows = self.model.cache_rows(max(map(len, prompts), default=0) + config.answer_tokens)
+        shape, longest = self.model.config, max(map(len, prompts), default=0)
+        rows = rows_that_fit(shape.n_layers, shape.d_model, longest + config.answer_tokens,
+                             self.model.head.element_size(), CACHE_MIB)
         for start in range(0, len(prompts), rows):
             written += answer(self.model, prompts[start : start + rows],
                               eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
