@@ -22,6 +22,17 @@ from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
 
+class Streamer(TextStreamer):
+    """Prints words as they are finished, without the space before the first (4B's template)."""
+
+    begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        super().on_finalized_text(text, stream_end)
+
+
 def parse(arguments):
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
                       f"{model.config.max_seq_len} tokens at most")
     template, _ = choose_template(tokenizer, options.template)
     prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
-    streamer = TextStreamer(tokenizer)
+    streamer = Streamer(tokenizer)
     [written] = answer(
         model, [prompt], eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
         max_new_tokens=options.max_new_tokens,
