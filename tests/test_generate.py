@@ -45,7 +45,7 @@ def expected(folder, tokens, adapter=None, template="4b-chat"):
 def test_the_answer_is_written_on_standard_output(ask, tiny):
     status, out, err = ask("--model", tiny, "--max-new-tokens", 6, QUESTION)
     assert status == 0
-    assert out == expected(tiny, 6) + "\n"
+    assert out == expected(tiny, 6).lstrip() + "\n"
     assert len(out) > 6
     assert "(cut after 6 tokens" in err  # apart from the answer, so that a pipe gets it alone
 
@@ -54,12 +54,12 @@ def test_a_hyphen_reads_the_question_from_standard_input(ask, tiny, monkeypatch)
     monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
     status, out, _ = ask("--model", tiny, "--max_new_tokens", 6, "-")
     assert status == 0
-    assert out == expected(tiny, 6) + "\n"
+    assert out == expected(tiny, 6).lstrip() + "\n"
 
 
 def test_the_template_can_be_named(ask, tiny):
     _, out, _ = ask("--model", tiny, "--max-new-tokens", 6, "--template", "7b5-instruct", QUESTION)
-    assert out == expected(tiny, 6, template="7b5-instruct") + "\n"
+    assert out == expected(tiny, 6, template="7b5-instruct").lstrip() + "\n"
 
 
 def test_an_adapter_brings_its_base_and_changes_the_answer(ask, train, tiny, tmp_path):
@@ -68,7 +68,8 @@ def test_an_adapter_brings_its_base_and_changes_the_answer(ask, train, tiny, tmp
     for folder in (out, out / "checkpoint-7"):
         status, said, _ = ask("--adapter", folder, "--max-new-tokens", 6, QUESTION)
         assert status == 0
-        assert said == expected(tiny, 6, adapter=out) + "\n" != expected(tiny, 6) + "\n"
+        assert said == expected(tiny, 6, adapter=out).lstrip() + "\n"
+        assert said.strip() != expected(tiny, 6).strip()
 
 
 def test_an_answer_that_ends_by_itself_is_not_called_cut(ask, train, tmp_path):
@@ -78,7 +79,7 @@ def test_an_answer_that_ends_by_itself_is_not_called_cut(ask, train, tmp_path):
           0, "--batch-size", 1, "--rank", 16, "--recompute", "none")
     status, out, err = ask("--adapter", tmp_path / "run", QUESTION)
     assert (status, err) == (0, "")
-    assert out == " Dạ, món nước ạ.\n"
+    assert out == "Dạ, món nước ạ.\n"  # without the space that 4B's template begins with
 
 
 @pytest.mark.parametrize("arguments, said", [
