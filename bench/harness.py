@@ -19,7 +19,7 @@ from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.adapters import Adapters, new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, PhoGPT
-from phogpt_raw.model.weights import load_base, place
+from phogpt_raw.model.weights import frozen, load_base, place
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.loss import chunk_rows
 from phogpt_raw.training.optim import make_optimizer
@@ -98,9 +98,7 @@ def random_base(name: str, dtype: torch.dtype, device: str) -> PhoGPT:
         if "norm" in key and key.endswith("weight"):
             weight.fill_(1)
         place(phogpt, key, weight, nf4=True, dtype=dtype, device=torch.device(device))
-    phogpt.slopes_H = phogpt.slopes_H.to(device)
-    phogpt.is_loaded_in_4bit = True
-    return phogpt.requires_grad_(False)
+    return frozen(phogpt, nf4=True, device=device)
 
 
 def parser(description: str) -> Parser:
@@ -113,7 +111,7 @@ def parser(description: str) -> Parser:
     built.add_argument("--accumulate", type=count, default=1, help="micro-batches a step")
     built.add_argument("--recompute", default="all", metavar="all,none,N,…")
     built.add_argument("--rank", type=count, default=16)
-    built.add_argument("--dtype", default="auto", choices=["auto", "fp16", "bf16", "fp32"])
+    built.add_argument("--dtype", default="auto", choices=CHOICES["dtype"])
     built.add_argument("--optimizer", default=Config.optimizer, choices=CHOICES["optimizer"])
     built.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     return built

@@ -56,7 +56,7 @@ def training_dtype(card: Card, asked: str = "auto") -> tuple[torch.dtype, str]:
     if asked != "auto":
         if asked == "bf16" and card.device == "cuda" and not bf16:
             raise Refusal(
-                f"--dtype bf16: {card.name} (compute capability {show(card)}) only emulates "
+                f"--dtype bf16: {card.name} (compute capability {capability(card)}) only emulates "
                 f"bf16; use --dtype fp16 or leave the flag out"
             )
         if asked == "fp16" and card.device == "cpu":
@@ -66,8 +66,8 @@ def training_dtype(card: Card, asked: str = "auto") -> tuple[torch.dtype, str]:
     if card.device == "cpu":
         return torch.float32, "the CPU has no faster one"
     if bf16:
-        return torch.bfloat16, f"compute capability {show(card)} has bf16 in hardware"
-    return torch.float16, f"compute capability {show(card)} has no bf16 (8.0 and up do)"
+        return torch.bfloat16, f"compute capability {capability(card)} has bf16 in hardware"
+    return torch.float16, f"compute capability {capability(card)} has no bf16 (8.0 and up do)"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -75,5 +75,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def show(card: Card) -> str:
+def capability(card: Card) -> str:
+    """7.5, as NVIDIA writes it."""
     return ".".join(map(str, card.capability))

@@ -86,7 +86,6 @@ class Config:
         if self.val is not None and self.hold_out:
             raise Refusal("--val and --hold-out: give one of them")
 
-
     def target_names(self) -> list[str]:
         return [name.strip() for name in self.targets.split(",") if name.strip()]
 

@@ -125,7 +125,7 @@ def clock(seconds: float) -> str:
 
 def summary(run, questions: list[str], last, show: Progress) -> None:
     """What the run came to: losses, two held-out answers before and after, the next command."""
-    show.bar.close()
+    show.close()
     progress, first = run.progress, run.progress.first
     lines = {"steps": f"{progress.step}, {show.seconds / max(1, show.taken):.2f} s each"
                       + (f"; {progress.skipped} skipped" if progress.skipped else "")}

@@ -5,7 +5,7 @@ import statistics
 import torch
 
 from phogpt_raw import console
-from phogpt_raw.cards import Card, dtype_name
+from phogpt_raw.cards import Card, capability, dtype_name
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
 from phogpt_raw.model.adapters import Adapters
@@ -33,7 +33,7 @@ def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: Pho
                     f"{lora.lora_alpha:g}, on {', '.join(sorted(lora.target_modules))}"
                     + (f", going on from {config.adapter}" if config.adapter else ""),
         "card": card.name + (f", {card.memory_gib:.1f} GiB, compute capability "
-                             f"{'.'.join(map(str, card.capability))}" if card.memory_gib else ""),
+                             f"{capability(card)}" if card.memory_gib else ""),
         "dtype": f"{dtype_name(dtype)}: {reason}",
         "attention": f"{backend(model.slopes_H, shape, longest, dtype)}, ALiBi as a bias",
         "data": rows,

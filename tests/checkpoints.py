@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig, PhoGPT
 
 NANO = Path(__file__).parents[1] / "phogpt_raw" / "nano" / "base"
+SIZES = ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len")
 SHAPES = {
-    "7b5": dict(d_model=4096, n_heads=32, n_layers=32, vocab_size=250_880, max_seq_len=2048),
-    "4b": dict(d_model=3072, n_heads=24, n_layers=32, vocab_size=20_480, max_seq_len=8192),
+    **{name: {size: getattr(shape, size) for size in SIZES} for name, shape in PUBLISHED.items()},
     "tiny": dict(d_model=64, n_heads=8, n_layers=2, vocab_size=4096, max_seq_len=128),
 }
 

@@ -3,9 +3,8 @@
 PEFT injects the LoRA layers, names them and fixes the file format, so that an adapter trained here
 is an adapter anywhere. What training touches is ours: every adapter weight is a view of one flat
 fp32 buffer, every gradient a view of another, so clipping and the optimizer handle one tensor
-instead of hundreds. And a
-layer that is plain LoRA runs `low_rank_linear` in place of PEFT's forward; DoRA, dropout and the
-like run PEFT's.
+instead of hundreds. And a layer that is plain LoRA runs `low_rank_linear` in place of PEFT's
+forward; DoRA, dropout and the like run PEFT's.
 
 The surprise: a name that the model lacks (`q_proj`, from Llama recipes) is no error to PEFT as long
 as another one matches, and half the layers stay without adapters. Here it is one.

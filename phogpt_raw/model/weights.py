@@ -146,10 +146,7 @@ def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.dev
             f"{folder}: {len(wanted)} tensors are missing ({biases} of them biases), the first is "
             f"{next(iter(wanted))}{hint}"
         )
-    phogpt.slopes_H = phogpt.slopes_H.to(device)
-    # PEFT decides by this flag whether a linear gets its 4-bit layer.
-    phogpt.is_loaded_in_4bit = nf4
-    return phogpt.requires_grad_(False).eval()
+    return frozen(phogpt, nf4=nf4, device=device)
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -212,6 +209,14 @@ def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device
     else:
         there = tensor.to(device, copy=True).to(dtype)  # cast on the device, not on the host
         module.register_parameter(kind, nn.Parameter(there, requires_grad=False))
+
+
+def frozen(phogpt: PhoGPT, *, nf4: bool, device) -> PhoGPT:
+    """A model whose every parameter has been placed, ready for adapters."""
+    phogpt.slopes_H = phogpt.slopes_H.to(device)
+    # PEFT decides by this flag whether a linear gets its 4-bit layer.
+    phogpt.is_loaded_in_4bit = nf4
+    return phogpt.requires_grad_(False).eval()
 
 
 def nf4_linear(weight: torch.Tensor, dtype: torch.dtype, device, bias=None):

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from phogpt_raw.cards import this_card, training_dtype
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.nano.folder import TOKENIZER_FILES, vinai_config, write_base
 from phogpt_raw.nano.tokenizer import EOS
@@ -106,7 +107,7 @@ def train(args: argparse.Namespace) -> dict:
     model = PhoGPT(ModelConfig.from_json(config, where="--d-model, --heads"))
     initialise(model)
     model.to(device)
-    bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    bf16 = device.type == "cuda" and training_dtype(this_card())[0] == torch.bfloat16
     report = {
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
@@ -160,13 +161,7 @@ def fit(model: PhoGPT, stream, args: argparse.Namespace, autocast, heldout) -> d
             f"window at most {model.config.max_seq_len} tokens, and the {len(stream):,} training "
             "tokens two batches"
         )
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [dict(params=matrices, weight_decay=args.weight_decay),
-         dict(params=vectors, weight_decay=0.0)],
-        lr=args.lr, betas=(0.9, 0.95), fused=stream.is_cuda,
-    )  # fmt: skip
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
     loss_fn = torch.compile(loss_of) if args.compile else loss_of
     generator = torch.Generator().manual_seed(args.seed)
     an_epoch = (len(stream) - length) // length // batch  # fits from every offset
@@ -211,6 +206,16 @@ def fit(model: PhoGPT, stream, args: argparse.Namespace, autocast, heldout) -> d
         "kept_step": min(curve, key=lambda row: row["nats_a_token"])["step"],
         "curve": curve,
     }
+
+
+def make_optimizer(model: PhoGPT, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices, not biases and norms."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return torch.optim.AdamW(
+        [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)],
+        lr=lr, betas=(0.9, 0.95), fused=model.head.is_cuda,
+    )  # fmt: skip
 
 
 @torch.no_grad()

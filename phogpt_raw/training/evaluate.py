@@ -11,7 +11,7 @@ from phogpt_raw.data.prompt import Example
 from phogpt_raw.decode import answer
 from phogpt_raw.model.cache import rows_that_fit
 from phogpt_raw.model.phogpt import PhoGPT
-from phogpt_raw.training.loss import chunk_rows, summed_loss
+from phogpt_raw.training.loss import batch_loss, chunk_rows
 
 CACHE_MIB = 512  # answers are written together as far as their keys and values fit into this
 
@@ -38,9 +38,7 @@ def held_out_loss(model: PhoGPT, examples: list[Example], *, micro_batch: int, p
     window = make_window(examples, micro_batch, pad_id)
     total = torch.zeros((), device=model.head.device)
     for batch in window.batches:
-        batch = batch.to(model.head.device)
-        hidden_TD = model(batch.ids_BL, batch.doc_BL).flatten(0, 1).index_select(0, batch.rows_T)
-        total += summed_loss(hidden_TD, model.head, batch.targets_T, chunk)
+        total += batch_loss(model, batch.to(model.head.device), chunk)
     model.train(was_training)
     return float(total) / window.supervised
 
@@ -70,5 +68,5 @@ class Evaluation:
                               eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
                               max_new_tokens=config.answer_tokens)
         stops = sum(a.stopped for a in written) / len(written) if written else None
-        texts = [self.tokenizer.decode(a.ids).strip() for a in written]
+        texts = [tokenizer.decode(a.ids).strip() for a in written]
         return Score(loss, stops, texts)

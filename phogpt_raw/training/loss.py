@@ -10,6 +10,9 @@ T supervised rows, C rows of a chunk, D hidden, V vocabulary.
 
 import torch
 
+from phogpt_raw.data.batches import MicroBatch
+from phogpt_raw.model.phogpt import PhoGPT
+
 BYTES_A_LOGIT = 8  # fp32 logits, and logsumexp's copy or a 16-bit one beside them
 
 
@@ -54,3 +57,9 @@ def summed_loss(hidden_TD, head_VD, targets_T, chunk: int) -> torch.Tensor:
     `chunk` rows at a time. The gradient reaches hidden_TD alone: the head must be frozen.
     """
     return HeadLoss.apply(hidden_TD, head_VD, targets_T, chunk)
+
+
+def batch_loss(model: PhoGPT, batch: MicroBatch, chunk: int) -> torch.Tensor:
+    """summed_loss of a micro-batch's supervised rows, from its ids on."""
+    hidden_TD = model(batch.ids_BL, batch.doc_BL).flatten(0, 1).index_select(0, batch.rows_T)
+    return summed_loss(hidden_TD, model.head, batch.targets_T, chunk)

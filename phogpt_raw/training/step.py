@@ -17,7 +17,7 @@ import torch
 
 from phogpt_raw.data.batches import MicroBatch, Window
 from phogpt_raw.model.phogpt import PhoGPT
-from phogpt_raw.training.loss import summed_loss
+from phogpt_raw.training.loss import batch_loss
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def eager_micro_step(model: PhoGPT, scaler, chunk: int, mark: Callable = unmarke
 
     def micro_step(batch: MicroBatch, supervised: torch.Tensor) -> torch.Tensor:
         mark("forward")
-        hidden_TD = model(batch.ids_BL, batch.doc_BL).flatten(0, 1).index_select(0, batch.rows_T)
-        loss = summed_loss(hidden_TD, model.head, batch.targets_T, chunk) / supervised
+        loss = batch_loss(model, batch, chunk) / supervised
         mark("backward")
         scaler.scale(loss).backward()
         return loss.detach()
