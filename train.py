@@ -4,6 +4,7 @@
     python train.py --preset t4 --model vinai/PhoGPT-4B-Chat --data rows.jsonl --epochs 3
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,11 +17,12 @@ from phogpt_raw.data.examples import load_examples
 from phogpt_raw.model.adapters import load_adapters, new_adapters
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import exits_cleanly
+from phogpt_raw.training.capture import Captured, why_not
 from phogpt_raw.training.evaluate import Evaluation
 from phogpt_raw.training.loss import chunk_rows
 from phogpt_raw.training.optim import lr_at, make_optimizer
 from phogpt_raw.training.run import Run
-from phogpt_raw.training.step import eager_micro_step, make_scaler, train_step
+from phogpt_raw.training.step import make_micro_step, make_scaler, train_step
 
 
 @exits_cleanly
@@ -41,16 +43,19 @@ def main(arguments: list[str] | None = None) -> None:
                     pad_id=tokenizer.pad_token_id, seed=config.seed)
     steps = config.steps or stream.steps(config.epochs or 3)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps)
-    startcard.show(config, card, dtype, reason, model, adapters, examples, run)
+    uncaptured = why_not(model, card.device, config.capture)
+    startcard.show(config, card, dtype, reason, model, adapters, examples, run, uncaptured)
     if config.dry_run:
         return console.example(tokenizer, examples.train[0])
 
     optimizer = make_optimizer(adapters.flat, config.optimizer, config.lr, config.weight_decay)
     scaler = make_scaler(dtype, card.device)
-    micro_step = eager_micro_step(model, scaler, chunk_rows(model.config.vocab_size,
-                                                            config.loss_mib))
+    captured = None if uncaptured else Captured(model, adapters.flat)
+    micro_step = make_micro_step(captured or model, scaler,
+                                 chunk_rows(model.config.vocab_size, config.loss_mib))
     torch.manual_seed(config.seed)  # dropout's, also of a loaded adapter; a resumed run has its own
-    evaluate = Evaluation(model, tokenizer, examples.held_out, config)
+    evaluate = Evaluation(model, tokenizer, examples.held_out, config,
+                          memory=captured.memory if captured else nullcontext)
     progress = run.begin(adapters, optimizer, scaler)
     show = console.Progress(run.folder, progress.step, steps)
     if progress.step == 0:

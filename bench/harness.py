@@ -21,9 +21,16 @@ from phogpt_raw.model.adapters import Adapters, new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, PhoGPT
 from phogpt_raw.model.weights import frozen, load_base, place
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.training.capture import Captured, why_not
 from phogpt_raw.training.loss import chunk_rows
 from phogpt_raw.training.optim import make_optimizer
-from phogpt_raw.training.step import eager_micro_step, make_scaler, train_step, unmarked
+from phogpt_raw.training.step import (
+    StepStats,
+    make_micro_step,
+    make_scaler,
+    train_step,
+    unmarked,
+)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,7 +60,7 @@ class Bench:
         self.adapters: Adapters = new_adapters(self.model, rank=options.rank, alpha=32)
         self.optimizer = make_optimizer(self.adapters.flat, options.optimizer, 1e-4, 0.0)
         self.scaler = make_scaler(self.dtype, self.card.device)
-        self.chunk = chunk_rows(self.model.config.vocab_size, Config.loss_mib)
+        self.chunk = chunk_rows(self.model.config.vocab_size, options.loss_mib)
 
     def load(self, model: str) -> PhoGPT:
         if model in PUBLISHED:
@@ -68,12 +75,18 @@ class Bench:
         examples = [Example(ids, len(ids) - 1, False, "random") for ids in rows]
         return make_window(examples, setting.micro_batch, pad_id=3)
 
-    def run(self, setting: Setting, window: Window, mark=unmarked) -> None:
-        """One optimizer step; raises torch.OutOfMemoryError where the card is too small."""
+    def begin(self, setting: Setting, *, capture: bool) -> None:
+        """Recompute as the setting says; eager, or captured from the second step on."""
         self.model.recompute = Config(recompute=setting.recompute).blocks_to_recompute(
             self.model.config.n_layers)
-        micro_step = eager_micro_step(self.model, self.scaler, self.chunk, mark)
-        train_step(window, micro_step, self.adapters.flat, self.optimizer, self.scaler, 1.0, mark)
+        uncaptured = why_not(self.model, self.card.device, capture)
+        self.forward = self.model if uncaptured else Captured(self.model, self.adapters.flat)
+
+    def run(self, window: Window, mark=unmarked) -> StepStats:
+        """One optimizer step; raises torch.OutOfMemoryError where the card is too small."""
+        micro_step = make_micro_step(self.forward, self.scaler, self.chunk, mark)
+        return train_step(window, micro_step, self.adapters.flat, self.optimizer, self.scaler, 1.0,
+                          mark)
 
     def rows(self, settings: list[Setting], measure):
         """(setting, what measure(bench, setting, window) gives, or "out of memory") of each."""
@@ -112,6 +125,8 @@ def parser(description: str) -> Parser:
     built.add_argument("--recompute", default="all", metavar="all,none,N,…")
     built.add_argument("--rank", type=count, default=16)
     built.add_argument("--dtype", default="auto", choices=CHOICES["dtype"])
+    built.add_argument("--loss-mib", "--loss_mib", type=count, default=Config.loss_mib,
+                       help=f"MiB of a chunk of logits (default {Config.loss_mib})")
     built.add_argument("--optimizer", default=Config.optimizer, choices=CHOICES["optimizer"])
     built.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     return built

@@ -55,6 +55,7 @@ class Config:
     nf4: bool = True  # quantise the base to NF4; --no-nf4 keeps plain weights
     dtype: str = "auto"  # auto, fp16, bf16 or fp32: what activations are computed in
     recompute: str = "all"  # all, none or N: blocks whose activations are made again in backward
+    capture: bool = True  # on a GPU, run shapes that come again as CUDA graphs
     loss_mib: int = 256  # MiB that one chunk of logits may take, its transients included
     # looking and saving
     eval_every: int = 0  # steps between evaluations; 0: only before, and at the end

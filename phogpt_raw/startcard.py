@@ -9,14 +9,14 @@ from phogpt_raw.cards import Card, capability, dtype_name
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
 from phogpt_raw.model.adapters import Adapters
-from phogpt_raw.model.attention import backend
+from phogpt_raw.model.attention import form
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.optim import describe
 from phogpt_raw.training.run import Run
 
 
 def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: PhoGPT,
-         adapters: Adapters, examples: Examples, run: Run) -> None:
+         adapters: Adapters, examples: Examples, run: Run, uncaptured: str | None) -> None:
     lengths = [len(e.ids) for e in examples.train]
     longest = max(lengths)
     shape, lora = model.config, model.peft_config["default"]
@@ -35,7 +35,7 @@ def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: Pho
         "card": card.name + (f", {card.memory_gib:.1f} GiB, compute capability "
                              f"{capability(card)}" if card.memory_gib else ""),
         "dtype": f"{dtype_name(dtype)}: {reason}",
-        "attention": f"{backend(model.slopes_H, shape, longest, dtype)}, ALiBi as a bias",
+        "attention": form(model.slopes_H, shape, longest, dtype),
         "data": rows,
         "template": f"{examples.template}: {examples.template_reason}",
         "steps": f"{steps} of {config.batch_size} rows, {config.micro_batch} at a time "
@@ -44,6 +44,8 @@ def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: Pho
                      f"{config.lr:g} in {config.warmup} steps, then a cosine to "
                      f"{config.lr * config.lr_floor:g}; clip {config.clip:g}",
         "recompute": f"{model.recompute} of {shape.n_layers} blocks in backward",
+        "capture": f"off: {uncaptured}" if uncaptured else
+                   "on: a shape that comes again runs as CUDA graphs",
         "folder": f"{run.folder}" + (f", going on after step {at}" if at else ""),
     })
     if longest > shape.max_seq_len:

@@ -10,7 +10,7 @@ from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.attention import alibi_slopes, attend, attention_bias
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.training.optim import make_optimizer
-from phogpt_raw.training.step import eager_micro_step, make_scaler, train_step
+from phogpt_raw.training.step import make_micro_step, make_scaler, train_step
 
 pytestmark = pytest.mark.gpu
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]
@@ -54,7 +54,7 @@ def test_attention_in_sixteen_bits_equals_the_formula_in_fp32(dtype, backend):
 def test_training_repeats_a_window_until_the_loss_falls(dtype):
     model, adapters, optimizer, scaler = setup(dtype)
     window = random_window(4096)
-    micro_step = eager_micro_step(model, scaler, 64)
+    micro_step = make_micro_step(model, scaler, 64)
     losses = [float(train_step(window, micro_step, adapters.flat, optimizer, scaler, 1.0).loss)
               for _ in range(20)]
     assert all(map(torch.isfinite, map(torch.tensor, losses))) and losses[-1] < 0.8 * losses[0]
@@ -70,7 +70,7 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu_in_fp32(dtype):
         fill = torch.randn(len(adapters.flat), generator=torch.Generator().manual_seed(1)) * 0.02
         adapters.flat.data.copy_(fill)
         scaler = make_scaler(kind, device)
-        micro_step = eager_micro_step(model, scaler, 64)
+        micro_step = make_micro_step(model, scaler, 64)
         supervised = torch.tensor(float(window.supervised), device=device)
         for batch in window.batches:
             micro_step(batch.to(device), supervised)
@@ -84,7 +84,7 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu_in_fp32(dtype):
 def test_micro_batches_and_clipping_do_not_wait_for_the_gpu(recompute):
     model, adapters, optimizer, scaler = setup(torch.float16, recompute)
     window = random_window(4096)
-    micro_step = eager_micro_step(model, scaler, 64)
+    micro_step = make_micro_step(model, scaler, 64)
     train_step(window, micro_step, adapters.flat, optimizer, scaler, 1.0)  # first-time set-up
 
     def mark(phase):
@@ -102,7 +102,7 @@ def test_recomputing_keeps_less_and_gives_the_same_gradient():
     for recompute in (0, 8):
         model, adapters, _, scaler = setup(torch.bfloat16, recompute)
         window = random_window(4096)
-        micro_step = eager_micro_step(model, scaler, 64)
+        micro_step = make_micro_step(model, scaler, 64)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         micro_step(window.batches[-1].to("cuda"), torch.tensor(50.0, device="cuda"))
@@ -115,7 +115,7 @@ def test_recomputing_keeps_less_and_gives_the_same_gradient():
 def test_nf4_made_on_the_gpu_stays_what_it_is_through_training():
     model, adapters, optimizer, scaler = setup(torch.float16)
     before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    micro_step = eager_micro_step(model, scaler, 64)
+    micro_step = make_micro_step(model, scaler, 64)
     for _ in range(3):
         train_step(random_window(4096), micro_step, adapters.flat, optimizer, scaler, 1.0)
     after = dict(model.named_parameters())

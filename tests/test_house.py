@@ -11,8 +11,9 @@ ROOMS = [
     "refusal", "config", "cards", "meter",
     "data.rows", "data.prompt", "data.examples", "data.batches",
     "model.attention", "model.remake", "model.cache", "model.phogpt", "model.weights",
-    "model.lowrank", "model.adapters", "decode",
-    "training.loss", "training.optim", "training.step", "training.evaluate",
+    "model.dequant", "model.matmul", "model.lowrank", "model.adapters", "decode",
+    "training.loss", "training.optim", "training.capture", "training.step",
+    "training.evaluate",
     "training.checkpoint", "training.run", "console", "startcard",
 ]
 ABOVE_NANO = ROOMS[: ROOMS.index("training.loss")]

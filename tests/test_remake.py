@@ -24,7 +24,7 @@ from phogpt_raw.model import phogpt, remake
 from phogpt_raw.model.adapters import TARGETS, new_adapters
 from phogpt_raw.model.remake import remade
 from phogpt_raw.model.weights import load_base
-from phogpt_raw.training.step import eager_micro_step, make_scaler
+from phogpt_raw.training.step import make_micro_step, make_scaler
 
 INPLACE = "modified by an inplace operation"
 
@@ -70,7 +70,7 @@ def small(layers=2, **lora):
 def window_gradient(model, adapters, window):
     """The flat gradient of a window, its micro-batches accumulated as the step does it."""
     adapters.flat.grad.zero_()
-    micro_step = eager_micro_step(model, make_scaler(torch.float32, "cpu"), chunk=64)
+    micro_step = make_micro_step(model, make_scaler(torch.float32, "cpu"), chunk=64)
     for batch in window.batches:
         micro_step(batch, torch.tensor(float(window.supervised)))
     return adapters.flat.grad.clone()

@@ -326,7 +326,7 @@ def test_a_window_without_supervised_tokens_is_left_out_and_said(train, tmp_path
 def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_path, monkeypatch):
     import train as script
 
-    whole, calls = script.eager_micro_step, iter(range(1000))
+    whole, calls = script.make_micro_step, iter(range(1000))
 
     def make(model, *rest):
         micro_step = whole(model, *rest)
@@ -339,7 +339,7 @@ def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_p
 
         return overflowing
 
-    monkeypatch.setattr(script, "eager_micro_step", make)
+    monkeypatch.setattr(script, "make_micro_step", make)
     out = tmp_path / "run"
     status, said, _ = train("--out", out, "--save-every", 1, "--warmup", 5)
     assert status == 0

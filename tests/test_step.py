@@ -16,7 +16,7 @@ from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import NANO, iterate, list_files, load_base
 from phogpt_raw.training.loss import chunk_rows, summed_loss
 from phogpt_raw.training.optim import lr_at, make_optimizer
-from phogpt_raw.training.step import eager_micro_step, make_scaler, train_step
+from phogpt_raw.training.step import make_micro_step, make_scaler, train_step
 
 PAD = 3
 NO_CLIP = 1e9
@@ -30,7 +30,7 @@ def one_step(model, adapters, window, *, optimizer=None, scaler=None, clip=NO_CL
     """train_step with plain gradient descent of rate 1 unless told otherwise."""
     optimizer = optimizer or torch.optim.SGD([adapters.flat], lr=1.0)
     scaler = scaler or no_scale()
-    micro_step = eager_micro_step(model, scaler, chunk)
+    micro_step = make_micro_step(model, scaler, chunk)
     return train_step(window, micro_step, adapters.flat, optimizer, scaler, clip)
 
 
@@ -121,7 +121,7 @@ def test_recomputing_blocks_changes_nothing(adapted):
 def test_the_phases_come_in_order_and_each_has_its_name(adapted):
     model, adapters = adapted()
     marks, scaler = [], no_scale()
-    micro_step = eager_micro_step(model, scaler, 16, marks.append)
+    micro_step = make_micro_step(model, scaler, 16, marks.append)
     optimizer = torch.optim.SGD([adapters.flat], lr=1.0)
     window = make_window(ragged_examples(5), 2, PAD)
     train_step(window, micro_step, adapters.flat, optimizer, scaler, 1.0, marks.append)
@@ -160,7 +160,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(adapted, kind, poison):
     state = copy.deepcopy(optimizer.state_dict())
     assert scaler.get_scale() == 2.0**12
 
-    whole = eager_micro_step(model, scaler, 16)
+    whole = make_micro_step(model, scaler, 16)
 
     def overflowing(batch, supervised):
         loss = whole(batch, supervised)

@@ -3,16 +3,16 @@
 A window is what one optimizer step sees. Which rows it holds follows from the step's number alone
 (a permutation a pass, seeded by seed and pass), so a resumed run reads on where it stopped.
 
-A MicroBatch says who may see whom by `doc_BL`: each token's document in its row, ascending. Padding
-is a document of its own behind (or before) the others, which makes right padding, left padding and
-packing one thing. What carries loss is a list of rows, not a mask over all positions, because with
-a vocabulary of 250,880 every row through the head counts.
+A MicroBatch says who may see whom by `doc_BL`: each token's document in its row, ascending; None
+where a row is one document with its padding behind it, which attention never looks at from the left.
+What carries loss is a list of rows, not a mask over all positions, because with a vocabulary of
+250,880 every row through the head counts.
 
 B micro-batch, L length, T supervised rows (padded to a few sizes; padding has target -100).
 
 >>> batch = collate([([5, 6, 7], 1), ([8, 9], 1)], pad_id=3, multiple=4, rows_multiple=2)
->>> batch.ids_BL.tolist(), batch.doc_BL.tolist()
-([[5, 6, 7, 3], [8, 9, 3, 3]], [[0, 0, 0, 1], [0, 0, 1, 1]])
+>>> batch.ids_BL.tolist()
+[[5, 6, 7, 3], [8, 9, 3, 3]]
 >>> batch.rows_T.tolist(), batch.targets_T.tolist()     # row 1 predicts 7, row 4 predicts 9
 ([1, 4], [7, 9])
 """
@@ -32,14 +32,14 @@ class MicroBatch:
     """rows_T index the hidden states flattened to [B*L], targets_T are what they predict."""
 
     ids_BL: torch.Tensor
-    doc_BL: torch.Tensor
+    doc_BL: torch.Tensor | None
     rows_T: torch.Tensor
     targets_T: torch.Tensor
 
     def to(self, device) -> "MicroBatch":
         pin = torch.device(device).type == "cuda"
         return MicroBatch(*(
-            (t.pin_memory() if pin else t).to(device, non_blocking=True)
+            t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=True)
             for t in (self.ids_BL, self.doc_BL, self.rows_T, self.targets_T)
         ))
 
@@ -101,18 +101,16 @@ def collate(rows: list[tuple[list[int], int]], pad_id: int, multiple: int = 32,
     """Right-pad (ids, answer length) rows to a multiple; a few shapes instead of one a batch."""
     length = round_up(max(len(ids) for ids, _ in rows), multiple)
     ids_BL = torch.full((len(rows), length), pad_id)
-    doc_BL = torch.ones(len(rows), length, dtype=torch.long)
     predicting, targets = [], []
     for n, (ids, answer) in enumerate(rows):
         ids_BL[n, : len(ids)] = torch.tensor(ids)
-        doc_BL[n, : len(ids)] = 0
         start = len(ids) - answer
         predicting += range(n * length + start - 1, n * length + len(ids) - 1)
         targets += ids[start:]
     padding = round_up(len(targets), rows_multiple) - len(targets)
     return MicroBatch(
         ids_BL,
-        doc_BL,
+        doc_BL=None,
         rows_T=torch.tensor(predicting + [0] * padding),
         targets_T=torch.tensor(targets + [IGNORED] * padding),
     )

@@ -29,7 +29,9 @@ PREFIX = "base_model.model."  # stock PEFT applies no key without it, and only w
 class Adapters:
     """The adapters of a model: `flat` is the one trainable parameter, fp32, `flat.grad` its twin.
 
-    `views` are (name, view of flat); `count` is the number of adapter weights.
+    `views` are (name, view of flat); `count` is the number of adapter weights. Where the model
+    computes in 16 bits, `working` is a copy of `flat` in these, made anew as each forward begins:
+    one cast in place of one a layer and use.
     """
 
     def __init__(self, model: PhoGPT):
@@ -42,14 +44,23 @@ class Adapters:
         device = named[0][1].device
         self.flat = nn.Parameter(torch.zeros(end, device=device))
         self.flat.grad = torch.zeros(end, device=device)
+        self.working = None
+        if model.head.dtype != torch.float32:
+            self.working = torch.empty_like(self.flat, dtype=model.head.dtype)
+            model.register_forward_pre_hook(self.cast)
         self.views = []
         for (name, p), start in zip(named, starts, strict=True):
             piece = slice(start, start + p.numel())
             view = self.flat.data[piece].view_as(p)
             p.data = view.copy_(p.data)
             p.grad = self.flat.grad[piece].view_as(p)
+            if self.working is not None:
+                p.working = self.working[piece].view_as(p)
             self.views.append((name, view))
         self.count = sum(p.numel() for _, p in named)
+
+    def cast(self, *_) -> None:
+        self.working.copy_(self.flat.detach())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The adapters under PEFT's names, fp32."""

@@ -2,21 +2,33 @@
 
 ALiBi has no position embedding: head h adds `-slope_h * (i - j)` to the score of query i and key j
 (Press et al. 2022, arXiv:2108.12409). With the causal mask and the document mask that is one
-additive bias, in the compute dtype, built once a forward and shared by all layers; the scores
-themselves never leave `scaled_dot_product_attention`.
+additive bias, in the compute dtype; the scores themselves never leave torch's fused kernels.
 
-The surprise: the bias is written as a distance, 0 on the diagonal. MPT writes `slope * (j - L + 1)`
+Two surprises. The bias is written as a distance, 0 on the diagonal. MPT writes `slope * (j - L + 1)`
 in fp32, which differs by a constant a row; softmax does not see it, but it is largest exactly where
 the weights are, and 16 bits would round it there. The distance is small where it matters.
+
+And a long row needs no bias of L x L (4 GiB for 8,192 tokens of PhoGPT-7B5): a distance does not
+know where it is, so the bias of one block of queries serves every block and every layer. A block
+whose keys end earlier takes its last columns. Nothing of the future is computed for whole blocks.
 
 B micro-batch, L queries, S keys, H heads, K head width.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
+
+from phogpt_raw.refusal import Refusal
+
+aten = torch.ops.aten
+BLOCK = 1024  # queries a bias has rows for, at most; a shorter row is one block
+BIAS_MIB = 512  # that a bias may take, at most: fewer queries a block for very long rows
+ALIGNMENT = 16  # elements; the kernels read the bias in vectors
 
 
 def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
@@ -38,42 +50,178 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
     return slopes.float()
 
 
-def attention_bias(
-    slopes_H: torch.Tensor,
-    queries: int,
-    keys: int,
-    dtype: torch.dtype,
-    doc_BS: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Bias of the last `queries` of `keys` positions: [B, H, L, S]; B is 1 without doc_BS.
+class Bias:
+    """What is added to the scores of `queries` over `keys`, a block of queries at a time.
 
     A key is seen when it is not in the future and is of the query's document (doc_BS: the number
-    of each position's document; None: one document a row). Every query sees at least itself, in
-    padding too, so no softmax row is empty.
+    of each position's document; None: one document a row). The queries are the last of the keys.
+    Every query sees at least itself, in padding too, so no softmax row is empty.
     """
+
+    def __init__(self, slopes_H: torch.Tensor, queries: int, keys: int, dtype: torch.dtype,
+                 doc_BS: torch.Tensor | None = None, block: int | None = None):
+        self.queries, self.keys, self.doc_BS = queries, keys, doc_BS
+        self.block = min(queries, block or block_size(len(slopes_H), keys, dtype))
+        self.last_1HLS = distance_bias(slopes_H, self.block, keys, dtype)
+        if self.block == queries and doc_BS is not None:  # one block: masked once for all layers
+            self.last_1HLS, self.doc_BS = self.masked(self.last_1HLS, 0, queries), None
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """(queries, keys that they see) of each block, the last block first.
+
+        The first one is the short one, so that all biases begin at an aligned column.
+        """
+        for end in range(self.queries, 0, -self.block):
+            yield slice(max(0, end - self.block), end), slice(0, self.keys - self.queries + end)
+
+    def of(self, rows: slice) -> torch.Tensor:
+        """[B, H, queries of the block, keys they see]; B is 1 where there are no documents."""
+        count, behind = rows.stop - rows.start, self.queries - rows.stop
+        bias = self.last_1HLS[:, :, self.block - count :, behind:]
+        return bias if self.doc_BS is None else self.masked(bias, rows.start, rows.stop)
+
+    def masked(self, bias_1HLS, start: int, stop: int) -> torch.Tensor:
+        before = self.keys - self.queries
+        doc_BS = self.doc_BS[:, : before + stop]
+        other_B1LS = doc_BS[:, None, before + start :, None] != doc_BS[:, None, None, :]
+        shape = (len(doc_BS), *bias_1HLS.shape[1:])
+        masked = aligned(shape, bias_1HLS.dtype, bias_1HLS.device)
+        return masked.copy_(bias_1HLS).masked_fill_(other_B1LS, torch.finfo(masked.dtype).min)
+
+
+def block_size(heads: int, keys: int, dtype: torch.dtype) -> int:
+    """Queries a block: a power of two, at most BLOCK, within BIAS_MIB.
+
+    >>> [block_size(32, keys, torch.float16) for keys in (2048, 8192, 16384)]
+    [1024, 1024, 512]
+    """
+    rows = BIAS_MIB * 2**20 // (heads * keys * dtype.itemsize)
+    return min(BLOCK, 2 ** int(math.log2(max(1, rows))))
+
+
+def distance_bias(slopes_H, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """[1, H, L, S]: -slope * (i - j) for the last `queries` of `keys` positions; the future out."""
     device = slopes_H.device
     j = torch.arange(keys, device=device)
-    i = j[keys - queries :]
-    distance_LS = i[:, None] - j[None, :]
-    bias = torch.empty(1, len(slopes_H), queries, keys, dtype=dtype, device=device)
+    distance_LS = j[keys - queries :, None] - j[None, :]
+    bias = aligned((1, len(slopes_H), queries, keys), dtype, device)
     torch.mul(-slopes_H[:, None, None], distance_LS, out=bias[0])
-    hidden = distance_LS < 0
-    if doc_BS is not None:
-        hidden = hidden | (doc_BS[:, keys - queries :, None] != doc_BS[:, None, :])
-        hidden = hidden[:, None]
-    fill = bias.masked_fill if hidden.dim() == 4 and len(hidden) > 1 else bias.masked_fill_
-    return fill(hidden, torch.finfo(dtype).min)
+    return bias.masked_fill_(distance_LS < 0, torch.finfo(dtype).min)
 
 
-def attend(q_BHLK, k_BHSK, v_BHSK, bias, scale: float | None) -> torch.Tensor:
+def aligned(shape, dtype: torch.dtype, device) -> torch.Tensor:
+    """Empty, each row beginning where a kernel can read a vector."""
+    *rows, keys = shape
+    return torch.empty(*rows, -(-keys // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=device)[
+        ..., :keys]
+
+
+def attend(q_BHLK, k_BHSK, v_BHSK, bias: Bias, scale: float | None) -> torch.Tensor:
     """Softmax(q k^T * scale + bias) v -> [B, H, L, K]; statistics in fp32 inside the kernel."""
-    return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, attn_mask=bias, scale=scale)
+    if bias.block < bias.queries:
+        return BlockAttention.apply(q_BHLK, k_BHSK, v_BHSK, bias, scale)
+    kernel(q_BHLK, k_BHSK, v_BHSK, bias)
+    whole = bias.of(slice(0, bias.queries))
+    return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, attn_mask=whole, scale=scale)
 
 
-def backend(slopes_H: torch.Tensor, config, length: int, dtype: torch.dtype) -> str:
-    """The kernel scaled_dot_product_attention takes for rows of `length`, as torch names it."""
+class BlockAttention(torch.autograd.Function):
+    """`attend` a block of queries at a time; what the blocks give k and v is added up in place.
+
+    Autograd over slices would make a tensor of the keys' full length, mostly zeros, for each block.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, scale):
+        run, ctx.gradients = KERNELS[kernel(q, k, v, bias)]
+        ctx.bias, ctx.scale, ctx.kept = bias, scale, []
+        out, statistics = zeros_BLHK(q), []
+        for rows, keys in bias.blocks():
+            part = q[:, :, rows], k[:, :, keys], v[:, :, keys], bias.of(rows)
+            out[:, :, rows], lse, *kept = run(*part, scale)
+            statistics.append(lse)
+            ctx.kept.append(kept)
+        ctx.save_for_backward(q, k, v, out, *statistics)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        q, k, v, out, *statistics = ctx.saved_tensors
+        dq, dk, dv = zeros_BLHK(q), zeros_BLHK(k), zeros_BLHK(v)
+        for (rows, keys), lse, kept in zip(ctx.bias.blocks(), statistics, ctx.kept, strict=True):
+            part = q[:, :, rows], k[:, :, keys], v[:, :, keys], ctx.bias.of(rows)
+            dq[:, :, rows], dk_part, dv_part = ctx.gradients(
+                g[:, :, rows], *part, out[:, :, rows], lse, *kept, ctx.scale)
+            dk[:, :, keys] += dk_part
+            dv[:, :, keys] += dv_part
+        return dq, dk, dv, None, None
+
+
+def zeros_BLHK(x_BHLK) -> torch.Tensor:
+    """Zeros of this shape, laid out as the linears before and after attention read them."""
+    return torch.zeros_like(x_BHLK.transpose(1, 2), memory_format=torch.contiguous_format) \
+        .transpose(1, 2)
+
+
+def efficient(q, k, v, bias, scale):
+    bias = bias.expand(len(q), q.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+
+
+def efficient_gradients(g, q, k, v, bias, out, lse, seed, offset, scale):
+    bias = bias.expand(len(q), q.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention_backward(
+        g, q, k, v, bias, out, lse, seed, offset, 0.0, [True, True, True, False], scale=scale)[:3]
+
+
+def cudnn(q, k, v, bias, scale):
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, scale=scale)[:-1]
+
+
+def cudnn_gradients(g, q, k, v, bias, out, lse, cum_q, cum_k, max_q, max_k, seed, offset, scale):
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        g, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, 0.0, False,
+        scale=scale)
+
+
+def on_the_cpu(q, k, v, bias, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+
+
+def on_the_cpu_gradients(g, q, k, v, bias, out, lse, scale):
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        g, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+
+
+# torch's own operations behind scaled_dot_product_attention, forward and backward
+KERNELS = {
+    SDPBackend.EFFICIENT_ATTENTION: (efficient, efficient_gradients),
+    SDPBackend.CUDNN_ATTENTION: (cudnn, cudnn_gradients),
+    SDPBackend.FLASH_ATTENTION: (on_the_cpu, on_the_cpu_gradients),  # with a bias: only the CPU's
+}
+
+
+def kernel(q, k, v, bias: Bias) -> SDPBackend:
+    """The fused kernel that torch takes for a block; Refusal where it has none.
+
+    torch itself would fall back to separate operations that hold the scores, without a word.
+    """
+    rows, keys = next(bias.blocks())
+    choice = SDPBackend(torch._fused_sdp_choice(
+        q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=bias.of(rows)))
+    if choice not in KERNELS:
+        raise Refusal(f"attention: torch {torch.__version__} has no fused kernel on "
+                      f"{q.device.type} for {q.shape[1]} heads of width {q.shape[-1]} in "
+                      f"{str(q.dtype).removeprefix('torch.')}; another --dtype may have one")
+    return choice
+
+
+def form(slopes_H: torch.Tensor, config, length: int, dtype: torch.dtype) -> str:
+    """How rows of `length` attend, in words: the kernel as torch names it, and the bias."""
     shape = (1, config.n_heads, length, config.d_model // config.n_heads)
     q = torch.empty(shape, dtype=dtype, device=slopes_H.device, requires_grad=True)
-    bias = attention_bias(slopes_H, length, length, dtype)
-    choice = torch._fused_sdp_choice(q, q, q, attn_mask=bias, scale=config.softmax_scale)
-    return SDPBackend(choice).name.lower().replace("_", " ")
+    bias = Bias(slopes_H, length, length, dtype)
+    name = kernel(q, q, q, bias).name.lower().replace("_", " ")
+    blocks = f", {-(-length // bias.block)} blocks of queries" if length > bias.block else ""
+    return f"{name}, ALiBi as a bias of {bias.block} x {length}{blocks}"

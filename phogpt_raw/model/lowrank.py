@@ -5,13 +5,9 @@
 
 PEFT composes the same sum from separate layers: in 16 bits it casts the activations to fp32 and
 back around every adapter and makes several tensors of the output's size on the way. Here the
-low-rank products are added in place to the base's, in the compute dtype, and what is kept for
-backward is x and the narrow x Aᵀ. The surprise: a 4-bit W exists in full for the length of one
+low-rank products lie where the base's matmul adds its own, in the compute dtype, and what is kept
+for backward is x and the narrow s x Aᵀ. The surprise: a 4-bit W exists in full for the length of one
 matmul only. Backward makes it from its 4 bits again; kept, it would take 13 GB on PhoGPT-7B5.
-
-A and B are fp32 views of the adapters' flat buffer, cast in each call. One cast of the whole buffer
-a step would save small kernels, but nothing could tell that such a copy is stale: the views are
-written without the buffer's version counter moving.
 
 N rows, D in, O out, R rank.
 """
@@ -19,6 +15,9 @@ N rows, D in, O out, R rank.
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from phogpt_raw.model.dequant import dequantise
+from phogpt_raw.model.matmul import matmul_to, scaled_matmul
 
 
 def low_rank_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
@@ -31,46 +30,47 @@ def low_rank_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Ten
     if torch.is_grad_enabled():
         return LowRankLinear.apply(x, base.weight, base.bias, A_RD, B_OR, scaling)
     y = base(x)
-    add_low_rank(y.view(-1, y.shape[-1]), rows(x), A_RD, B_OR, scaling)
+    xa_NR = scaled_matmul(rows(x), working(A_RD, x.dtype).t(), scaling)
+    y.view(-1, y.shape[-1]).addmm_(xa_NR, working(B_OR, x.dtype).t())
     return y
 
 
 class LowRankLinear(torch.autograd.Function):
     """`low_rank_linear` with the gradients written out; A and B get theirs in their own dtype.
 
-    Also in 16 bits matmuls accumulate in fp32 inside the kernels (where cuBLAS splits a long sum it
-    may join the parts in 16 bits); s g B and the gradients of A and B are rounded to the compute
-    dtype once, like every other gradient on its way.
+    Also in 16 bits matmuls accumulate in fp32 inside the kernels, and the gradients of A and B
+    leave them so; s x Aᵀ and s g B are rounded to the compute dtype once, like every activation.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, A_RD, B_OR, scaling):
-        x_ND, w_OD = rows(x), dense(weight)
-        y_NO = x_ND @ w_OD.t() if bias is None else torch.addmm(bias, x_ND, w_OD.t())
-        xa_NR = add_low_rank(y_NO, x_ND, A_RD, B_OR, scaling)
-        ctx.save_for_backward(x, xa_NR, A_RD, B_OR)
+        x_ND, B_OR = rows(x), working(B_OR, x.dtype)
+        ctx.dtype, ctx.A_RD, ctx.B_OR = A_RD.dtype, working(A_RD, x.dtype), B_OR
+        xa_NR = scaled_matmul(x_ND, ctx.A_RD.t(), scaling)
+        # The narrow product first: the wide one then adds it in passing.
+        y_NO = xa_NR @ B_OR.t() if bias is None else torch.addmm(bias, xa_NR, B_OR.t())
+        y_NO.addmm_(x_ND, dense(weight).t())
+        ctx.save_for_backward(x, xa_NR)
         ctx.weight, ctx.scaling = weight, scaling
         return y_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
-        x, xa_NR, A_RD, B_OR = ctx.saved_tensors
+        x, xa_NR = ctx.saved_tensors
         g_NO = rows(g)
-        gb_NR = (g_NO @ B_OR.to(g.dtype)).mul_(ctx.scaling)
-        dA_RD = (gb_NR.t() @ rows(x)).to(A_RD.dtype)
-        dB_OR = (g_NO.t() @ xa_NR).to(B_OR.dtype).mul_(ctx.scaling)
+        gb_NR = scaled_matmul(g_NO, ctx.B_OR, ctx.scaling)
+        dA_RD = matmul_to(ctx.dtype, gb_NR.t(), rows(x))
+        dB_OR = matmul_to(ctx.dtype, g_NO.t(), xa_NR)
         dx = None
         if ctx.needs_input_grad[0]:  # the first block's x comes from the frozen embedding
-            dx = (g_NO @ dense(ctx.weight)).addmm_(gb_NR, A_RD.to(g.dtype)).view(x.shape)
+            dx = (gb_NR @ ctx.A_RD).addmm_(g_NO, dense(ctx.weight)).view(x.shape)
         return dx, None, None, dA_RD, dB_OR, None
 
 
-def add_low_rank(y_NO, x_ND, A_RD, B_OR, scaling: float) -> torch.Tensor:
-    """Add s (x Aᵀ) Bᵀ to y in place; returns x Aᵀ [N, R]."""
-    xa_NR = x_ND @ A_RD.to(x_ND.dtype).t()
-    y_NO.addmm_(xa_NR, B_OR.to(x_ND.dtype).t(), alpha=scaling)
-    return xa_NR
+def working(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An fp32 adapter weight in the compute dtype: its copy of this forward, where it has one."""
+    return getattr(adapter, "working", adapter).to(dtype)
 
 
 def rows(x) -> torch.Tensor:
@@ -79,10 +79,5 @@ def rows(x) -> torch.Tensor:
 
 
 def dense(weight) -> torch.Tensor:
-    """W [O, D]: of NF4 in the dtype that its quant_state names, a plain weight as it is."""
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        return weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(weight, state)
+    """W [O, D]: of NF4 made for now, a plain weight as it is."""
+    return weight if getattr(weight, "quant_state", None) is None else dequantise(weight)

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from phogpt_raw.model.attention import alibi_slopes, attend, attention_bias
+from phogpt_raw.model.attention import Bias, alibi_slopes, attend
 from phogpt_raw.model.cache import Cache
 from phogpt_raw.model.remake import remade
 from phogpt_raw.refusal import Refusal
@@ -108,7 +108,9 @@ class Attention(nn.Module):
         qkv = self.Wqkv(x_BLD)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
-        q, k, v = rearrange(qkv, "b l (three h k) -> three b h l k", three=3, h=self.heads)
+        # parted along an inner axis: backward then joins the gradients in qkv's own layout
+        parts = rearrange(qkv, "b l (three h k) -> b l three h k", three=3, h=self.heads).unbind(2)
+        q, k, v = (rearrange(part, "b l h k -> b h l k") for part in parts)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.out_proj(rearrange(attend(q, k, v, bias, self.scale), "b h l k -> b l (h k)"))
@@ -182,7 +184,7 @@ class PhoGPT(nn.Module):
         if cache is not None:
             keys, doc_BS = cache.advance(queries, doc_BL)
         x = self.transformer.wte(ids_BL)
-        bias = attention_bias(self.slopes_H, queries, keys, x.dtype, doc_BS)
+        bias = Bias(self.slopes_H, queries, keys, x.dtype, doc_BS)
         for n, block in enumerate(self.transformer.blocks):
             if cache is None and torch.is_grad_enabled() and n < self.recompute:
                 x = checkpoint(block, x, bias, use_reentrant=False)

@@ -235,7 +235,9 @@ def nf4_linear(weight: torch.Tensor, dtype: torch.dtype, device, bias=None):
     linear.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear
     ).to(device)
-    linear.weight.quant_state.dtype = dtype  # what dequantising gives; the 4 bits keep no dtype
+    state = linear.weight.quant_state
+    state.dtype = dtype  # what dequantising gives; the 4 bits keep no dtype
+    state.offset = state.offset.cpu()  # one number: from the host it needs no broadcasting kernel
     linear.bias = bias
     linear.support_avx512bf16_for_cpu = False
     return linear

@@ -1,6 +1,8 @@
 """What the adapters are worth: loss on held-out rows, and whether answers stop by themselves."""
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +46,23 @@ def held_out_loss(model: PhoGPT, examples: list[Example], *, micro_batch: int, p
 
 
 class Evaluation:
-    """A run's look at its held-out rows; calling it gives a Score, or None where there are none."""
+    """A run's look at its held-out rows; calling it gives a Score, or None where there are none.
 
-    def __init__(self, model: PhoGPT, tokenizer, examples: list[Example], config: Config):
+    `memory` gives a context to allocate in, such as that of a captured model.
+    """
+
+    def __init__(self, model: PhoGPT, tokenizer, examples: list[Example], config: Config,
+                 memory: Callable = nullcontext):
         self.model, self.tokenizer, self.examples, self.config = model, tokenizer, examples, config
+        self.memory = memory
 
     def __call__(self) -> Score | None:
         if not self.examples:
             return None
+        with self.memory():
+            return self.score()
+
+    def score(self) -> Score:
         config, tokenizer = self.config, self.tokenizer
         loss = held_out_loss(
             self.model, self.examples, micro_batch=config.micro_batch,

@@ -11,14 +11,15 @@ T supervised rows, C rows of a chunk, D hidden, V vocabulary.
 import torch
 
 from phogpt_raw.data.batches import MicroBatch
-from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.model.matmul import matmul_to
 
-BYTES_A_LOGIT = 8  # fp32 logits, and logsumexp's copy or a 16-bit one beside them
+BYTES_A_LOGIT = 8  # the logit and its log-probability in fp32
 
 
 def chunk_rows(vocabulary: int, limit_mib: int) -> int:
-    """Rows a chunk may have so that its transients stay within limit_mib."""
-    return max(1, limit_mib * 2**20 // (vocabulary * BYTES_A_LOGIT))
+    """Rows a chunk may have so that its transients stay within limit_mib; kernels like eights."""
+    rows = limit_mib * 2**20 // (vocabulary * BYTES_A_LOGIT)
+    return rows // 8 * 8 or max(1, rows)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -28,19 +29,18 @@ class HeadLoss(torch.autograd.Function):
         gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets_T), chunk):
             rows = slice(start, start + chunk)
-            logits_CV = (hidden_TD[rows] @ head_VD.T).float()
             counts_C1 = (targets_T[rows] >= 0)[:, None]
             targets_C1 = targets_T[rows].clamp(min=0)[:, None]
-            picked_C1 = logits_CV.gather(1, targets_C1)
-            lse_C1 = logits_CV.logsumexp(1, keepdim=True)
-            total += ((lse_C1 - picked_C1) * counts_C1).sum()
+            log_p_CV = matmul_to(torch.float32, hidden_TD[rows], head_VD.T).log_softmax(1)
+            picked_C1 = log_p_CV.gather(1, targets_C1)
+            total -= (picked_C1 * counts_C1).sum()
             if gradient_TD is not None:
-                slope_CV = logits_CV.sub_(lse_C1).exp_()
-                slope_CV.scatter_add_(1, targets_C1, -torch.ones_like(picked_C1))
-                slope_CV.mul_(counts_C1)
-                torch.mm(slope_CV.to(head_VD.dtype), head_VD, out=gradient_TD[rows])
+                slope_CV = torch.exp(log_p_CV, out=torch.empty_like(log_p_CV, dtype=head_VD.dtype))
+                # The target's p - 1 from log p: in 16 bits 0.9999 - 1 would be nothing.
+                slope_CV.scatter_(1, targets_C1, picked_C1.expm1().to(slope_CV.dtype))
+                torch.mm(slope_CV, head_VD, out=gradient_TD[rows]).mul_(counts_C1)
                 del slope_CV
-            del logits_CV  # else they would live on beside the next chunk's
+            del log_p_CV  # else it would live on beside the next chunk's
         ctx.save_for_backward(gradient_TD)
         return total
 
@@ -59,7 +59,7 @@ def summed_loss(hidden_TD, head_VD, targets_T, chunk: int) -> torch.Tensor:
     return HeadLoss.apply(hidden_TD, head_VD, targets_T, chunk)
 
 
-def batch_loss(model: PhoGPT, batch: MicroBatch, chunk: int) -> torch.Tensor:
-    """summed_loss of a micro-batch's supervised rows, from its ids on."""
+def batch_loss(model, batch: MicroBatch, chunk: int) -> torch.Tensor:
+    """summed_loss of a micro-batch's supervised rows, from its ids on, through a PhoGPT."""
     hidden_TD = model(batch.ids_BL, batch.doc_BL).flatten(0, 1).index_select(0, batch.rows_T)
     return summed_loss(hidden_TD, model.head, batch.targets_T, chunk)

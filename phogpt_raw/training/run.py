@@ -20,7 +20,7 @@ from phogpt_raw.training.evaluate import Score
 
 # May differ when a run goes on: everything else would make it another run.
 FREE = {"out", "dry_run", "steps", "epochs", "eval_every", "eval_answers", "answer_tokens",
-        "save_every", "micro_batch", "recompute", "loss_mib"}
+        "save_every", "micro_batch", "recompute", "capture", "loss_mib"}
 
 
 @dataclass
