@@ -1,25 +1,29 @@
 """What the benches share: a setting becomes the very step that train.py takes; results as JSON."""
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich import box
 from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phogpt_raw.cards import this_card, training_dtype
+from phogpt_raw.cards import Card, this_card, training_dtype
 from phogpt_raw.config import CHOICES, Config, Parser
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.adapters import Adapters, new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, PhoGPT
-from phogpt_raw.model.weights import frozen, load_base, place
+from phogpt_raw.model.weights import find_folder, frozen, place, read_model
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.capture import Captured, why_not
 from phogpt_raw.training.loss import chunk_rows
@@ -32,6 +36,8 @@ from phogpt_raw.training.step import (
     unmarked,
 )
 
+ATTENTION = {"auto": nullcontext,
+             "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -61,19 +67,36 @@ class Bench:
         self.optimizer = make_optimizer(self.adapters.flat, options.optimizer, 1e-4, 0.0)
         self.scaler = make_scaler(self.dtype, self.card.device)
         self.chunk = chunk_rows(self.model.config.vocab_size, options.loss_mib)
+        self.cap_for_torch = self.cap()
 
     def load(self, model: str) -> PhoGPT:
         if model in PUBLISHED:
             return random_base(model, self.dtype, self.card.device)
-        return load_base(model, dtype=self.dtype, device=self.card.device)[0]
+        return read_model(find_folder(model), nf4=True, dtype=self.dtype,
+                          device=torch.device(self.card.device))
 
     def window(self, setting: Setting) -> Window:
         dice = torch.Generator().manual_seed(0)
         high = self.model.config.vocab_size
         rows = torch.randint(4, high, (setting.micro_batch * setting.accumulate, setting.seq_len),
                              generator=dice).tolist()
-        examples = [Example(ids, len(ids) - 1, False, "random") for ids in rows]
-        return make_window(examples, setting.micro_batch, pad_id=3)
+        return window(rows, setting.micro_batch)
+
+    def told(self) -> dict:
+        """What a result says beside its rows: the kernel asked for, the cap and what it leaves."""
+        return {"attention": self.options.attention, "loss_mib": self.options.loss_mib,
+                "cap_gib": self.options.cap or None, "cap_for_torch_gib": self.cap_for_torch}
+
+    def cap(self) -> float | None:
+        """Hold torch to --cap less CUDA's context and the optimizer's pages, which it does not see;
+        the GiB left."""
+        if not self.options.cap or self.card.device == "cpu":
+            return None
+        free, total = torch.cuda.mem_get_info()
+        context = (total - free - torch.cuda.memory_reserved()) / 2**30
+        left = self.options.cap - context - 2 * self.adapters.flat.numel() / 2**30
+        torch.cuda.set_per_process_memory_fraction(left * 2**30 / total)
+        return left
 
     def begin(self, setting: Setting, *, capture: bool) -> None:
         """Recompute as the setting says; eager, or captured from the second step on."""
@@ -93,13 +116,22 @@ class Bench:
         self.model.train()
         for setting in settings:
             try:
-                result = measure(self, setting, self.window(setting))
+                with ATTENTION[self.options.attention]():
+                    result = measure(self, setting, self.window(setting))
             except torch.OutOfMemoryError:
                 result = None
             if self.card.device == "cuda":
+                self.forward = None
+                gc.collect()
                 self.adapters.flat.grad.zero_()
                 torch.cuda.empty_cache()
             yield setting, result
+
+
+def window(rows: list[list[int]], micro_batch: int) -> Window:
+    """A window of rows of token ids, all of which but the first carry loss."""
+    examples = [Example(ids, len(ids) - 1, False, "random") for ids in rows]
+    return make_window(examples, micro_batch, pad_id=3)
 
 
 def random_base(name: str, dtype: torch.dtype, device: str) -> PhoGPT:
@@ -128,6 +160,12 @@ def parser(description: str) -> Parser:
     built.add_argument("--loss-mib", "--loss_mib", type=count, default=Config.loss_mib,
                        help=f"MiB of a chunk of logits (default {Config.loss_mib})")
     built.add_argument("--optimizer", default=Config.optimizer, choices=CHOICES["optimizer"])
+    built.add_argument("--attention", default="auto", choices=ATTENTION,
+                       help="efficient: the only fused kernel a T4 and a V100 have")
+    built.add_argument("--cap", type=float, default=0, metavar="GIB",
+                       help="run as on a card with this much usable memory, such as 14.56 (a T4)")
+    built.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True,
+                       help="as CUDA graphs, on a GPU")
     built.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     return built
 
@@ -164,6 +202,9 @@ def remark(bench: Bench) -> str:
     """The line above a table: what was measured, on what."""
     line = f"measured on {bench.card.name}, {bench.options.model}, " \
            f"{str(bench.dtype).removeprefix('torch.')}, rank {bench.options.rank}"
+    if bench.cap_for_torch:
+        line += f"\nunder {bench.options.cap:g} GiB: {bench.cap_for_torch:.2f} for torch, the " \
+                "rest for CUDA's context and the optimizer's pages, which torch does not see"
     if bench.card.device == "cpu":
         line += "\nno GPU here: this shows that the bench runs and says nothing about a card"
     return line
@@ -178,19 +219,19 @@ def table(title: str, columns: list[str], caption: str | None = None) -> Table:
     return made
 
 
-def save(what: str, bench: Bench, rows: list[dict]) -> Path:
-    """bench/results/<what>-<card>-<model>-<date>.json."""
-    card = bench.card.name.replace(" ", "-")
-    model = Path(bench.options.model).name
-    file = RESULTS / f"{what}-{card}-{model}-{date.today()}.json"
+def save(what: str, card: Card, options, rows: list[dict], **more) -> Path:
+    """bench/results/<what>-<card>-<model>-<dtype>-<date>.json; `more` beside the rows."""
+    parts = (what, card.name.replace(" ", "-"), Path(options.model).name, options.dtype)
+    file = RESULTS / f"{'-'.join(parts)}-{date.today()}.json"
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=RESULTS.parent).stdout.strip()
     content = {
-        "what": what, "source": "measured", "card": asdict(bench.card),
+        "what": what, "source": "measured", "card": asdict(card),
         "versions": {name: version(name) for name in packages}, "commit": commit or None,
         "date": str(date.today()), "command": "python bench/" + " ".join(
             [Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **more,
         "rows": rows,
     }
     file.parent.mkdir(exist_ok=True)

@@ -9,18 +9,36 @@ The step is train.py's own. A setting that does not fit is a row that says so.
 from dataclasses import asdict
 
 import harness
+import torch
 
 from phogpt_raw.console import out
 from phogpt_raw.meter import Scale
 from phogpt_raw.refusal import exits_cleanly
+from phogpt_raw.training.capture import why_not
 
 
 def peaks(bench, setting, window):
-    """{phase: {kind: GiB}} of the second step: the first makes the optimizer's state."""
-    bench.run(setting, window)
+    """{phase: {kind: GiB}} of the second eager step: the first makes the optimizer's state; and,
+    where the step can be captured, GiB reserved with its graphs."""
+    bench.begin(setting, capture=False)
+    bench.run(window)
     scale = Scale()
-    bench.run(setting, window, mark=scale)
-    return scale.read()
+    bench.run(window, mark=scale)
+    return scale.read(), captured(bench, setting, window)
+
+
+def captured(bench, setting, window) -> float | None:
+    """Reserved GiB once the step runs as graphs; None where it does not, or does not fit."""
+    if why_not(bench.model, bench.card.device, bench.options.capture):
+        return None
+    torch.cuda.empty_cache()
+    bench.begin(setting, capture=True)
+    try:
+        for _ in range(3):
+            bench.run(window)
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.memory_reserved() / 2**30
 
 
 @exits_cleanly
@@ -33,21 +51,26 @@ def main(arguments: list[str] | None = None) -> None:
     main_kind = kinds[0]
     table = harness.table(
         f"peak GiB {main_kind}, by phase; last the whole step's",
-        ["work", "recomp.", "forward", "backward", "clip", "optimizer", *kinds],
+        ["work", "recomp.", "forward", "backward", "clip", "optim.", *kinds, "graphs"],
+        caption="graphs: GiB reserved once the step runs as CUDA graphs",
     )
     rows = []
     for setting, found in bench.rows(harness.settings(options), peaks):
         label = f"{setting.micro_batch} x {setting.seq_len}"
+        row = asdict(setting) | {"fits": found is not None}
         if found is None:
             table.add_row(label, setting.recompute, "out of", "memory")
         else:
+            found, graphs = found
             by_phase = [f"{found[phase][main_kind]:.2f}" for phase in phases]
             top = [f"{max(f[kind] for f in found.values()):.2f}" for kind in kinds]
-            table.add_row(label, setting.recompute, *by_phase, *top)
-        rows.append(asdict(setting) | {"fits": found is not None, "peak_gib": found})
+            told = "-" if graphs is None else f"{graphs:.2f}"
+            table.add_row(label, setting.recompute, *by_phase, *top, told)
+            row |= {"peak_gib": found, "graphs_reserved_gib": graphs}
+        rows.append(row)
     out.print(table)
     if options.save:
-        out.print(f"saved {harness.save('memory', bench, rows)}")
+        out.print(f"saved {harness.save('memory', bench.card, options, rows, **bench.told())}")
 
 
 if __name__ == "__main__":

@@ -34,11 +34,13 @@ def test_a_bench_prints_a_table_and_saves_only_when_asked(bench, what, tmp_path,
     bench.main(["--seq-len", "32", *more, "--save"])
     [file] = tmp_path.iterdir()
     result = json.loads(file.read_text())
-    assert list(result) == ["what", "source", "card", "versions", "commit", "date", "command",
-                            "rows"]
+    described = [key for key in result if key not in (
+        "attention", "loss_mib", "cap_gib", "cap_for_torch_gib", "matmul_flops_per_s")]
+    assert described == ["what", "source", "card", "versions", "commit", "date", "command", "rows"]
     assert result["what"] == what and result["source"] == "measured"
     assert list(result["versions"]) == ["torch", "transformers", "peft", "bitsandbytes"]
     assert result["command"] == f"python bench/{what}.py --save"
+    assert result["attention"] == "auto" and result["cap_gib"] is None
     [row] = result["rows"]
     assert row["fits"] and row["seq_len"] == 32
     if bench is step_time:
@@ -51,10 +53,10 @@ def test_a_bench_prints_a_table_and_saves_only_when_asked(bench, what, tmp_path,
 def test_out_of_memory_is_a_row_and_the_next_one_is_measured(bench, monkeypatch, capsys):
     run = harness.Bench.run
 
-    def too_small(self, setting, *args, **kwargs):
-        if setting.seq_len == 64:
+    def too_small(self, window, *args, **kwargs):
+        if window.batches[0].ids_BL.shape[1] == 64:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run(self, setting, *args, **kwargs)
+        return run(self, window, *args, **kwargs)
 
     monkeypatch.setattr(harness.Bench, "run", too_small)
     more = ["--steps", "1", "--warmup", "0"] if bench is step_time else []
@@ -71,7 +73,8 @@ def test_the_bench_changes_the_adapters_as_training_does():
     window = bench.window(setting)
     assert (window.tokens, len(window.batches)) == (setting.tokens, 2)
     assert window.supervised == 4 * 31
-    bench.run(setting, window)
+    bench.begin(setting, capture=True)
+    bench.run(window)
     assert not torch.equal(bench.adapters.flat.detach(), before)
 
 
