@@ -4,9 +4,9 @@ A window is what one optimizer step sees. Which rows it holds follows from the s
 (a permutation a pass, seeded by seed and pass), so a resumed run reads on where it stopped.
 
 A MicroBatch says who may see whom by `doc_BL`: each token's document in its row, ascending; None
-where a row is one document with its padding behind it, which attention never looks at from the left.
-What carries loss is a list of rows, not a mask over all positions, because with a vocabulary of
-250,880 every row through the head counts.
+where a row is one document with its padding behind it, which attention from the left never
+sees. What carries loss is a list of rows, not a mask over all positions, because with a vocabulary
+of 250,880 every row through the head counts.
 
 B micro-batch, L length, T supervised rows (padded to a few sizes; padding has target -100).
 

@@ -4,7 +4,7 @@ ALiBi has no position embedding: head h adds `-slope_h * (i - j)` to the score o
 (Press et al. 2022, arXiv:2108.12409). With the causal mask and the document mask that is one
 additive bias, in the compute dtype; the scores themselves never leave torch's fused kernels.
 
-Two surprises. The bias is written as a distance, 0 on the diagonal. MPT writes `slope * (j - L + 1)`
+Two surprises. The bias is written as a distance, 0 on the diagonal. MPT's is `slope * (j - L + 1)`
 in fp32, which differs by a constant a row; softmax does not see it, but it is largest exactly where
 the weights are, and 16 bits would round it there. The distance is small where it matters.
 

@@ -6,8 +6,8 @@
 PEFT composes the same sum from separate layers: in 16 bits it casts the activations to fp32 and
 back around every adapter and makes several tensors of the output's size on the way. Here the
 low-rank products lie where the base's matmul adds its own, in the compute dtype, and what is kept
-for backward is x and the narrow s x Aᵀ. The surprise: a 4-bit W exists in full for the length of one
-matmul only. Backward makes it from its 4 bits again; kept, it would take 13 GB on PhoGPT-7B5.
+for backward is x and the narrow s x Aᵀ. The surprise: a 4-bit W exists in full for the length of
+one matmul only. Backward makes it from its 4 bits again; kept, it would take 13 GB on PhoGPT-7B5.
 
 N rows, D in, O out, R rank.
 """

@@ -1,4 +1,4 @@
-"""The model's forward and backward as CUDA graphs: thousands of kernels without Python between them.
+"""The model's forward and backward as CUDA graphs: thousands of kernels, no Python between them.
 
 At 512 tokens of PhoGPT-7B5 the GPU works for 50 ms a micro-step and Python, naming its kernels one
 by one, for twice that. A graph is that list of kernels, written down once and replayed by the GPU.
@@ -8,10 +8,10 @@ A shape runs eagerly when it is first seen, which shows that it fits, and is cap
 again. The loss between forward and backward is few kernels and stays eager, so the number of
 supervised rows may change.
 
-The surprise is the memory. A graph has a pool of its own, full to everything else; and memory freed
-on one stream serves that stream alone. So what is large and never runs between a graph's forward and
-its backward (another shape's eager step, an evaluation) allocates from that pool and on that stream.
-The loss, which does run there, must not.
+The surprise is the memory. A graph has a pool of its own, closed to everything else; and memory
+freed on one stream serves that stream alone. So what is large and never runs between a graph's
+forward and its backward (another shape's eager step, an evaluation) allocates from that pool and on
+that stream. The loss, which does run there, must not.
 
 B micro-batch, L length, D hidden.
 """
