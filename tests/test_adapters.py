@@ -123,6 +123,93 @@ def test_gradients_land_in_the_flat_buffer():
     assert total > 0
 
 
+# -- the copy in the compute dtype
+
+
+def bf16_pair(adapted, **lora):
+    """Two models of the same weights: with the shared copy, and with a cast a layer and use."""
+    model, adapters = adapted(dtype=torch.bfloat16, **lora)
+    reference, theirs = adapted(dtype=torch.bfloat16, **lora)
+    theirs.working = None
+    reference._forward_pre_hooks.clear()
+    for p in reference.parameters():
+        if p.requires_grad:
+            del p.working
+    return model, adapters, reference, theirs
+
+
+def step(model, ids_BL):
+    """Logits; the loss's gradient is added to what is there."""
+    logits = model.logits(model(ids_BL)).float()
+    logits.square().mean().backward()
+    return logits.detach()
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
+@pytest.mark.parametrize("recompute", [0, 2])
+def test_one_cast_a_forward_gives_what_a_cast_a_layer_gives(adapted, nf4, recompute):
+    """To the bit, as two micro-batches add up, as the weights change, and without gradients."""
+    model, adapters, reference, theirs = bf16_pair(adapted, nf4=nf4)
+    assert adapters.working.dtype == torch.bfloat16 and adapters.flat.dtype == torch.float32
+    dice = torch.Generator().manual_seed(7)
+    for m in (model, reference):
+        m.recompute = recompute
+    for _ in range(3):
+        change = 0.01 * torch.randn(adapters.flat.shape, generator=dice)
+        for a in (adapters, theirs):
+            a.flat.data += change  # what an optimizer does
+            a.flat.grad.zero_()
+        for _ in range(2):
+            ids_BL = torch.randint(4, 4096, (2, 9), generator=dice)
+            assert torch.equal(step(model, ids_BL), step(reference, ids_BL))
+        assert adapters.flat.grad.norm() > 0
+        assert torch.equal(adapters.flat.grad, theirs.flat.grad)
+        with torch.no_grad():
+            assert torch.equal(model(ids_BL), reference(ids_BL))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_next_forward_in_bf16_has_the_new_weights(adapted, grad):
+    model, adapters = adapted(dtype=torch.bfloat16)
+    ids_BL = torch.tensor([[5, 6, 7, 8]])
+    with torch.set_grad_enabled(grad):
+        first = model(ids_BL).detach().clone()
+        adapters.flat.data.mul_(-3)
+        second = model(ids_BL).detach()
+    assert not torch.equal(first, second)
+    for name, view in adapters.views:
+        parameter = dict(model.named_parameters())[name]
+        assert torch.equal(parameter.working, view.bfloat16())
+        assert parameter.working.untyped_storage().data_ptr() \
+            == adapters.working.untyped_storage().data_ptr()
+
+
+def test_loaded_adapters_count_at_the_next_forward_in_bf16(adapted, tmp_path):
+    model, adapters = adapted(dtype=torch.bfloat16)
+    ids_BL = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        wanted = model(ids_BL).clone()
+        adapters.save(tmp_path / "adapter")
+        adapters.flat.data.zero_()
+        assert not torch.equal(model(ids_BL), wanted)
+        adapters.load(tmp_path / "adapter")
+        assert torch.equal(model(ids_BL), wanted)
+
+
+def test_in_fp32_the_adapters_have_no_copy(adapted):
+    model, adapters = adapted()
+    assert adapters.working is None and not model._forward_pre_hooks
+    assert not any(hasattr(p, "working") for p in model.parameters())
+
+
+def test_the_copy_is_no_part_of_what_is_saved(adapted, tmp_path):
+    _, adapters = adapted(dtype=torch.bfloat16)
+    adapters.save(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+    assert len(saved) == len(adapters.views)
+
+
 def test_a_fresh_adapter_changes_nothing_and_follows_the_seed():
     model, plain = base(), base()
     adapters = new_adapters(model, rank=5, alpha=7, seed=3)

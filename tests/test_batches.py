@@ -8,7 +8,7 @@ import torch
 from conftest import ragged_examples
 
 from phogpt_raw.data import batches as module
-from phogpt_raw.data.batches import IGNORED, Stream, collate, make_window
+from phogpt_raw.data.batches import IGNORED, MicroBatch, Stream, collate, make_window
 from phogpt_raw.data.prompt import Example
 
 PAD = 3
@@ -38,9 +38,8 @@ def expected_pairs(examples):
 
 
 def rows_of(window):
-    """The examples' ids in a window, padding taken off by its document number."""
-    return [tuple(ids[doc == 0].tolist()) for batch in window.batches
-            for ids, doc in zip(batch.ids_BL, batch.doc_BL, strict=True)]
+    """The examples' ids in a window; ragged examples hold no PAD, so that is what is taken off."""
+    return [tuple(ids[ids != PAD].tolist()) for batch in window.batches for ids in batch.ids_BL]
 
 
 def test_doctest():
@@ -57,15 +56,27 @@ def test_targets_are_the_next_tokens_of_the_rows_named():
     assert batch.ids_BL.flatten()[batch.rows_T[:4]].tolist() == [11, 12, 13, 21]
 
 
-def test_padding_is_a_document_of_its_own_even_where_its_id_occurs_in_a_row():
+def test_padding_is_behind_and_needs_no_documents():
     batch = collate([([PAD, 5, PAD], 1), ([6, 7], 1)], PAD, multiple=4)
-    assert batch.doc_BL.tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
+    assert batch.doc_BL is None
+    assert batch.ids_BL.tolist() == [[PAD, 5, PAD, PAD], [6, 7, PAD, PAD]]
+
+
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0, 0, 1]])], ids=["none", "packed"])
+def test_a_batch_goes_to_a_device_with_or_without_documents(documents):
+    batch = MicroBatch(torch.tensor([[5, 6, 7]]), documents, torch.tensor([1]), torch.tensor([7]))
+    moved = batch.to("cpu")
+    assert (moved.doc_BL is None) == (documents is None)
+    assert documents is None or torch.equal(moved.doc_BL, documents)
+    assert torch.equal(moved.ids_BL, batch.ids_BL)
 
 
 def test_a_padded_row_gives_the_hidden_states_that_it_gives_alone(adapted):
-    """fp32 and another length of the sums: a few units in the last place of values around 1."""
+    """Also where the padding's id occurs in it, as the end of a chat's turn does.
+
+    fp32 and another length of the sums: a few units in the last place of values around 1."""
     model, _ = adapted()
-    examples = ragged_examples(3)
+    examples = [*ragged_examples(3), Example([5, PAD, 7, PAD, PAD, 9], 2, False, "a:1")]
     with torch.no_grad():
         batch = collate([(e.ids, e.answer) for e in examples], PAD)
         together = model(batch.ids_BL, batch.doc_BL)
@@ -103,7 +114,9 @@ def test_a_window_is_the_same_whether_or_not_earlier_ones_were_asked_for():
     for step in range(23):
         mine, fresh = straight.window(step), stream(examples, batch_size=3).window(step)
         for a, b in zip(mine.batches, fresh.batches, strict=True):
-            assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in vars(a))
+            assert a.doc_BL is b.doc_BL is None
+            assert all(torch.equal(getattr(a, n), getattr(b, n))
+                       for n in ("ids_BL", "rows_T", "targets_T"))
     again = straight.window(2)  # and going back changes nothing
     assert rows_of(again) == rows_of(stream(examples, batch_size=3).window(2))
 

@@ -16,11 +16,11 @@ from phogpt_raw.refusal import Refusal
 ROOT = Path(__file__).parents[1]
 
 FLAGS = [
-    "--adapter", "--alpha", "--answer-tokens", "--batch-size", "--clip",
+    "--adapter", "--alpha", "--answer-tokens", "--batch-size", "--capture", "--clip",
     "--data", "--dropout", "--dry-run", "--dtype", "--epochs",
     "--eval-answers", "--eval-every", "--help", "--hold-out", "--loss-mib",
     "--lr", "--lr-floor", "--max-len", "--micro-batch", "--model",
-    "--nf4", "--no-dry-run", "--no-nf4", "--optimizer", "--out",
+    "--nf4", "--no-capture", "--no-dry-run", "--no-nf4", "--optimizer", "--out",
     "--preset", "--rank", "--recompute", "--revision", "--save-every",
     "--seed", "--steps", "--targets", "--template", "--val",
     "--warmup", "--weight-decay",
@@ -155,6 +155,11 @@ def test_a_preset_file_that_cannot_be_is_refused(tmp_path, text, said):
 
 def test_whole_numbers_will_do_for_fractions_in_a_preset(tmp_path):
     assert read("--preset", preset(tmp_path, "lr = 1\nepochs = 2")).epochs == 2.0
+
+
+def test_graphs_are_captured_unless_a_flag_says_no():
+    assert read().capture is True and read("--no-capture").capture is False
+    assert read("--no_capture", "--capture").capture is True
 
 
 def test_recompute_becomes_a_number_of_blocks():

@@ -1,6 +1,7 @@
 """Held-out loss by tokens, and how many answers end by themselves."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -67,6 +68,33 @@ def test_stops_counts_the_answers_that_end_by_themselves(lively, tokenizer):
     assert score.answers == [tokenizer.decode(a.ids).strip() for a in alone]
     assert score.val_loss == pytest.approx(
         held_out_loss(model, examples, micro_batch=4, pad_id=PAD, chunk=16), rel=1e-6)
+
+
+def test_loss_and_answers_are_made_within_the_memory_that_is_given(adapted, tokenizer, monkeypatch):
+    model, _ = adapted()
+    said, forward = [], model.forward
+
+    @contextmanager
+    def memory():
+        said.append("in")
+        yield
+        said.append("out")
+
+    def spoken(*args, **kwargs):
+        said.append("cached" if kwargs.get("cache") or len(args) > 2 else "whole")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", spoken)
+    evaluate = Evaluation(model, tokenizer, ragged_examples(3), memory=memory,
+                          config=Config(model="tiny", eval_answers=2, answer_tokens=3))
+    for _ in range(2):
+        said.clear()
+        assert evaluate() is not None
+        assert (said[0], said[-1]) == ("in", "out")
+        assert set(said[1:-1]) == {"whole", "cached"}
+    said.clear()
+    empty = Evaluation(model, tokenizer, [], memory=memory, config=Config(model="tiny"))
+    assert empty() is None and not said
 
 
 def test_answers_can_be_left_out(adapted, tokenizer):

@@ -31,6 +31,7 @@ class Net(nn.Module):
         weight = torch.randn(d_out, d_in).to(dtype) / math.sqrt(d_in)
         plain.weight = nn.Parameter(weight)
         self.linear = nf4_linear(weight, dtype, "cpu", plain.bias) if nf4 else plain
+        self.head = torch.empty(0, dtype=dtype)  # the dtype in which all computes
         self.requires_grad_(False)
 
     def forward(self, x):
@@ -71,11 +72,14 @@ def run(forward, x, parameters, grad):
 
 
 def both(net, x):
-    """(fused, PEFT's own) [y, dx, dA, dB] of net's layer for the same x and the same incoming g."""
+    """(fused, PEFT's own) [y, dx, dA, dB] of net's layer for the same x and the same incoming g.
+
+    Through net, whose forward begins with the adapters' copy in the compute dtype.
+    """
     layer = net.linear
     parameters = [p for p in layer.parameters() if p.requires_grad]
     grad = random(*x.shape[:-1], layer.out_features, seed=3, dtype=x.dtype)
-    return [run(f, x, parameters, grad) for f in (layer, lambda x: peft_forward(layer, x))]
+    return [run(f, x, parameters, grad) for f in (net, lambda x: peft_forward(layer, x))]
 
 
 def assert_near(got, wanted, tolerance=1e-5):
@@ -218,16 +222,20 @@ def test_only_x_and_its_low_rank_image_are_kept(nf4, dtype):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = net(x)
-    flat = adapters.flat.untyped_storage().data_ptr()
-    kept = [t for t in kept if t.untyped_storage().data_ptr() != flat]  # A and B themselves
     assert {(t.shape, t.dtype) for t in kept} == {(x.shape, dtype), ((100, 4), dtype)}
     assert len(kept) == 2 and any(t.data_ptr() == x.data_ptr() for t in kept)
-    # Nor anywhere else on the node: what it holds beside them is the frozen weight as stored.
+    # Nor anywhere else on the node: what it holds beside them is the frozen weight as stored, and
+    # A and B in the compute dtype, which all layers' nodes share.
     node = y.grad_fn
     while not isinstance(node, LowRankLinear._backward_cls):
         node = node.next_functions[0][0]
     held = [v for v in vars(node).values() if isinstance(v, torch.Tensor)]
-    assert len(held) == 1 and held[0] is net.linear.base_layer.weight
+    whole = adapters.flat if adapters.working is None else adapters.working
+    start, end = whole.data_ptr(), whole.data_ptr() + whole.nbytes
+    shared = [v for v in held if start <= v.data_ptr() < end]
+    assert {v.shape for v in shared} == {(4, 96), (64, 4)} and len(shared) == 2
+    rest = [v for v in held if not any(v is s for s in shared)]
+    assert len(rest) == 1 and rest[0] is net.linear.base_layer.weight
     y.sum().backward()
 
 

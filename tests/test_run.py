@@ -67,7 +67,7 @@ def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path
 def test_the_result_is_the_adapter_of_the_lowest_validation_loss(train, tmp_path):
     """Large steps on few rows: held-out loss falls, then rises, so the best is in the middle."""
     out = tmp_path / "run"
-    train("--out", out, "--steps", 12, "--lr", 0.05, "--eval-every", 1, "--save-every", 1,
+    train("--out", out, "--steps", 12, "--lr", 0.15, "--eval-every", 1, "--save-every", 1,
           "--eval-answers", 0)
     _, scores = metrics(out)
     best = min(scores, key=lambda row: row["val_loss"])["step"]
@@ -220,12 +220,18 @@ def test_dry_run_shows_the_plan_and_an_example_and_trains_nothing(train, tmp_pat
         "0.0 M parameters in fp32: LoRA rank 4, alpha 32, on Wqkv, down_proj, out_proj, up_proj",
         "ALiBi as a bias", "9 rows of rows.jsonl", "3 held out",
         "4b-chat: the tokenizer's chat template", "7 of 4 rows, 2 at a time (3.1 passes)",
-        "AdamW, 8-bit state", "2 of 2 blocks in backward",
+        "AdamW, 8-bit state", "2 of 2 blocks in backward", "capture o",
     ):
         assert part in plan, part
     if not torch.cuda.is_available():
         assert "dtype fp32: the CPU has no faster one" in plan
-        assert "attention math" in plan or "attention flash" in plan
+        assert "attention flash attention, ALiBi as a bias of" in plan
+        assert "capture off: graphs need a GPU" in plan
+
+
+def test_dry_run_says_why_nothing_is_captured(train):
+    _, said, _ = train("--dry-run", "--no-capture")
+    assert "capture off: --no-capture" in " ".join(said.split())
 
 
 def test_dry_run_shows_where_the_loss_is(train, rows):
@@ -365,6 +371,13 @@ def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path
     out = tmp_path / "run"
     train("--out", out, "--steps", 3)
     status, _, said = train("--out", out, "--micro-batch", 1, "--recompute", 1)
+    assert (status, said) == (0, "")
+
+
+def test_a_run_goes_on_with_or_without_capturing(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3)
+    status, _, said = train("--out", out, "--no-capture")
     assert (status, said) == (0, "")
 
 

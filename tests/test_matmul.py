@@ -1,0 +1,71 @@
+"""Products with their ends fused are the products; the judge is fp64 of the same numbers."""
+
+import pytest
+import torch
+
+from phogpt_raw.model.matmul import matmul_to, scaled_matmul
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = pytest.mark.parametrize("device", ["cpu", ON_GPU])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+def pair(dtype, device, *, rows=24, inner=40, columns=16, size=1.0):
+    dice = torch.Generator().manual_seed(0)
+    shapes = (rows, inner), (columns, inner)
+    a, b = (size * torch.randn(*shape, generator=dice) for shape in shapes)
+    return a.to(device, dtype), b.to(device, dtype).t()  # a transposed one, as the weights are
+
+
+def off(got, wanted):
+    return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+
+@DEVICES
+@DTYPES
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_comes_in_the_dtype_asked_for(device, dtype, to):
+    """One rounding to the operands' dtype at the most, and one to the dtype asked for."""
+    a, b = pair(dtype, device)
+    got = matmul_to(to, a, b)
+    assert got.dtype == to
+    limit = max(torch.finfo(t).eps for t in (dtype, to))
+    assert off(got, a.double() @ b.double()) <= limit + 2**-20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_fp32_is_the_kernels_own_sum(dtype):
+    """2^-18, not the 2^-9 or 2^-12 of a rounding: fp32 sums of at most 64 exact products."""
+    for shape in (dict(), dict(rows=1, inner=64, columns=8), dict(rows=17, inner=33, columns=5)):
+        a, b = pair(dtype, "cuda", **shape)
+        assert off(matmul_to(torch.float32, a, b), a.double() @ b.double()) < 2**-18
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_sum_above_fp16s_range_stays_finite():
+    a, b = pair(torch.float16, "cuda", size=300.0)
+    wanted = a.double() @ b.double()
+    assert wanted.abs().max() > 2**16
+    assert off(matmul_to(torch.float32, a, b), wanted) < 2**-18
+
+
+@DEVICES
+@DTYPES
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.3, 0.0])
+def test_a_scaled_product_is_scaled_once(device, dtype, scale):
+    a, b = pair(dtype, device)
+    got = scaled_matmul(a, b, scale)
+    wanted = scale * (a.double() @ b.double())
+    assert got.dtype == dtype and got.shape == wanted.shape
+    # on the CPU the product is rounded before it is scaled
+    assert (got - wanted).norm() <= (torch.finfo(dtype).eps + 2**-20) * wanted.norm()
+
+
+@DEVICES
+def test_a_scaled_product_reads_nothing_of_what_it_is_added_to(device, monkeypatch):
+    """What lies in fresh memory may be no number, and 0 times that is none either."""
+    a, b = pair(torch.float32, device)
+    monkeypatch.setattr(torch.Tensor, "new_empty",
+                        lambda self, shape: self.new_full(shape, float("nan")))
+    assert scaled_matmul(a, b, 2.0).isfinite().all()
