@@ -221,7 +221,9 @@ def table(title: str, columns: list[str], caption: str | None = None) -> Table:
 
 def save(what: str, card: Card, options, rows: list[dict], **more) -> Path:
     """bench/results/<what>-<card>-<model>-<dtype>-<date>.json; `more` beside the rows."""
-    parts = (what, card.name.replace(" ", "-"), Path(options.model).name, options.dtype)
+    parts = [what, card.name.replace(" ", "-"), Path(options.model).name, options.dtype]
+    if options.attention != "auto":
+        parts.append(options.attention)
     file = RESULTS / f"{'-'.join(parts)}-{date.today()}.json"
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
