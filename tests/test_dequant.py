@@ -34,9 +34,25 @@ def test_on_the_cpu_it_is_bitsandbytes_own(monkeypatch, shape, dtype):
     assert torch.equal(dense, dequantize_4bit(weight, weight.quant_state))
 
 
-def test_the_offset_of_the_scales_lies_on_the_host():
+def test_the_offset_of_the_scales_is_known_to_the_host():
     """From a GPU each dequantising would wait for it."""
-    assert nf4((256, 64), torch.float32, "cpu").quant_state.offset.device.type == "cpu"
+    state = nf4((256, 64), torch.float32, "cpu").quant_state
+    assert state.offset_number == float(state.offset)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 16, 200])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_bitsandbytes_own_kernels_still_read_the_weights(dtype, rows):
+    """Without gradients a Linear4bit reads 4 bits and scales itself, the offset on the device."""
+    weight = nf4((512, 256), dtype, "cuda")
+    layer = nf4_linear(torch.zeros(512, 256, dtype=dtype), dtype, "cuda")
+    layer.weight = weight
+    x = torch.randn(rows, 256, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        y = layer(x)
+    wanted = x.double() @ dequantise(weight).double().T
+    assert (y.double() - wanted).norm() < 4 * torch.finfo(dtype).eps * wanted.norm()
 
 
 def test_without_triton_the_fused_kernel_does_not_work(monkeypatch):

@@ -58,9 +58,11 @@ class Adapters:
                 p.working = self.working[piece].view_as(p)
             self.views.append((name, view))
         self.count = sum(p.numel() for _, p in named)
+        self.cast()
 
     def cast(self, *_) -> None:
-        self.working.copy_(self.flat.detach())
+        if self.working is not None:
+            self.working.copy_(self.flat.detach())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The adapters under PEFT's names, fp32."""
@@ -80,6 +82,7 @@ class Adapters:
                 raise Refusal(f"{where}: {name} has shape {list(tensors[name].shape)}, this model "
                               f"needs {list(view.shape)}")
             view.copy_(tensors[name])
+        self.cast()
 
     def save(self, folder: Path) -> None:
         """adapter_model.safetensors and adapter_config.json, as stock PEFT reads them."""

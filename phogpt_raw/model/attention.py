@@ -62,8 +62,9 @@ class Bias:
                  doc_BS: torch.Tensor | None = None, block: int | None = None):
         self.queries, self.keys, self.doc_BS = queries, keys, doc_BS
         self.block = min(queries, block or block_size(len(slopes_H), keys, dtype))
-        self.last_1HLS = distance_bias(slopes_H, self.block, keys, dtype)
-        if self.block == queries and doc_BS is not None:  # one block: masked once for all layers
+        several = self.block < queries
+        self.last_1HLS = distance_bias(slopes_H, self.block, keys, dtype, aligned=several)
+        if not several and doc_BS is not None:  # one block: masked once for all layers
             self.last_1HLS, self.doc_BS = self.masked(self.last_1HLS, 0, queries), None
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
@@ -85,7 +86,7 @@ class Bias:
         doc_BS = self.doc_BS[:, : before + stop]
         other_B1LS = doc_BS[:, None, before + start :, None] != doc_BS[:, None, None, :]
         shape = (len(doc_BS), *bias_1HLS.shape[1:])
-        masked = aligned(shape, bias_1HLS.dtype, bias_1HLS.device)
+        masked = empty(shape, bias_1HLS.dtype, bias_1HLS.device, aligned=self.block < self.queries)
         return masked.copy_(bias_1HLS).masked_fill_(other_B1LS, torch.finfo(masked.dtype).min)
 
 
@@ -99,21 +100,25 @@ def block_size(heads: int, keys: int, dtype: torch.dtype) -> int:
     return min(BLOCK, 2 ** int(math.log2(max(1, rows))))
 
 
-def distance_bias(slopes_H, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+def distance_bias(slopes_H, queries: int, keys: int, dtype: torch.dtype, *,
+                  aligned: bool = False) -> torch.Tensor:
     """[1, H, L, S]: -slope * (i - j) for the last `queries` of `keys` positions; the future out."""
     device = slopes_H.device
     j = torch.arange(keys, device=device)
     distance_LS = j[keys - queries :, None] - j[None, :]
-    bias = aligned((1, len(slopes_H), queries, keys), dtype, device)
+    bias = empty((1, len(slopes_H), queries, keys), dtype, device, aligned=aligned)
     torch.mul(-slopes_H[:, None, None], distance_LS, out=bias[0])
     return bias.masked_fill_(distance_LS < 0, torch.finfo(dtype).min)
 
 
-def aligned(shape, dtype: torch.dtype, device) -> torch.Tensor:
-    """Empty, each row beginning where a kernel can read a vector."""
+def empty(shape, dtype: torch.dtype, device, *, aligned: bool) -> torch.Tensor:
+    """A bias to be filled; aligned: each row begins where a kernel can read a vector.
+
+    scaled_dot_product_attention sees to that itself, the operations behind it do not.
+    """
     *rows, keys = shape
-    return torch.empty(*rows, -(-keys // ALIGNMENT) * ALIGNMENT, dtype=dtype, device=device)[
-        ..., :keys]
+    width = -(-keys // ALIGNMENT) * ALIGNMENT if aligned else keys
+    return torch.empty(*rows, width, dtype=dtype, device=device)[..., :keys]
 
 
 def attend(q_BHLK, k_BHSK, v_BHSK, bias: Bias, scale: float | None) -> torch.Tensor:

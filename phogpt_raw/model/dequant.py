@@ -28,7 +28,7 @@ def dequantise(weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     state = weight.quant_state
-    fits = state.nested and state.shape.numel() % (WEIGHTS * ROWS) == 0
+    fits = hasattr(state, "offset_number") and state.shape.numel() % (WEIGHTS * ROWS) == 0
     if fits and weight.is_cuda and fused_works(weight.device, state.dtype):
         return fused(weight, state)
     return dequantize_4bit(weight, state)
@@ -43,7 +43,7 @@ def fused_works(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     numbers = torch.randn(WEIGHTS * SCALES, 4, device=device, dtype=dtype)
     weight, state = quantize_4bit(numbers, quant_type="nf4", compress_statistics=True)
-    state.offset = state.offset.cpu()
+    state.offset_number = float(state.offset)
     try:
         return torch.equal(fused(weight, state), dequantize_4bit(weight, state))
     except Exception:  # a compiler's, of whatever kind: the card is too old, or has no toolchain
@@ -55,7 +55,7 @@ def fused(weight: torch.Tensor, state) -> torch.Tensor:
     # Without fusing a multiplication and an addition, so that both round as bitsandbytes' do.
     nf4_kernel[(dense.numel() // (WEIGHTS * ROWS),)](
         weight, state.code, state.absmax, state.state2.code, state.state2.absmax,
-        float(state.offset), dense, ROWS, num_warps=4, enable_fp_fusion=False)
+        state.offset_number, dense, ROWS, num_warps=4, enable_fp_fusion=False)
     return dense
 
 

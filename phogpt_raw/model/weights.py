@@ -237,7 +237,8 @@ def nf4_linear(weight: torch.Tensor, dtype: torch.dtype, device, bias=None):
     ).to(device)
     state = linear.weight.quant_state
     state.dtype = dtype  # what dequantising gives; the 4 bits keep no dtype
-    state.offset = state.offset.cpu()  # one number: from the host it needs no broadcasting kernel
+    # On the host for dequant.py, which must not wait; bitsandbytes' kernels read it on the device.
+    state.offset_number = float(state.offset)
     linear.bias = bias
     linear.support_avx512bf16_for_cpu = False
     return linear

@@ -78,7 +78,9 @@ class Captured:
             with torch.cuda.graph(backward, **into), \
                     torch.autograd.set_multithreading_enabled(False):
                 hidden_BLD.backward(slope_BLD)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # also one of ending the capture, raised on the way out
+            if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
+                raise
             return None
         return Graphs(ids_BL, doc_BL, hidden_BLD.detach(), slope_BLD, forward, backward)
 
