@@ -1,0 +1,87 @@
+"""What bench/peer.py compares is the same: weights, function, adapters, and the arithmetic."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import peer
+
+from phogpt_raw.model.adapters import new_adapters
+from phogpt_raw.model.phogpt import ModelConfig
+from phogpt_raw.model.weights import read_model
+
+SHAPE = ModelConfig(64, 4, 2, vocab_size=96, max_seq_len=64)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    peer.write_checkpoint(tmp_path, SHAPE)
+    return tmp_path
+
+
+def ours(folder):
+    return read_model(folder, nf4=False, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_both_compute_the_same_function(folder):
+    from transformers import MptForCausalLM
+
+    theirs = MptForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(peer.tokens(96, 2, 40, step=3))
+    mine = ours(folder)
+    with torch.no_grad():
+        # fp32 on both sides: two blocks of sums of 64 and 256 terms, logits of size 0.2
+        torch.testing.assert_close(mine.logits(mine(ids)), theirs(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_weights_are_random_and_the_biases_zero(folder):
+    named = dict(ours(folder).named_parameters())
+    assert all(not p.any() for n, p in named.items() if n.endswith("bias"))
+    weights = [p for n, p in named.items() if p.dim() == 2]
+    assert len(weights) == 9 and all(0.015 < p.std() < 0.025 for p in weights)
+
+
+def test_tokens_follow_from_the_step_alone():
+    assert peer.tokens(96, 2, 8, step=1) == peer.tokens(96, 2, 8, step=1)
+    assert peer.tokens(96, 2, 8, step=1) != peer.tokens(96, 2, 8, step=2)
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_adapter_weights_are_counted_as_they_are_made(folder, rank):
+    adapters = new_adapters(ours(folder), rank=rank, alpha=8)
+    assert peer.adapter_weights(SHAPE, rank) == adapters.count
+
+
+def test_a_ratio_is_the_median_over_pairs_and_not_of_medians():
+    def found(step_s):
+        return {"step_s": step_s, "allocated_gib": 1.0, "reserved_gib": 2.0}
+
+    pairs = [{"peer": found(p), "ours": found(o), "eager": found(1.0)}
+             for p, o in ((6.0, 1.0), (4.0, 2.0), (9.0, 3.0))]
+    losses = {"captured": [1.0, 2.0], "eager": [1.0, 2.5], "peer": [1.25, 2.5]}
+    told = peer.summary({"pairs": pairs, "losses": losses})
+    assert told["ours_times_faster"] == 3.0
+    assert (told["peer_step_s"], told["ours_step_s"]) == (6.0, 2.0)
+    assert (told["captured_loss_apart"], told["peer_loss_apart"]) == (0.5, 0.25)
+
+
+def test_a_side_out_of_memory_has_no_figure():
+    full = {"out_of_memory": True}
+    fits = {"step_s": 1.0, "allocated_gib": 1.0, "reserved_gib": 2.0}
+    told = peer.summary({"pairs": [{"peer": full, "ours": fits, "eager": fits}],
+                         "losses": {"captured": [1.0], "eager": [1.0], "peer": None}})
+    assert "peer_step_s" not in told and "ours_times_faster" not in told
+    assert told["ours_step_s"] == 1.0 and "peer_loss_apart" not in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+@pytest.mark.parametrize("flags", [[], ["--model", "nano"]])
+def test_what_it_cannot_do_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        peer.main(flags)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
