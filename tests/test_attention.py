@@ -417,3 +417,21 @@ def heads_of(shape, *, heads, dtype=torch.float32, scale=1.0, width=8):
     qkv = scale * torch.randn(*shape, 3 * heads * width, generator=dice)
     q, k, v = rearrange(qkv, "b l (three h k) -> three b h l k", three=3, h=heads)
     return [t.to(dtype).clone().requires_grad_() for t in (q, k, v)]
+
+
+def test_documents_are_masked_once_a_block_and_pass(monkeypatch):
+    """Each masking writes a bias of a block; choosing the kernel needs none."""
+    doc_BS = torch.tensor([[0] * 20 + [1] * 20])
+    bias = Bias(alibi_slopes(3), 40, 40, torch.float32, doc_BS, block=16)
+    q, k, v = heads_of((1, 40), heads=3)
+    times, masked = [], Bias.masked
+
+    def counting(self, *given):
+        times.append(given)
+        return masked(self, *given)
+
+    monkeypatch.setattr(Bias, "masked", counting)
+    out = attend(q, k, v, bias, None)
+    assert len(times) == 3
+    out.sum().backward()
+    assert len(times) == 6

@@ -126,8 +126,8 @@ def attend(q_BHLK, k_BHSK, v_BHSK, bias: Bias, scale: float | None) -> torch.Ten
     if bias.block < bias.queries:
         return BlockAttention.apply(q_BHLK, k_BHSK, v_BHSK, bias, scale)
     kernel(q_BHLK, k_BHSK, v_BHSK, bias)
-    whole = bias.of(slice(0, bias.queries))
-    return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, attn_mask=whole, scale=scale)
+    return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, attn_mask=bias.last_1HLS,
+                                          scale=scale)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -213,8 +213,9 @@ def kernel(q, k, v, bias: Bias) -> SDPBackend:
     torch itself would fall back to separate operations that hold the scores, without a word.
     """
     rows, keys = next(bias.blocks())
+    # The last block's bias as it is, not masked: the choice looks at shapes, not at numbers.
     choice = SDPBackend(torch._fused_sdp_choice(
-        q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=bias.of(rows)))
+        q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=bias.last_1HLS))
     if choice not in KERNELS:
         raise Refusal(f"attention: torch {torch.__version__} has no fused kernel on "
                       f"{q.device.type} for {q.shape[1]} heads of width {q.shape[-1]} in "
