@@ -21,6 +21,7 @@ from phogpt_raw.cards import Card, this_card, training_dtype
 from phogpt_raw.config import CHOICES, Config, Parser
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
+from phogpt_raw.meter import device_gib
 from phogpt_raw.model.adapters import Adapters, new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, PhoGPT
 from phogpt_raw.model.weights import find_folder, frozen, place, read_model
@@ -76,10 +77,8 @@ class Bench:
                           device=torch.device(self.card.device))
 
     def window(self, setting: Setting) -> Window:
-        dice = torch.Generator().manual_seed(0)
-        high = self.model.config.vocab_size
-        rows = torch.randint(4, high, (setting.micro_batch * setting.accumulate, setting.seq_len),
-                             generator=dice).tolist()
+        rows = tokens(self.model.config.vocab_size, setting.micro_batch * setting.accumulate,
+                      setting.seq_len)
         return window(rows, setting.micro_batch)
 
     def told(self) -> dict:
@@ -92,10 +91,8 @@ class Bench:
         the GiB left."""
         if not self.options.cap or self.card.device == "cpu":
             return None
-        free, total = torch.cuda.mem_get_info()
-        context = (total - free - torch.cuda.memory_reserved()) / 2**30
-        left = self.options.cap - context - 2 * self.adapters.flat.numel() / 2**30
-        torch.cuda.set_per_process_memory_fraction(left * 2**30 / total)
+        left = self.options.cap - context_gib() - 2 * self.adapters.flat.numel() / 2**30
+        hold_to(left)
         return left
 
     def begin(self, setting: Setting, *, capture: bool) -> None:
@@ -126,6 +123,23 @@ class Bench:
                 self.adapters.flat.grad.zero_()
                 torch.cuda.empty_cache()
             yield setting, result
+
+
+def context_gib() -> float:
+    """What is taken of the card beside torch's allocator: CUDA's context, other processes."""
+    return device_gib() - torch.cuda.memory_reserved() / 2**30
+
+
+def hold_to(gib: float) -> None:
+    """Let torch's allocator have so much and no more; 0: all there is."""
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total if gib else 1.0)
+
+
+def tokens(vocabulary: int, rows: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Random token ids, past the special ones."""
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randint(4, vocabulary, (rows, length), generator=dice).tolist()
 
 
 def window(rows: list[list[int]], micro_batch: int) -> Window:

@@ -14,7 +14,6 @@ import torch
 from phogpt_raw.console import out
 from phogpt_raw.meter import Scale
 from phogpt_raw.refusal import exits_cleanly
-from phogpt_raw.training.capture import why_not
 
 
 def peaks(bench, setting, window):
@@ -29,10 +28,10 @@ def peaks(bench, setting, window):
 
 def captured(bench, setting, window) -> float | None:
     """Reserved GiB once the step runs as graphs; None where it does not, or does not fit."""
-    if why_not(bench.model, bench.card.device, bench.options.capture):
+    bench.begin(setting, capture=bench.options.capture)
+    if bench.forward is bench.model:
         return None
     torch.cuda.empty_cache()
-    bench.begin(setting, capture=True)
     try:
         for _ in range(3):
             bench.run(window)

@@ -27,6 +27,7 @@ import torch
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.config import Config
 from phogpt_raw.console import out
+from phogpt_raw.meter import device_gib
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
@@ -54,7 +55,7 @@ class Ours:
         bench.scaler = harness.make_scaler(bench.dtype, bench.card.device)
         bench.begin(harness.Setting(seq_len, micro_batch, 1, recompute), capture=path == "captured")
         for step in range(count):
-            rows = tokens(self.model.config.vocab_size, micro_batch, seq_len, step)
+            rows = harness.tokens(self.model.config.vocab_size, micro_batch, seq_len, step)
             window = harness.window(rows, micro_batch)
             begun = now()
             loss = bench.run(window).loss
@@ -95,7 +96,8 @@ class Peer:
         losses, times = [], []
 
         rows = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * seq_len}
-                for step in range(count) for ids in tokens(vocabulary, micro_batch, seq_len, step)]
+                for step in range(count)
+                for ids in harness.tokens(vocabulary, micro_batch, seq_len, step)]
 
         class Clock(TrainerCallback):
             def on_step_begin(self, *_, **__):
@@ -130,11 +132,6 @@ class Peer:
         self.model.zero_grad()
 
 
-def tokens(vocabulary: int, rows: int, length: int, step: int) -> list[list[int]]:
-    dice = torch.Generator().manual_seed(step)
-    return torch.randint(4, vocabulary, (rows, length), generator=dice).tolist()
-
-
 def now() -> float:
     torch.cuda.synchronize()
     return time.perf_counter()
@@ -144,13 +141,10 @@ def serve(options) -> None:
     """One side: a JSON order a line on standard input, its answer on standard output."""
     answers, sys.stdout = sys.stdout, sys.stderr
     side = {"ours": Ours, "peer": Peer}[options.side](options)
-    beside = used_gib() - torch.cuda.memory_reserved() / 2**30
-    print(json.dumps({"beside_gib": beside}), file=answers, flush=True)
-    total = torch.cuda.get_device_properties(0).total_memory
+    print(json.dumps({"beside_gib": harness.context_gib()}), file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        cap = order.pop("cap_gib")
-        torch.cuda.set_per_process_memory_fraction(cap * 2**30 / total if cap else 1.0)
+        harness.hold_to(order.pop("cap_gib"))
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
@@ -164,12 +158,6 @@ def serve(options) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def used_gib() -> float:
-    """What is taken of the card, by whomever."""
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / 2**30
-
-
 class Side:
     """A side in a process of its own."""
 
@@ -178,7 +166,7 @@ class Side:
                    options.dtype, "--rank", str(options.rank), "--loss-mib", str(options.loss_mib),
                    "--cap", "0"]  # set with each order
         self.name = name
-        before = used_gib()
+        before = device_gib()
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True)
         self.context_gib = self.read()["beside_gib"] - before

@@ -35,7 +35,8 @@ FAMILIES = {
 
 
 def measure(bench, setting, window):
-    """({phase: seconds} of each timed step, {family: seconds} of one more, kernels in it)."""
+    """({phase: seconds} of each timed step, its matmul FLOPs, {family: seconds} of one step more,
+    the kernels in it)."""
     bench.begin(setting, capture=bench.options.capture)
     for _ in range(bench.options.warmup):
         bench.run(window)
@@ -44,7 +45,8 @@ def measure(bench, setting, window):
     for _ in range(bench.options.steps):
         bench.run(window, mark=watch)
         taken.append(watch.read())
-    return taken, *(kernels(bench, window) if bench.card.device == "cuda" else ({}, 0))
+    on_gpu = kernels(bench, window) if bench.card.device == "cuda" else ({}, 0)
+    return taken, flops(bench, setting, window), *on_gpu
 
 
 def kernels(bench, window) -> tuple[dict[str, float], int]:
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         if found is None:
             table.add_row(label, setting.recompute, "out of", "memory")
         else:
-            taken, families, count = found
+            taken, work, families, count = found
             low, step, high = quantiles([sum(t.values()) for t in taken])
             phases = {p: statistics.median(t[p] for t in taken) for p in PHASES}
             row |= {"step_s": step, "step_s_20": low, "step_s_80": high, "phases_s": phases,
@@ -131,7 +133,6 @@ def main(arguments: list[str] | None = None) -> None:
             times = [f"{1e3 * s:.1f}" for s in (*phases.values(), step, low, high)]
             share = []
             if gpu:
-                work = flops(bench, setting, bench.window(setting))
                 row |= {"matmul_flops": work, "kernels_s": families, "kernels": count,
                         "share_of_matmul": {k: work / step / v for k, v in limit.items()}}
                 share = [f"{row['share_of_matmul']['sustained']:.0%}"]

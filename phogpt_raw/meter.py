@@ -38,6 +38,12 @@ class Stopwatch:
         return dict(seconds)
 
 
+def device_gib() -> float:
+    """What is taken of the card, by whomever, as the driver counts it."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
 class Scale:
     """GiB by phase: peaks of torch's allocator and of what it has reserved, and the whole device.
 
@@ -64,11 +70,10 @@ class Scale:
         if not self.cuda:
             return {"resident": psutil.Process().memory_info().rss / 2**30}
         torch.cuda.synchronize()
-        free, total = torch.cuda.mem_get_info()
         return {
             "allocated": torch.cuda.max_memory_allocated() / 2**30,
             "reserved": torch.cuda.max_memory_reserved() / 2**30,
-            "device": (total - free) / 2**30,
+            "device": device_gib(),
         }
 
     def read(self) -> dict[str, dict[str, float]]:
