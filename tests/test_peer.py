@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import harness
 import peer
+import sides
 
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import ModelConfig
@@ -20,7 +21,7 @@ SHAPE = ModelConfig(64, 4, 2, vocab_size=96, max_seq_len=64)
 
 @pytest.fixture
 def folder(tmp_path):
-    peer.write_checkpoint(tmp_path, SHAPE)
+    sides.write_checkpoint(tmp_path, SHAPE)
     return tmp_path
 
 
