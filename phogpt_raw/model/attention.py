@@ -19,7 +19,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
@@ -62,10 +61,14 @@ class Bias:
                  doc_BS: torch.Tensor | None = None, block: int | None = None):
         self.queries, self.keys, self.doc_BS = queries, keys, doc_BS
         self.block = min(queries, block or block_size(len(slopes_H), keys, dtype))
-        several = self.block < queries
-        self.last_1HLS = distance_bias(slopes_H, self.block, keys, dtype, aligned=several)
-        if not several and doc_BS is not None:  # one block: masked once for all layers
+        self.last_1HLS = distance_bias(slopes_H, self.block, keys, dtype)
+        if self.whole and doc_BS is not None:  # one block: masked once for all layers
             self.last_1HLS, self.doc_BS = self.masked(self.last_1HLS, 0, queries), None
+
+    @property
+    def whole(self) -> bool:
+        """Whether one block holds all queries."""
+        return self.block == self.queries
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """(queries, keys that they see) of each block, the last block first.
@@ -86,7 +89,7 @@ class Bias:
         doc_BS = self.doc_BS[:, : before + stop]
         other_B1LS = doc_BS[:, None, before + start :, None] != doc_BS[:, None, None, :]
         shape = (len(doc_BS), *bias_1HLS.shape[1:])
-        masked = empty(shape, bias_1HLS.dtype, bias_1HLS.device, aligned=self.block < self.queries)
+        masked = empty(shape, bias_1HLS.dtype, bias_1HLS.device)
         return masked.copy_(bias_1HLS).masked_fill_(other_B1LS, torch.finfo(masked.dtype).min)
 
 
@@ -100,34 +103,29 @@ def block_size(heads: int, keys: int, dtype: torch.dtype) -> int:
     return min(BLOCK, 2 ** int(math.log2(max(1, rows))))
 
 
-def distance_bias(slopes_H, queries: int, keys: int, dtype: torch.dtype, *,
-                  aligned: bool = False) -> torch.Tensor:
+def distance_bias(slopes_H, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
     """[1, H, L, S]: -slope * (i - j) for the last `queries` of `keys` positions; the future out."""
     device = slopes_H.device
     j = torch.arange(keys, device=device)
     distance_LS = j[keys - queries :, None] - j[None, :]
-    bias = empty((1, len(slopes_H), queries, keys), dtype, device, aligned=aligned)
+    bias = empty((1, len(slopes_H), queries, keys), dtype, device)
     torch.mul(-slopes_H[:, None, None], distance_LS, out=bias[0])
     return bias.masked_fill_(distance_LS < 0, torch.finfo(dtype).min)
 
 
-def empty(shape, dtype: torch.dtype, device, *, aligned: bool) -> torch.Tensor:
-    """A bias to be filled; aligned: each row begins where a kernel can read a vector.
+def empty(shape, dtype: torch.dtype, device) -> torch.Tensor:
+    """A bias to be filled, each row of which begins where a kernel can read a vector.
 
     scaled_dot_product_attention sees to that itself, the operations behind it do not.
     """
     *rows, keys = shape
-    width = -(-keys // ALIGNMENT) * ALIGNMENT if aligned else keys
+    width = -(-keys // ALIGNMENT) * ALIGNMENT
     return torch.empty(*rows, width, dtype=dtype, device=device)[..., :keys]
 
 
 def attend(q_BHLK, k_BHSK, v_BHSK, bias: Bias, scale: float | None) -> torch.Tensor:
     """Softmax(q k^T * scale + bias) v -> [B, H, L, K]; statistics in fp32 inside the kernel."""
-    if bias.block < bias.queries:
-        return BlockAttention.apply(q_BHLK, k_BHSK, v_BHSK, bias, scale)
-    kernel(q_BHLK, k_BHSK, v_BHSK, bias)
-    return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, attn_mask=bias.last_1HLS,
-                                          scale=scale)
+    return BlockAttention.apply(q_BHLK, k_BHSK, v_BHSK, bias, scale)
 
 
 class BlockAttention(torch.autograd.Function):
@@ -140,10 +138,14 @@ class BlockAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, bias, scale):
         run, ctx.gradients = KERNELS[kernel(q, k, v, bias)]
         ctx.bias, ctx.scale, ctx.kept = bias, scale, []
-        out, statistics = zeros_BLHK(q), []
+        out, statistics = None if bias.whole else zeros_BLHK(q), []
         for rows, keys in bias.blocks():
             part = q[:, :, rows], k[:, :, keys], v[:, :, keys], bias.of(rows)
-            out[:, :, rows], lse, *kept = run(*part, scale)
+            part_out, lse, *kept = run(*part, scale)
+            if bias.whole:
+                out = part_out
+            else:
+                out[:, :, rows] = part_out
             statistics.append(lse)
             ctx.kept.append(kept)
         ctx.save_for_backward(q, k, v, out, *statistics)
@@ -153,6 +155,9 @@ class BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         q, k, v, out, *statistics = ctx.saved_tensors
+        if ctx.bias.whole:
+            return *ctx.gradients(g, q, k, v, ctx.bias.of(slice(0, ctx.bias.queries)), out,
+                                  *statistics, *ctx.kept[0], ctx.scale), None, None
         dq, dk, dv = zeros_BLHK(q), zeros_BLHK(k), zeros_BLHK(v)
         for (rows, keys), lse, kept in zip(ctx.bias.blocks(), statistics, ctx.kept, strict=True):
             part = q[:, :, rows], k[:, :, keys], v[:, :, keys], ctx.bias.of(rows)

@@ -232,13 +232,15 @@ def nf4_linear(weight: torch.Tensor, dtype: torch.dtype, device, bias=None):
         linear = bnb.nn.Linear4bit(
             in_features, out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
         )
+    packed, state = bnb.functional.quantize_4bit(
+        weight.to(device), quant_type="nf4", compress_statistics=True)
     linear.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=linear
-    ).to(device)
-    state = linear.weight.quant_state
+        packed, requires_grad=False, quant_type="nf4", quant_state=state, module=linear,
+        bnb_quantized=True)
+    linear.quant_state = state
     state.dtype = dtype  # what dequantising gives; the 4 bits keep no dtype
     # On the host for dequant.py, which must not wait; bitsandbytes' kernels read it on the device.
-    state.offset_number = float(state.offset)
+    state.offset_number = None if weight.is_meta else float(state.offset)
     linear.bias = bias
     linear.support_avx512bf16_for_cpu = False
     return linear
