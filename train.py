@@ -19,6 +19,7 @@ from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import exits_cleanly
 from phogpt_raw.training.capture import Captured, why_not
 from phogpt_raw.training.evaluate import Evaluation
+from phogpt_raw.training.fit import choose
 from phogpt_raw.training.loss import chunk_rows
 from phogpt_raw.training.optim import lr_at, make_optimizer
 from phogpt_raw.training.run import Run
@@ -32,19 +33,20 @@ def main(arguments: list[str] | None = None) -> None:
     dtype, reason = training_dtype(card, config.dtype)
     model, tokenizer = load_base(config.model, nf4=config.nf4, dtype=dtype, device=card.device,
                                  revision=config.revision)
-    model.recompute = config.blocks_to_recompute(model.config.n_layers)
     if config.adapter:
         adapters = load_adapters(model, config.adapter, base=config.model)
     else:
         adapters = new_adapters(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
                                 targets=config.target_names(), base=config.model, seed=config.seed)
     examples = load_examples(tokenizer, config)
+    fit = choose(config, card, model, examples.train, dtype)
+    model.recompute = fit.recompute
     stream = Stream(examples.train, batch_size=config.batch_size, micro_batch=config.micro_batch,
                     pad_id=tokenizer.pad_token_id, seed=config.seed)
     steps = config.steps or stream.steps(config.epochs or 3)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps)
     uncaptured = why_not(model, card.device, config.capture)
-    startcard.show(config, card, dtype, reason, model, adapters, examples, run, uncaptured)
+    startcard.show(config, card, dtype, reason, model, adapters, examples, run, fit, uncaptured)
     if config.dry_run:
         return console.example(tokenizer, examples.train[0])
 

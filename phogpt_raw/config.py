@@ -54,7 +54,7 @@ class Config:
     # numbers and memory
     nf4: bool = True  # quantise the base to NF4; --no-nf4 keeps plain weights
     dtype: str = "auto"  # auto, fp16, bf16 or fp32: what activations are computed in
-    recompute: str = "all"  # all, none or N: blocks whose activations are made again in backward
+    recompute: str = "auto"  # blocks recomputed in backward: all, none, N, or as the card forces
     capture: bool = True  # on a GPU, run shapes that come again as CUDA graphs
     loss_mib: int = 256  # MiB that one chunk of logits may take, its transients included
     # looking and saving
@@ -82,8 +82,8 @@ class Config:
             raise Refusal("--steps and --epochs: give one of them")
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise Refusal(f"--epochs {self.epochs}: must be positive")
-        if not re.fullmatch(r"all|none|\d+", self.recompute):
-            raise Refusal(f"--recompute {self.recompute}: all, none or a number of blocks")
+        if not re.fullmatch(r"auto|all|none|\d+", self.recompute):
+            raise Refusal(f"--recompute {self.recompute}: auto, all, none or a number of blocks")
         if self.val is not None and self.hold_out:
             raise Refusal("--val and --hold-out: give one of them")
 
@@ -91,7 +91,7 @@ class Config:
         return [name.strip() for name in self.targets.split(",") if name.strip()]
 
     def blocks_to_recompute(self, blocks: int) -> int:
-        """--recompute as a number of the model's `blocks`."""
+        """--recompute, where it is not auto, as a number of the model's `blocks`."""
         if self.recompute in ("all", "none"):
             return blocks if self.recompute == "all" else 0
         if int(self.recompute) > blocks:

@@ -11,12 +11,14 @@ from phogpt_raw.data.examples import Examples
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.attention import form
 from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.training.fit import Fit
 from phogpt_raw.training.optim import describe
 from phogpt_raw.training.run import Run
 
 
 def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: PhoGPT,
-         adapters: Adapters, examples: Examples, run: Run, uncaptured: str | None) -> None:
+         adapters: Adapters, examples: Examples, run: Run, fit: Fit,
+         uncaptured: str | None) -> None:
     lengths = [len(e.ids) for e in examples.train]
     longest = max(lengths)
     shape, lora = model.config, model.peft_config["default"]
@@ -43,7 +45,7 @@ def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: Pho
         "optimizer": f"{describe(config.optimizer, card.device)}; learning rate to "
                      f"{config.lr:g} in {config.warmup} steps, then a cosine to "
                      f"{config.lr * config.lr_floor:g}; clip {config.clip:g}",
-        "recompute": f"{model.recompute} of {shape.n_layers} blocks in backward",
+        "recompute": f"{fit}",
         "capture": f"off: {uncaptured}" if uncaptured else
                    "on: a shape that comes again runs as CUDA graphs",
         "folder": f"{run.folder}" + (f", going on after step {at}" if at else ""),

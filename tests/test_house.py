@@ -8,12 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "phogpt_raw"
 ROOMS = [
-    "refusal", "config", "cards", "meter",
+    "refusal", "config", "cards", "meter", "allocator",
     "data.rows", "data.prompt", "data.examples", "data.batches",
     "model.attention", "model.remake", "model.cache", "model.phogpt", "model.weights",
     "model.dequant", "model.matmul", "model.lowrank", "model.adapters", "decode",
     "training.loss", "training.optim", "training.capture", "training.step",
-    "training.evaluate",
+    "training.evaluate", "plan", "roofline", "training.fit",
     "training.checkpoint", "training.run", "console", "startcard",
 ]
 ABOVE_NANO = ROOMS[: ROOMS.index("training.loss")]

@@ -1,0 +1,107 @@
+"""torch's caching allocator, imitated: what it counts as allocated, what it reserves of the card.
+
+It takes memory of the driver in segments, cuts blocks from them, best fit first, and joins freed
+neighbours again. The surprise: "allocated" is not what tensors hold. A block is rounded up to 512
+bytes, and one of a large segment is not cut at all where the rest would be 1 MiB or less.
+
+Constants and rules are those of c10/cuda/CUDACachingAllocator (torch 2.10 to 2.13) as it is without
+PYTORCH_ALLOC_CONF; one stream.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+MIB = 2**20
+ROUND = 512
+SMALL = MIB  # up to here a block comes from a segment of 2 MiB
+MEDIUM = 10 * MIB  # below that from one of 20 MiB, else from one of its own size
+SEGMENTS = {"small": 2 * MIB, "medium": 20 * MIB}
+
+
+@dataclass(eq=False)
+class Block:
+    """A piece of a segment, linked to its neighbours there."""
+
+    start: int
+    size: int
+    small: bool
+    before: "Block | None" = field(default=None, repr=False)
+    after: "Block | None" = field(default=None, repr=False)
+    free: bool = False
+
+
+class Allocator:
+    """Sizes in, blocks out; `allocated` and `reserved` in bytes, with their peaks.
+
+    Where `limit` bytes are reserved it gives back what is empty and, as that is not enough, raises
+    MemoryError.
+    """
+
+    def __init__(self, limit: float = float("inf")):
+        self.limit = limit
+        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
+        self.end = 0  # of the addresses given out so far
+        self.cached: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
+
+    def take(self, nbytes: int) -> Block:
+        """A block of nbytes or a little more, from what is cached or as a new segment."""
+        size = max(ROUND, -(-nbytes // ROUND) * ROUND)
+        small = size <= SMALL
+        cached = self.cached[small]
+        place = bisect_left(cached, (size, -1))
+        block = cached.pop(place)[2] if place < len(cached) else self.segment(size, small)
+        block.free = False
+        rest = block.size - size
+        if rest >= ROUND if small else rest > SMALL:
+            block.size = size
+            other = Block(block.start + size, rest, small, block, block.after)
+            if block.after:
+                block.after.before = other
+            block.after = other
+            self.cache(other)
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def give(self, block: Block) -> None:
+        """Free a block; joined with free neighbours it waits to be taken again."""
+        self.allocated -= block.size
+        for other in (block.before, block.after):
+            if other is not None and other.free:
+                self.cached[other.small].remove((other.size, other.start, other))
+                block = joined(*((other, block) if other is block.before else (block, other)))
+        self.cache(block)
+
+    def segment(self, size: int, small: bool) -> Block:
+        whole = (SEGMENTS["small"] if small else SEGMENTS["medium"] if size < MEDIUM
+                 else -(-size // SEGMENTS["small"]) * SEGMENTS["small"])
+        if self.reserved + whole > self.limit:
+            self.empty_cache()
+            if self.reserved + whole > self.limit:
+                raise MemoryError
+        self.reserved += whole
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        self.end += whole
+        return Block(self.end - whole, whole, small)
+
+    def cache(self, block: Block) -> None:
+        block.free = True
+        insort(self.cached[block.small], (block.size, block.start, block))
+
+    def empty_cache(self) -> None:
+        """Give segments that nothing is in back to the driver."""
+        for small, cached in self.cached.items():
+            whole = [entry for entry in cached if not (entry[2].before or entry[2].after)]
+            self.reserved -= sum(size for size, _, _ in whole)
+            self.cached[small] = [entry for entry in cached if entry not in whole]
+
+    def reset_peaks(self) -> None:
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+
+def joined(left: Block, right: Block) -> Block:
+    left.size += right.size
+    left.after = right.after
+    if right.after:
+        right.after.before = left
+    return left

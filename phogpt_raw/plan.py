@@ -1,0 +1,355 @@
+"""The step on tensors that have shapes and no numbers: its bytes and its arithmetic, on any laptop.
+
+This is no second description of the step. It builds the module tree that trains, on torch's meta
+device, and runs `train_step` itself; a dispatch mode sees every operation, what it reads and
+writes, and every storage from its first tensor to its last. Change the step, and the plan changes.
+
+The surprise is how little has to be told: the kernel that attention takes on the card in question,
+and what torch's statistics do not see or a kernel takes for itself (`beside`). Meta tensors rather
+than fake ones of device cuda, since those end the process where torch is built without CUDA.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from phogpt_raw.allocator import Allocator
+from phogpt_raw.data.batches import MicroBatch, Window
+from phogpt_raw.model.adapters import Adapters
+from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.model.weights import frozen, place
+from phogpt_raw.training.optim import make_optimizer
+from phogpt_raw.training.step import make_micro_step, train_step
+
+aten = torch.ops.aten
+META = torch.device("meta")
+KINDS = (
+    "NF4 weights", "NF4 constants", "plain weights", "embedding", "norms and biases",
+    "adapters", "adapters' copy", "adapters' gradients", "optimizer state",
+    "saved activations", "attention bias", "loss", "made again", "temporaries",
+    "rounding", "matmul workspace",
+)
+
+
+@dataclass(eq=False)
+class Storage:
+    """Bytes with a life: from operation `born` until before operation `died` (None: for good)."""
+
+    nbytes: int
+    born: int
+    phase: str
+    scope: str
+    kind: str | None = None
+    died: int | None = None
+    scope_end: int | None = None  # the operation at which the forward of its block was over
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation that runs kernels: FLOPs of matrix products, bytes read and written."""
+
+    name: str
+    phase: str
+    flops: float
+    moved: int
+
+
+@dataclass
+class Moment:
+    """What is alive at one operation, by kind, in bytes as the allocator counts them."""
+
+    op: int
+    phase: str
+    allocated: int
+    kinds: dict[str, int]
+    blocks: dict[str, int]  # saved activations by block
+
+
+@dataclass
+class Plan:
+    """What a step does that is not a run's first: the optimizer's state is there."""
+
+    ops: list[Op]
+    events: list[tuple[Storage, bool]]  # taken, or given back; those before the step too
+    begun: int  # the event that the step begins with
+    pages: int  # bytes of the optimizer's state in CUDA's managed memory
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the tensors that are there as the step begins."""
+        return sum(s.nbytes if taken else -s.nbytes for s, taken in self.events[:self.begun])
+
+    def replay(self, limit: float = float("inf"), workspace: int = 0, watch=None) -> Allocator:
+        """The allocations through torch's allocator, its peaks those of the step; MemoryError where
+        `limit` bytes are too few. workspace: what torch takes for cuBLAS and keeps.
+        `watch(allocator, n)` sees each event of the step."""
+        allocator, blocks = Allocator(limit), {}
+        if workspace:
+            allocator.take(workspace)
+        for n, (storage, taken) in enumerate(self.events):
+            if n == self.begun:
+                allocator.reset_peaks()
+            if taken:
+                blocks[storage] = allocator.take(storage.nbytes)
+            else:
+                allocator.give(blocks.pop(storage))
+            if watch and n >= self.begun:
+                watch(allocator, n)
+        return allocator
+
+    def peak(self, workspace: int = 0) -> Moment:
+        """The moment of most allocated bytes, the first of them."""
+        return max(self.moments(workspace), key=lambda m: m.allocated)
+
+    def moments(self, workspace: int = 0) -> list[Moment]:
+        """The step, an entry an operation for which something was taken."""
+        found: dict[int, Moment] = {}
+        kinds, by_block = defaultdict(int), defaultdict(int)
+        kinds["matmul workspace"] = workspace
+
+        def count(storage: Storage, sign: int) -> None:
+            kind = kind_of(storage)
+            kinds[kind] += sign * storage.nbytes
+            if kind == "saved activations":
+                by_block[storage.scope] += sign * storage.nbytes
+
+        for storage, taken in self.events[:self.begun]:
+            count(storage, 1 if taken else -1)
+
+        def watch(allocator: Allocator, n: int) -> None:
+            storage, taken = self.events[n]
+            count(storage, 1 if taken else -1)
+            op = storage.born if taken else storage.died
+            before = found.get(op)
+            if taken and (before is None or allocator.allocated > before.allocated):
+                alive = {k: v for k, v in kinds.items() if v}
+                alive["rounding"] = allocator.allocated - sum(alive.values())
+                found[op] = Moment(op, storage.phase, allocator.allocated, alive,
+                                   {k: v for k, v in by_block.items() if v})
+
+        self.replay(workspace=workspace, watch=watch)
+        return list(found.values())
+
+
+def kind_of(storage: Storage) -> str:
+    """What bytes are for: told, or from where they were made and how long they lived."""
+    if storage.kind:
+        return storage.kind
+    if storage.phase == "forward":
+        if storage.scope == "model":
+            return "attention bias"
+        if storage.scope == "":
+            return "loss"
+        outlived = storage.died is None or storage.died > storage.scope_end
+        return "saved activations" if outlived else "temporaries"
+    return "made again" if storage.scope else "temporaries"
+
+
+class Recorder(TorchDispatchMode):
+    """Sees what runs on meta tensors; `kernel` is what attention takes on the card."""
+
+    def __init__(self, kernel: SDPBackend, beside: Callable | None = None):
+        super().__init__()
+        self.kernel, self.beside = kernel, beside or (lambda *_: 0)
+        self.ops: list[Op] = []
+        self.events: list[tuple[Storage, bool]] = []
+        self.alive: dict[int, tuple[Storage, weakref.ref]] = {}
+        self.phase, self.scopes = "before", []
+
+    def mark(self, phase: str) -> None:
+        self.phase = phase
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten._fused_sdp_choice.default:
+            return self.kernel.value
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        for tensor in made:
+            self.see(tensor)
+        if not is_view(func):
+            for nbytes in filter(None, [self.beside(func, args, made)]):
+                storage = self.storage(nbytes, "temporaries")  # a kernel's own, for its own length
+                self.gone(storage)
+            self.ops.append(Op(str(func), self.phase, flops(func, args, kwargs, out),
+                               moved(func, args, kwargs, made)))
+        return out
+
+    def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
+        """Note a tensor's storage, if it is new; `kind` says what it is for."""
+        whole = tensor.untyped_storage()
+        key = whole._cdata
+        if key in self.alive:
+            self.alive[key][0].kind = self.alive[key][0].kind or kind
+            return
+        storage = self.storage(whole.nbytes(), kind)
+        self.alive[key] = storage, weakref.ref(whole, partial(self.freed, key))
+
+    def storage(self, nbytes: int, kind: str | None = None) -> Storage:
+        scope = self.scopes[-1][0] if self.scopes else ""
+        storage = Storage(nbytes, len(self.ops), self.phase, scope, kind)
+        if self.scopes:
+            self.scopes[-1][1].append(storage)
+        self.events.append((storage, True))
+        return storage
+
+    def freed(self, key: int, _=None) -> None:
+        self.gone(self.alive.pop(key)[0])
+
+    def gone(self, storage: Storage) -> None:
+        storage.died = len(self.ops)
+        self.events.append((storage, False))
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Leave a storage out: it is not the allocator's."""
+        storage, _ = self.alive.pop(tensor.untyped_storage()._cdata)
+        self.events = [event for event in self.events if event[0] is not storage]
+
+    @contextmanager
+    def following(self, modules: Iterable[tuple[str, torch.nn.Module]]):
+        """What is made while one of `modules` runs is of the scope of its name."""
+
+        def leave(*_):
+            for storage in self.scopes.pop()[1]:
+                storage.scope_end = len(self.ops)
+
+        hooks = []
+        for name, module in modules:
+            enter = partial(self.enter, name)
+            hooks += [module.register_forward_pre_hook(enter),
+                      module.register_forward_hook(leave, always_call=True)]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    def enter(self, name: str, *_) -> None:
+        self.scopes.append((name, []))
+
+
+def is_view(func) -> bool:
+    """Whether an operation only looks at memory: no kernel runs."""
+    if func.is_view or func in LOOKS:
+        return True
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info and not r.alias_info.is_write for r in returns)
+
+
+LOOKS = {aten._unsafe_view.default, aten.empty.memory_format, aten.empty_like.default,
+         aten.empty_strided.default, aten.new_empty.default, aten.detach.default}
+PICKS = {aten.embedding.default, aten.gather.default, aten.index_select.default,
+         aten.scatter_.src}
+OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}  # unread
+
+
+def flops(func, args, kwargs, out) -> float:
+    """FLOPs of an operation's matrix products, two a multiplication and addition.
+
+    torch's own formulas, and its addmm's for addmm in place, which they do not know. Attention's
+    count every key a block of queries is given, causal or not, as the kernels with a bias do.
+    """
+    known = aten.addmm if func is aten.addmm_.default else func.overloadpacket
+    count = flop_registry.get(known)
+    return float(count(*args, **kwargs, out_val=out)) if count else 0.0
+
+
+def moved(func, args, kwargs, made: list[torch.Tensor]) -> int:
+    """Bytes that an operation reads and writes, each tensor once."""
+    if func in PICKS:  # rows of a large tensor: what is picked is read and written
+        return 2 * sum(map(touched, made if func is not aten.scatter_.src else [args[3]]))
+    read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if func._schema.is_mutable:  # the results are among the arguments
+        made = []
+        written = [a for a, s in zip(args, func._schema.arguments, strict=False)
+                   if s.is_write and isinstance(a, torch.Tensor)]
+        read += [] if func in OVERWRITES else written
+    return sum(map(touched, read + made))
+
+
+def touched(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor that a kernel reads or writes; what is expanded lies in memory once."""
+    numbers = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        numbers *= size if stride else 1
+    return numbers * tensor.element_size()
+
+
+def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) -> PhoGPT:
+    """The module tree of a loaded checkpoint, without its numbers."""
+    with META:
+        phogpt = PhoGPT(shape)
+    for name, p in dict(phogpt.named_parameters()).items():
+        stored = torch.empty(p.shape, dtype=torch.bfloat16, device=META)
+        place(phogpt, name, stored, nf4=nf4, dtype=dtype, device=META)
+    return frozen(phogpt, nf4=nf4, device=META)
+
+
+def simulate(model: PhoGPT, adapters: Adapters, window: Window, *, optimizer: str, chunk: int,
+             kernel: SDPBackend, beside: Callable | None = None) -> Plan:
+    """A step of `model` (from base_on_meta, with adapters put in, `recompute` set).
+
+    `beside(op, arguments, results)` gives the bytes that an operation's kernel takes of torch's
+    allocator for itself, which meta tensors cannot show.
+    """
+    recorder = Recorder(kernel, beside)
+    own(recorder, model, adapters)
+    update = make_optimizer(adapters.flat, optimizer, 1e-4, 0.0)
+    scaler = torch.amp.GradScaler("cuda", enabled=False)  # its scale is a number, here is none
+    micro_step = make_micro_step(model.train(), scaler, chunk, recorder.mark)
+    on_meta = Window([on(META, batch) for batch in window.batches], window.supervised,
+                     window.tokens)
+
+    with recorder:
+        update.step()  # makes its state, as a run's first step does
+    pages = 0
+    for name, tensor in update.state[adapters.flat].items():
+        if name in ("state1", "state2") and optimizer.startswith("paged"):
+            pages += tensor.nbytes
+            recorder.forget(tensor)
+        elif isinstance(tensor, torch.Tensor):
+            recorder.see(tensor, "optimizer state")
+    recorder.ops.clear()  # from here on they are the step's
+    begun = len(recorder.events)
+    with recorder, recorder.following(scopes(model)):
+        train_step(on_meta, micro_step, adapters.flat, update, scaler, 1.0, recorder.mark)
+    return Plan(recorder.ops, recorder.events, begun, pages)
+
+
+def on(device, batch: MicroBatch) -> MicroBatch:
+    return MicroBatch(*(t if t is None else t.to(device) for t in (
+        batch.ids_BL, batch.doc_BL, batch.rows_T, batch.targets_T)))
+
+
+def scopes(model: PhoGPT) -> Iterable[tuple[str, torch.nn.Module]]:
+    yield "model", model
+    yield "embedding", model.transformer.wte
+    for n, block in enumerate(model.transformer.blocks):
+        yield f"block {n}", block
+    yield "last norm", model.transformer.norm_f
+
+
+def own(recorder: Recorder, model: PhoGPT, adapters: Adapters) -> None:
+    """Tell the recorder what stays for good, and what it is for."""
+    for tensor, kind in ((adapters.flat, "adapters"), (adapters.flat.grad, "adapters' gradients"),
+                         (adapters.working, "adapters' copy")):
+        if tensor is not None:
+            recorder.see(tensor, kind)
+    recorder.see(model.head, "embedding")
+    recorder.see(model.slopes_H, "attention bias")
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        if state is None:
+            recorder.see(p, "plain weights" if p.dim() > 1 else "norms and biases")
+            continue
+        recorder.see(p, "NF4 weights")
+        for tensor in (state.absmax, state.code, state.offset, state.state2.absmax,
+                       state.state2.code):
+            recorder.see(tensor, "NF4 constants")

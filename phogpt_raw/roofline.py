@@ -1,0 +1,52 @@
+"""How long a step would take on a card: each operation as long as its arithmetic or its memory.
+
+The larger of FLOPs over the sustained rate and bytes over the sustained bandwidth, and a launch
+(Williams et al. 2009, doi:10.1145/1498765.1498785). The surprise is what it leaves out and still
+meets: no caches, no overlap, one rate for all matrix products. It fails where the host is slower
+than the card, so an eager step takes at least what Python needs to name its kernels.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from phogpt_raw.cards import Rates
+from phogpt_raw.plan import Op
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of a step at the card's better and worse rates; `host`: what Python needs eagerly."""
+
+    low: float
+    high: float
+    host: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def middle(self) -> float:
+        return (self.low + self.high) / 2
+
+    @property
+    def host_bound(self) -> bool:
+        """Whether an eager step waits for Python rather than for the card."""
+        return self.host[0] > self.high
+
+
+def op_seconds(op: Op, rates: Rates, at: int) -> float:
+    """Of one operation at the low (0) or high (1) rates."""
+    rate = (rates.attention if "attention" in op.name else rates.matmul)[at]
+    return max(op.flops / rate, op.moved / rates.bandwidth[at]) + rates.launch[1 - at]
+
+
+def step_seconds(ops: Iterable[Op], rates: Rates) -> Seconds:
+    """Of a step that runs as CUDA graphs."""
+    ops = list(ops)
+    slow, fast = (sum(op_seconds(op, rates, at) for op in ops) for at in (0, 1))
+    return Seconds(fast, slow, tuple(len(ops) * host for host in rates.host))
+
+
+def by_phase(ops: Iterable[Op], rates: Rates) -> dict[str, Seconds]:
+    """step_seconds of each phase."""
+    phases: dict[str, list[Op]] = {}
+    for op in ops:
+        phases.setdefault(op.phase, []).append(op)
+    return {phase: step_seconds(those, rates) for phase, those in phases.items()}
