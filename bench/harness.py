@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phogpt_raw.cards import Card, this_card, training_dtype
+from phogpt_raw.cards import KNOWN, Card, this_card, training_dtype
 from phogpt_raw.config import CHOICES, Config, Parser
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
@@ -121,6 +121,7 @@ class Bench:
                 self.forward = None
                 gc.collect()
                 self.adapters.flat.grad.zero_()
+                torch._C._cuda_clearCublasWorkspaces()  # one a stream; graphs have their own
                 torch.cuda.empty_cache()
             yield setting, result
 
@@ -163,12 +164,17 @@ def random_base(name: str, dtype: torch.dtype, device: str) -> PhoGPT:
 def parser(description: str) -> Parser:
     built = Parser(description=description, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    built.add_argument("--model", default="nano",
-                       help="nano, a folder, a hub id, or 7b5 or 4b: that shape, random weights")
+    built.add_argument("--card", metavar="NAME,…", help=f"simulate it: {', '.join(KNOWN)} "
+                       "(default without a GPU: t4,v100; with one: that one, beside measuring)")
+    built.add_argument("--measured", action=argparse.BooleanOptionalAction, default=None,
+                       help="measure here; with --cap under another card's memory")
+    built.add_argument("--model", help="nano, a folder, a hub id, or 7b5 or 4b: that shape, random "
+                       "weights (default 7b5; measured on a CPU: nano)")
     built.add_argument("--seq-len", "--seq_len", default="", metavar="N,N,…")
     built.add_argument("--micro-batch", "--micro_batch", default="1", metavar="N,N,…")
     built.add_argument("--accumulate", type=count, default=1, help="micro-batches a step")
-    built.add_argument("--recompute", default="all", metavar="all,none,N,…")
+    built.add_argument("--recompute", default="auto", metavar="auto,all,none,N,…",
+                       help="blocks; auto: the least that the card forces")
     built.add_argument("--rank", type=count, default=16)
     built.add_argument("--dtype", default="auto", choices=CHOICES["dtype"])
     built.add_argument("--loss-mib", "--loss_mib", type=count, default=Config.loss_mib,
@@ -181,7 +187,20 @@ def parser(description: str) -> Parser:
     built.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True,
                        help="as CUDA graphs, on a GPU")
     built.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+    built.add_argument("--label", help="for the result's name; what the rows are for")
     return built
+
+
+def parse(built: Parser, arguments) -> argparse.Namespace:
+    """The options, those that depend on this machine made definite."""
+    options = built.parse_args(arguments)
+    gpu = torch.cuda.is_available()
+    if options.measured is None:
+        options.measured = gpu and not options.card
+    if not (options.measured or options.card):
+        options.card = "t4,v100"
+    options.model = options.model or ("nano" if options.measured and not gpu else "7b5")
+    return options
 
 
 def count(text: str) -> int:
@@ -192,8 +211,11 @@ def count(text: str) -> int:
 
 
 def settings(options) -> list[Setting]:
-    """The grid of a command line; on a CPU short rows by default."""
-    default = "256,512,1024,2048" if torch.cuda.is_available() else "64,128,256"
+    """The grid of a command line; measured on a CPU short rows by default."""
+    if not options.measured:
+        default = "256,512,1024,2048,4096,8192,16384"
+    else:
+        default = "256,512,1024,2048" if torch.cuda.is_available() else "64,128,256"
     return [
         Setting(length, micro_batch, options.accumulate, recompute.strip())
         for length in numbers(options.seq_len or default, "--seq-len")
@@ -233,17 +255,21 @@ def table(title: str, columns: list[str], caption: str | None = None) -> Table:
     return made
 
 
-def save(what: str, card: Card, options, rows: list[dict], **more) -> Path:
+def save(what: str, card: Card, options, rows: list[dict], source: str = "measured",
+         **more) -> Path:
     """bench/results/<what>-<card>-<model>-<dtype>-<date>.json; `more` beside the rows."""
-    parts = [what, card.name.replace(" ", "-"), Path(options.model).name, options.dtype]
+    parts = [what, *([] if source == "measured" else [source]), card.name.replace(" ", "-"),
+             Path(options.model).name, options.dtype]
     if options.attention != "auto":
         parts.append(options.attention)
+    if options.label:
+        parts.append(options.label)
     file = RESULTS / f"{'-'.join(parts)}-{date.today()}.json"
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=RESULTS.parent).stdout.strip()
     content = {
-        "what": what, "source": "measured", "card": asdict(card),
+        "what": what, "source": source, "card": asdict(card),
         "versions": {name: version(name) for name in packages}, "commit": commit or None,
         "date": str(date.today()), "command": "python bench/" + " ".join(
             [Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -1,24 +1,34 @@
-"""Seconds of a training step, by phase and by kind of kernel, on the machine at hand.
+"""Seconds of a training step: how long will an item take?
 
-    python bench/step_time.py                                          nano
-    python bench/step_time.py --model 7b5 --seq-len 512,1024 --save    PhoGPT-7B5's shape, on a GPU
+    python bench/step_time.py                               PhoGPT-7B5 on a T4 and a V100
+    python bench/step_time.py --data rows.jsonl --epochs 3  the items of a file, hours of a run
+    python bench/step_time.py --measured --seq-len 512      on this GPU
 
-The step is train.py's own, after warm-up. A setting that does not fit is a row that says so.
+The step is train.py's own. Without a GPU it is simulated for each card: every operation takes the
+larger of its arithmetic and its memory at the rates that the card sustains. On a GPU it is measured
+there, by phase and by kind of kernel, after warm-up, and simulated beside it. A setting that does
+not fit is a row that says so.
 """
 
 import re
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import harness
+import items
 import torch
+from simulated import OnCard, Plans, cards, resolved
 from torch.profiler import ProfilerActivity, profile
 
+from phogpt_raw.cards import KNOWN, Card, Rates, dtype_name
 from phogpt_raw.console import out
+from phogpt_raw.data.batches import Window
+from phogpt_raw.data.prompt import Example
 from phogpt_raw.meter import Stopwatch
 from phogpt_raw.refusal import exits_cleanly
+from phogpt_raw.roofline import Seconds, step_seconds
 
 PHASES = ("forward", "backward", "clip", "optimizer")
 # the first pattern that a kernel's name holds is its family
@@ -97,20 +107,19 @@ def flops(bench, setting, window) -> float:
     return tokens + 4 * window.supervised * config.vocab_size * config.d_model
 
 
-@exits_cleanly
-def main(arguments: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--steps", type=harness.count, default=10, help="timed steps a row")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    options = parser.parse_args(arguments)
+def measure_here(options) -> None:
+    """A table of this machine's times, on a GPU beside the simulation's."""
     bench = harness.Bench(options)
     out.print(harness.remark(bench))
     gpu = bench.card.device == "cuda"
     limit = ceiling(bench.dtype) if gpu else None
+    plans = Plans(options, bench.dtype) if gpu else None
+    card = replace(bench.card, memory_gib=options.cap or bench.card.memory_gib)
+    known = next((k for k in KNOWN.values() if gpu and k.card.name == bench.card.name), None)
     table = harness.table(
         f"milliseconds, medians of {options.steps} steps",
         ["work", "recomp.", "forward", "backward", "clip", "optim.", "step", "20 %", "80 %",
-         "tokens/s", *(["of matmul"] if gpu else [])],
+         "tokens/s", *(["of matmul"] if gpu else []), *(["simul.", "apart"] if known else [])],
         caption="20 % and 80 %: quantiles of the step" + (
             f"; of matmul: the step's matmul FLOPs a second, of {limit['sustained'] / 1e12:.0f} "
             f"TFLOP/s that this card holds ({limit['short'] / 1e12:.0f} for a moment)"
@@ -118,10 +127,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     split = harness.table("milliseconds of kernels in one step, by kind",
                           ["work", "recomp.", *FAMILIES, "other", "kernels"])
+    settings = [resolved(plans, s, card) for s in harness.settings(options)]
     rows = []
-    for setting, found in bench.rows(harness.settings(options), measure):
+    for setting, found in bench.rows(settings, measure):
         label = f"{setting.micro_batch} x {setting.seq_len}"
-        row = asdict(setting) | {"captured": options.capture and gpu, "fits": found is not None}
+        row = asdict(setting) | {"rank": options.rank, "captured": options.capture and gpu,
+                                 "fits": found is not None}
         if found is None:
             table.add_row(label, setting.recompute, "out of", "memory")
         else:
@@ -130,24 +141,121 @@ def main(arguments: list[str] | None = None) -> None:
             phases = {p: statistics.median(t[p] for t in taken) for p in PHASES}
             row |= {"step_s": step, "step_s_20": low, "step_s_80": high, "phases_s": phases,
                     "tokens_per_s": setting.tokens / step}
-            times = [f"{1e3 * s:.1f}" for s in (*phases.values(), step, low, high)]
-            share = []
+            cells = [f"{1e3 * s:.1f}" for s in (*phases.values(), step, low, high)]
+            cells.append(f"{setting.tokens / step:,.0f}")
             if gpu:
                 row |= {"matmul_flops": work, "kernels_s": families, "kernels": count,
                         "share_of_matmul": {k: work / step / v for k, v in limit.items()}}
-                share = [f"{row['share_of_matmul']['sustained']:.0%}"]
+                cells.append(f"{row['share_of_matmul']['sustained']:.0%}")
                 split.add_row(label, setting.recompute, *(
                     f"{1e3 * families.get(name, 0):.1f}" for name in (*FAMILIES, "other")),
                     str(count))
-            table.add_row(label, setting.recompute, *times, f"{setting.tokens / step:,.0f}", *share)
+            if known:  # the simulation's
+                seconds = step_seconds(plans.on(card, setting).plan.ops, known.rates)
+                told = seconds.middle if options.capture else seconds.eager
+                row["simulated_s"] = told
+                cells += [f"{1e3 * told:.1f}", f"{told / step - 1:+.1%}"]
+            table.add_row(label, setting.recompute, *cells)
         rows.append(row)
     out.print(table)
     if gpu:
         out.print(split)
+    more = {}
+    if options.data:
+        examples, named = items.read(options)
+        depth = plans.fit_rows(examples, card).recompute if gpu else 0
+        more["items"] = told = items.estimate(options, examples, named,
+                                              lambda window: (timed(bench, window, depth),))
+        out.print(items.line(told))
     if options.save:
         file = harness.save("step_time", bench.card, options, rows, **bench.told(),
-                            matmul_flops_per_s=limit)
+                            matmul_flops_per_s=limit, **more)
         out.print(f"saved {file}")
+
+
+def simulate(options) -> None:
+    """A table for each card of --card: seconds from its better to its worse rates."""
+    examples = items.read(options) if options.data else None
+    for card, rates, plans in cards(options):
+        out.print(f"simulated for {card.name}: {options.model}, {dtype_name(plans.dtype)}, rank "
+                  f"{options.rank}, as CUDA graphs")
+        table = harness.table("seconds of a step", [
+            "work", "recomp.", "fits", "TFLOP", "GB", "seconds", "tokens/s", "s an item"],
+            caption=f"GB: read and written. Rates: {rates.source}")
+        rows = []
+        for setting in harness.settings(options):
+            found = plans.on(card, setting)
+            rows.append(row := asdict(setting) | {"rank": options.rank} | simulated_row(
+                found, step_seconds(found.plan.ops, rates)))
+            table.add_row(
+                f"{setting.micro_batch} x {setting.seq_len}", str(found.recompute),
+                "yes" if row["fits"] else "no", items.span([row["flops"] / 1e12]),
+                f"{row['bytes_moved'] / 1e9:,.0f}", items.span(row["step_s"]),
+                items.span(row["tokens_per_s"]), items.span(row["item_s"]))
+        out.print(table)
+        more = {}
+        if examples:
+            more["items"] = told = items.estimate(options, *examples,
+                                                  windows(plans, card, rates, examples[0]))
+            out.print(items.line(told))
+        if options.save:
+            file = harness.save("step_time", card, options, rows, source="simulated",
+                                loss_mib=options.loss_mib, attention=options.attention,
+                                sources=rates.source, **more)
+            out.print(f"saved {file}")
+
+
+def simulated_row(found: OnCard, seconds: Seconds) -> dict:
+    setting, both = found.setting, ends(seconds)
+    return {
+        "blocks_recomputed": found.recompute, "fits": found.fits,
+        "flops": sum(op.flops for op in found.plan.ops),
+        "bytes_moved": sum(op.moved for op in found.plan.ops), "step_s": both,
+        "tokens_per_s": [setting.tokens / s for s in both[::-1]],
+        "item_s": [s / setting.micro_batch / setting.accumulate for s in both],
+        "host_bound_eager": seconds.host_bound,
+    }
+
+
+def windows(plans: Plans, card: Card, rates: Rates, examples: list[Example]):
+    """What gives (low, high) seconds of a step over a window of these examples on a card."""
+    depth = plans.fit_rows(examples, card).recompute
+
+    def seconds(window: Window) -> tuple[float, float]:
+        return ends(step_seconds(plans.plan_of(window, depth, plans.kernel(card)).ops, rates))
+
+    return seconds
+
+
+def ends(seconds: Seconds) -> tuple[float, float]:
+    return seconds.low, seconds.high
+
+
+def timed(bench, window, recompute: int) -> float:
+    """Median seconds of a step over one window, captured where the bench captures."""
+    setting = harness.Setting(window.batches[0].ids_BL.shape[1], 1, 1, str(recompute))
+    bench.begin(setting, capture=bench.options.capture)
+    for _ in range(bench.options.warmup):
+        bench.run(window)
+    watch, taken = Stopwatch(), []
+    for _ in range(bench.options.steps):
+        bench.run(window, mark=watch)
+        taken.append(sum(watch.read().values()))
+    return statistics.median(taken)
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--steps", type=harness.count, default=10, help="timed steps a row")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--data", help="a file of rows: seconds an item, hours of a run")
+    parser.add_argument("--epochs", type=float, default=3, help="passes over --data")
+    parser.add_argument("--max-len", "--max_len", type=harness.count, default=1024)
+    parser.add_argument("--tokenizer", help="that of --data's lengths: nano, a folder, a hub id "
+                        "(default the model's; for 7b5 and 4b nano's)")
+    options = harness.parse(parser, arguments)
+    (measure_here if options.measured else simulate)(options)
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

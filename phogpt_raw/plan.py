@@ -5,13 +5,14 @@ device, and runs `train_step` itself; a dispatch mode sees every operation, what
 writes, and every storage from its first tensor to its last. Change the step, and the plan changes.
 
 The surprise is how little has to be told: the kernel that attention takes on the card in question,
-and what torch's statistics do not see or a kernel takes for itself (`beside`). Meta tensors rather
-than fake ones of device cuda, since those end the process where torch is built without CUDA.
+and what cuBLAS takes there. What a kernel takes for its own length stays unseen; it does not stand
+at the peak. Meta tensors rather than fake ones of device cuda, since those end the process where
+torch is built without CUDA.
 """
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +71,7 @@ class Moment:
     op: int
     phase: str
     allocated: int
+    reserved: int
     kinds: dict[str, int]
     blocks: dict[str, int]  # saved activations by block
 
@@ -133,8 +135,8 @@ class Plan:
             if taken and (before is None or allocator.allocated > before.allocated):
                 alive = {k: v for k, v in kinds.items() if v}
                 alive["rounding"] = allocator.allocated - sum(alive.values())
-                found[op] = Moment(op, storage.phase, allocator.allocated, alive,
-                                   {k: v for k, v in by_block.items() if v})
+                found[op] = Moment(op, storage.phase, allocator.allocated, allocator.reserved,
+                                   alive, {k: v for k, v in by_block.items() if v})
 
         self.replay(workspace=workspace, watch=watch)
         return list(found.values())
@@ -157,9 +159,9 @@ def kind_of(storage: Storage) -> str:
 class Recorder(TorchDispatchMode):
     """Sees what runs on meta tensors; `kernel` is what attention takes on the card."""
 
-    def __init__(self, kernel: SDPBackend, beside: Callable | None = None):
+    def __init__(self, kernel: SDPBackend):
         super().__init__()
-        self.kernel, self.beside = kernel, beside or (lambda *_: 0)
+        self.kernel = kernel
         self.ops: list[Op] = []
         self.events: list[tuple[Storage, bool]] = []
         self.alive: dict[int, tuple[Storage, weakref.ref]] = {}
@@ -177,9 +179,6 @@ class Recorder(TorchDispatchMode):
         for tensor in made:
             self.see(tensor)
         if not is_view(func):
-            for nbytes in filter(None, [self.beside(func, args, made)]):
-                storage = self.storage(nbytes, "temporaries")  # a kernel's own, for its own length
-                self.gone(storage)
             self.ops.append(Op(str(func), self.phase, flops(func, args, kwargs, out),
                                moved(func, args, kwargs, made)))
         return out
@@ -191,21 +190,14 @@ class Recorder(TorchDispatchMode):
         if key in self.alive:
             self.alive[key][0].kind = self.alive[key][0].kind or kind
             return
-        storage = self.storage(whole.nbytes(), kind)
-        self.alive[key] = storage, weakref.ref(whole, partial(self.freed, key))
-
-    def storage(self, nbytes: int, kind: str | None = None) -> Storage:
-        scope = self.scopes[-1][0] if self.scopes else ""
-        storage = Storage(nbytes, len(self.ops), self.phase, scope, kind)
-        if self.scopes:
-            self.scopes[-1][1].append(storage)
+        scope, inside = self.scopes[-1] if self.scopes else ("", [])
+        storage = Storage(whole.nbytes(), len(self.ops), self.phase, scope, kind)
+        inside.append(storage)
         self.events.append((storage, True))
-        return storage
+        self.alive[key] = storage, weakref.ref(whole, partial(self.gone, key))
 
-    def freed(self, key: int, _=None) -> None:
-        self.gone(self.alive.pop(key)[0])
-
-    def gone(self, storage: Storage) -> None:
+    def gone(self, key: int, _) -> None:
+        storage, _ = self.alive.pop(key)
         storage.died = len(self.ops)
         self.events.append((storage, False))
 
@@ -293,13 +285,10 @@ def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) ->
 
 
 def simulate(model: PhoGPT, adapters: Adapters, window: Window, *, optimizer: str, chunk: int,
-             kernel: SDPBackend, beside: Callable | None = None) -> Plan:
-    """A step of `model` (from base_on_meta, with adapters put in, `recompute` set).
-
-    `beside(op, arguments, results)` gives the bytes that an operation's kernel takes of torch's
-    allocator for itself, which meta tensors cannot show.
-    """
-    recorder = Recorder(kernel, beside)
+             kernel: SDPBackend) -> Plan:
+    """A step of `model` (from base_on_meta, with adapters put in, `recompute` set) in which
+    attention takes `kernel`."""
+    recorder = Recorder(kernel)
     own(recorder, model, adapters)
     update = make_optimizer(adapters.flat, optimizer, 1e-4, 0.0)
     scaler = torch.amp.GradScaler("cuda", enabled=False)  # its scale is a number, here is none

@@ -26,6 +26,11 @@ class Seconds:
         return (self.low + self.high) / 2
 
     @property
+    def eager(self) -> float:
+        """Of an eager step, in the middle: the card's time or the host's, whichever is longer."""
+        return max(self.middle, sum(self.host) / 2)
+
+    @property
     def host_bound(self) -> bool:
         """Whether an eager step waits for Python rather than for the card."""
         return self.host[0] > self.high

@@ -1,0 +1,72 @@
+"""Seconds an item of a file of rows, and hours of a run: what step_time.py says with --data."""
+
+import statistics
+from collections.abc import Callable
+
+from phogpt_raw.config import Config
+from phogpt_raw.data.batches import Window, make_window
+from phogpt_raw.data.examples import load_examples
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.model.phogpt import PUBLISHED
+from phogpt_raw.model.weights import find_folder
+from phogpt_raw.refusal import Refusal
+
+STRATA = 8  # micro-batches that stand for all: the middle one of each eighth, by length
+
+
+def read(options) -> tuple[list[Example], str]:
+    """The examples of --data, and the tokenizer that made them."""
+    named = options.tokenizer or ("nano" if options.model in PUBLISHED else options.model)
+    config = Config(model=options.model, data=options.data, max_len=options.max_len)
+    return load_examples(tokenizer(named), config).train, named
+
+
+def tokenizer(name: str):
+    """nano's, a folder's or a hub repository's tokenizer, without the weights."""
+    from transformers import PreTrainedTokenizerFast
+
+    place = find_folder(name) if name == "nano" else name
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(place)
+    except Exception as error:  # tokenizers raises nothing more special
+        reason = str(error).strip().split("\n")[0]
+        raise Refusal(f"--tokenizer {name}: cannot be read ({reason})") from None
+
+
+def estimate(options, examples: list[Example], named: str,
+             seconds: Callable[[Window], tuple[float, ...]]) -> dict:
+    """What is told of a file: `seconds(window)` of a step over one micro-batch, of an even choice
+    by length, stand for all its rows."""
+    size = int(options.micro_batch.split(",")[0])
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    every = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    strata = min(STRATA, len(every))
+    picked = [every[int((n + 0.5) * len(every) / strata)] for n in range(strata)]
+    taken = [seconds(make_window(part, size, pad_id=3)) for part in picked]
+    rows = sum(map(len, picked))
+    item_s = [sum(column) / rows for column in zip(*taken, strict=True)]
+    lengths = [len(e.ids) for e in ordered]
+    return {
+        "data": options.data, "tokenizer": named, "items": len(ordered), "micro_batch": size,
+        "epochs": options.epochs, "tokens_median": statistics.median(lengths),
+        "tokens_longest": lengths[-1], "item_s": item_s,
+        "hours": [s * len(ordered) * options.epochs / 3600 for s in item_s],
+    }
+
+
+def line(told: dict) -> str:
+    """An estimate in words."""
+    return (f"{told['data']}: {told['items']:,} items, {told['tokens_median']:g} tokens in the "
+            f"middle, {told['tokens_longest']:,} the longest ({told['tokenizer']}'s tokenizer): "
+            f"{span(told['item_s'])} s an item, {span(told['hours'])} hours for "
+            f"{told['epochs']:g} passes")
+
+
+def span(values) -> str:
+    """One number, or the two ends of a range.
+
+    >>> span([0.8594, 1.0275]), span([1411.2, 1953.4]), span([0.5, 0.5])
+    ('0.86 to 1.03', '1,411 to 1,953', '0.50')
+    """
+    return " to ".join(dict.fromkeys(
+        f"{v:,.0f}" if v >= 100 else f"{v:.1f}" if v >= 10 else f"{v:.2f}" for v in values))
