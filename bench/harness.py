@@ -271,7 +271,7 @@ def save(what: str, card: Card, options, rows: list[dict], source: str = "measur
     content = {
         "what": what, "source": source, "card": asdict(card),
         "versions": {name: version(name) for name in packages}, "commit": commit or None,
-        "date": str(date.today()), "command": "python bench/" + " ".join(
+        "date": str(date.today()), "label": options.label, "command": "python bench/" + " ".join(
             [Path(sys.argv[0]).name, *sys.argv[1:]]),
         **more,
         "rows": rows,

@@ -103,7 +103,7 @@ def parse(arguments):
     parser.add_argument("--warmup", type=harness.count, default=4)
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
-    options.attention = "auto"  # for the result's name
+    options.attention, options.label = "auto", None  # for the result's name
     return options
 
 

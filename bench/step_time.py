@@ -116,6 +116,8 @@ def measure_here(options) -> None:
     plans = Plans(options, bench.dtype) if gpu else None
     card = replace(bench.card, memory_gib=options.cap or bench.card.memory_gib)
     known = next((k for k in KNOWN.values() if gpu and k.card.name == bench.card.name), None)
+    if known:  # products at the rate that this very card holds in this dtype
+        rates = replace(known.rates, matmul=(limit["sustained"],) * 2)
     table = harness.table(
         f"milliseconds, medians of {options.steps} steps",
         ["work", "recomp.", "forward", "backward", "clip", "optim.", "step", "20 %", "80 %",
@@ -150,8 +152,8 @@ def measure_here(options) -> None:
                 split.add_row(label, setting.recompute, *(
                     f"{1e3 * families.get(name, 0):.1f}" for name in (*FAMILIES, "other")),
                     str(count))
-            if known:  # the simulation's
-                seconds = step_seconds(plans.on(card, setting).plan.ops, known.rates)
+            if known:
+                seconds = step_seconds(plans.on(card, setting).plan.ops, rates)
                 told = seconds.middle if options.capture else seconds.eager
                 row["simulated_s"] = told
                 cells += [f"{1e3 * told:.1f}", f"{told / step - 1:+.1%}"]

@@ -38,7 +38,7 @@ class Seconds:
 
 def op_seconds(op: Op, rates: Rates, at: int) -> float:
     """Of one operation at the low (0) or high (1) rates."""
-    rate = (rates.attention if "attention" in op.name else rates.matmul)[at]
+    rate = rates.matmul[at] * (rates.attention[at] if "attention" in op.name else 1)
     return max(op.flops / rate, op.moved / rates.bandwidth[at]) + rates.launch[1 - at]
 
 
