@@ -1,0 +1,179 @@
+"""The README's tables from bench/results/*.json: a T4 beside a V100, simulated beside measured.
+
+    python bench/compare.py           writes them between the markers of the READMEs
+    python bench/compare.py --check   exit 2 where a README and the results differ
+
+A file saved on a real card (`python bench/memory.py --save`) becomes a column of its own.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import harness
+import items
+
+from phogpt_raw.cards import Card
+from phogpt_raw.console import out
+from phogpt_raw.refusal import Refusal, exits_cleanly
+
+ROOT = Path(__file__).parents[1]
+LARGE = 80  # GiB; larger cards are not what people rent for this and have no column
+NAMES = {"7b5": "7B5", "4b": "4B"}
+
+
+def results(what: str) -> list[dict]:
+    """The saved results of a bench, oldest first, each with its file and its model."""
+    found = []
+    for file in sorted(harness.RESULTS.glob("*.json"), key=lambda f: (f.stem[-10:], f.name)):
+        result = json.loads(file.read_text("utf-8"))
+        if result["what"] == what:
+            model = re.search(r"--model[ =](\S+)", result["command"])
+            found.append(result | {"file": file.name, "model": model[1] if model else "7b5"})
+    return found
+
+
+def columns(what: str) -> dict[tuple[str, str], dict[int, dict]]:
+    """{(model, "T4, simulated"): {tokens: row}} of one row at a time, of the newest files."""
+    table: dict[tuple[str, str], dict[int, dict]] = {}
+    for result in results(what):
+        card = Card(**result["card"])
+        if (result.get("label") or result.get("cap_gib") or card.memory_gib > LARGE
+                or result["model"] not in NAMES or result.get("attention", "auto") != "auto"):
+            continue
+        rows = {row["seq_len"]: row for row in reversed(result["rows"])
+                if row["micro_batch"] == row["accumulate"] == 1}
+        table[result["model"], f"{short(card)}, {result['source']}"] = rows
+    order = list(NAMES)
+    return dict(sorted(table.items(), key=lambda entry: (order.index(entry[0][0]), entry[0][1])))
+
+
+def short(card: Card) -> str:
+    """
+    >>> short(Card("Tesla V100-SXM2-16GB", "cuda")), short(Card("Tesla T4", "cuda"))
+    ('V100', 'T4')
+    """
+    return card.name.removeprefix("Tesla ").removeprefix("NVIDIA ").split("-")[0]
+
+
+def across(what: str, cell) -> list[str]:
+    """Lines of a table: tokens down, models and cards across."""
+    table = columns(what)
+    lengths = sorted({length for rows in table.values() for length in rows})
+    return [
+        "| tokens | " + " | ".join(f"{NAMES[m]}, {card}" for m, card in table) + " |",
+        "|---" * (len(table) + 1) + "|",
+        *("| " + " | ".join([f"{length:,}", *(
+            cell(rows[length]) if length in rows else "" for rows in table.values())]) + " |"
+          for length in lengths),
+    ]
+
+
+def memory_cell(row: dict) -> str:
+    """GiB of the card, and how many blocks were recomputed."""
+    if not row["fits"]:
+        return "does not fit"
+    blocks = row.get("blocks_recomputed", row["recompute"])
+    device = row.get("device_gib") or max(p["device"] for p in row["peak_gib"].values())
+    return f"{device:.1f}" + (f" ({blocks})" if str(blocks) not in ("0", "none") else "")
+
+
+def time_cell(row: dict) -> str:
+    """Seconds an item."""
+    if not row["fits"]:
+        return "does not fit"
+    return items.span(row["item_s"] if "item_s" in row else [row["step_s"]])
+
+
+def held_memory() -> list[str]:
+    """How far the simulation's memory was from the measured one, by file."""
+    lines = ["| model | dtype | rank | settings | allocated, worst | reserved, worst | graphs reserve "
+             "more than the eager step allocates |", "|---" * 7 + "|"]
+    for result in results("memory"):
+        rows = [r for r in result["rows"] if r["fits"] and "simulated" in r]
+        if not rows:
+            continue
+        worst = {kind: max((r["simulated"][f"{kind}_gib"] / peak(r, kind) - 1 for r in rows),
+                           key=abs) for kind in ("allocated", "reserved")}
+        graphs = [r["graphs_reserved_gib"] - peak(r, "allocated") for r in rows
+                  if r["graphs_reserved_gib"]]
+        more = f"{min(graphs):.2f} to {max(graphs):.2f} GiB" if graphs else ""
+        kernel = "" if result["attention"] == "auto" else f", {result['attention']} attention"
+        lines.append(f"| {NAMES.get(result['model'], result['model'])}{kernel} | {dtype(result)} | "
+                     f"{rows[0]['rank']} | {len(rows)} | {worst['allocated']:+.1%} | "
+                     f"{worst['reserved']:+.1%} | {more} |")
+    return lines
+
+
+def peak(row: dict, kind: str) -> float:
+    return max(phase[kind] for phase in row["peak_gib"].values())
+
+
+def held_time() -> list[str]:
+    """How far the simulated seconds of a step were from the measured ones, by file."""
+    lines = ["| model | dtype | work | settings | for | worst |", "|---" * 6 + "|"]
+    for result in results("step_time"):
+        rows = [r for r in result["rows"] if r["fits"] and "simulated_s" in r]
+        if not rows:
+            continue
+        worst = max((r["simulated_s"] / r["step_s"] - 1 for r in rows), key=abs)
+        work = [f"{r['micro_batch']} x {r['seq_len']:,}" for r in rows]
+        lines.append(f"| {NAMES.get(result['model'], result['model'])} | {dtype(result)} | "
+                     f"{', '.join(dict.fromkeys(work))} | {len(rows)} | "
+                     f"{purpose(result['label'] or '')} | {worst:+.1%} |")
+    return lines
+
+
+def purpose(label: str) -> str:
+    return next((what for part, what in (
+        ("tuned", "tuning"), ("judged", "judging"), ("eager", "bound by the host, eager"),
+        ("launch", "bound by launches")) if part in label), "")
+
+
+def dtype(result: dict) -> str:
+    found = re.search(r"--dtype[ =](\S+)", result["command"])
+    return found[1] if found else "fp16"
+
+
+TABLES = {
+    "memory": lambda: across("memory", memory_cell),
+    "time": lambda: across("step_time", time_cell),
+    "held-memory": held_memory,
+    "held-time": held_time,
+}
+
+
+def rewritten(text: str, where: str) -> str:
+    """A README with its tables made anew; Refusal for markers that are not what they should be."""
+    for name in re.findall(r"<!-- table: (\S+) -->", text):
+        if name not in TABLES:
+            raise Refusal(f"{where}: no table {name}; there is {', '.join(TABLES)}")
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise Refusal(f"{where}: the marker of table {name} has no <!-- end --> after it")
+        text = pattern.sub(lambda m, n=name: m[1] + "\n".join(TABLES[n]()) + "\n" + m[2], text)
+    return text
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    parser = harness.Parser(description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 2 if it would")
+    options = parser.parse_args(arguments)
+    for file in sorted(ROOT.glob("README*.md")):
+        text = file.read_text("utf-8")
+        made = rewritten(text, file.name)
+        if made == text:
+            out.print(f"{file.name}: as bench/results has it")
+        elif options.check:
+            raise Refusal(f"{file.name}: a table differs from bench/results; run "
+                          f"python bench/compare.py")
+        else:
+            file.write_text(made, "utf-8")
+            out.print(f"{file.name}: tables written")
+
+
+if __name__ == "__main__":
+    main()
