@@ -12,19 +12,18 @@ torch is built without CUDA.
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from phogpt_raw.allocator import Allocator
-from phogpt_raw.data.batches import MicroBatch, Window
+from phogpt_raw.data.batches import Window
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import frozen, place
@@ -175,7 +174,7 @@ class Recorder(TorchDispatchMode):
             return self.kernel.value
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        made = list(tensors(out))
         for tensor in made:
             self.see(tensor)
         if not is_view(func):
@@ -227,9 +226,19 @@ class Recorder(TorchDispatchMode):
         self.scopes.append((name, []))
 
 
+def tensors(found) -> Iterator[torch.Tensor]:
+    """Those among an operation's arguments or results, in lists too."""
+    if isinstance(found, torch.Tensor):
+        yield found
+    elif isinstance(found, (list, tuple, ValuesView)):
+        for part in found:
+            yield from tensors(part)
+
+
+@cache
 def is_view(func) -> bool:
-    """Whether an operation only looks at memory: no kernel runs."""
-    if func.is_view or func in LOOKS:
+    """Whether an operation only looks at memory, or at nothing: no kernel runs."""
+    if func.is_view or func in LOOKS or func.namespace == "profiler":
         return True
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info and not r.alias_info.is_write for r in returns)
@@ -257,7 +266,7 @@ def moved(func, args, kwargs, made: list[torch.Tensor]) -> int:
     """Bytes that an operation reads and writes, each tensor once."""
     if func in PICKS:  # rows of a large tensor: what is picked is read and written
         return 2 * sum(map(touched, made if func is not aten.scatter_.src else [args[3]]))
-    read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    read = [*tensors(args), *tensors(kwargs.values())]
     if func._schema.is_mutable:  # the results are among the arguments
         made = []
         written = [a for a, s in zip(args, func._schema.arguments, strict=False)
@@ -276,6 +285,10 @@ def touched(tensor: torch.Tensor) -> int:
 
 def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) -> PhoGPT:
     """The module tree of a loaded checkpoint, without its numbers."""
+    from bitsandbytes import functional as bnb
+
+    # It keeps the map of the first device that it quantises on for all others; not a meta one.
+    bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
     with META:
         phogpt = PhoGPT(shape)
     for name, p in dict(phogpt.named_parameters()).items():
@@ -293,8 +306,6 @@ def simulate(model: PhoGPT, adapters: Adapters, window: Window, *, optimizer: st
     update = make_optimizer(adapters.flat, optimizer, 1e-4, 0.0)
     scaler = torch.amp.GradScaler("cuda", enabled=False)  # its scale is a number, here is none
     micro_step = make_micro_step(model.train(), scaler, chunk, recorder.mark)
-    on_meta = Window([on(META, batch) for batch in window.batches], window.supervised,
-                     window.tokens)
 
     with recorder:
         update.step()  # makes its state, as a run's first step does
@@ -308,13 +319,9 @@ def simulate(model: PhoGPT, adapters: Adapters, window: Window, *, optimizer: st
     recorder.ops.clear()  # from here on they are the step's
     begun = len(recorder.events)
     with recorder, recorder.following(scopes(model)):
-        train_step(on_meta, micro_step, adapters.flat, update, scaler, 1.0, recorder.mark)
-    return Plan(recorder.ops, recorder.events, begun, pages)
-
-
-def on(device, batch: MicroBatch) -> MicroBatch:
-    return MicroBatch(*(t if t is None else t.to(device) for t in (
-        batch.ids_BL, batch.doc_BL, batch.rows_T, batch.targets_T)))
+        train_step(window, micro_step, adapters.flat, update, scaler, 1.0, recorder.mark)
+    # A copy: as these tensors go the recorder would note them, and the plan go on after its end.
+    return Plan(recorder.ops, list(recorder.events), begun, pages)
 
 
 def scopes(model: PhoGPT) -> Iterable[tuple[str, torch.nn.Module]]:

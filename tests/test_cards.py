@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from phogpt_raw.cards import Card, runs_on, this_card, training_dtype
+from phogpt_raw.cards import (
+    KNOWN,
+    Card,
+    known_card,
+    matmul_workspace,
+    runs_on,
+    this_card,
+    training_dtype,
+)
 from phogpt_raw.refusal import Refusal
 
 T4 = Card("Tesla T4", "cuda", (7, 5), 14.56)
@@ -83,3 +91,34 @@ def test_a_card_that_this_build_cannot_run_on_is_refused_with_the_constraints_fi
         this_card()
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_75"])
     assert this_card() == Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 16.0)
+
+
+@pytest.mark.parametrize("name", ["t4", "T4", "h200"])
+def test_a_known_card_is_found_in_small_and_capital_letters(name):
+    assert known_card(name) is KNOWN[name.lower()]
+
+
+def test_an_unknown_card_is_one_line_that_names_the_known():
+    with pytest.raises(Refusal, match=r"^--card t5: choose from t4, v100, l4, a100, h200$"):
+        known_card("t5")
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_known_card_has_rates_from_low_to_high_and_says_where_from(name):
+    known = KNOWN[name]
+    for rate in ("matmul", "attention", "bandwidth", "launch", "host"):
+        low, high = getattr(known.rates, rate)
+        assert 0 < low <= high, rate
+    assert known.rates.source
+    assert known.card.device == "cuda" and known.card.memory_gib > 0
+
+
+def test_the_known_cards_are_those_that_a_run_would_see():
+    """This file's are written down a second time, from the cards themselves."""
+    assert [known.card for known in KNOWN.values()] == [T4, V100, L4, A100, H200]
+
+
+@pytest.mark.parametrize("card, nbytes", [(T4, 8_519_680), (V100, 8_519_680), (A100, 8_519_680),
+                                          (L4, 8_519_680), (H200, 32 * 2**20)])
+def test_torch_takes_more_for_matmuls_on_hopper(card, nbytes):
+    assert matmul_workspace(card) == nbytes

@@ -1,0 +1,53 @@
+"""Plans of a tiny model: two blocks of width 192 in NF4, one row in fp16, unless told otherwise."""
+
+import torch
+from peft import LoraConfig
+from torch.nn.attention import SDPBackend
+
+from phogpt_raw.data.batches import make_window
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.model.adapters import TARGETS, inject
+from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.plan import META, Op, Plan, Recorder, base_on_meta, simulate
+
+EFFICIENT = SDPBackend.EFFICIENT_ATTENTION
+D, H, V = 192, 6, 512
+
+
+def on_meta(layers: int = 2, *, rank: int = 8, vocabulary: int = V, dtype=torch.float16,
+            nf4: bool = True) -> tuple:
+    """(model, adapters)"""
+    shape = ModelConfig(D, H, layers, vocab_size=vocabulary, max_seq_len=4096)
+    return adapted_on_meta(shape, rank=rank, dtype=dtype, nf4=nf4)
+
+
+def adapted_on_meta(shape: ModelConfig, *, rank: int, dtype, nf4: bool) -> tuple:
+    model = base_on_meta(shape, dtype, nf4=nf4)
+    with META:
+        return model, inject(model, LoraConfig(r=rank, lora_alpha=16,
+                                               target_modules=list(TARGETS)))
+
+
+def step_of(model: PhoGPT, adapters, *, rows: int = 1, length: int = 96, answer: int = 20,
+            recompute: int = 0, chunk: int = 16, optimizer: str = "paged_adamw_8bit",
+            kernel: SDPBackend = EFFICIENT) -> Plan:
+    model.recompute = recompute
+    window = make_window([Example([5] * length, answer, False, "row")] * rows, rows, pad_id=3)
+    return simulate(model, adapters, window, optimizer=optimizer, chunk=chunk, kernel=kernel)
+
+
+def planned(layers: int = 2, *, rank: int = 8, vocabulary: int = V, dtype=torch.float16,
+            nf4: bool = True, **step) -> Plan:
+    return step_of(*on_meta(layers, rank=rank, vocabulary=vocabulary, dtype=dtype, nf4=nf4), **step)
+
+
+def recorded(run, kernel: SDPBackend = EFFICIENT) -> list[Op]:
+    """The operations of run()."""
+    recorder = Recorder(kernel)
+    with recorder:
+        run()
+    return recorder.ops
+
+
+def empty(*shape, dtype=torch.float16, **settings) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device=META, **settings)

@@ -1,0 +1,210 @@
+"""How many blocks a card forces to be recomputed, against the simulation of every number."""
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import ragged_examples
+from plans import on_meta, step_of
+from torch.nn.attention import SDPBackend
+
+from phogpt_raw.cards import Card, matmul_workspace
+from phogpt_raw.config import Config
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.training import fit as module
+from phogpt_raw.training.fit import Fit, attention_kernel, choose, fit, longest, needed
+
+BLOCKS = 6
+CARD = Card("a card", "cuda", (7, 5), 100.0)
+TINY, LARGE = replace(CARD, memory_gib=0.01), CARD
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """A plan for each number of recomputed blocks, 0 to all."""
+    model, adapters = on_meta(BLOCKS)
+    return [step_of(model, adapters, length=256, recompute=n) for n in range(BLOCKS + 1)]
+
+
+@pytest.fixture
+def no_answers(monkeypatch):
+    """Without room for an evaluation, beside which a tiny model's step is nothing."""
+    monkeypatch.setattr(module, "CACHE_MIB", 0)
+
+
+def of(memory_gib: float) -> Card:
+    return replace(CARD, memory_gib=memory_gib)
+
+
+def test_the_peak_falls_along_a_straight_line_but_for_the_last_block(plans):
+    peaks = [plan.replay(workspace=matmul_workspace(CARD)).peak_allocated for plan in plans]
+    slope = (peaks[0] - peaks[-2]) / (BLOCKS - 1)
+    assert slope > 0.04 * peaks[0]
+    for n, peak in enumerate(peaks[:-1]):
+        assert peak == pytest.approx(peaks[0] - n * slope, rel=0.01)
+    assert peaks[-1] == pytest.approx(peaks[-2], rel=0.01)
+
+
+def test_what_fits_is_not_recomputed_and_one_simulation_says_so(plans, no_answers):
+    asked = []
+    memory = needed(plans[0], CARD)
+    assert fit(lambda n: asked.append(n) or plans[n], BLOCKS, of(memory)) == Fit(
+        0, BLOCKS, memory, None, memory)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize("least", range(1, BLOCKS))
+def test_as_few_blocks_as_fit_are_recomputed(plans, no_answers, least):
+    need = [needed(plan, CARD) for plan in plans]
+    memory = (need[least - 1] + need[least]) / 2
+    assert least == min(n for n in range(BLOCKS + 1) if need[n] <= memory)
+    asked = []
+    chosen = fit(lambda n: asked.append(n) or plans[n], BLOCKS, of(memory))
+    assert asked == [0, BLOCKS - 1]  # the rest is arithmetic
+    assert chosen.recompute == least
+    assert chosen.gib == pytest.approx(need[least], abs=1e-5)
+    assert (chosen.least, chosen.of) == (need[BLOCKS - 1], memory)
+
+
+def test_a_card_of_exactly_the_least_gets_no_block_more_by_rounding(monkeypatch):
+    """(none - least) / slope is a little above 25 here."""
+    none, least = 7.032436214336734, 0.6225875887122312
+    monkeypatch.setattr(module, "needed", lambda gib, card: gib)
+    assert fit(lambda n: least if n else none, 26, of(least)).recompute == 25
+
+
+def test_of_one_block_it_is_that_one_or_none():
+    model, adapters = on_meta(1)
+
+    def run_step(recompute):
+        return step_of(model, adapters, recompute=recompute)
+
+    assert fit(run_step, 1, LARGE).recompute == 0
+    assert fit(run_step, 1, TINY).recompute == 1
+
+
+def test_where_an_evaluation_needs_most_what_is_chosen_fits_too(plans, monkeypatch):
+    """There the line ends level: more blocks than must be may be recomputed, but never too few."""
+    third = plans[2].replay(workspace=matmul_workspace(CARD)).peak_allocated
+    monkeypatch.setattr(module, "CACHE_MIB", (third - plans[2].resident) / 2**20)
+    need = [needed(plan, CARD) for plan in plans]
+    assert need[2] == need[3] == need[5] < need[1]
+    for memory in [need[5], *(sum(pair) / 2 for pair in pairwise(need[:3]))]:
+        assert need[fit(lambda n: plans[n], BLOCKS, of(memory)).recompute] <= memory
+
+
+def test_where_nothing_fits_all_are_recomputed_and_it_says_what_helps(plans):
+    chosen = fit(lambda n: plans[n], BLOCKS, TINY)
+    assert chosen.recompute == BLOCKS and chosen.gib > chosen.of
+    assert str(chosen) == (
+        f"6 of 6 blocks in backward (auto): {chosen.gib:.1f} of 0.0 GiB with margins, for 50% more "
+        "arithmetic in the blocks; it may not fit: a shorter --max-len or a smaller --micro-batch "
+        "does")
+
+
+def test_in_words_it_says_how_many_and_the_margins():
+    assert str(Fit(3, 6)) == "3 of 6 blocks in backward"
+    assert str(Fit(0, 6, 8.04, None, 14.56)) == (
+        "0 of 6 blocks in backward (auto): 8.0 of 14.6 GiB with margins")
+    assert re.search("for 25% more arithmetic in the blocks$", str(Fit(3, 6, 8.0, 7.0, 14.56)))
+
+
+def test_what_is_needed_is_the_peak_with_a_share_and_the_graphs_context_and_pages(plans):
+    found, workspace = plans[0], matmul_workspace(CARD)
+    peak = found.peak(workspace).allocated
+    evaluating = found.resident + 512 * 2**20
+    assert evaluating > peak  # of a model this small
+    rest = (0.5 + 0.81) * 2**30 + found.pages
+    assert needed(found, CARD) * 2**30 == pytest.approx(1.05 * evaluating + rest)
+    gib = replace(found.events[-1][0], nbytes=2**30), True  # one more that is taken
+    wide = replace(found, events=[*found.events, gib])
+    assert needed(wide, CARD) * 2**30 == pytest.approx(
+        1.05 * wide.peak(workspace).allocated + rest)
+
+
+# -- the choice for a run
+
+
+def asked_for(model, card, *, examples=None, **settings):
+    return choose(Config(**settings), card, model, examples or ragged_examples(6), torch.float16)
+
+
+@pytest.mark.parametrize("recompute, blocks", [("none", 0), ("0", 0), ("1", 1), ("2", 2),
+                                               ("all", 2)])
+@pytest.mark.parametrize("card", [TINY, LARGE], ids=["tiny", "large"])
+def test_what_is_told_is_kept_whatever_the_card(adapted, monkeypatch, recompute, blocks, card):
+    monkeypatch.delattr(module, "simulate")
+    model, _ = adapted(nf4=True)
+    assert asked_for(model, card, recompute=recompute) == Fit(blocks, 2)
+
+
+def test_on_the_cpu_nothing_is_recomputed(adapted, monkeypatch):
+    monkeypatch.delattr(module, "simulate")
+    model, _ = adapted(nf4=True)
+    assert asked_for(model, Card("CPU", "cpu")) == Fit(0, 2)
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
+def test_the_card_decides(adapted, no_answers, nf4):
+    model, _ = adapted(nf4=nf4)
+    none = asked_for(model, LARGE, nf4=nf4)
+    all_of_them = asked_for(model, TINY, nf4=nf4)
+    assert (none.recompute, all_of_them.recompute) == (0, 2)
+    memory = (none.gib + all_of_them.least) / 2
+    assert asked_for(model, of(memory), nf4=nf4).recompute == 1
+
+
+def test_two_calls_choose_alike_and_free_memory_is_not_asked_for(adapted, monkeypatch, no_answers):
+    def refuse(*_):
+        raise AssertionError("how much is free differs from run to run")
+
+    for name in ("mem_get_info", "memory_allocated", "memory_reserved", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    model, _ = adapted(nf4=True)
+    memory = asked_for(model, TINY).least
+    first, second = (asked_for(model, of(memory)) for _ in range(2))
+    assert first == second and first.recompute == 1
+
+
+def test_choosing_leaves_the_model_and_the_dice_as_they_are(adapted):
+    model, adapters = adapted(nf4=True)
+    before, dice = adapters.flat.detach().clone(), torch.get_rng_state()
+    asked_for(model, TINY)
+    assert torch.equal(torch.get_rng_state(), dice)
+    assert torch.equal(adapters.flat, before) and not adapters.flat.grad.any()
+    assert model.recompute == 0 and model.training
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("settings", [dict(rank=32), dict(dropout=0.1)], ids=str)
+def test_the_adapters_are_those_of_the_model(adapted, no_answers, settings):
+    """Its own, not those that the command line names: they may come from a folder."""
+    plain, other = (asked_for(adapted(nf4=True, **lora)[0], LARGE).gib for lora in ({}, settings))
+    assert other > plain
+
+
+def test_a_longer_row_or_a_larger_micro_batch_needs_more(adapted, no_answers):
+    model, _ = adapted(nf4=True)
+    rows = [Example([5] * n, 4, False, "row") for n in (20, 100, 30, 40)]
+    need = [asked_for(model, LARGE, examples=rows[:count], micro_batch=size).gib
+            for count, size in ((1, 1), (2, 1), (4, 1), (4, 2), (4, 4))]
+    assert need[0] < need[1] == need[2] < need[3] < need[4]
+
+
+def test_the_window_that_is_simulated_holds_the_longest_rows_and_of_these_the_longest_answers():
+    examples = [Example([5] * n, answer, False, "row")
+                for n, answer in ((40, 3), (64, 9), (64, 2), (12, 11), (64, 5))]
+    window = longest(examples, 2)
+    assert [tuple(b.ids_BL.shape) for b in window.batches] == [(2, 64)]
+    assert (window.tokens, window.supervised) == (128, 14)
+    assert longest(examples, 99).tokens == sum(len(e.ids) for e in examples)
+
+
+@pytest.mark.parametrize("capability, kernel", [
+    ((7, 0), SDPBackend.EFFICIENT_ATTENTION), ((7, 5), SDPBackend.EFFICIENT_ATTENTION),
+    ((8, 9), SDPBackend.EFFICIENT_ATTENTION), ((9, 0), SDPBackend.CUDNN_ATTENTION),
+    ((10, 0), SDPBackend.CUDNN_ATTENTION)])
+def test_the_kernel_follows_the_capability(capability, kernel):
+    assert attention_kernel(replace(CARD, capability=capability)) == kernel

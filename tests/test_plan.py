@@ -1,0 +1,398 @@
+"""The plan against arithmetic by hand, and against the real step on the CPU.
+
+N rows of tokens, D in, O out, R rank, H heads, L queries, S keys, K head width, V vocabulary.
+"""
+
+import contextlib
+import gc
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import bitsandbytes
+import pytest
+import torch
+from conftest import ragged_examples
+from plans import EFFICIENT, D, H, V, adapted_on_meta, empty, on_meta, planned, recorded, step_of
+from torch import nn
+from torch.nn.attention import SDPBackend
+
+from phogpt_raw.allocator import Allocator
+from phogpt_raw.data.batches import MicroBatch, make_window
+from phogpt_raw.model import phogpt
+from phogpt_raw.model.attention import Bias, attend
+from phogpt_raw.model.lowrank import low_rank_linear
+from phogpt_raw.model.weights import nf4_linear
+from phogpt_raw.plan import KINDS, META, Storage, kind_of, simulate
+
+aten = torch.ops.aten
+LINEARS = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]  # (in, out) of a block
+WEIGHTS = 12 * D * D  # of a block
+
+
+def on_arrival(found):
+    """What is alive as backward begins, by kind, and by block what is saved."""
+    moment = [m for m in found.moments() if m.phase == "forward"][-1]
+    return moment.kinds, moment.blocks
+
+
+def peak(found) -> int:
+    return found.replay().peak_allocated
+
+
+def up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# -- the ledger
+
+
+def test_what_stays_for_good_is_what_arithmetic_says():
+    rank = 33  # with it no adapter ends where the next one may begin
+    found = planned(rank=rank)
+    padded = 2 * sum(up(rank * d, 256) + up(o * rank, 256) for d, o in LINEARS)
+    scales = [d * o // 64 for d, o in LINEARS]  # 8 bits for 64 weights
+    kinds, _ = on_arrival(found)
+    ledger = {
+        "NF4 weights": 2 * WEIGHTS // 2,
+        # 32 bits for 256 scales, and for each weight their offset and the two codes
+        "NF4 constants": 2 * sum(n + 4 * math.ceil(n / 256) + 4 + 4 * 16 + 4 * 256 for n in scales),
+        "embedding": 2 * V * D,
+        "norms and biases": 2 * (2 * (4 * D + sum(o for _, o in LINEARS)) + 2 * D),
+        "adapters": 4 * padded,
+        "adapters' gradients": 4 * padded,
+        "adapters' copy": 2 * padded,
+        "optimizer state": 2 * 4 * (padded // 256 + 256),  # scales and a code, twice
+    }
+    assert {kind: kinds[kind] for kind in ledger} == ledger
+    assert found.resident == sum(ledger.values()) + 4 * H  # and the slopes
+    assert found.pages == 2 * padded
+
+
+def test_plain_weights_in_fp32_take_four_bytes_and_no_copy_of_the_adapters():
+    kinds, _ = on_arrival(planned(nf4=False, dtype=torch.float32))
+    assert kinds["plain weights"] == 2 * 4 * WEIGHTS
+    assert kinds["embedding"] == 4 * V * D
+    assert not {"NF4 weights", "NF4 constants", "adapters' copy"} & kinds.keys()
+
+
+def test_adamw_has_two_numbers_of_32_bits_a_weight_and_no_pages():
+    model, adapters = on_meta()
+    found = step_of(model, adapters, optimizer="adamw")
+    assert found.pages == 0
+    assert on_arrival(found)[0]["optimizer state"] == 2 * 4 * adapters.flat.numel() + 4  # its step
+
+
+@pytest.mark.parametrize("length", [96, 1024, 1100, 2048])
+def test_the_bias_has_a_row_for_each_of_at_most_1024_queries(length):
+    kinds, _ = on_arrival(planned(length=length))
+    length = up(length, 32)  # rows are padded
+    assert kinds["attention bias"] == 2 * H * min(length, 1024) * length + 4 * H
+
+
+def saved_sizes(rank: int, rows: int, length: int) -> dict[str, int]:
+    n = rows * length
+    return dict(
+        x=2 * n * D,
+        narrow=2 * n * rank,  # x Aᵀ, one a linear
+        statistics=2 * 4 * n,  # a norm's mean and deviation
+        attention=4 * rows * H * up(length, 32) + 16,  # log-sum-exp; a seed and an offset
+    )
+
+
+@pytest.mark.parametrize("rank, rows, length", [(8, 1, 96), (4, 3, 64), (16, 2, 160)])
+def test_what_blocks_keep_is_what_arithmetic_says(rank, rows, length):
+    _, saved = on_arrival(planned(rank=rank, rows=rows, length=length))
+    size = saved_sizes(rank, rows, length)
+    # qkv 3, attention's output, the sum after it, up_proj's output 4, the sum after the block
+    block = 10 * size["x"] + 4 * size["narrow"] + size["attention"]
+    assert saved == {
+        # Nothing below the first norm has a gradient: it keeps its output, not what makes it again.
+        "block 0": block + size["x"] + size["statistics"],
+        "block 1": block + 2 * size["statistics"],
+        "last norm": size["statistics"],
+    }
+
+
+def test_of_recomputed_blocks_only_their_inputs_are_kept():
+    _, saved = on_arrival(planned(recompute=2))
+    size = saved_sizes(8, 1, 96)
+    assert saved == {
+        "embedding": size["x"],  # the first block's input
+        "block 0": size["x"] + 16,  # the second's; attention's seed and offset are kept beside
+        "block 1": size["x"] + 16,  # the last norm's
+        "last norm": size["statistics"],
+    }
+
+
+def test_a_recomputed_block_is_made_again_in_backward_alone():
+    assert not any("made again" in m.kinds for m in planned().moments())
+    found = planned(recompute=1).moments()
+    assert {m.phase for m in found if "made again" in m.kinds} == {"backward"}
+    size = saved_sizes(8, 1, 96)
+    assert max(m.kinds.get("made again", 0) for m in found) > 10 * size["x"]
+
+
+# -- order
+
+
+@pytest.mark.parametrize("setting, values", [
+    ("rows", [1, 2, 3, 4]), ("length", [20, 64, 96, 300, 1100, 2048]), ("rank", [1, 4, 8, 33, 64]),
+    ("vocabulary", [512, 1024, 8192]), ("chunk", [8, 16, 64]), ("layers", [1, 2, 3]),
+    ("recompute", [2, 1, 0]),
+])
+def test_more_never_needs_less(setting, values):
+    large = dict(vocabulary=8192) if setting == "chunk" else {}  # else blocks make the peak
+    peaks = [peak(planned(**large, **{setting: value})) for value in values]
+    assert all(a <= b for a, b in pairwise(peaks))
+    assert peaks[0] < peaks[-1]
+
+
+# -- the books
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(recompute=1, rows=2), dict(rows=2, length=1100),
+                                      dict(nf4=False, optimizer="adamw"),
+                                      dict(kernel=SDPBackend.CUDNN_ATTENTION)], ids=str)
+def test_every_byte_alive_has_a_kind_at_every_moment(settings):
+    found, workspace = planned(**settings), 8320 * 1024
+    alive, most = {}, {}
+    for n, (storage, taken) in enumerate(found.events):
+        if taken:
+            assert storage not in alive
+            alive[storage] = storage.nbytes
+        else:
+            del alive[storage]
+        if taken and n >= found.begun:
+            most[storage.born] = max(most.get(storage.born, (0, 0)),
+                                     (sum(alive.values()), len(alive)))
+    moments = found.moments(workspace)
+    assert [m.op for m in moments] == list(most)
+    for moment in moments:
+        assert moment.kinds.keys() <= set(KINDS)
+        assert sum(moment.kinds.values()) == moment.allocated
+        assert sum(moment.blocks.values()) == moment.kinds.get("saved activations", 0)
+        held, count = most[moment.op]
+        rounding = moment.kinds["rounding"]
+        assert moment.allocated - rounding - workspace == held
+        assert 0 <= rounding < 512 * count + 3 * 2**20  # and a MiB where a large one is not cut
+    assert found.peak(workspace).allocated == found.replay(workspace=workspace).peak_allocated
+
+
+def test_a_step_gives_back_what_it_takes():
+    found = planned(recompute=1)
+    assert sum(s.nbytes if taken else -s.nbytes for s, taken in found.events) == found.resident
+    without = Allocator()
+    for storage, _ in found.events[:found.begun]:
+        without.take(storage.nbytes)
+    assert found.replay().allocated == without.allocated
+    assert found.replay(workspace=2**25).allocated == without.allocated + 2**25
+
+
+def test_a_plan_stays_as_it_is_when_its_model_goes():
+    gc.disable()  # the recorder that would note it is garbage in a cycle
+    try:
+        model, adapters = on_meta()
+        found = step_of(model, adapters)
+        events = len(found.events)
+        del model, adapters
+        assert len(found.events) == events
+    finally:
+        gc.enable()
+
+
+def test_what_only_came_before_the_step_is_not_of_its_peak():
+    found = planned()
+    large = Storage(2**30, 0, "before", "")
+    longer = replace(found, events=[(large, True), (large, False), *found.events],
+                     begun=found.begun + 2)
+    assert (longer.resident, peak(longer)) == (found.resident, peak(found))
+
+
+def test_too_little_memory_is_an_error():
+    found = planned()
+    needed = found.replay().peak_reserved
+    assert found.replay(limit=needed).peak_reserved == needed
+    with pytest.raises(MemoryError):
+        found.replay(limit=needed - 1)
+
+
+def test_a_plan_leaves_nothing_behind_for_models_that_have_numbers(monkeypatch):
+    """bitsandbytes keeps the map of the first device on which it quantises, for all others."""
+    monkeypatch.setattr(bitsandbytes.functional, "name2qmap", {})
+    planned()
+    weight = torch.randn(64, 64)
+    linear = nf4_linear(weight, torch.float32, "cpu")
+    assert (linear(torch.eye(64)) - weight.T).abs().max() < 1
+
+
+# -- the real step, not a description of it
+
+
+def test_what_is_no_longer_made_again_shows(monkeypatch):
+    before = on_arrival(planned())[1]
+    monkeypatch.setattr(phogpt, "remade", lambda f, x: contextlib.nullcontext(f(x)))
+    after = on_arrival(planned())[1]
+    x = saved_sizes(8, 1, 96)["x"]
+    assert after["block 1"] - before["block 1"] == 6 * x  # two norms' outputs, four of the GELU
+    assert after["block 0"] - before["block 0"] == 5 * x  # its first norm's was there
+
+
+def test_one_more_tensor_kept_is_that_much_more_at_the_peak(monkeypatch):
+    held, before = [], planned()
+
+    def holding(*args):
+        out = attend(*args)
+        held.append(torch.empty_like(out))
+        return out
+
+    monkeypatch.setattr(phogpt, "attend", holding)
+    after = planned()
+    x = saved_sizes(8, 1, 96)["x"]
+    assert x % 512 == 0 and peak(after) - peak(before) == 2 * x
+    grown = after.peak().kinds["saved activations"] - before.peak().kinds["saved activations"]
+    assert grown == 2 * x
+
+
+def test_a_larger_chunk_of_logits_is_that_much_more_of_the_loss():
+    most = [max(m.kinds.get("loss", 0) for m in planned(chunk=chunk, vocabulary=8192).moments())
+            for chunk in (16, 32)]
+    # two numbers of 32 bits a logit; for each row its target, whether it counts, and log p of the
+    # target in the chunk before
+    assert most[1] - most[0] == 16 * (8 * 8192 + 8 + 1 + 4)
+
+
+def test_the_kernel_is_the_one_told():
+    for kernel, name in ((EFFICIENT, "efficient"), (SDPBackend.CUDNN_ATTENTION, "cudnn")):
+        names = [op.name for op in planned(kernel=kernel).ops if "attention" in op.name]
+        assert len(names) == 4 and all(name in n for n in names)
+
+
+@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
+def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, recompute):
+    """The same recorder over real numbers: each operation, and each storage's size and life."""
+    model, adapters = adapted(nf4=nf4)
+    twin, its = adapted_on_meta(model.config, rank=4, dtype=torch.float32, nf4=nf4)
+    window = make_window(ragged_examples(3), 2, pad_id=3)
+    # To the card a batch is copied, on the CPU it is there.
+    monkeypatch.setattr(MicroBatch, "to", lambda batch, device: MicroBatch(
+        *(t if t is None else t.to(device, copy=True) for t in vars(batch).values())))
+    seen = []
+    for both in ((model, adapters), (twin, its)):
+        both[0].recompute = recompute
+        found = simulate(*both, window, optimizer="paged_adamw_8bit", chunk=16,
+                         kernel=SDPBackend.FLASH_ATTENTION)  # the CPU's
+        # but the clipping, for which torch has other operations on a CPU
+        ops = [op for op in found.ops if op.phase != "clip"]
+        lives = [(s.nbytes, s.born, s.died, s.scope, kind_of(s), taken)
+                 for s, taken in found.events[found.begun:]]
+        seen.append((ops, lives))
+    (ops, lives), (ops_on_meta, lives_on_meta) = seen
+    assert len(ops) > 350 and ops == ops_on_meta
+    assert len(lives) > 600 and lives == lives_on_meta
+
+
+# -- FLOPs
+
+
+def a_linear(kind: str):
+    if kind == "nf4":
+        return nf4_linear(empty(OUT, D), torch.float16, META, bias=nn.Parameter(empty(OUT)))
+    return nn.Linear(D, OUT, dtype=torch.float16, device=META)
+
+
+N, OUT, R = 70, 320, 8
+
+
+@pytest.mark.parametrize("kind", ["nf4", "plain"])
+def test_flops_of_a_linear_with_adapters(kind):
+    linear = a_linear(kind).requires_grad_(False)
+    x = empty(2, N // 2, D, requires_grad=True)
+    A, B = (empty(*shape, dtype=torch.float32, requires_grad=True) for shape in ((R, D), (OUT, R)))
+    out = []
+    forward = recorded(lambda: out.append(low_rank_linear(x, linear, A, B, 2.0)))
+    backward = recorded(lambda: out[0].backward(torch.empty_like(out[0])))
+    base, adapter = 2 * N * OUT * D, 2 * N * R * (D + OUT)
+    assert sum(op.flops for op in forward) == base + adapter
+    assert sum(op.flops for op in backward) == base + 2 * adapter  # W has no gradient
+
+
+@pytest.mark.parametrize("kernel", [EFFICIENT, SDPBackend.CUDNN_ATTENTION], ids=lambda k: k.name)
+@pytest.mark.parametrize("block", [None, 32])
+def test_flops_of_attention(kernel, block):
+    B, L, K = 2, 96, 32
+    q, k, v = (empty(B, H, L, K, requires_grad=True) for _ in range(3))
+    bias = Bias(empty(H, dtype=torch.float32), L, L, torch.float16, block=block)
+    out = []
+    forward = recorded(lambda: out.append(attend(q, k, v, bias, None)), kernel)
+    backward = recorded(lambda: out[0].backward(torch.empty_like(out[0])), kernel)
+    scores = B * H * (L * L if block is None else 32 * (32 + 64 + 96))  # each over keys it is given
+    assert sum(op.flops for op in forward) == 4 * K * scores
+    assert sum(op.flops for op in backward) == 10 * K * scores  # and the scores once more
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_flops_of_a_step(recompute):
+    rank, rows, length = 8, 2, 96
+    found = planned(rank=rank, rows=rows, length=length, recompute=recompute)
+    n, supervised = rows * length, 64  # 2 x 20, padded
+    adapters = sum(rank * (d + o) for d, o in LINEARS)
+    attention = 4 * H * length * length * (D // H) * rows
+    block = 2 * n * WEIGHTS + 2 * n * adapters + attention
+    forward = 2 * block + 4 * supervised * V * D  # the loss makes its gradient in passing
+    backward = 2 * (2 * n * WEIGHTS + 4 * n * adapters + 2.5 * attention)
+    backward -= 2 * n * 3 * D * D + 2 * n * rank * D  # the first linear's x has no gradient
+    by_phase = {phase: sum(op.flops for op in found.ops if op.phase == phase)
+                for phase in ("forward", "backward", "clip", "optimizer")}
+    assert by_phase == dict(forward=forward, backward=backward + recompute * block, clip=0,
+                            optimizer=0)
+
+
+# -- bytes
+
+
+def bytes_of(run) -> int:
+    op, = recorded(run)
+    return op.moved
+
+
+def test_an_addition_in_place_reads_and_writes_its_sum():
+    y, x, w = empty(N, OUT), empty(N, D), empty(D, OUT)
+    assert bytes_of(lambda: y.addmm_(x, w)) == 2 * (2 * N * OUT + N * D + D * OUT)
+    assert bytes_of(lambda: y.add_(y)) == 2 * 3 * N * OUT
+
+
+def test_what_is_overwritten_is_not_read():
+    y, x = empty(N, OUT), empty(N, OUT, dtype=torch.float32)
+    assert bytes_of(lambda: y.copy_(x)) == (2 + 4) * N * OUT
+    assert bytes_of(lambda: y.zero_()) == 2 * N * OUT
+    assert bytes_of(lambda: y.fill_(1.0)) == 2 * N * OUT
+    assert bytes_of(lambda: torch.exp(x, out=x)) == 2 * 4 * N * OUT
+    assert bytes_of(lambda: torch.mm(empty(N, D), empty(D, OUT), out=y)) == 2 * (
+        N * OUT + N * D + D * OUT)
+
+
+def test_of_a_large_tensor_only_what_is_picked_counts():
+    rows = torch.zeros(N, dtype=torch.int64, device=META)
+    head, column = empty(V, D), rows[:, None]
+    assert bytes_of(lambda: nn.functional.embedding(rows, head)) == 2 * 2 * N * D
+    assert bytes_of(lambda: head.index_select(0, rows)) == 2 * 2 * N * D
+    logits, picked = empty(N, V), empty(N, 1)
+    assert bytes_of(lambda: logits.gather(1, column)) == 2 * 2 * N
+    assert bytes_of(lambda: logits.scatter_(1, column, picked)) == 2 * 2 * N
+
+
+def test_what_is_expanded_lies_in_memory_once():
+    x, bias = empty(N, OUT), empty(OUT)
+    assert bytes_of(lambda: x + bias.expand(N, OUT)) == 2 * (2 * N * OUT + OUT)
+
+
+def test_views_and_empty_memory_are_no_operations():
+    x = empty(2, N, D)
+    assert recorded(lambda: [x.view(-1, D).t()[3:], x.detach(), torch.empty_like(x),
+                             x.transpose(0, 1), x.expand(2, N, D), x.new_empty(3)]) == []
+
+
+def test_every_operation_of_a_step_reads_or_writes():
+    assert all(op.moved > 0 for op in planned(recompute=1).ops)
