@@ -1,14 +1,19 @@
 """The README's tables from bench/results/*.json: a T4 beside a V100, simulated beside measured.
 
-    python bench/compare.py           writes them between the markers of the READMEs
-    python bench/compare.py --check   exit 2 where a README and the results differ
+    python bench/compare.py             writes them between the markers of the READMEs
+    python bench/compare.py --simulate  simulates a T4 and a V100 anew first, in a minute or two
+    python bench/compare.py --check     exit 2 where a README and the results differ
 
 A file saved on a real card (`python bench/memory.py --save`) becomes a column of its own.
 """
 
 import argparse
 import json
+import os
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import harness
@@ -24,13 +29,12 @@ NAMES = {"7b5": "7B5", "4b": "4B"}
 
 
 def results(what: str) -> list[dict]:
-    """The saved results of a bench, oldest first, each with its file and its model."""
+    """The saved results of a bench, oldest first."""
     found = []
     for file in sorted(harness.RESULTS.glob("*.json"), key=lambda f: (f.stem[-10:], f.name)):
         result = json.loads(file.read_text("utf-8"))
         if result["what"] == what:
-            model = re.search(r"--model[ =](\S+)", result["command"])
-            found.append(result | {"file": file.name, "model": model[1] if model else "7b5"})
+            found.append(result)
     return found
 
 
@@ -88,8 +92,8 @@ def time_cell(row: dict) -> str:
 
 def held_memory() -> list[str]:
     """How far the simulation's memory was from the measured one, by file."""
-    lines = ["| model | dtype | rank | settings | allocated, worst | reserved, worst | graphs reserve "
-             "more than the eager step allocates |", "|---" * 7 + "|"]
+    lines = ["| model | dtype | rank | settings | allocated, worst | reserved, worst | graphs "
+             "reserve above the eager step's peak |", "|---" * 7 + "|"]
     for result in results("memory"):
         rows = [r for r in result["rows"] if r["fits"] and "simulated" in r]
         if not rows:
@@ -100,8 +104,9 @@ def held_memory() -> list[str]:
                   if r["graphs_reserved_gib"]]
         more = f"{min(graphs):.2f} to {max(graphs):.2f} GiB" if graphs else ""
         kernel = "" if result["attention"] == "auto" else f", {result['attention']} attention"
-        lines.append(f"| {NAMES.get(result['model'], result['model'])}{kernel} | {dtype(result)} | "
-                     f"{rows[0]['rank']} | {len(rows)} | {worst['allocated']:+.1%} | "
+        model = NAMES.get(result["model"], result["model"]) + kernel
+        lines.append(f"| {model} | {result['dtype']} | {rows[0]['rank']} | {len(rows)} | "
+                     f"{worst['allocated']:+.1%} | "
                      f"{worst['reserved']:+.1%} | {more} |")
     return lines
 
@@ -119,7 +124,7 @@ def held_time() -> list[str]:
             continue
         worst = max((r["simulated_s"] / r["step_s"] - 1 for r in rows), key=abs)
         work = [f"{r['micro_batch']} x {r['seq_len']:,}" for r in rows]
-        lines.append(f"| {NAMES.get(result['model'], result['model'])} | {dtype(result)} | "
+        lines.append(f"| {NAMES.get(result['model'], result['model'])} | {result['dtype']} | "
                      f"{', '.join(dict.fromkeys(work))} | {len(rows)} | "
                      f"{purpose(result['label'] or '')} | {worst:+.1%} |")
     return lines
@@ -131,17 +136,27 @@ def purpose(label: str) -> str:
         ("launch", "bound by launches")) if part in label), "")
 
 
-def dtype(result: dict) -> str:
-    found = re.search(r"--dtype[ =](\S+)", result["command"])
-    return found[1] if found else "fp16"
-
-
 TABLES = {
     "memory": lambda: across("memory", memory_cell),
     "time": lambda: across("step_time", time_cell),
     "held-memory": held_memory,
     "held-time": held_time,
 }
+
+
+def simulate() -> None:
+    """The saved simulations of both cards and models made anew, two at a time."""
+    def run(command: list[str]) -> None:
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, text=True,
+                       stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        out.print(" ".join(["python", *command]))
+
+    commands = [[f"bench/{bench}.py", "--card", "t4,v100", "--model", model, "--save"]
+                for model in NAMES for bench in ("memory", "step_time")]
+    for file in harness.RESULTS.glob("*-simulated-*.json"):
+        file.unlink()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, commands))
 
 
 def rewritten(text: str, where: str) -> str:
@@ -161,7 +176,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = harness.Parser(description=__doc__, allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 2 if it would")
+    parser.add_argument("--simulate", action="store_true", help="a T4 and a V100, both models")
     options = parser.parse_args(arguments)
+    if options.simulate:
+        simulate()
     for file in sorted(ROOT.glob("README*.md")):
         text = file.read_text("utf-8")
         made = rewritten(text, file.name)

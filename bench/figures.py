@@ -6,7 +6,7 @@ from phogpt_raw.cards import GIB, Rates
 from phogpt_raw.roofline import op_seconds
 
 FIGURES = Path(__file__).parent / "figures"
-BINS = 150  # of a step's time
+BINS = 120  # of a step's time
 # what a person asks about, from the bottom up; the rest is small
 AREAS = {
     "base in NF4": ("NF4 weights", "NF4 constants", "plain weights", "norms and biases"),
@@ -36,7 +36,7 @@ def memory(found, rates: Rates, options) -> str:
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     beside = found.beside / GIB
     axes.stackplot(times, [[beside] * len(times), *areas.values()],
-                   labels=["CUDA context, optimizer's pages", *areas], step="post", linewidth=0)
+                   labels=["CUDA context, optimizer's pages", *areas], linewidth=0)
     axes.axhline(found.card.memory_gib, color="black", linewidth=1)
     axes.text(0, found.card.memory_gib, f" {found.card.name}: {found.card.memory_gib:g} GiB",
               va="bottom", fontsize=8)

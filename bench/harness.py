@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phogpt_raw.cards import KNOWN, Card, this_card, training_dtype
+from phogpt_raw.cards import KNOWN, Card, dtype_name, this_card, training_dtype
 from phogpt_raw.config import CHOICES, Config, Parser
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
@@ -237,7 +237,7 @@ def numbers(text: str, flag: str) -> list[int]:
 def remark(bench: Bench) -> str:
     """The line above a table: what was measured, on what."""
     line = f"measured on {bench.card.name}, {bench.options.model}, " \
-           f"{str(bench.dtype).removeprefix('torch.')}, rank {bench.options.rank}"
+           f"{dtype_name(bench.dtype)}, rank {bench.options.rank}"
     if bench.cap_for_torch:
         line += f"\nunder {bench.options.cap:g} GiB: {bench.cap_for_torch:.2f} for torch, the " \
                 "rest for CUDA's context and the optimizer's pages, which torch does not see"
@@ -255,11 +255,11 @@ def table(title: str, columns: list[str], caption: str | None = None) -> Table:
     return made
 
 
-def save(what: str, card: Card, options, rows: list[dict], source: str = "measured",
-         **more) -> Path:
+def save(what: str, card: Card, options, dtype: torch.dtype, rows: list[dict],
+         source: str = "measured", **more) -> Path:
     """bench/results/<what>-<card>-<model>-<dtype>-<date>.json; `more` beside the rows."""
     parts = [what, *([] if source == "measured" else [source]), card.name.replace(" ", "-"),
-             Path(options.model).name, options.dtype]
+             Path(options.model).name, dtype_name(dtype)]
     if options.attention != "auto":
         parts.append(options.attention)
     if options.label:
@@ -273,7 +273,7 @@ def save(what: str, card: Card, options, rows: list[dict], source: str = "measur
         "versions": {name: version(name) for name in packages}, "commit": commit or None,
         "date": str(date.today()), "label": options.label, "command": "python bench/" + " ".join(
             [Path(sys.argv[0]).name, *sys.argv[1:]]),
-        **more,
+        "model": options.model, "dtype": dtype_name(dtype), **more,
         "rows": rows,
     }
     file.parent.mkdir(exist_ok=True)

@@ -65,8 +65,9 @@ def line(told: dict) -> str:
 def span(values) -> str:
     """One number, or the two ends of a range.
 
-    >>> span([0.8594, 1.0275]), span([1411.2, 1953.4]), span([0.5, 0.5])
-    ('0.86 to 1.03', '1,411 to 1,953', '0.50')
+    >>> span([0.8594, 1.0275]), span([1411.2, 1953.4]), span([0.5, 0.5]), span([23.99])
+    ('0.86 to 1.03', '1,411 to 1,953', '0.5', '24.0')
     """
     return " to ".join(dict.fromkeys(
-        f"{v:,.0f}" if v >= 100 else f"{v:.1f}" if v >= 10 else f"{v:.2f}" for v in values))
+        f"{v:,.0f}" if v >= 100 else f"{v:.1f}" if v >= 10 else f"{v:.2f}" if v >= 1
+        else f"{v:.2g}" for v in values))

@@ -86,12 +86,13 @@ def measure(options) -> None:
         rows.append(row)
     out.print(table)
     if options.save:
-        file = harness.save("memory", bench.card, options, rows, **bench.told())
+        file = harness.save("memory", bench.card, options, bench.dtype, rows, **bench.told())
         out.print(f"saved {file}")
 
 
 def simulate(options) -> None:
-    """A table for each card of --card, a ledger and a figure of the longest row that fits all."""
+    """A table for each card of --card; a ledger and a figure of the most tokens that fit it, in
+    rows no longer than the model was made for."""
     shown: dict[str, OnCard] = {}
     for card, rates, plans in cards(options):
         found = [plans.on(card, setting) for setting in harness.settings(options)]
@@ -111,16 +112,17 @@ def simulate(options) -> None:
         out.print(f"longest row that fits, {options.micro_batch.split(',')[0]} at a time, every "
                   f"block recomputed: {longest:,} tokens"
                   + (" at least" if longest == LONGEST else "") + "\n")
-        fitting = [f for f in found if f.fits]
+        made_for = plans.shape.max_seq_len
+        fitting = [f for f in found if f.fits and f.setting.seq_len <= made_for]
         if fitting:
             shown[card.name] = max(fitting, key=lambda f: f.setting.tokens)
         if options.save:
-            file = harness.save("memory", card, options, rows, source="simulated",
+            file = harness.save("memory", card, options, plans.dtype, rows, source="simulated",
                                 loss_mib=options.loss_mib, attention=options.attention,
                                 longest_row=longest, sources=rates.source)
             out.print(f"saved {file}")
         if card.name in shown:
-            out.print(figures.memory(shown[card.name], rates, options))
+            out.print(figures.memory(shown[card.name], rates, options), markup=False)
     if shown:
         out.print(ledger(shown))
 
@@ -131,7 +133,7 @@ def longest_row(plans: Plans, card: Card, found: list[OnCard], step: int = 512) 
         return plans.on(card, replace(found[0].setting, seq_len=length, recompute="all")).fits
 
     low, high = 0, LONGEST
-    if fits(high):
+    if any(f.fits and f.setting.seq_len >= high for f in found) or fits(high):
         return high
     while high - low > step:
         middle = (low + high) // 2 // step * step

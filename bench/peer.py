@@ -21,6 +21,7 @@ import harness
 import torch
 from sides import Side, write_checkpoint
 
+from phogpt_raw.cards import DTYPES
 from phogpt_raw.config import Config
 from phogpt_raw.console import out
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
@@ -154,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
                       cells[0] + ("" if row["peer_fits"] else "*"), *cells[1:], ", ".join(apart))
     out.print(table)
     if options.save:
-        out.print(f"saved {harness.save('peer', card, options, rows)}")
+        out.print(f"saved {harness.save('peer', card, options, DTYPES[options.dtype], rows)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from phogpt_raw.data.batches import Window
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.meter import Stopwatch
 from phogpt_raw.refusal import exits_cleanly
-from phogpt_raw.roofline import Seconds, step_seconds
+from phogpt_raw.roofline import Seconds, by_phase, step_seconds
 
 PHASES = ("forward", "backward", "clip", "optimizer")
 # the first pattern that a kernel's name holds is its family
@@ -170,7 +170,7 @@ def measure_here(options) -> None:
                                               lambda window: (timed(bench, window, depth),))
         out.print(items.line(told))
     if options.save:
-        file = harness.save("step_time", bench.card, options, rows, **bench.told(),
+        file = harness.save("step_time", bench.card, options, bench.dtype, rows, **bench.told(),
                             matmul_flops_per_s=limit, **more)
         out.print(f"saved {file}")
 
@@ -188,7 +188,7 @@ def simulate(options) -> None:
         for setting in harness.settings(options):
             found = plans.on(card, setting)
             rows.append(row := asdict(setting) | {"rank": options.rank} | simulated_row(
-                found, step_seconds(found.plan.ops, rates)))
+                found, rates))
             table.add_row(
                 f"{setting.micro_batch} x {setting.seq_len}", str(found.recompute),
                 "yes" if row["fits"] else "no", items.span([row["flops"] / 1e12]),
@@ -201,20 +201,22 @@ def simulate(options) -> None:
                                                   windows(plans, card, rates, examples[0]))
             out.print(items.line(told))
         if options.save:
-            file = harness.save("step_time", card, options, rows, source="simulated",
-                                loss_mib=options.loss_mib, attention=options.attention,
-                                sources=rates.source, **more)
+            file = harness.save("step_time", card, options, plans.dtype, rows,
+                                source="simulated", loss_mib=options.loss_mib,
+                                attention=options.attention, sources=rates.source, **more)
             out.print(f"saved {file}")
 
 
-def simulated_row(found: OnCard, seconds: Seconds) -> dict:
-    setting, both = found.setting, ends(seconds)
+def simulated_row(found: OnCard, rates: Rates) -> dict:
+    setting, seconds = found.setting, step_seconds(found.plan.ops, rates)
+    both = ends(seconds)
     return {
         "blocks_recomputed": found.recompute, "fits": found.fits,
         "flops": sum(op.flops for op in found.plan.ops),
         "bytes_moved": sum(op.moved for op in found.plan.ops), "step_s": both,
         "tokens_per_s": [setting.tokens / s for s in both[::-1]],
         "item_s": [s / setting.micro_batch / setting.accumulate for s in both],
+        "phases_s": {phase: ends(s) for phase, s in by_phase(found.plan.ops, rates).items()},
         "host_bound_eager": seconds.host_bound,
     }
 

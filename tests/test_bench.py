@@ -15,7 +15,8 @@ import step_time
 
 from phogpt_raw.meter import Scale, Stopwatch
 
-SMALL = ["--seq-len", "32,64", "--recompute", "all,none"]
+HERE = ["--measured", "--model", "nano"]
+SMALL = [*HERE, "--seq-len", "32,64", "--recompute", "all,none"]
 
 
 @pytest.mark.parametrize("bench, what", [(memory, "memory"), (step_time, "step_time")])
@@ -31,12 +32,14 @@ def test_a_bench_prints_a_table_and_saves_only_when_asked(bench, what, tmp_path,
     assert not list(tmp_path.iterdir())
 
     monkeypatch.setattr(sys, "argv", [f"{what}.py", "--save"])
-    bench.main(["--seq-len", "32", *more, "--save"])
+    bench.main([*HERE, "--seq-len", "32", *more, "--save"])
     [file] = tmp_path.iterdir()
     result = json.loads(file.read_text())
     described = [key for key in result if key not in (
-        "attention", "loss_mib", "cap_gib", "cap_for_torch_gib", "matmul_flops_per_s")]
+        "label", "model", "dtype", "attention", "loss_mib", "cap_gib", "cap_for_torch_gib",
+        "matmul_flops_per_s")]
     assert described == ["what", "source", "card", "versions", "commit", "date", "command", "rows"]
+    assert result["model"] == "nano"
     assert result["what"] == what and result["source"] == "measured"
     assert list(result["versions"]) == ["torch", "transformers", "peft", "bitsandbytes"]
     assert result["command"] == f"python bench/{what}.py --save"
@@ -60,14 +63,14 @@ def test_out_of_memory_is_a_row_and_the_next_one_is_measured(bench, monkeypatch,
 
     monkeypatch.setattr(harness.Bench, "run", too_small)
     more = ["--steps", "1", "--warmup", "0"] if bench is step_time else []
-    bench.main(["--seq-len", "64,32", *more])
+    bench.main([*HERE, "--seq-len", "64,32", *more])
     first, second = (line for line in capsys.readouterr().out.splitlines() if "1 x " in line)
     assert "1 x 64" in first and "out of" in first and "memory" in first
     assert "1 x 32" in second and "out of" not in second
 
 
 def test_the_bench_changes_the_adapters_as_training_does():
-    bench = harness.Bench(harness.parser("").parse_args([]))
+    bench = harness.Bench(harness.parse(harness.parser(""), HERE))
     before = bench.adapters.flat.detach().clone()
     setting = harness.Setting(seq_len=32, micro_batch=2, accumulate=2, recompute="none")
     window = bench.window(setting)

@@ -1,0 +1,214 @@
+"""The benches without a card: what they say of cards that are elsewhere, and where they write."""
+
+import builtins
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import figures
+import harness
+import items
+import memory
+import step_time
+from simulated import Plans, cards
+
+from phogpt_raw import cards as known
+from phogpt_raw.data.prompt import Example
+
+NANO = ["--model", "nano", "--seq-len", "64,512"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """What a bench writes lands here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
+
+
+def options(*flags):
+    return harness.parse(harness.parser(""), [*NANO, *flags])
+
+
+def a_4b_on_a_t4():
+    """(card, plans) of a model whose long rows fill it."""
+    asked = harness.parse(harness.parser(""), ["--model", "4b", "--card", "t4"])
+    [(card, _, plans)] = cards(asked)
+    return card, plans
+
+
+def small_t4(monkeypatch, gib: float):
+    card = replace(known.KNOWN["t4"].card, memory_gib=gib)
+    monkeypatch.setitem(known.KNOWN, "t4", replace(known.KNOWN["t4"], card=card))
+
+
+@pytest.mark.parametrize("bench", [memory, step_time])
+def test_each_card_has_its_table_and_says_that_it_is_simulated(bench, capsys, tmp_path):
+    bench.main([*NANO, "--card", "t4,v100"])
+    said = capsys.readouterr().out
+    for card in ("simulated for Tesla T4", "simulated for Tesla V100-SXM2-16GB"):
+        assert card in said
+    assert said.count("1 x 64 ") == 2 and said.count("1 x 512 ") >= 2
+    assert not (tmp_path / "results").exists() and not (tmp_path / "figures").exists()
+
+
+def test_the_kinds_are_what_is_allocated_and_the_card_holds_more():
+    [(card, _, plans)] = cards(options("--card", "t4"))
+    row = plans.on(card, harness.Setting(512, 1, 1, "all")).row()
+    assert sum(row["kinds_gib"].values()) == pytest.approx(row["allocated_gib"])
+    assert sum(row["blocks_gib"].values()) == pytest.approx(row["kinds_gib"]["saved activations"])
+    assert row["allocated_gib"] <= row["reserved_gib"]
+    beside = known.CONTEXT / known.GIB + row["pages_gib"]
+    assert row["device_gib"] == pytest.approx(row["reserved_gib"] + beside)
+    assert {"forward", "backward"} <= row["peak_gib"].keys()
+    assert max(p["allocated"] for p in row["peak_gib"].values()) == row["allocated_gib"]
+
+
+def test_auto_recomputes_as_much_as_the_card_forces_for_a_grid_and_for_a_file():
+    card, plans = a_4b_on_a_t4()
+    setting = harness.Setting(8192, 1, 1, "auto")
+    found = plans.on(card, setting)
+    assert 0 < found.recompute < 32 and found.fits
+    assert not plans.on(card, replace(setting, recompute="none")).fits
+    rows = [Example(list(range(4, 4 + n)), n - 1, False, "x") for n in (30, 8192, 60)]
+    assert plans.fit_rows(rows, card).recompute == found.recompute
+    assert plans.fit_rows(rows[::2], card).recompute == 0
+
+
+def test_what_does_not_fit_says_so_and_the_longest_row_is_found(monkeypatch, capsys):
+    small_t4(monkeypatch, 0.9)  # 0.09 beside CUDA's context
+    memory.main(["--model", "nano", "--seq-len", "64,8192", "--card", "t4", "--recompute", "all"])
+    said = capsys.readouterr().out
+    rows = {line.split()[2]: line.split()[4] for line in said.splitlines() if " x " in line[:12]}
+    assert rows == {"64": "yes", "8192": "no"}
+    longest = int(re.search(r"every block recomputed: ([\d,]+) tokens", said)[1].replace(",", ""))
+    assert 0 < longest < 8192
+    [(card, _, plans)] = cards(options("--card", "t4"))
+    fits = [plans.on(card, harness.Setting(n, 1, 1, "all")).fits for n in (longest, longest + 512)]
+    assert fits == [True, False]
+
+
+@pytest.mark.parametrize("bench, what", [(memory, "memory"), (step_time, "step_time")])
+def test_a_saved_simulation_is_named_and_marked_as_one(bench, what, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{what}.py", "--save"])
+    bench.main([*NANO, "--card", "v100", "--save"])
+    [file] = (tmp_path / "results").iterdir()
+    assert file.name.startswith(f"{what}-simulated-Tesla-V100-SXM2-16GB-nano-fp16-")
+    result = json.loads(file.read_text())
+    assert (result["what"], result["source"], result["model"]) == (what, "simulated", "nano")
+    assert result["card"]["name"] == "Tesla V100-SXM2-16GB" and "assumed" in result["sources"]
+    assert [row["seq_len"] for row in result["rows"]] == [64, 512]
+
+
+def test_times_are_a_range_and_grow_with_the_row():
+    [(card, rates, plans)] = cards(options("--card", "t4"))
+    short, long = (step_time.simulated_row(plans.on(card, harness.Setting(n, 2, 2, "none")), rates)
+                   for n in (64, 512))
+    for row in (short, long):
+        low, high = row["step_s"]
+        assert 0 < low < high
+        assert row["item_s"] == [low / 4, high / 4]
+        assert sum(s[0] for s in row["phases_s"].values()) == pytest.approx(low)
+    assert short["step_s"][1] < long["step_s"][1]
+    assert short["flops"] < long["flops"]
+
+
+def test_the_figure_shows_the_cards_limit_and_every_kind(tmp_path):
+    pytest.importorskip("matplotlib")
+    [(card, rates, plans)] = cards(asked := options("--card", "t4", "--save"))
+    found = plans.on(card, harness.Setting(512, 1, 1, "none"))
+    assert figures.memory(found, rates, asked) == f"figure {tmp_path}/figures/" \
+        "memory-nano-Tesla-T4.svg"
+    svg = (tmp_path / "figures" / "memory-nano-Tesla-T4.svg").read_text()
+    for text in ("Tesla T4: 14.56 GiB", "saved activations", "base in NF4", "forward", "simulated"):
+        assert text in svg
+    times, areas, phases = figures.over_time(found, rates)
+    assert times == sorted(times) and len(times) <= figures.BINS + 1
+    assert phases["forward"] < phases["backward"] < times[-1]
+    top = max(map(sum, zip(*areas.values(), strict=True)))
+    assert top == pytest.approx(found.plan.peak().allocated / known.GIB)
+
+
+def test_the_areas_of_the_figure_are_all_the_kinds():
+    from phogpt_raw.plan import KINDS
+
+    assert sorted(k for kinds in figures.AREAS.values() for k in kinds) == sorted(KINDS)
+
+
+def test_without_matplotlib_the_tables_come_and_a_line_says_so(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    memory.main([*NANO, "--card", "t4"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no figure: matplotlib is not installed (pip install -e '.[bench]')" in said
+    assert "saved activations" in said and "CUDA context" in said
+
+
+# -- a file's items
+
+
+def test_items_are_an_even_choice_by_length():
+    examples = [Example(list(range(n)), n // 2, False, "x") for n in range(10, 410)]
+    asked = harness.argparse.Namespace(micro_batch="2", data="x.jsonl", epochs=3)
+    seen = []
+
+    def seconds(window):
+        [batch] = window.batches
+        seen.append(batch.ids_BL.shape)
+        return window.tokens / 1000, window.tokens / 500
+
+    told = items.estimate(asked, examples, "nano", seconds)
+    assert len(seen) == items.STRATA and all(rows == 2 for rows, _ in seen)
+    mean = sum(len(e.ids) for e in examples) / len(examples)
+    assert told["item_s"] == pytest.approx([mean / 1000, mean / 500], rel=0.02)
+    assert told["hours"] == pytest.approx([s * 400 * 3 / 3600 for s in told["item_s"]])
+    assert (told["items"], told["tokens_longest"]) == (400, 409)
+
+
+def test_a_file_gives_seconds_an_item_and_hours(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "Xin chào " * n, "response": "Dạ."}) + "\n"
+                            for n in range(1, 12)))
+    step_time.main([*NANO, "--card", "t4", "--data", str(file), "--epochs", "5"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"rows.jsonl: 11 items, \d+ tokens in the middle, \d+ the longest \(nano's "
+                     r"tokenizer\): [\d.]+ to [\d.]+ s an item, [\d.e-]+ to [\d.e-]+ hours for 5 "
+                     r"passes", said)
+
+
+# -- what cannot be
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--card", "k80"], "error: --card k80: choose from t4, v100, l4, a100, h200\n"),
+    (["--card", "t4", "--dtype", "bf16"], "error: --dtype bf16: Tesla T4 (compute capability 7.5) "
+     "only emulates bf16; use --dtype fp16 or leave the flag out\n"),
+    (["--card", "t4", "--recompute", "9"], "error: --recompute 9: the model has 8 blocks\n"),
+    (["--card", "t4", "--recompute", "much"],
+     "error: --recompute much: auto, all, none or a number of blocks\n"),
+    (["--card", "t4", "--micro-batch", "0"], "error: --micro-batch 0: must be at least 1\n"),
+])
+def test_what_cannot_be_is_one_line(flags, line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        memory.main([*NANO, *flags])
+    assert stopped.value.code == 2
+    assert " ".join(capsys.readouterr().err.split()) == line.strip()
+
+
+def test_a_plan_is_made_once():
+    plans = Plans(options("--card", "t4"), known.DTYPES["fp16"])
+    setting = harness.Setting(64, 1, 1, "none")
+    card = known.KNOWN["t4"].card
+    assert plans.on(card, setting).plan is plans.on(known.KNOWN["v100"].card, setting).plan
