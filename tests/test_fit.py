@@ -116,7 +116,7 @@ def test_what_is_needed_is_the_peak_with_a_share_and_the_graphs_context_and_page
     peak = found.peak(workspace).allocated
     evaluating = found.resident + 512 * 2**20
     assert evaluating > peak  # of a model this small
-    rest = (0.5 + 0.81) * 2**30 + found.pages
+    rest = (0.6 + 0.81) * 2**30 + found.pages
     assert needed(found, CARD) * 2**30 == pytest.approx(1.05 * evaluating + rest)
     gib = replace(found.events[-1][0], nbytes=2**30), True  # one more that is taken
     wide = replace(found, events=[*found.events, gib])

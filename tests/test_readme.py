@@ -48,8 +48,10 @@ def test_presets_and_pairs_are_as_told():
 
 
 def test_every_measured_figure_of_the_readme_is_in_the_log():
+    """Those typed by hand; what stands between markers is held against bench/results."""
     log = (ROOT / "LOG.md").read_text("utf-8")
     section = README.split("## Measured")[1].split("## ")[0]
+    section = re.sub(r"<!-- table: .*?<!-- end -->", "", section, flags=re.DOTALL)
     figures = re.findall(r"\| (\d+\.\d+)(?: GiB)? ", section)
     assert len(figures) >= 12
     assert [figure for figure in figures if figure not in log] == []
