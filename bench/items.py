@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from phogpt_raw.config import Config
+from phogpt_raw.console import clock
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.examples import load_examples
 from phogpt_raw.data.prompt import Example
@@ -56,10 +57,10 @@ def estimate(options, examples: list[Example], named: str,
 
 def line(told: dict) -> str:
     """An estimate in words."""
+    run = " to ".join(dict.fromkeys(clock(3600 * hours) for hours in told["hours"]))
     return (f"{told['data']}: {told['items']:,} items, {told['tokens_median']:g} tokens in the "
             f"middle, {told['tokens_longest']:,} the longest ({told['tokenizer']}'s tokenizer): "
-            f"{span(told['item_s'])} s an item, {span(told['hours'])} hours for "
-            f"{told['epochs']:g} passes")
+            f"{span(told['item_s'])} s an item, {run} for {told['epochs']:g} passes")
 
 
 def span(values) -> str:
