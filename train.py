@@ -17,7 +17,7 @@ from phogpt_raw.data.examples import load_examples
 from phogpt_raw.model.adapters import load_adapters, new_adapters
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import exits_cleanly
-from phogpt_raw.training.capture import Captured, why_not
+from phogpt_raw.training.capture import Captured, or_eagerly, why_not
 from phogpt_raw.training.evaluate import Evaluation
 from phogpt_raw.training.fit import choose
 from phogpt_raw.training.loss import chunk_rows
@@ -56,8 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     micro_step = make_micro_step(captured or model, scaler,
                                  chunk_rows(model.config.vocab_size, config.loss_mib))
     torch.manual_seed(config.seed)  # dropout's, also of a loaded adapter; a resumed run has its own
-    evaluate = Evaluation(model, tokenizer, examples.held_out, config,
-                          memory=captured.memory if captured else nullcontext)
+    evaluate = or_eagerly(Evaluation(model, tokenizer, examples.held_out, config,
+                                     memory=captured.memory if captured else nullcontext),
+                          captured, console.say)
+    step = or_eagerly(train_step, captured, console.say)
     progress = run.begin(adapters, optimizer, scaler)
     show = console.Progress(run.folder, progress.step, steps)
     if progress.step == 0:
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
             show.begin()
             optimizer.param_groups[0]["lr"] = lr
             scale = scaler.get_scale()
-            stats = train_step(window, micro_step, adapters.flat, optimizer, scaler, config.clip)
+            stats = step(window, micro_step, adapters.flat, optimizer, scaler, config.clip)
             progress.count(skipped=scaler.get_scale() < scale)  # lowered: the update was left out
             show.step(progress, stats, window, lr=lr, scale=scale)
         else:

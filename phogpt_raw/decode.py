@@ -5,6 +5,7 @@ The padding is a document of its own, so an answer is what it would be alone.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,18 @@ class Answer:
     stopped: bool
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(model: PhoGPT):
+    """Without gradients and dropout; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def answer(
     model: PhoGPT,
     prompts: list[list[int]],
@@ -31,8 +43,6 @@ def answer(
     on_token: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Greedy answers to prompts (token ids), in order; `on_token` sees the first one's tokens."""
-    was_training = model.training
-    model.eval()
     device = model.head.device
     rows, longest = len(prompts), max(map(len, prompts))
     ids_BL = torch.full((rows, longest), pad_id)
@@ -44,20 +54,20 @@ def answer(
     written = [[] for _ in prompts]
     going = torch.ones(rows, dtype=torch.bool)
     ids_BL, doc_BL = ids_BL.to(device), doc_BL.to(device)
-    for _ in range(max_new_tokens):
-        hidden_BD = model(ids_BL, doc_BL, cache)[:, -1]
-        chosen_B = model.logits(hidden_BD).float().argmax(-1)
-        for n, token in enumerate(chosen_B.tolist()):
-            if not going[n]:
-                continue
-            if token == eos_id:
-                going[n] = False
-            else:
-                written[n].append(token)
-                if on_token and n == 0:
-                    on_token(token)
-        if not going.any():
-            break
-        ids_BL, doc_BL = chosen_B[:, None], doc_BL[:, -1:]
-    model.train(was_training)
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            hidden_BD = model(ids_BL, doc_BL, cache)[:, -1]
+            chosen_B = model.logits(hidden_BD).float().argmax(-1)
+            for n, token in enumerate(chosen_B.tolist()):
+                if not going[n]:
+                    continue
+                if token == eos_id:
+                    going[n] = False
+                else:
+                    written[n].append(token)
+                    if on_token and n == 0:
+                        on_token(token)
+            if not going.any():
+                break
+            ids_BL, doc_BL = chosen_B[:, None], doc_BL[:, -1:]
     return [Answer(ids, not going[n]) for n, ids in enumerate(written)]

@@ -29,9 +29,9 @@ def exits_cleanly(main):
         except Exception as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            print("error: the GPU's memory is full; train.py: --micro-batch 1 or --recompute all, "
-                  "then go on with the same --out; generate.py: fewer --max-new-tokens",
-                  file=sys.stderr)
+            print("error: the GPU's memory is full; train.py: --micro-batch 1, --recompute all or "
+                  "--no-capture, then go on with the same --out; generate.py: fewer "
+                  "--max-new-tokens", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("stopped by hand; with the same --out train.py goes on from its last checkpoint",

@@ -1,9 +1,137 @@
-"""When a model is captured as CUDA graphs, and what the twin does where it cannot be."""
+"""When a model is captured as CUDA graphs, and what happens where it cannot be.
+
+Here the twin's bookkeeping alone, with stand-ins for graphs; test_gpu.py has the real ones.
+"""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from phogpt_raw.training.capture import why_not
+from phogpt_raw.training import capture
+from phogpt_raw.training.capture import Captured, or_eagerly, why_not
+
+FULL = torch.OutOfMemoryError("CUDA out of memory")
+
+
+class Twin(Captured):
+    """Shapes that are captured, noted; one longer than `room` finds the card too full for it."""
+
+    def __init__(self, model, flat, room=10**9):
+        super().__init__(model, flat)
+        self.room, self.tries = room, []
+
+    def capture(self, ids_BL, doc_BL):
+        self.tries.append((*ids_BL.shape, doc_BL is not None))
+        return object() if ids_BL.shape[1] <= self.room else None
+
+
+@pytest.fixture
+def twin(adapted, monkeypatch):
+    """A function that makes a Twin, which knows what its model has run and what was replayed."""
+    def make(**settings):
+        model, adapters = adapted()
+        for name in ("MemPool", "Stream", "synchronize", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        made = Twin(model, adapters.flat, **settings)
+        made.ran, made.replayed = [], []
+        monkeypatch.setattr(made, "model", lambda ids, doc: made.ran.append(tuple(ids.shape)))
+        monkeypatch.setattr(made, "memory", nullcontext)
+        monkeypatch.setattr(capture.Replay, "apply",
+                            lambda flat, graphs, ids, doc: made.replayed.append(tuple(ids.shape)))
+        return made
+
+    return make
+
+
+def ids(rows, length):
+    return torch.zeros(rows, length, dtype=torch.long)
+
+
+def test_a_shape_runs_eagerly_once_and_then_as_graphs_made_once(twin):
+    made = twin()
+    for _ in range(3):
+        made(ids(2, 64))
+        made(ids(2, 96))
+        made(ids(2, 64), ids(2, 64))  # with documents it is another shape
+    assert made.ran == [(2, 64), (2, 96), (2, 64)]
+    assert made.tries == [(2, 64, False), (2, 96, False), (2, 64, True)]
+    assert made.replayed == 2 * made.ran
+
+
+def test_a_shape_that_finds_no_room_stays_eager_without_another_try(twin):
+    made = twin(room=64)
+    for _ in range(4):
+        made(ids(1, 96))
+        made(ids(1, 64))
+    assert made.tries == [(1, 96, False), (1, 64, False)]
+    assert made.replayed == 3 * [(1, 64)] and made.ran.count((1, 96)) == 4
+
+
+def test_beyond_so_many_shapes_none_is_captured(twin, monkeypatch):
+    monkeypatch.setattr(capture, "SHAPES", 2)
+    made = twin()
+    for _ in range(3):
+        for length in (32, 64, 96):
+            made(ids(1, length))
+    assert [shape[1] for shape in made.tries] == [32, 64]
+    assert made.ran.count((1, 96)) == 3
+
+
+def test_given_up_it_is_the_model_and_allocates_as_the_model_does(twin, monkeypatch):
+    made = twin()
+    for _ in range(2):
+        made(ids(1, 64))
+    assert made.replayed == [(1, 64)]
+    made.give_up()
+    assert not made.graphs and made.pool is None and not made.on
+    made(ids(1, 64))
+    made(ids(1, 96))
+    assert made.replayed == [(1, 64)] and made.ran == [(1, 64), (1, 64), (1, 96)]
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda _: pytest.fail("its pool is gone"))
+    with Captured.memory(made):
+        pass
+
+
+def test_work_that_finds_the_card_full_is_done_again_without_graphs_and_says_so(twin):
+    made, said, calls = twin(), [], []
+
+    def work(a, b):
+        calls.append(made.on)
+        if made.on and len(calls) > 1:
+            raise FULL
+        return a + b
+
+    done = or_eagerly(work, made, said.append)
+    assert done(1, 2) == 3 and said == []
+    assert done(3, 4) == 7 and calls == [True, True, False]
+    assert said == ["the card is too full for CUDA graphs: going on without, as with --no-capture"]
+    assert done(5, 6) == 11 and len(said) == 1
+
+
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_what_does_not_fit_without_graphs_either_is_an_error(twin, has_graphs):
+    said = []
+
+    def work():
+        raise FULL
+
+    done = or_eagerly(work, twin() if has_graphs else None, said.append)
+    with pytest.raises(torch.OutOfMemoryError):
+        done()
+    assert len(said) == has_graphs
+
+
+def test_other_errors_are_not_tried_again(twin):
+    made, calls = twin(), []
+
+    def work():
+        calls.append(1)
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        or_eagerly(work, made, print)()
+    assert made.on and len(calls) == 1
 
 
 def test_a_model_on_a_gpu_is_captured(adapted):

@@ -378,3 +378,19 @@ def test_a_card_too_full_for_a_graph_stays_eager(monkeypatch, where):
     for n in range(3):  # and another shape still can be
         twins.check(batch_of(32, seed=n))
     assert [g is None for g in twins.captured.graphs.values()] == [True, False]
+
+
+@with_twins
+def test_graphs_that_are_given_up_give_their_memory_back(dtype, recompute):
+    twins = Twins(dtype, recompute)
+    for n in range(2):
+        for length in (64, 32):
+            twins.check(batch_of(length, seed=n))
+    assert all(twins.captured.graphs.values())
+    torch.cuda.empty_cache()
+    before, pool = torch.cuda.memory_reserved(), twins.captured.pool.id
+    assert torch.cuda.memory_snapshot(pool)
+    twins.captured.give_up()
+    assert torch.cuda.memory_reserved() < before
+    assert not [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == pool]
+    twins.check(batch_of(64, seed=2))

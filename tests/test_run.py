@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -364,6 +365,51 @@ def test_a_full_gpu_is_one_line_that_says_what_to_turn(train, tmp_path):
     status, _, said = train("--out", tmp_path / "run", at=(3, full))
     assert status == 2 and said.count("\n") == 1
     assert "memory is full" in said and "--micro-batch" in said
+
+
+class FullAtTheThird:
+    """In place of the captured model: its third call in a mode finds the card full."""
+
+    def __init__(self, mode, model):
+        self.mode, self.model, self.head, self.forward = mode, model, model.head, model.forward
+        self.on, self.calls = True, 0
+        model.forward = self.counted
+
+    def counted(self, *args):
+        self.calls += ("training" if self.model.training else "evaluating") == self.mode
+        if self.on and self.calls == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.forward(*args)
+
+    def __call__(self, *args):
+        return self.model(*args)
+
+    def memory(self):
+        return nullcontext()
+
+    def give_up(self):
+        self.on = False
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluating"])
+def test_a_card_too_full_for_graphs_trains_the_same_without_them(train, tmp_path, monkeypatch,
+                                                                 mode):
+    """In the middle of a window or of an evaluation, which is begun again."""
+    import train as script
+
+    train("--out", tmp_path / "plain")
+    monkeypatch.setattr(script, "why_not", lambda *_: None)
+    made = []
+    monkeypatch.setattr(script, "Captured",
+                        lambda model, _: made.append(FullAtTheThird(mode, model)) or made[0])
+    status, said, _ = train("--out", tmp_path / "full")
+    assert status == 0 and not made[0].on and made[0].model.training
+    assert said.count("too full for CUDA graphs: going on without") == 1
+    seen, wanted = ([{k: v for k, v in row.items() if k != "tokens_per_s"}
+                     for part in metrics(tmp_path / run) for row in part]
+                    for run in ("full", "plain"))
+    assert len(seen) == 12 and seen == wanted
+    assert adapter_bytes(tmp_path / "full") == adapter_bytes(tmp_path / "plain")
 
 
 def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path):

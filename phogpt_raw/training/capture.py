@@ -11,11 +11,15 @@ supervised rows may change.
 The surprise is the memory. A graph has a pool of its own, full to everything else; and memory freed
 on one stream serves that stream alone. So what is large and never runs between a graph's forward
 and its backward (another shape's eager step, an evaluation) allocates from that pool and on that
-stream. The loss, which does run there, must not.
+stream. The loss, which does run there, must not. And while a pool is in use torch gives nothing
+cached back to whoever finds the card full, so rows of many long lengths can fill it with what is
+free elsewhere: `or_eagerly` then drops the graphs and does the work again without.
 
 B micro-batch, L length, D hidden.
 """
 
+import gc
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -31,7 +35,7 @@ class Captured:
     """A PhoGPT for training: called like the model, with the same hidden states and gradients.
 
     `flat` is the adapters' flat parameter. Adapters, their scaling and `model.recompute` must stay
-    as they are from now on; their weights may change.
+    as they are from now on; their weights may change. `on` until the graphs are given up.
     """
 
     def __init__(self, model: PhoGPT, flat: nn.Parameter):
@@ -39,9 +43,12 @@ class Captured:
         self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
         self.seen: set[tuple] = set()
         self.graphs: dict[tuple, Graphs | None] = {}
+        self.on = True
 
     def __call__(self, ids_BL: torch.Tensor, doc_BL: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, L, D]; those of a replay are overwritten by the next one."""
+        if not self.on:
+            return self.model(ids_BL, doc_BL)
         shape = (*ids_BL.shape, doc_BL is not None)
         if shape not in self.seen:
             self.seen.add(shape)
@@ -56,6 +63,9 @@ class Captured:
     @contextmanager
     def memory(self):
         """Work on the graphs' stream, in their memory; never between a forward and its backward."""
+        if not self.on:
+            yield
+            return
         outside = torch.cuda.current_stream()
         self.stream.wait_stream(outside)
         with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
@@ -83,6 +93,14 @@ class Captured:
                 raise
             return None
         return Graphs(ids_BL, doc_BL, hidden_BLD.detach(), slope_BLD, forward, backward)
+
+    def give_up(self) -> None:
+        """No graphs from now on; their memory goes back, nothing must be left that lies in it."""
+        torch.cuda.synchronize()
+        self.on, self.graphs = False, {}
+        gc.collect()
+        self.pool = None
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -114,6 +132,25 @@ class Replay(torch.autograd.Function):
         ctx.graphs.slope_BLD.copy_(slope_BLD)
         ctx.graphs.backward.replay()
         return None, None, None, None
+
+
+def or_eagerly(work: Callable, captured: Captured | None, say: Callable[[str], None]) -> Callable:
+    """`work`, done once more without graphs where the card is too full for it beside them.
+
+    Work that can be begun again: train_step forgets its gradients first and updates last.
+    """
+
+    def done(*args):
+        try:
+            return work(*args)
+        except torch.OutOfMemoryError:
+            if captured is None or not captured.on:
+                raise
+        captured.give_up()  # not in `except`: the traceback there holds all activations
+        say("the card is too full for CUDA graphs: going on without, as with --no-capture")
+        return work(*args)
+
+    return done
 
 
 def why_not(model: PhoGPT, device: str, wanted: bool) -> str | None:

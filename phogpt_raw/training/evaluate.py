@@ -10,7 +10,7 @@ import torch
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import make_window
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.decode import answer
+from phogpt_raw.decode import answer, evaluating
 from phogpt_raw.model.cache import rows_that_fit
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.loss import batch_loss, chunk_rows
@@ -31,17 +31,14 @@ class Score:
         return math.exp(min(self.val_loss, 700))
 
 
-@torch.no_grad()
 def held_out_loss(model: PhoGPT, examples: list[Example], *, micro_batch: int, pad_id: int,
                   chunk: int) -> float:
     """Mean loss in nats over all supervised tokens: long answers weigh by their length."""
-    was_training = model.training
-    model.eval()
     window = make_window(examples, micro_batch, pad_id)
     total = torch.zeros((), device=model.head.device)
-    for batch in window.batches:
-        total += batch_loss(model, batch.to(model.head.device), chunk)
-    model.train(was_training)
+    with evaluating(model):
+        for batch in window.batches:
+            total += batch_loss(model, batch.to(model.head.device), chunk)
     return float(total) / window.supervised
 
 
