@@ -25,27 +25,30 @@ LONGEST = 16_384  # tokens; rows beyond that are not looked for
 
 
 def peaks(bench, setting, window):
-    """{phase: {kind: GiB}} of the second eager step: the first makes the optimizer's state; and,
-    where the step can be captured, GiB reserved with its graphs."""
+    """{phase: {kind: GiB}} of the second eager step: the first makes the optimizer's state; its
+    loss; and, where the step can be captured, GiB reserved with its graphs."""
     bench.begin(setting, capture=False)
     bench.run(window)
     scale = Scale()
-    bench.run(window, mark=scale)
-    return scale.read(), captured(bench, setting, window)
+    loss = float(bench.run(window, mark=scale).loss)
+    return scale.read(), loss, captured(bench, setting, window)
 
 
-def captured(bench, setting, window) -> float | None:
-    """Reserved GiB once the step runs as graphs; None where it does not, or does not fit."""
+def captured(bench, setting, window) -> dict[str, float] | None:
+    """Reserved GiB as the step runs as graphs, and the most on the way there (the first step is
+    eager); None where it does not, or does not fit."""
     bench.begin(setting, capture=bench.options.capture)
     if bench.forward is bench.model:
         return None
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     try:
         for _ in range(3):
             bench.run(window)
     except torch.OutOfMemoryError:
         return None
-    return torch.cuda.memory_reserved() / 2**30
+    return {"graphs_reserved_gib": torch.cuda.memory_reserved() / 2**30,
+            "graphs_reserved_peak_gib": torch.cuda.max_memory_reserved() / 2**30}
 
 
 def measure(options) -> None:
@@ -57,10 +60,10 @@ def measure(options) -> None:
     card = replace(bench.card, memory_gib=options.cap or bench.card.memory_gib)
     kinds = ("allocated", "reserved", "device") if gpu else ("resident",)
     columns = ["work", "recomp.", "allocated", "simul.", "apart", "reserved", "simul.", "apart",
-               "device", "graphs"] if gpu else ["work", "recomp.", "resident"]
+               "device", "graphs", "at most"] if gpu else ["work", "recomp.", "resident"]
     table = harness.table("peak GiB of a step", columns, caption=(
         "device: with CUDA's context and the optimizer's pages; graphs: reserved once the step "
-        "runs as CUDA graphs" if gpu else None))
+        "runs as CUDA graphs, and at most on the way there" if gpu else None))
     settings = [resolved(plans, s, card) for s in harness.settings(options)]
     rows = []
     for setting, found in bench.rows(settings, peaks):
@@ -70,9 +73,9 @@ def measure(options) -> None:
         if found is None:
             cells = ["out of", "memory"]
         else:
-            by_phase, graphs = found
+            by_phase, loss, graphs = found
             top = {kind: max(f[kind] for f in by_phase.values()) for kind in kinds}
-            row |= {"peak_gib": by_phase, "graphs_reserved_gib": graphs}
+            row |= {"peak_gib": by_phase, "loss": loss} | (graphs or {"graphs_reserved_gib": None})
             cells = [f"{top[kinds[0]]:.2f}"]
         if gpu:
             row["simulated"] = told = guess.row()
@@ -81,7 +84,8 @@ def measure(options) -> None:
             for kind in ("allocated", "reserved"):
                 seen, simulated = top[kind], told[f"{kind}_gib"]
                 cells += [f"{seen:.2f}", f"{simulated:.2f}", f"{simulated / seen - 1:+.1%}"]
-            cells += [f"{top['device']:.2f}", "-" if graphs is None else f"{graphs:.2f}"]
+            cells += [f"{top['device']:.2f}",
+                      *([f"{gib:.2f}" for gib in graphs.values()] if graphs else "--")]
         table.add_row(label, setting.recompute, *cells)
         rows.append(row)
     out.print(table)

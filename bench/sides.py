@@ -80,6 +80,7 @@ class Ours:
 
     def release(self) -> None:
         self.bench.forward = None
+        torch._C._cuda_clearCublasWorkspaces()  # one a stream; graphs have their own
 
 
 class Peer:
