@@ -13,6 +13,7 @@ LoRA on all four linears. Needs a GPU with room for both at once.
 """
 
 import argparse
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -104,6 +105,10 @@ def parse(arguments):
     parser.add_argument("--warmup", type=harness.count, default=4)
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(, ?[1-9]\d*x[1-9]\d*)*", options.work):
+        raise Refusal(f"--work {options.work}: rows x tokens, such as 1x512,8x512")
+    if not re.fullmatch(r"all|none|\d+", options.recompute):
+        raise Refusal(f"--recompute {options.recompute}: all, none or a number of blocks")
     options.attention, options.label = "auto", None  # for the result's name
     return options
 

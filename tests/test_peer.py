@@ -15,6 +15,7 @@ import sides
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import read_model
+from phogpt_raw.refusal import Refusal
 
 SHAPE = ModelConfig(64, 4, 2, vocab_size=96, max_seq_len=64)
 
@@ -78,6 +79,56 @@ def test_a_side_out_of_memory_has_no_figure():
                          "losses": {"captured": [1.0], "eager": [1.0], "peer": None}})
     assert "peer_step_s" not in told and "ours_times_faster" not in told
     assert told["ours_step_s"] == 1.0 and "peer_loss_apart" not in told
+
+
+class Answering:
+    """A side that notes its orders; short of memory under a cap where `full`."""
+
+    def __init__(self, full=False):
+        self.full, self.orders = full, []
+
+    def run(self, **order):
+        self.orders.append(order)
+        if self.full and order["cap_gib"]:
+            return {"out_of_memory": True}
+        return {"losses": [1.0] * order["count"], "seconds": [2.0] * order["count"],
+                "allocated_gib": 1.0, "reserved_gib": 2.0}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_sides_take_turns_and_each_path_is_what_its_name_says(full):
+    options = peer.parse(["--losses", "5", "--pairs", "2", "--steps", "3", "--warmup", "1"])
+    ours, theirs = Answering(), Answering(full)
+    row = peer.compare("2x64", {"ours": ours, "peer": theirs}, options, cap_gib=13.0)
+    assert [(o["path"], o["count"]) for o in ours.orders] == [
+        ("captured", 5), ("eager", 5), *[("captured", 4), ("eager", 4)] * 2]
+    assert {o["cap_gib"] for o in ours.orders} == {13.0}  # ours is never without
+    # theirs is tried under the cap, and goes without where that is too little
+    assert [(o["count"], o["cap_gib"]) for o in theirs.orders] == [
+        (2, 13.0), *[(n, 0 if full else 13.0) for n in (5, 4, 4)]]
+    assert row["peer_fits"] != full
+    assert all((o["micro_batch"], o["seq_len"]) == (2, 64) for o in ours.orders + theirs.orders)
+    assert [pair["ours"]["step_s"] for pair in row["pairs"]] == [2.0, 2.0]
+
+
+def test_ours_begins_from_the_same_adapters_each_time(folder, monkeypatch):
+    monkeypatch.setattr(sides, "now", lambda: 0.0)
+    options = harness.parse(harness.parser(""), ["--measured", "--model", str(folder)])
+    ours = sides.Ours(options)
+    first, second = ([float(loss) for loss, _ in ours.steps(2, 24, 3, path="eager",
+                                                            recompute="none")] for _ in range(2))
+    assert first == second and len(set(first)) == 3
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--work", "512"], "--work 512: rows x tokens, such as 1x512,8x512"),
+    (["--work", "1x512x2"], "--work 1x512x2: rows x tokens"), (["--work", ""], "--work : rows x"),
+    (["--work", "0x512"], "--work 0x512: rows x tokens"),
+    (["--recompute", "auto"], "--recompute auto: all, none or a number of blocks"),
+])
+def test_impossible_work_is_refused_before_any_is_done(flags, line):
+    with pytest.raises(Refusal, match=line):
+        peer.parse(flags)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
