@@ -22,6 +22,8 @@ def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: Pho
     lengths = [len(e.ids) for e in examples.train]
     longest = max(lengths)
     shape, lora = model.config, model.peft_config["default"]
+    targets = lora.target_modules  # names, or a regular expression
+    targets = targets if isinstance(targets, str) else ", ".join(sorted(targets))
     quantised, plain = parameters(model, adapters)
     rows = f"{len(lengths):,} rows of {examples.source}, {int(statistics.median(lengths))} tokens" \
            f" in the middle, {longest} the longest; {len(examples.held_out)} held out"
@@ -32,7 +34,7 @@ def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: Pho
                  f"{shape.vocab_size:,}; {millions(quantised)} parameters in NF4, "
                  f"{millions(plain)} in {dtype_name(dtype)}",
         "adapters": f"{millions(adapters.count)} parameters in fp32: LoRA rank {lora.r}, alpha "
-                    f"{lora.lora_alpha:g}, on {', '.join(sorted(lora.target_modules))}"
+                    f"{lora.lora_alpha:g}, on {targets}"
                     + (f", going on from {config.adapter}" if config.adapter else ""),
         "card": card.name + (f", {card.memory_gib:.1f} GiB, compute capability "
                              f"{capability(card)}" if card.memory_gib else ""),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from phogpt_raw.model.adapters import TARGETS, load_adapters, named_base, new_adapters
+from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal
 
 CONFIG = small_config(6, 8, 2)  # rank 5: pieces of 240 to 960 elements, none a multiple of 256
@@ -168,9 +169,11 @@ def test_one_cast_a_forward_gives_what_a_cast_a_layer_gives(adapted, nf4, recomp
             assert torch.equal(model(ids_BL), reference(ids_BL))
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_the_next_forward_in_bf16_has_the_new_weights(adapted, grad):
+def test_the_next_forward_in_bf16_has_the_new_weights(adapted, grad, training):
     model, adapters = adapted(dtype=torch.bfloat16)
+    model.train(training)
     ids_BL = torch.tensor([[5, 6, 7, 8]])
     with torch.set_grad_enabled(grad):
         first = model(ids_BL).detach().clone()
@@ -470,3 +473,19 @@ def test_targets_by_regular_expression_survive_saving(tmp_path):
     inject(model, LoraConfig(r=4, target_modules=r".*\.(Wqkv|out_proj)")).save(tmp_path)
     again = load_adapters(base(), tmp_path)
     assert {name.split(".")[4] for name, _ in again.views} == {"Wqkv", "out_proj"}
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_trains_biases_is_refused_in_sixteen_bits(adapted, tmp_path, tiny, bias):
+    """There its biases would be trained in a copy that nobody reads."""
+    adapted()[1].save(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bias": bias}))
+    model, _ = load_base(str(tiny), dtype=torch.bfloat16, device="cpu")
+    with pytest.raises(Refusal, match=f"bias '{bias}' trains biases.*--dtype fp32"):
+        load_adapters(model, tmp_path)
+
+
+def test_no_target_at_all_is_refused():
+    with pytest.raises(Refusal, match="--targets: names no linear layer; the model has Wqkv, "):
+        new_adapters(base(), rank=4, alpha=8, targets=[])

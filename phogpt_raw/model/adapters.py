@@ -176,6 +176,10 @@ def inject(model: PhoGPT, config) -> Adapters:
     from peft import inject_adapter_in_model
 
     check_targets(model, config.target_modules)
+    if config.bias != "none" and model.head.dtype != torch.float32:
+        raise Refusal(f"adapter_config.json: bias {config.bias!r} trains biases, which are frozen "
+                      f"here in {str(model.head.dtype).removeprefix('torch.')}; use an adapter "
+                      f"with bias \"none\", or --dtype fp32")
     inject_adapter_in_model(config, model)
     model.train(model.training)  # the new layers too: theirs would drop out in an eval model
     fuse(model)
@@ -225,6 +229,8 @@ def check_targets(model: PhoGPT, targets) -> None:
     if isinstance(targets, str):  # a regular expression, or all-linear: PEFT checks those itself
         return
     names = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if not targets:
+        raise Refusal(f"--targets: names no linear layer; the model has {', '.join(sorted(names))}")
     for target in sorted(targets):
         if target.rsplit(".", 1)[-1] not in names:
             raise Refusal(f"--targets: the model has no linear layer {target}; it has "
