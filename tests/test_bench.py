@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import harness
 import memory
+import simulated
 import step_time
+from torch.nn.attention import SDPBackend
 
 from phogpt_raw.meter import Scale, Stopwatch
 
@@ -79,6 +81,20 @@ def test_the_bench_changes_the_adapters_as_training_does():
     bench.begin(setting, capture=True)
     bench.run(window)
     assert not torch.equal(bench.adapters.flat.detach(), before)
+
+
+@pytest.mark.parametrize("recompute, blocks", [("none", 0), ("3", 3), ("all", 8)])
+def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, blocks):
+    """Its FLOPs are the plan's, less what adapters and attention do: little in so short a row."""
+    options = harness.parse(harness.parser(""), [*HERE, "--rank", "1"])
+    bench = harness.Bench(options)
+    setting = harness.Setting(seq_len=32, micro_batch=2, accumulate=1, recompute=recompute)
+    bench.begin(setting, capture=False)
+    assert bench.model.recompute == blocks
+    planned = simulated.Plans(options, torch.float32).plan(
+        setting, blocks, SDPBackend.EFFICIENT_ATTENTION)
+    counted = step_time.flops(bench, setting, bench.window(setting))
+    assert counted == pytest.approx(sum(op.flops for op in planned.ops), rel=0.07)
 
 
 def test_a_bad_grid_is_one_line(capsys):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from phogpt_raw import console
 from phogpt_raw.data.prompt import Example
+from phogpt_raw.model import phogpt
 
 STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_gib", "scale",
              "skipped"]
@@ -410,6 +411,18 @@ def test_a_card_too_full_for_graphs_trains_the_same_without_them(train, tmp_path
                     for run in ("full", "plain"))
     assert len(seen) == 12 and seen == wanted
     assert adapter_bytes(tmp_path / "full") == adapter_bytes(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("recompute, blocks", [("none", 0), ("1", 1), ("all", 2), ("auto", 0)])
+def test_as_many_blocks_are_recomputed_as_asked_for(train, tmp_path, monkeypatch, recompute,
+                                                    blocks):
+    made_again, run = [], phogpt.checkpoint
+    monkeypatch.setattr(phogpt, "checkpoint",
+                        lambda block, *a, **k: made_again.append(block) or run(block, *a, **k))
+    status, said, _ = train("--out", tmp_path / "run", "--recompute", recompute, "--steps", 1,
+                            "--batch-size", 2, "--micro-batch", 2)
+    assert status == 0 and len(made_again) == blocks
+    assert f"{blocks} of 2 blocks" in said
 
 
 def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path):

@@ -192,6 +192,7 @@ def same_state(mine, reference):
 
 def test_loss_scaling_is_for_fp16_alone():
     assert make_scaler(torch.float16, "cpu").get_scale() == 2.0**12
+    assert make_scaler(torch.float16, "cpu").get_growth_interval() == 200
     assert make_scaler(torch.bfloat16, "cpu").get_scale() == 1.0
     assert make_scaler(torch.float32, "cpu").get_scale() == 1.0
 
