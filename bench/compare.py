@@ -13,19 +13,22 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import harness
 import items
 
-from phogpt_raw.cards import Card
+from phogpt_raw.cards import KNOWN, Card
+from phogpt_raw.config import Config
 from phogpt_raw.console import out
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
 ROOT = Path(__file__).parents[1]
-LARGE = 80  # GiB; larger cards are not what people rent for this and have no column
+LARGE = 48  # GiB; larger cards are not what people rent for this and have no column
 NAMES = {"7b5": "7B5", "4b": "4B"}
+SIMULATED = ("t4", "v100")
 
 
 def results(what: str) -> list[dict]:
@@ -44,11 +47,14 @@ def columns(what: str) -> dict[tuple[str, str], dict[int, dict]]:
     for result in results(what):
         card = Card(**result["card"])
         if (result.get("label") or result.get("cap_gib") or card.memory_gib > LARGE
-                or result["model"] not in NAMES or result.get("attention", "auto") != "auto"):
+                or result["model"] not in NAMES or result.get("attention", "auto") != "auto"
+                or result.get("optimizer", Config.optimizer) != Config.optimizer
+                or any(row.get("rank", Config.rank) != Config.rank for row in result["rows"])):
             continue
         rows = {row["seq_len"]: row for row in reversed(result["rows"])
                 if row["micro_batch"] == row["accumulate"] == 1}
-        table[result["model"], f"{short(card)}, {result['source']}"] = rows
+        heading = short(card) + ("" if result["dtype"] == "fp16" else f" {result['dtype']}")
+        table[result["model"], f"{heading}, {result['source']}"] = rows
     order = list(NAMES)
     return dict(sorted(table.items(), key=lambda entry: (order.index(entry[0][0]), entry[0][1])))
 
@@ -56,9 +62,10 @@ def columns(what: str) -> dict[tuple[str, str], dict[int, dict]]:
 def short(card: Card) -> str:
     """
     >>> short(Card("Tesla V100-SXM2-16GB", "cuda")), short(Card("Tesla T4", "cuda"))
-    ('V100', 'T4')
+    ('V100 16GB', 'T4')
     """
-    return card.name.removeprefix("Tesla ").removeprefix("NVIDIA ").split("-")[0]
+    name, *more = card.name.removeprefix("Tesla ").removeprefix("NVIDIA ").split("-")
+    return " ".join([name, *(part for part in more if part.endswith("GB"))])
 
 
 def across(what: str, cell) -> list[str]:
@@ -92,8 +99,8 @@ def time_cell(row: dict) -> str:
 
 def held_memory() -> list[str]:
     """How far the simulation's memory was from the measured one, by file."""
-    lines = ["| model | dtype | rank | settings | allocated, worst | reserved, worst | graphs "
-             "reserve above the eager step's peak |", "|---" * 7 + "|"]
+    lines = ["| card | model | dtype | rank | settings | allocated, worst | reserved, worst | "
+             "graphs reserve above the eager step's peak |", "|---" * 8 + "|"]
     for result in results("memory"):
         rows = [r for r in result["rows"] if r["fits"] and "simulated" in r]
         if not rows:
@@ -105,8 +112,8 @@ def held_memory() -> list[str]:
         more = f"{min(graphs):.2f} to {max(graphs):.2f} GiB" if graphs else ""
         kernel = "" if result["attention"] == "auto" else f", {result['attention']} attention"
         model = NAMES.get(result["model"], result["model"]) + kernel
-        lines.append(f"| {model} | {result['dtype']} | {rows[0]['rank']} | {len(rows)} | "
-                     f"{worst['allocated']:+.1%} | "
+        lines.append(f"| {card_of(result)} | {model} | {result['dtype']} | "
+                     f"{rows[0]['rank']} | {len(rows)} | {worst['allocated']:+.1%} | "
                      f"{worst['reserved']:+.1%} | {more} |")
     return lines
 
@@ -117,14 +124,15 @@ def peak(row: dict, kind: str) -> float:
 
 def held_time() -> list[str]:
     """How far the simulated seconds of a step were from the measured ones, by file."""
-    lines = ["| model | dtype | work | settings | for | worst |", "|---" * 6 + "|"]
+    lines = ["| card | model | dtype | work | settings | for | worst |", "|---" * 7 + "|"]
     for result in results("step_time"):
         rows = [r for r in result["rows"] if r["fits"] and "simulated_s" in r]
         if not rows:
             continue
         worst = max((r["simulated_s"] / r["step_s"] - 1 for r in rows), key=abs)
         work = [f"{r['micro_batch']} x {r['seq_len']:,}" for r in rows]
-        lines.append(f"| {NAMES.get(result['model'], result['model'])} | {result['dtype']} | "
+        model = NAMES.get(result["model"], result["model"])
+        lines.append(f"| {card_of(result)} | {model} | {result['dtype']} | "
                      f"{', '.join(dict.fromkeys(work))} | {len(rows)} | "
                      f"{purpose(result['label'] or '')} | {worst:+.1%} |")
     return lines
@@ -133,7 +141,11 @@ def held_time() -> list[str]:
 def purpose(label: str) -> str:
     return next((what for part, what in (
         ("tuned", "tuning"), ("judged", "judging"), ("eager", "bound by the host, eager"),
-        ("launch", "bound by launches")) if part in label), "")
+        ("launch", "bound by launches")) if part in label), "a user's")
+
+
+def card_of(result: dict) -> str:
+    return short(Card(**result["card"]))
 
 
 TABLES = {
@@ -147,16 +159,22 @@ TABLES = {
 def simulate() -> None:
     """The saved simulations of both cards and models made anew, two at a time."""
     def run(command: list[str]) -> None:
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, text=True,
-                       stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        out.print(" ".join(["python", *command]))
+        line = " ".join(["python", *command])
+        if subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+            raise Refusal(f"{line} failed; its error stands above")
+        out.print(line)
 
-    commands = [[f"bench/{bench}.py", "--card", "t4,v100", "--model", model, "--save"]
+    commands = [[f"bench/{bench}.py", "--card", ",".join(SIMULATED), "--model", model, "--save"]
                 for model in NAMES for bench in ("memory", "step_time")]
-    for file in harness.RESULTS.glob("*-simulated-*.json"):
-        file.unlink()
+    begun = time.time()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, commands))
+    for name in SIMULATED:  # those of other days
+        card = KNOWN[name].card.name.replace(" ", "-")
+        for file in harness.RESULTS.glob(f"*-simulated-{card}-*.json"):
+            if file.stat().st_mtime < begun:
+                file.unlink()
 
 
 def rewritten(text: str, where: str) -> str:

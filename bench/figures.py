@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from phogpt_raw.cards import GIB, Rates
+from phogpt_raw.cards import GIB, Rates, matmul_workspace
 from phogpt_raw.roofline import op_seconds
 
 FIGURES = Path(__file__).parent / "figures"
@@ -46,8 +46,9 @@ def memory(found, rates: Rates, options) -> str:
     axes.set(xlabel="seconds of the step (simulated)", ylabel="GiB", xlim=(0, times[-1]),
              ylim=(0, found.card.memory_gib * 1.12))
     setting = found.setting
-    axes.set_title(f"{options.model}, {setting.micro_batch} x {setting.seq_len:,} tokens, "
-                   f"{found.recompute} blocks recomputed: simulated", fontsize=10)
+    axes.set_title(f"{options.model}, rank {options.rank}, {setting.micro_batch} x "
+                   f"{setting.seq_len:,} tokens, {found.recompute} blocks recomputed: simulated",
+                   fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize=7, loc="upper left",
                 bbox_to_anchor=(1.0, 1.0), frameon=False)
@@ -70,7 +71,7 @@ def over_time(found, rates: Rates) -> tuple[list[float], dict[str, list[float]],
         if op.phase in ("forward", "backward") and op.phase not in phases:
             phases[op.phase] = end
     peaks = {}
-    for moment in found.plan.moments():
+    for moment in found.plan.moments(matmul_workspace(found.card)):
         at = ends[min(moment.op, len(ends) - 1)]
         place = int(BINS * at / ends[-1])
         if place not in peaks or moment.allocated > peaks[place].allocated:

@@ -17,7 +17,7 @@ from rich import box
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phogpt_raw.cards import KNOWN, Card, dtype_name, this_card, training_dtype
+from phogpt_raw.cards import KNOWN, Card, dtype_name, known_card, this_card, training_dtype
 from phogpt_raw.config import CHOICES, Config, Parser
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
@@ -91,7 +91,13 @@ class Bench:
         the GiB left."""
         if not self.options.cap or self.card.device == "cpu":
             return None
-        left = self.options.cap - context_gib() - 2 * self.adapters.flat.numel() / 2**30
+        paged = self.options.optimizer.startswith("paged")
+        pages = 2 * self.adapters.flat.numel() / 2**30 if paged else 0.0
+        left = self.options.cap - context_gib() - pages
+        if not 0 < self.options.cap <= self.card.memory_gib or left <= 0:
+            raise Refusal(f"--cap {self.options.cap:g}: {self.card.name} has "
+                          f"{self.card.memory_gib:.1f} GiB, and CUDA and the pages take "
+                          f"{self.options.cap - left:.2f}")
         hold_to(left)
         return left
 
@@ -109,21 +115,32 @@ class Bench:
                           mark)
 
     def rows(self, settings: list[Setting], measure):
-        """(setting, what measure(bench, setting, window) gives, or "out of memory") of each."""
-        self.model.train()
+        """(setting, what measure(bench, setting, window) gives, None: out of memory) of each."""
         for setting in settings:
-            try:
-                with ATTENTION[self.options.attention]():
-                    result = measure(self, setting, self.window(setting))
-            except torch.OutOfMemoryError:
-                result = None
-            if self.card.device == "cuda":
-                self.forward = None
-                gc.collect()
-                self.adapters.flat.grad.zero_()
-                torch._C._cuda_clearCublasWorkspaces()  # one a stream; graphs have their own
-                torch.cuda.empty_cache()
-            yield setting, result
+            yield setting, self.attempt(measure, setting, self.window(setting))
+
+    def attempt(self, measure, setting: Setting, window: Window):
+        """What measure(bench, setting, window) gives; None where the card is too small for it.
+        Nothing of it stays on the card."""
+        self.model.train()
+        try:
+            with ATTENTION[self.options.attention]():
+                result = measure(self, setting, window)
+        except torch.OutOfMemoryError:
+            result = None
+        if self.card.device == "cuda":
+            self.forward = None
+            gc.collect()
+            self.adapters.flat.grad.zero_()
+            torch._C._cuda_clearCublasWorkspaces()  # one a stream; graphs have their own
+            torch.cuda.empty_cache()
+        return result
+
+    @property
+    def captured(self) -> bool:
+        """Whether the steps run as graphs: asked for, possible, and there was room for them."""
+        graphs = getattr(self.forward, "graphs", {})
+        return bool(graphs) and all(graphs.values())
 
 
 def context_gib() -> float:
@@ -197,8 +214,15 @@ def parse(built: Parser, arguments) -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     if options.measured is None:
         options.measured = gpu and not options.card
+    if options.measured and options.card:
+        raise Refusal("--card simulates and --measured measures here: give one of them")
+    if options.cap and not options.measured:
+        raise Refusal(f"--cap {options.cap:g} is for measuring on a GPU (--measured); a simulated "
+                      f"card has the memory that it has")
     if not (options.measured or options.card):
         options.card = "t4,v100"
+    for name in options.card.split(",") if options.card else ():
+        known_card(name.strip())  # all of them, before the first is simulated
     options.model = options.model or ("nano" if options.measured and not gpu else "7b5")
     return options
 
@@ -262,6 +286,8 @@ def save(what: str, card: Card, options, dtype: torch.dtype, rows: list[dict],
              Path(options.model).name, dtype_name(dtype)]
     if options.attention != "auto":
         parts.append(options.attention)
+    if options.rank != Config.rank:
+        parts.append(f"rank-{options.rank}")
     if options.label:
         parts.append(options.label)
     file = RESULTS / f"{'-'.join(parts)}-{date.today()}.json"
@@ -273,7 +299,8 @@ def save(what: str, card: Card, options, dtype: torch.dtype, rows: list[dict],
         "versions": {name: version(name) for name in packages}, "commit": commit or None,
         "date": str(date.today()), "label": options.label, "command": "python bench/" + " ".join(
             [Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "model": options.model, "dtype": dtype_name(dtype), **more,
+        "model": options.model, "dtype": dtype_name(dtype), "rank": options.rank,
+        "optimizer": options.optimizer, **more,
         "rows": rows,
     }
     file.parent.mkdir(exist_ok=True)

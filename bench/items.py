@@ -18,7 +18,10 @@ STRATA = 8  # micro-batches that stand for all: the middle one of each eighth, b
 def read(options) -> tuple[list[Example], str]:
     """The examples of --data, and the tokenizer that made them."""
     named = options.tokenizer or ("nano" if options.model in PUBLISHED else options.model)
-    config = Config(model=options.model, data=options.data, max_len=options.max_len)
+    if "," in options.micro_batch + options.recompute:
+        raise Refusal("--data is timed at one --micro-batch and one --recompute")
+    config = Config(model=options.model, data=options.data, max_len=options.max_len,
+                    epochs=options.epochs)
     return load_examples(tokenizer(named), config).train, named
 
 
@@ -28,39 +31,45 @@ def tokenizer(name: str):
 
     place = find_folder(name) if name == "nano" else name
     try:
-        return PreTrainedTokenizerFast.from_pretrained(place)
+        found = PreTrainedTokenizerFast.from_pretrained(place)
     except Exception as error:  # tokenizers raises nothing more special
         reason = str(error).strip().split("\n")[0]
         raise Refusal(f"--tokenizer {name}: cannot be read ({reason})") from None
+    if found.eos_token is None:
+        raise Refusal(f"--tokenizer {name}: names no token that ends an answer; is its "
+                      f"tokenizer_config.json there?")
+    return found
 
 
 def estimate(options, examples: list[Example], named: str,
-             seconds: Callable[[Window], tuple[float, ...]]) -> dict:
+             seconds: Callable[[Window], tuple[float, ...] | None]) -> dict:
     """What is told of a file: `seconds(window)` of a step over one micro-batch, of an even choice
-    by length, stand for all its rows."""
-    size = int(options.micro_batch.split(",")[0])
+    by length, stand for all its rows; None where one of them does not fit the card."""
+    size = int(options.micro_batch)
     ordered = sorted(examples, key=lambda e: len(e.ids))
     every = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     strata = min(STRATA, len(every))
     picked = [every[int((n + 0.5) * len(every) / strata)] for n in range(strata)]
     taken = [seconds(make_window(part, size, pad_id=3)) for part in picked]
     rows = sum(map(len, picked))
-    item_s = [sum(column) / rows for column in zip(*taken, strict=True)]
+    item_s = None if None in taken else [sum(column) / rows for column in zip(*taken, strict=True)]
     lengths = [len(e.ids) for e in ordered]
     return {
         "data": options.data, "tokenizer": named, "items": len(ordered), "micro_batch": size,
         "epochs": options.epochs, "tokens_median": statistics.median(lengths),
         "tokens_longest": lengths[-1], "item_s": item_s,
-        "hours": [s * len(ordered) * options.epochs / 3600 for s in item_s],
+        "hours": item_s and [s * len(ordered) * options.epochs / 3600 for s in item_s],
     }
 
 
 def line(told: dict) -> str:
     """An estimate in words."""
+    file = (f"{told['data']}: {told['items']:,} items, {told['tokens_median']:g} tokens in the "
+            f"middle, {told['tokens_longest']:,} the longest ({told['tokenizer']}'s tokenizer): ")
+    if told["item_s"] is None:
+        return file + "out of memory; a shorter --max-len or a smaller --micro-batch fits"
     run = " to ".join(dict.fromkeys(clock(3600 * hours) for hours in told["hours"]))
-    return (f"{told['data']}: {told['items']:,} items, {told['tokens_median']:g} tokens in the "
-            f"middle, {told['tokens_longest']:,} the longest ({told['tokenizer']}'s tokenizer): "
-            f"{span(told['item_s'])} s an item, {run} for {told['epochs']:g} passes")
+    return file + f"{span(told['item_s'])} s an item, {run} for {told['epochs']:g} passes"
 
 
 def span(values) -> str:

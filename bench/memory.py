@@ -47,6 +47,8 @@ def captured(bench, setting, window) -> dict[str, float] | None:
             bench.run(window)
     except torch.OutOfMemoryError:
         return None
+    if not bench.captured:
+        return None
     return {"graphs_reserved_gib": torch.cuda.memory_reserved() / 2**30,
             "graphs_reserved_peak_gib": torch.cuda.max_memory_reserved() / 2**30}
 
@@ -115,7 +117,7 @@ def simulate(options) -> None:
         longest = longest_row(plans, card, found)
         out.print(f"longest row that fits, {options.micro_batch.split(',')[0]} at a time, every "
                   f"block recomputed: {longest:,} tokens"
-                  + (" at least" if longest == LONGEST else "") + "\n")
+                  + (" at least" if longest >= LONGEST else "") + "\n")
         made_for = plans.shape.max_seq_len
         fitting = [f for f in found if f.fits and f.setting.seq_len <= made_for]
         if fitting:
@@ -136,9 +138,11 @@ def longest_row(plans: Plans, card: Card, found: list[OnCard], step: int = 512) 
     def fits(length: int) -> bool:
         return plans.on(card, replace(found[0].setting, seq_len=length, recompute="all")).fits
 
-    low, high = 0, LONGEST
-    if any(f.fits and f.setting.seq_len >= high for f in found) or fits(high):
-        return high
+    of_this_size = [f.setting.seq_len for f in found
+                    if f.fits and f.setting.micro_batch == found[0].setting.micro_batch]
+    low, high = max(of_this_size, default=0), LONGEST
+    if low >= high or fits(high):
+        return max(low, high)
     while high - low > step:
         middle = (low + high) // 2 // step * step
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -149,7 +153,10 @@ def ledger(shown: dict[str, OnCard]):
     """What is alive at the peak, by kind, and what torch does not see; a column a card."""
     table = harness.table("GiB by kind at the peak", ["kind", *(
         f"{card.split('-')[0]}, {f.setting.micro_batch} x {f.setting.seq_len}"
-        for card, f in shown.items())])
+        for card, f in shown.items())], caption=(
+        "rounding, fragmentation: torch's allocator, imitated; pages: the optimizer's moments, in "
+        "managed memory, which torch does not count; context: measured on an H200, smaller cards "
+        "take less; matmul workspace: what torch takes for cuBLAS"))
     rows = [f.row() for f in shown.values()]
 
     def line(name: str, values) -> None:

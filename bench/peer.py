@@ -109,7 +109,8 @@ def parse(arguments):
         raise Refusal(f"--work {options.work}: rows x tokens, such as 1x512,8x512")
     if not re.fullmatch(r"all|none|\d+", options.recompute):
         raise Refusal(f"--recompute {options.recompute}: all, none or a number of blocks")
-    options.attention, options.label = "auto", None  # for the result's name
+    # for the result's name, and what the Trainer is told too
+    options.attention, options.label, options.optimizer = "auto", None, Config.optimizer
     return options
 
 

@@ -30,7 +30,9 @@ EFFICIENT = Card("", "cuda", (7, 5))  # a card that has only the memory-efficien
 
 
 def shape_of(model: str) -> ModelConfig:
-    return PUBLISHED[model] if model in PUBLISHED else read_config(find_folder(model))
+    if model in PUBLISHED:
+        return PUBLISHED[model]
+    return read_config(find_folder(model, files=["config.json"]))  # not gigabytes of weights
 
 
 class Plans:
@@ -55,7 +57,8 @@ class Plans:
                         kernel=kernel)
 
     def kernel(self, card: Card):
-        return attention_kernel(EFFICIENT if self.options.attention == "efficient" else card)
+        card = EFFICIENT if self.options.attention == "efficient" else card
+        return attention_kernel(card, self.dtype)
 
     def fit(self, setting: harness.Setting, card: Card) -> Fit:
         """The setting's recompute as a number of blocks; for auto what the card forces."""
@@ -66,8 +69,8 @@ class Plans:
 
     def fit_rows(self, examples: list[Example], card: Card) -> Fit:
         """The same for the longest of these examples."""
-        size = int(self.options.micro_batch.split(",")[0])
-        window, asked = longest(examples, size), self.options.recompute.split(",")[0]
+        size, asked = int(self.options.micro_batch), self.options.recompute
+        window = longest(examples, size)
         if asked != "auto":
             return self.fit(harness.Setting(0, size, 1, asked), card)
         return fit(lambda n: self.plan_of(window, n, self.kernel(card)), self.shape.n_layers, card)
@@ -132,7 +135,7 @@ class OnCard:
 def cards(options) -> Iterator[tuple[Card, Rates, Plans]]:
     """The cards of --card, with plans in the dtype that each trains in."""
     plans: dict[torch.dtype, Plans] = {}
-    for known in map(known_card, options.card.split(",")):
+    for known in (known_card(name.strip()) for name in options.card.split(",")):
         dtype, _ = training_dtype(known.card, options.dtype)
         plans[dtype] = plans.get(dtype) or Plans(options, dtype)
         yield known.card, known.rates, plans[dtype]

@@ -10,91 +10,51 @@ there, by phase and by kind of kernel, after warm-up, and simulated beside it. A
 not fit is a row that says so.
 """
 
-import re
 import statistics
-import time
-from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import harness
 import items
 import torch
+from kernels import FAMILIES, ceiling, kernels
 from simulated import OnCard, Plans, cards, resolved
-from torch.profiler import ProfilerActivity, profile
 
 from phogpt_raw.cards import KNOWN, Card, Rates, dtype_name
 from phogpt_raw.console import out
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.meter import Stopwatch
-from phogpt_raw.refusal import exits_cleanly
+from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.roofline import Seconds, by_phase, step_seconds
 
 PHASES = ("forward", "backward", "clip", "optimizer")
-# the first pattern that a kernel's name holds is its family
-FAMILIES = {
-    "attention": r"sdpa|fmha|flash|attention|cudnn.*(dot_do_o|convert_dq)",
-    "NF4 to 16 bits": r"nf4|[dD]equantize",
-    "matmul": r"nvjet|gemm|gemv|splitK|cublas|wgmma|hmma",
-    "optimizer": r"kOptimizer",
-    "norm": r"layer_norm",
-    "GELU": r"[gG]elu",
-    "copy": r"[mM]emcpy|[mM]emset|copy|Cat|[fF]ill",
-    "elementwise": r"elementwise|reduce|softmax|SoftMax|scatter|gather|index",
-}
 
 
-def measure(bench, setting, window):
-    """({phase: seconds} of each timed step, its matmul FLOPs, {family: seconds} of one step more,
-    the kernels in it)."""
+@dataclass(frozen=True)
+class Measured:
+    """Seconds by phase of each timed step; whether it ran as graphs; kernels of one step more."""
+
+    phases: list[dict[str, float]]
+    captured: bool
+    kernels_s: dict[str, float]
+    kernels: int
+
+    @property
+    def seconds(self) -> list[float]:
+        return [sum(phases.values()) for phases in self.phases]
+
+
+def measure(bench, setting, window) -> Measured:
+    """--steps steps after --warmup others."""
     bench.begin(setting, capture=bench.options.capture)
     for _ in range(bench.options.warmup):
         bench.run(window)
-    watch = Stopwatch()
-    taken = []
+    watch, taken = Stopwatch(), []
     for _ in range(bench.options.steps):
         bench.run(window, mark=watch)
         taken.append(watch.read())
     on_gpu = kernels(bench, window) if bench.card.device == "cuda" else ({}, 0)
-    return taken, flops(bench, setting, window), *on_gpu
-
-
-def kernels(bench, window) -> tuple[dict[str, float], int]:
-    """{family: seconds} of a step's kernels, and their number; the profiler slows the step."""
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        bench.run(window)
-        torch.cuda.synchronize()
-    families, count = defaultdict(float), 0
-    for event in seen.key_averages():
-        families[family(event.key)] += event.self_device_time_total / 1e6
-        count += event.count
-    return dict(families), count
-
-
-def family(kernel: str) -> str:
-    """
-    >>> family("void cublasLt::splitKreduce_kernel<32>"), family("fmha_cutlassF_f16_aligned")
-    ('matmul', 'attention')
-    """
-    return next((name for name, pattern in FAMILIES.items() if re.search(pattern, kernel)), "other")
-
-
-def ceiling(dtype: torch.dtype, size: int = 8192, seconds: float = 2.0) -> dict[str, float]:
-    """FLOP/s of size³ matmuls on this GPU: ten after a rest, and once it is as warm as in a run."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
-
-    def rate(count: int) -> float:
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
-        for _ in range(count):
-            a @ b
-        torch.cuda.synchronize()
-        return 2 * size**3 * count / (time.perf_counter() - begun)
-
-    rate(3)
-    short = rate(10)
-    rate(int(seconds * short / (2 * size**3)))
-    return {"short": short, "sustained": rate(200)}
+    return Measured(taken, bench.captured, *on_gpu)
 
 
 def flops(bench, setting, window) -> float:
@@ -109,6 +69,7 @@ def flops(bench, setting, window) -> float:
 
 def measure_here(options) -> None:
     """A table of this machine's times, on a GPU beside the simulation's."""
+    examples = items.read(options) if options.data else None  # a bad file before an hour's work
     bench = harness.Bench(options)
     out.print(harness.remark(bench))
     gpu = bench.card.device == "cuda"
@@ -116,58 +77,23 @@ def measure_here(options) -> None:
     plans = Plans(options, bench.dtype) if gpu else None
     card = replace(bench.card, memory_gib=options.cap or bench.card.memory_gib)
     known = next((k for k in KNOWN.values() if gpu and k.card.name == bench.card.name), None)
-    if known:  # products at the rate that this very card holds in this dtype
-        rates = replace(known.rates, matmul=(limit["sustained"],) * 2)
-    table = harness.table(
-        f"milliseconds, medians of {options.steps} steps",
-        ["work", "recomp.", "forward", "backward", "clip", "optim.", "step", "20 %", "80 %",
-         "tokens/s", *(["of matmul"] if gpu else []), *(["simul.", "apart"] if known else [])],
-        caption="20 % and 80 %: quantiles of the step" + (
-            f"; of matmul: the step's matmul FLOPs a second, of {limit['sustained'] / 1e12:.0f} "
-            f"TFLOP/s that this card holds ({limit['short'] / 1e12:.0f} for a moment)"
-            if gpu else ""),
-    )
-    split = harness.table("milliseconds of kernels in one step, by kind",
-                          ["work", "recomp.", *FAMILIES, "other", "kernels"])
+    # products at the rate that this very card holds in this dtype
+    rates = known and replace(known.rates, matmul=(limit["sustained"],) * 2)
     settings = [resolved(plans, s, card) for s in harness.settings(options)]
     rows = []
     for setting, found in bench.rows(settings, measure):
-        label = f"{setting.micro_batch} x {setting.seq_len}"
-        row = asdict(setting) | {"rank": options.rank, "captured": options.capture and gpu,
-                                 "fits": found is not None}
-        if found is None:
-            table.add_row(label, setting.recompute, "out of", "memory")
-        else:
-            taken, work, families, count = found
-            low, step, high = quantiles([sum(t.values()) for t in taken])
-            phases = {p: statistics.median(t[p] for t in taken) for p in PHASES}
-            row |= {"step_s": step, "step_s_20": low, "step_s_80": high, "phases_s": phases,
-                    "tokens_per_s": setting.tokens / step}
-            cells = [f"{1e3 * s:.1f}" for s in (*phases.values(), step, low, high)]
-            cells.append(f"{setting.tokens / step:,.0f}")
-            if gpu:
-                row |= {"matmul_flops": work, "kernels_s": families, "kernels": count,
-                        "share_of_matmul": {k: work / step / v for k, v in limit.items()}}
-                cells.append(f"{row['share_of_matmul']['sustained']:.0%}")
-                split.add_row(label, setting.recompute, *(
-                    f"{1e3 * families.get(name, 0):.1f}" for name in (*FAMILIES, "other")),
-                    str(count))
-            if known:
+        row = asdict(setting) | {"rank": options.rank, "fits": found is not None}
+        if found is not None:
+            row |= measured_row(bench, setting, found, limit)
+            if rates:
                 seconds = step_seconds(plans.on(card, setting).plan.ops, rates)
-                told = seconds.middle if options.capture else seconds.eager
-                row["simulated_s"] = told
-                cells += [f"{1e3 * told:.1f}", f"{told / step - 1:+.1%}"]
-            table.add_row(label, setting.recompute, *cells)
+                row["simulated_s"] = seconds.middle if found.captured else seconds.eager
         rows.append(row)
-    out.print(table)
-    if gpu:
-        out.print(split)
+    show(rows, options, limit)
     more = {}
-    if options.data:
-        examples, named = items.read(options)
-        depth = plans.fit_rows(examples, card).recompute if gpu else 0
-        more["items"] = told = items.estimate(options, examples, named,
-                                              lambda window: (timed(bench, window, depth),))
+    if examples:
+        depth = plans.fit_rows(examples[0], card).recompute if gpu else None
+        more["items"] = told = items.estimate(options, *examples, timing(bench, depth))
         out.print(items.line(told))
     if options.save:
         file = harness.save("step_time", bench.card, options, bench.dtype, rows, **bench.told(),
@@ -175,15 +101,66 @@ def measure_here(options) -> None:
         out.print(f"saved {file}")
 
 
+def measured_row(bench, setting, found: Measured, limit: dict | None) -> dict:
+    low, step, high = quantiles(found.seconds)
+    row = {"captured": found.captured, "step_s": step, "step_s_20": low, "step_s_80": high,
+           "phases_s": {p: statistics.median(t[p] for t in found.phases) for p in PHASES},
+           "tokens_per_s": setting.tokens / step}
+    if limit:
+        work = flops(bench, setting, bench.window(setting))
+        row |= {"matmul_flops": work, "kernels_s": found.kernels_s, "kernels": found.kernels,
+                "share_of_matmul": {k: work / step / v for k, v in limit.items()}}
+    return row
+
+
+def show(rows: list[dict], options, limit: dict | None) -> None:
+    """The rows as a table, and on a GPU another of the kernels."""
+    known = any("simulated_s" in row for row in rows)
+    table = harness.table(
+        f"milliseconds, medians of {options.steps} steps",
+        ["work", "recomp.", "forward", "backward", "clip", "optim.", "step", "20 %", "80 %",
+         "tokens/s", *(["of matmul"] if limit else []), *(["simul.", "apart"] if known else [])],
+        caption="20 % and 80 %: quantiles of the step" + (
+            f"; of matmul: the step's matmul FLOPs a second, of {limit['sustained'] / 1e12:.0f} "
+            f"TFLOP/s that this card holds ({limit['short'] / 1e12:.0f} for a moment)"
+            if limit else ""),
+    )
+    split = harness.table("milliseconds of kernels in one step, by kind",
+                          ["work", "recomp.", *FAMILIES, "other", "kernels"])
+    for row in rows:
+        label = f"{row['micro_batch']} x {row['seq_len']}", row["recompute"]
+        if not row["fits"]:
+            table.add_row(*label, "out of", "memory")
+            continue
+        cells = [f"{1e3 * s:.1f}" for s in (*row["phases_s"].values(), row["step_s"],
+                                            row["step_s_20"], row["step_s_80"])]
+        cells.append(f"{row['tokens_per_s']:,.0f}")
+        if limit:
+            cells.append(f"{row['share_of_matmul']['sustained']:.0%}")
+            split.add_row(*label, *(f"{1e3 * row['kernels_s'].get(name, 0):.1f}"
+                                    for name in (*FAMILIES, "other")), str(row["kernels"]))
+        if "simulated_s" in row:
+            cells += [f"{1e3 * row['simulated_s']:.1f}",
+                      f"{row['simulated_s'] / row['step_s'] - 1:+.1%}"]
+        table.add_row(*label, *cells)
+    out.print(table)
+    if limit:
+        out.print(split)
+
+
 def simulate(options) -> None:
     """A table for each card of --card: seconds from its better to its worse rates."""
     examples = items.read(options) if options.data else None
     for card, rates, plans in cards(options):
+        if plans.dtype == torch.float32:
+            raise Refusal("--dtype fp32: the rates of the cards are of 16-bit products; leave the "
+                          "flag out")
         out.print(f"simulated for {card.name}: {options.model}, {dtype_name(plans.dtype)}, rank "
                   f"{options.rank}, as CUDA graphs")
         table = harness.table("seconds of a step", [
             "work", "recomp.", "fits", "TFLOP", "GB", "seconds", "tokens/s", "s an item"],
-            caption=f"GB: read and written. Rates: {rates.source}")
+            caption=f"GB: read and written. *: eagerly (--no-capture) Python is slower than this "
+                    f"card. Rates: {rates.source}")
         rows = []
         for setting in harness.settings(options):
             found = plans.on(card, setting)
@@ -192,7 +169,8 @@ def simulate(options) -> None:
             table.add_row(
                 f"{setting.micro_batch} x {setting.seq_len}", str(found.recompute),
                 "yes" if row["fits"] else "no", items.span([row["flops"] / 1e12]),
-                f"{row['bytes_moved'] / 1e9:,.0f}", items.span(row["step_s"]),
+                f"{row['bytes_moved'] / 1e9:,.0f}",
+                items.span(row["step_s"]) + "*" * row["host_bound_eager"],
                 items.span(row["tokens_per_s"]), items.span(row["item_s"]))
         out.print(table)
         more = {}
@@ -235,17 +213,18 @@ def ends(seconds: Seconds) -> tuple[float, float]:
     return seconds.low, seconds.high
 
 
-def timed(bench, window, recompute: int) -> float:
-    """Median seconds of a step over one window, captured where the bench captures."""
-    setting = harness.Setting(window.batches[0].ids_BL.shape[1], 1, 1, str(recompute))
-    bench.begin(setting, capture=bench.options.capture)
-    for _ in range(bench.options.warmup):
-        bench.run(window)
-    watch, taken = Stopwatch(), []
-    for _ in range(bench.options.steps):
-        bench.run(window, mark=watch)
-        taken.append(sum(watch.read().values()))
-    return statistics.median(taken)
+def timing(bench, depth: int | None):
+    """What gives the median seconds of a step over a window here, None where it does not fit;
+    depth: blocks recomputed, None: as --recompute says."""
+    asked = bench.options.recompute.replace("auto", "none") if depth is None else str(depth)
+
+    def seconds(window: Window) -> tuple[float] | None:
+        rows, length = window.batches[0].ids_BL.shape
+        setting = harness.Setting(length, rows, 1, asked)
+        found = bench.attempt(measure, setting, window)
+        return found and (statistics.median(found.seconds),)
+
+    return seconds
 
 
 @exits_cleanly

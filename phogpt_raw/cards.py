@@ -88,7 +88,7 @@ def known_card(name: str) -> Known:
 
 def matmul_workspace(card: Card) -> int:
     """Bytes that torch takes for cuBLAS at its first product and keeps (CUDABlas.cpp, torch 2.10 to
-    2.13: 32 MiB on Hopper, else two buffers of 4 MiB and sixteen of 8 KiB)."""
+    2.13: 32 MiB on Hopper, else two buffers of 4 MiB and eight of 16 KiB)."""
     return 32 * MIB if card.capability[0] == 9 else 8320 * 1024
 
 

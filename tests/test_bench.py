@@ -38,8 +38,8 @@ def test_a_bench_prints_a_table_and_saves_only_when_asked(bench, what, tmp_path,
     [file] = tmp_path.iterdir()
     result = json.loads(file.read_text())
     described = [key for key in result if key not in (
-        "label", "model", "dtype", "attention", "loss_mib", "cap_gib", "cap_for_torch_gib",
-        "matmul_flops_per_s")]
+        "label", "model", "dtype", "rank", "optimizer", "attention", "loss_mib", "cap_gib",
+        "cap_for_torch_gib", "matmul_flops_per_s")]
     assert described == ["what", "source", "card", "versions", "commit", "date", "command", "rows"]
     assert result["model"] == "nano"
     assert result["what"] == what and result["source"] == "measured"
@@ -133,3 +133,56 @@ def test_an_impossible_flag_of_a_bench_is_one_line(flags, capsys):
         memory.main(flags)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--measured", "--card", "t4"], "--card simulates and --measured measures here"),
+    (["--card", "t4", "--cap", "14.56"], "--cap 14.56 is for measuring on a GPU"),
+    (["--card", "t4,k80"], "--card k80: choose from"), (["--card", "t4,"], "--card : choose from"),
+])
+def test_flags_that_would_be_ignored_are_refused_before_anything_is_done(flags, line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        memory.main(["--model", "nano", *flags])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.err.startswith(f"error: {line}") and not said.out
+
+
+def test_a_bad_file_is_found_before_anything_is_measured(capsys):
+    with pytest.raises(SystemExit):
+        step_time.main([*HERE, "--data", "nowhere.jsonl"])
+    said = capsys.readouterr()
+    assert said.err == "error: nowhere.jsonl: no such data file\n" and not said.out
+
+
+def test_a_file_whose_rows_do_not_fit_is_told_and_what_was_measured_is_saved(
+        monkeypatch, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "Xin chào " * 60, "response": "Dạ."}) + "\n")
+    run = harness.Bench.run
+
+    def too_small(self, window, *args, **kwargs):
+        if window.batches[0].ids_BL.shape[1] > 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, window, *args, **kwargs)
+
+    monkeypatch.setattr(harness.Bench, "run", too_small)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    step_time.main([*HERE, "--seq-len", "32", "--steps", "1", "--warmup", "0", "--data", str(file),
+                    "--save"])
+    assert "out of memory; a shorter --max-len" in " ".join(capsys.readouterr().out.split())
+    [saved] = (tmp_path / "results").iterdir()
+    result = json.loads(saved.read_text())
+    assert result["items"]["item_s"] is None and result["rows"][0]["fits"]
+
+
+@pytest.mark.parametrize("graphs, captured", [({}, False), ({"a": object()}, True),
+                                              ({"a": object(), "b": None}, False)])
+def test_a_step_is_called_captured_only_where_every_shape_was(graphs, captured):
+    class Forward:
+        pass
+
+    bench = object.__new__(harness.Bench)
+    bench.forward = Forward()
+    assert bench.captured is False  # the model itself
+    bench.forward.graphs = graphs
+    assert bench.captured is captured

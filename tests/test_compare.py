@@ -80,10 +80,36 @@ def test_a_measured_card_is_a_column_of_its_own_beside_the_simulated(results):
 
 
 @pytest.mark.parametrize("more", [
-    {"label": "judged-a"}, {"cap_gib": 14.56}, {"attention": "efficient"}, {"model": "nano"}])
+    {"label": "judged-a"}, {"cap_gib": 14.56}, {"attention": "efficient"}, {"model": "nano"},
+    {"optimizer": "adamw"}, {"rows": [measured(512, 5.5, 5.4) | {"rank": 64}]}])
 def test_what_is_no_column_stays_out(results, more):
-    results("memory", "measured", T4, [measured(512, 5.5, 5.4)], **more)
+    results("memory", "measured", T4, **{"rows": [measured(512, 5.5, 5.4)]} | more)
     assert compare.columns("memory") == {}
+
+
+def test_another_dtype_and_another_size_of_a_card_are_columns_of_their_own(results):
+    for name, dtype in (("Tesla V100-SXM2-16GB", "fp16"), ("Tesla V100-SXM2-32GB", "fp16"),
+                        ("NVIDIA L4", "bf16")):
+        results("memory", "measured", T4 | {"name": name}, [measured(512, 5.5, 5.4)], dtype=dtype)
+    assert [card for _, card in compare.columns("memory")] == [
+        "L4 bf16, measured", "V100 16GB, measured", "V100 32GB, measured"]
+
+
+def test_a_column_is_of_one_row_at_a_time(results):
+    results("memory", "simulated", T4, [row(512, 1.0), row(512, 9.0) | {"micro_batch": 4},
+                                        row(1024, 9.0) | {"accumulate": 2}])
+    assert compare.across("memory", compare.memory_cell)[2:] == ["| 512 | 1.0 |"]
+
+
+def test_a_simulation_that_fails_is_one_line_and_the_old_ones_stay(results, tmp_path, monkeypatch,
+                                                                   capsys):
+    results("memory", "simulated", T4, [row(512, 7.77)])
+    before = list((tmp_path / "results").iterdir())
+    with pytest.raises(SystemExit) as stopped:  # in that folder there are no benches
+        compare.main(["--simulate"])
+    assert stopped.value.code == 2
+    assert "failed; its error stands above" in " ".join(capsys.readouterr().err.split())
+    assert list((tmp_path / "results").iterdir()) == before
 
 
 def test_a_card_that_nobody_rents_for_this_has_no_column(results):
@@ -108,11 +134,11 @@ def test_the_worst_setting_speaks_for_a_file(results):
     results("memory", "measured", H200, [measured(512, 10, 10.1), measured(1024, 10, 9.8)],
             label="judged-a")
     assert compare.held_memory()[2:] == [
-        "| 7B5 | fp16 | 16 | 2 | -2.0% | +0.0% | 1.50 to 1.50 GiB |"]
+        "| H200 | 7B5 | fp16 | 16 | 2 | -2.0% | +0.0% | 1.50 to 1.50 GiB |"]
     rows = [{"micro_batch": 1, "seq_len": 512, "fits": True, "step_s": 1.0, "simulated_s": s}
             for s in (1.01, 0.9, 1.05)]
     results("step_time", "measured", H200, rows, label="tuned-b")
-    assert compare.held_time()[2:] == ["| 7B5 | fp16 | 1 x 512 | 3 | tuning | -10.0% |"]
+    assert compare.held_time()[2:] == ["| H200 | 7B5 | fp16 | 1 x 512 | 3 | tuning | -10.0% |"]
 
 
 @pytest.mark.parametrize("text, line", [

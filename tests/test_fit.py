@@ -146,6 +146,15 @@ def test_on_the_cpu_nothing_is_recomputed(adapted, monkeypatch):
     assert asked_for(model, Card("CPU", "cpu")) == Fit(0, 2)
 
 
+@pytest.mark.parametrize("more", [dict(optimizer="adamw"), dict(loss_mib=4), dict(nf4=False)],
+                         ids=str)
+def test_what_the_run_is_told_is_simulated(adapted, no_answers, more):
+    """32-bit state, more logits at once or weights in 16 bits take more than what is usual."""
+    less = dict(loss_mib=1)
+    plain = asked_for(adapted(nf4=True)[0], LARGE, **less).gib
+    assert asked_for(adapted(nf4=more.get("nf4", True))[0], LARGE, **less | more).gib > plain
+
+
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 def test_the_card_decides(adapted, no_answers, nf4):
     model, _ = adapted(nf4=nf4)
@@ -205,6 +214,8 @@ def test_the_window_that_is_simulated_holds_the_longest_rows_and_of_these_the_lo
 @pytest.mark.parametrize("capability, kernel", [
     ((7, 0), SDPBackend.EFFICIENT_ATTENTION), ((7, 5), SDPBackend.EFFICIENT_ATTENTION),
     ((8, 9), SDPBackend.EFFICIENT_ATTENTION), ((9, 0), SDPBackend.CUDNN_ATTENTION),
-    ((10, 0), SDPBackend.CUDNN_ATTENTION)])
+    ((10, 0), SDPBackend.CUDNN_ATTENTION), ((12, 0), SDPBackend.EFFICIENT_ATTENTION)])
 def test_the_kernel_follows_the_capability(capability, kernel):
-    assert attention_kernel(replace(CARD, capability=capability)) == kernel
+    assert attention_kernel(replace(CARD, capability=capability), torch.float16) == kernel
+    assert attention_kernel(replace(CARD, capability=capability), torch.float32) \
+        == SDPBackend.EFFICIENT_ATTENTION

@@ -50,6 +50,11 @@ def test_a_step_waits_for_the_host_where_that_is_slower_even_at_best(seconds, bo
     assert seconds.host_bound is bound
 
 
+def test_an_eager_step_takes_as_long_as_the_card_or_the_host():
+    assert Seconds(1, 2, (2, 4)).eager == 3
+    assert Seconds(3, 5, (2, 4)).eager == Seconds(3, 5, (2, 4)).middle == 4
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_phases_add_up_to_the_step_on_every_card(name):
     ops, rates = planned(recompute=1).ops, KNOWN[name].rates

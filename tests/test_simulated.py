@@ -20,6 +20,8 @@ from simulated import Plans, cards
 
 from phogpt_raw import cards as known
 from phogpt_raw.data.prompt import Example
+from phogpt_raw.plan import KINDS
+from phogpt_raw.refusal import Refusal
 
 NANO = ["--model", "nano", "--seq-len", "64,512"]
 
@@ -94,6 +96,77 @@ def test_what_does_not_fit_says_so_and_the_longest_row_is_found(monkeypatch, cap
     assert fits == [True, False]
 
 
+def test_the_longest_row_is_looked_for_with_every_block_recomputed():
+    card, plans = a_4b_on_a_t4()
+    small = replace(card, memory_gib=4.6)
+    found = [plans.on(small, harness.Setting(1024, 1, 1, "none"))]
+    longest = memory.longest_row(plans, small, found)
+    assert plans.on(small, harness.Setting(longest, 1, 1, "all")).fits
+    assert not plans.on(small, harness.Setting(longest, 1, 1, "none")).fits
+
+
+def test_the_longest_row_is_no_shorter_than_one_that_fits():
+    card, plans = a_4b_on_a_t4()
+    small = replace(card, memory_gib=3.6)
+    found = [plans.on(small, harness.Setting(256, 1, 1, "all"))]
+    assert found[0].fits and memory.longest_row(plans, small, found, step=4096) == 256
+
+
+def test_a_step_fits_to_the_last_byte_with_what_torch_takes_for_its_products():
+    [(card, _, plans)] = cards(options("--card", "t4"))
+    found = plans.on(card, harness.Setting(64, 1, 1, "none"))
+    reserved = found.plan.replay(workspace=known.matmul_workspace(card)).peak_reserved
+    for spare, fits in ((0, True), (-1, False)):
+        gib = (reserved + found.beside + spare) / known.GIB
+        assert replace(found, card=replace(card, memory_gib=gib)).fits is fits
+
+
+@pytest.mark.parametrize("flags", [["--rank", "64"], ["--optimizer", "adamw"], ["--loss-mib", "1"],
+                                   ["--attention", "efficient"]], ids="=".join)
+def test_each_flag_is_simulated(flags):
+    setting = harness.Setting(512, 1, 1, "none")
+
+    def step(*more):
+        [(card, _, plans)] = cards(options("--card", "h200", *more))
+        plan = plans.on(card, setting).plan
+        return [op.name for op in plan.ops], plan.replay().peak_allocated, plan.pages
+
+    assert step() != step(*flags)
+
+
+def test_micro_batches_that_are_accumulated_are_so_many_times_the_work():
+    [(card, _, plans)] = cards(options("--card", "t4"))
+    one, three = (sum(op.flops for op in plans.on(card, harness.Setting(64, 2, n, "none")).plan.ops)
+                  for n in (1, 3))
+    assert three == 3 * one
+
+
+def test_each_card_is_simulated_in_the_dtype_that_it_trains_in():
+    found = {card.name: plans.dtype for card, _, plans in cards(options("--card", "t4, l4"))}
+    assert found == {"Tesla T4": known.DTYPES["fp16"], "NVIDIA L4": known.DTYPES["bf16"]}
+
+
+def test_a_file_is_fitted_with_as_many_rows_at_once_as_asked_for():
+    asked = harness.parse(harness.parser(""), ["--model", "4b", "--card", "t4"])
+    [(card, _, plans)] = cards(asked)
+    rows = [Example(list(range(4, 4 + 4096)), 9, False, "x")] * 2
+    single = plans.fit_rows(rows, card).recompute
+    asked.micro_batch = "2"
+    assert single < plans.fit_rows(rows, card).recompute
+
+
+def test_the_ledger_adds_up_to_what_is_on_the_card(capsys):
+    memory.main(["--model", "4b", "--seq-len", "512", "--card", "t4"])
+    said = capsys.readouterr().out.split("GiB by kind at the peak")[1].split("rounding, frag")[0]
+    gib = {line[:20].strip(): float(line.split()[-1]) for line in said.splitlines()[2:]
+           if re.search(r"\d\.\d{3} *$", line)}
+    kinds = sum(v for k, v in gib.items() if k in KINDS)
+    assert gib["allocated"] == pytest.approx(kinds, abs=0.006)
+    beside = gib["fragmentation"] + gib["optimizer's pages"] + gib["CUDA context"]
+    assert gib["on the card"] == pytest.approx(gib["allocated"] + beside, abs=0.003)
+    assert gib["fragmentation"] < 0.2
+
+
 @pytest.mark.parametrize("bench, what", [(memory, "memory"), (step_time, "step_time")])
 def test_a_saved_simulation_is_named_and_marked_as_one(bench, what, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{what}.py", "--save"])
@@ -110,10 +183,11 @@ def test_times_are_a_range_and_grow_with_the_row():
     [(card, rates, plans)] = cards(options("--card", "t4"))
     short, long = (step_time.simulated_row(plans.on(card, harness.Setting(n, 2, 2, "none")), rates)
                    for n in (64, 512))
-    for row in (short, long):
+    for row, tokens in ((short, 4 * 64), (long, 4 * 512)):
         low, high = row["step_s"]
         assert 0 < low < high
         assert row["item_s"] == [low / 4, high / 4]
+        assert row["tokens_per_s"] == [tokens / high, tokens / low]
         assert sum(s[0] for s in row["phases_s"].values()) == pytest.approx(low)
     assert short["step_s"][1] < long["step_s"][1]
     assert short["flops"] < long["flops"]
@@ -132,12 +206,11 @@ def test_the_figure_shows_the_cards_limit_and_every_kind(tmp_path):
     assert times == sorted(times) and len(times) <= figures.BINS + 1
     assert phases["forward"] < phases["backward"] < times[-1]
     top = max(map(sum, zip(*areas.values(), strict=True)))
-    assert top == pytest.approx(found.plan.peak().allocated / known.GIB)
+    assert top == pytest.approx(
+        found.plan.peak(known.matmul_workspace(card)).allocated / known.GIB)
 
 
 def test_the_areas_of_the_figure_are_all_the_kinds():
-    from phogpt_raw.plan import KINDS
-
     assert sorted(k for kinds in figures.AREAS.values() for k in kinds) == sorted(KINDS)
 
 
@@ -187,6 +260,28 @@ def test_a_file_gives_seconds_an_item_and_hours(tmp_path, capsys):
                      r"tokenizer\): [\d.]+ to [\d.]+ s an item, \d s( to \d s)? for 5 passes", said)
 
 
+@pytest.mark.parametrize("flags, line", [
+    (["--epochs", "nan"], "--epochs nan: must be positive"),
+    (["--epochs", "0"], "--epochs 0.0: must be positive"),
+    (["--micro-batch", "1,2"], "--data is timed at one --micro-batch and one --recompute"),
+    (["--recompute", "all,none"], "--data is timed at one --micro-batch and one --recompute"),
+])
+def test_a_file_is_estimated_for_one_run_that_can_be(flags, line, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "Xin chào", "response": "Dạ."}\n')
+    with pytest.raises(SystemExit) as stopped:
+        step_time.main([*NANO, "--card", "t4", "--data", str(file), *flags])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.err == f"error: {line}\n" and not said.out
+
+
+def test_a_tokenizer_that_names_no_end_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(
+        (Path(known.__file__).parent / "nano" / "base" / "tokenizer.json").read_text())
+    with pytest.raises(Refusal, match="names no token that ends an answer"):
+        items.tokenizer(str(tmp_path))
+
+
 # -- what cannot be
 
 
@@ -197,6 +292,8 @@ def test_a_file_gives_seconds_an_item_and_hours(tmp_path, capsys):
     (["--card", "t4", "--recompute", "9"], "error: --recompute 9: the model has 8 blocks\n"),
     (["--card", "t4", "--recompute", "much"],
      "error: --recompute much: auto, all, none or a number of blocks\n"),
+    (["--card", "t4", "--cap", "nan"], "error: --cap nan is for measuring on a GPU (--measured); a "
+     "simulated card has the memory that it has\n"),
     (["--card", "t4", "--micro-batch", "0"], "error: --micro-batch 0: must be at least 1\n"),
 ])
 def test_what_cannot_be_is_one_line(flags, line, capsys):
@@ -204,6 +301,12 @@ def test_what_cannot_be_is_one_line(flags, line, capsys):
         memory.main([*NANO, *flags])
     assert stopped.value.code == 2
     assert " ".join(capsys.readouterr().err.split()) == line.strip()
+
+
+def test_seconds_in_fp32_are_not_made_of_16_bit_rates(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        step_time.main([*NANO, "--card", "t4", "--dtype", "fp32"])
+    assert stopped.value.code == 2 and "rates of the cards" in capsys.readouterr().err
 
 
 def test_a_plan_is_made_once():

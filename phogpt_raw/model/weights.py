@@ -46,8 +46,9 @@ def load_base(
     return phogpt, read_tokenizer(folder, phogpt.config)
 
 
-def find_folder(model: str, revision: str | None = None) -> Path:
-    """The folder of `nano`, of a path, or of a hub repository (fetched, or found in the cache)."""
+def find_folder(model: str, revision: str | None = None, files: list[str] = FILES) -> Path:
+    """The folder of `nano`, of a path, or of a hub repository, whose `files` are fetched or found
+    in the cache."""
     if model == "nano":
         return NANO
     if Path(model).expanduser().is_dir():
@@ -58,7 +59,7 @@ def find_folder(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files))
     except hub.GatedRepoError:
         raise Refusal(
             f"--model {model}: the repository is gated; accept its terms on "

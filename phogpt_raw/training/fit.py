@@ -95,7 +95,7 @@ def choose(config: Config, card: Card, model: PhoGPT, examples: list[Example],
     def run_step(recompute: int) -> Plan:
         twin.recompute = recompute
         return simulate(twin, adapters, longest(examples, config.micro_batch),
-                        optimizer=config.optimizer, kernel=attention_kernel(card),
+                        optimizer=config.optimizer, kernel=attention_kernel(card, dtype),
                         chunk=chunk_rows(model.config.vocab_size, config.loss_mib))
 
     return fit(run_step, blocks, card)
@@ -107,7 +107,8 @@ def longest(examples: list[Example], micro_batch: int) -> Window:
     return make_window(ordered[-micro_batch:], micro_batch, pad_id=0)
 
 
-def attention_kernel(card: Card) -> SDPBackend:
-    """What torch takes with a bias: cuDNN's from Hopper on, else the memory-efficient one."""
-    return (SDPBackend.CUDNN_ATTENTION if card.capability >= (9, 0)
-            else SDPBackend.EFFICIENT_ATTENTION)
+def attention_kernel(card: Card, dtype: torch.dtype) -> SDPBackend:
+    """What torch takes with a bias: in 16 bits cuDNN's on a Hopper and the large Blackwell, else
+    the memory-efficient one (check_prefer_cudnn_attention in its sdp_utils.cpp)."""
+    preferred = card.capability in ((9, 0), (10, 0)) and dtype.itemsize == 2
+    return SDPBackend.CUDNN_ATTENTION if preferred else SDPBackend.EFFICIENT_ATTENTION

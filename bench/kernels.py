@@ -1,0 +1,58 @@
+"""What a GPU does in a step: its kernels by kind, and the matmul rate that it could hold."""
+
+import re
+import time
+from collections import defaultdict
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# the first pattern that a kernel's name holds is its family
+FAMILIES = {
+    "attention": r"sdpa|fmha|flash|attention|cudnn.*(dot_do_o|convert_dq)",
+    "NF4 to 16 bits": r"nf4|[dD]equantize",
+    "matmul": r"nvjet|gemm|gemv|splitK|cublas|wgmma|hmma",
+    "optimizer": r"kOptimizer",
+    "norm": r"layer_norm",
+    "GELU": r"[gG]elu",
+    "copy": r"[mM]emcpy|[mM]emset|copy|Cat|[fF]ill",
+    "elementwise": r"elementwise|reduce|softmax|SoftMax|scatter|gather|index",
+}
+
+
+def kernels(bench, window) -> tuple[dict[str, float], int]:
+    """{family: seconds} of a step's kernels, and their number; the profiler slows the step."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        bench.run(window)
+        torch.cuda.synchronize()
+    families, count = defaultdict(float), 0
+    for event in seen.key_averages():
+        families[family(event.key)] += event.self_device_time_total / 1e6
+        count += event.count
+    return dict(families), count
+
+
+def family(kernel: str) -> str:
+    """
+    >>> family("void cublasLt::splitKreduce_kernel<32>"), family("fmha_cutlassF_f16_aligned")
+    ('matmul', 'attention')
+    """
+    return next((name for name, pattern in FAMILIES.items() if re.search(pattern, kernel)), "other")
+
+
+def ceiling(dtype: torch.dtype, size: int = 8192, seconds: float = 2.0) -> dict[str, float]:
+    """FLOP/s of size³ matmuls on this GPU: ten after a rest, and once it is as warm as in a run."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+
+    def rate(count: int) -> float:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        torch.cuda.synchronize()
+        return 2 * size**3 * count / (time.perf_counter() - begun)
+
+    rate(3)
+    short = rate(10)
+    rate(int(seconds * short / (2 * size**3)))
+    return {"short": short, "sustained": rate(200)}
