@@ -17,8 +17,8 @@ from simulated import OnCard, Plans, cards, resolved
 
 from phogpt_raw.cards import Card, dtype_name
 from phogpt_raw.console import out
+from phogpt_raw.ledger import KINDS
 from phogpt_raw.meter import Scale
-from phogpt_raw.plan import KINDS
 from phogpt_raw.refusal import exits_cleanly
 
 LONGEST = 16_384  # tokens; rows beyond that are not looked for

@@ -19,10 +19,11 @@ from phogpt_raw.cards import (
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.prompt import Example
+from phogpt_raw.ledger import Plan
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
 from phogpt_raw.model.weights import find_folder, read_config
-from phogpt_raw.plan import META, Plan, base_on_meta, simulate
+from phogpt_raw.plan import META, base_on_meta, simulate
 from phogpt_raw.training.fit import Fit, attention_kernel, fit, longest
 from phogpt_raw.training.loss import chunk_rows
 

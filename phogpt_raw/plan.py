@@ -11,10 +11,8 @@ torch is built without CUDA.
 """
 
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, ValuesView
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -22,8 +20,8 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from phogpt_raw.allocator import Allocator
 from phogpt_raw.data.batches import Window
+from phogpt_raw.ledger import Op, Plan, Storage
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import frozen, place
@@ -32,127 +30,6 @@ from phogpt_raw.training.step import make_micro_step, train_step
 
 aten = torch.ops.aten
 META = torch.device("meta")
-KINDS = (
-    "NF4 weights", "NF4 constants", "plain weights", "embedding", "norms and biases",
-    "adapters", "adapters' copy", "adapters' gradients", "optimizer state",
-    "saved activations", "attention bias", "loss", "made again", "temporaries",
-    "rounding", "matmul workspace",
-)
-
-
-@dataclass(eq=False)
-class Storage:
-    """Bytes with a life: from operation `born` until before operation `died` (None: for good)."""
-
-    nbytes: int
-    born: int
-    phase: str
-    scope: str
-    kind: str | None = None
-    died: int | None = None
-    scope_end: int | None = None  # the operation at which the forward of its block was over
-
-
-@dataclass(frozen=True)
-class Op:
-    """An operation that runs kernels: FLOPs of matrix products, bytes read and written."""
-
-    name: str
-    phase: str
-    flops: float
-    moved: int
-
-
-@dataclass
-class Moment:
-    """What is alive at one operation, by kind, in bytes as the allocator counts them."""
-
-    op: int
-    phase: str
-    allocated: int
-    reserved: int
-    kinds: dict[str, int]
-    blocks: dict[str, int]  # saved activations by block
-
-
-@dataclass
-class Plan:
-    """What a step does that is not a run's first: the optimizer's state is there."""
-
-    ops: list[Op]
-    events: list[tuple[Storage, bool]]  # taken, or given back; those before the step too
-    begun: int  # the event that the step begins with
-    pages: int  # bytes of the optimizer's state in CUDA's managed memory
-
-    @property
-    def resident(self) -> int:
-        """Bytes of the tensors that are there as the step begins."""
-        return sum(s.nbytes if taken else -s.nbytes for s, taken in self.events[:self.begun])
-
-    def replay(self, limit: float = float("inf"), workspace: int = 0, watch=None) -> Allocator:
-        """The allocations through torch's allocator, its peaks those of the step; MemoryError where
-        `limit` bytes are too few. workspace: what torch takes for cuBLAS and keeps.
-        `watch(allocator, n)` sees each event of the step."""
-        allocator, blocks = Allocator(limit), {}
-        if workspace:
-            allocator.take(workspace)
-        for n, (storage, taken) in enumerate(self.events):
-            if n == self.begun:
-                allocator.reset_peaks()
-            if taken:
-                blocks[storage] = allocator.take(storage.nbytes)
-            else:
-                allocator.give(blocks.pop(storage))
-            if watch and n >= self.begun:
-                watch(allocator, n)
-        return allocator
-
-    def peak(self, workspace: int = 0) -> Moment:
-        """The moment of most allocated bytes, the first of them."""
-        return max(self.moments(workspace), key=lambda m: m.allocated)
-
-    def moments(self, workspace: int = 0) -> list[Moment]:
-        """The step, an entry an operation for which something was taken."""
-        found: dict[int, Moment] = {}
-        kinds, by_block = defaultdict(int), defaultdict(int)
-        kinds["matmul workspace"] = workspace
-
-        def count(storage: Storage, sign: int) -> None:
-            kind = kind_of(storage)
-            kinds[kind] += sign * storage.nbytes
-            if kind == "saved activations":
-                by_block[storage.scope] += sign * storage.nbytes
-
-        for storage, taken in self.events[:self.begun]:
-            count(storage, 1 if taken else -1)
-
-        def watch(allocator: Allocator, n: int) -> None:
-            storage, taken = self.events[n]
-            count(storage, 1 if taken else -1)
-            op = storage.born if taken else storage.died
-            before = found.get(op)
-            if taken and (before is None or allocator.allocated > before.allocated):
-                alive = {k: v for k, v in kinds.items() if v}
-                alive["rounding"] = allocator.allocated - sum(alive.values())
-                found[op] = Moment(op, storage.phase, allocator.allocated, allocator.reserved,
-                                   alive, {k: v for k, v in by_block.items() if v})
-
-        self.replay(workspace=workspace, watch=watch)
-        return list(found.values())
-
-
-def kind_of(storage: Storage) -> str:
-    """What bytes are for: told, or from where they were made and how long they lived."""
-    if storage.kind:
-        return storage.kind
-    if storage.phase == "forward":
-        if storage.scope == "model":
-            return "attention bias"
-        if storage.scope == "":
-            return "loss"
-        outlived = storage.died is None or storage.died > storage.scope_end
-        return "saved activations" if outlived else "temporaries"
-    return "made again" if storage.scope else "temporaries"
 
 
 class Recorder(TorchDispatchMode):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from phogpt_raw.cards import Rates
-from phogpt_raw.plan import Op
+from phogpt_raw.ledger import Op
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "phogpt_raw"
 ROOMS = [
-    "refusal", "config", "cards", "meter", "allocator",
+    "refusal", "config", "cards", "meter", "allocator", "ledger",
     "data.rows", "data.prompt", "data.examples", "data.batches",
     "model.attention", "model.remake", "model.cache", "model.phogpt", "model.weights",
     "model.dequant", "model.matmul", "model.lowrank", "model.adapters", "decode",

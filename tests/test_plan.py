@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend
 
 from phogpt_raw.allocator import Allocator
 from phogpt_raw.data.batches import MicroBatch, make_window
+from phogpt_raw.ledger import KINDS, Storage, kind_of
 from phogpt_raw.model import phogpt
 from phogpt_raw.model.attention import Bias, attend
 from phogpt_raw.model.lowrank import low_rank_linear
 from phogpt_raw.model.weights import nf4_linear
-from phogpt_raw.plan import KINDS, META, Storage, kind_of, simulate
+from phogpt_raw.plan import META, simulate
 
 aten = torch.ops.aten
 LINEARS = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]  # (in, out) of a block

@@ -6,7 +6,7 @@ import pytest
 from plans import planned
 
 from phogpt_raw.cards import KNOWN, Rates
-from phogpt_raw.plan import Op
+from phogpt_raw.ledger import Op
 from phogpt_raw.roofline import Seconds, by_phase, op_seconds, step_seconds
 
 # FLOP/s of 100 to 200, attention a tenth; bytes/s of 1 to 4; a launch of 0.25 to 0.5 seconds

@@ -20,7 +20,7 @@ from simulated import Plans, cards
 
 from phogpt_raw import cards as known
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.plan import KINDS
+from phogpt_raw.ledger import KINDS
 from phogpt_raw.refusal import Refusal
 
 NANO = ["--model", "nano", "--seq-len", "64,512"]
