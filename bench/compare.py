@@ -21,7 +21,7 @@ import harness
 import items
 
 from phogpt_raw.cards import KNOWN, Card
-from phogpt_raw.config import Config
+from phogpt_raw.config import Config, Parser
 from phogpt_raw.console import out
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
@@ -191,8 +191,8 @@ def rewritten(text: str, where: str) -> str:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = harness.Parser(description=__doc__, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 2 if it would")
     parser.add_argument("--simulate", action="store_true", help="a T4 and a V100, both models")
     options = parser.parse_args(arguments)

@@ -1,24 +1,24 @@
 """What the benches share: a setting becomes the very step that train.py takes; results as JSON."""
 
-import argparse
 import gc
 import json
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from commandline import Setting
 from rich import box
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phogpt_raw.cards import KNOWN, Card, dtype_name, known_card, this_card, training_dtype
-from phogpt_raw.config import CHOICES, Config, Parser
+from phogpt_raw.cards import Card, dtype_name, this_card, training_dtype
+from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.meter import device_gib
@@ -40,20 +40,6 @@ from phogpt_raw.training.step import (
 ATTENTION = {"auto": nullcontext,
              "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}
 RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of a table: a step of `accumulate` micro-batches of micro_batch x seq_len tokens."""
-
-    seq_len: int
-    micro_batch: int
-    accumulate: int
-    recompute: str
-
-    @property
-    def tokens(self) -> int:
-        return self.seq_len * self.micro_batch * self.accumulate
 
 
 class Bench:
@@ -176,86 +162,6 @@ def random_base(name: str, dtype: torch.dtype, device: str) -> PhoGPT:
             weight.fill_(1)
         place(phogpt, key, weight, nf4=True, dtype=dtype, device=torch.device(device))
     return frozen(phogpt, nf4=True, device=device)
-
-
-def parser(description: str) -> Parser:
-    built = Parser(description=description, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    built.add_argument("--card", metavar="NAME,…", help=f"simulate it: {', '.join(KNOWN)} "
-                       "(default without a GPU: t4,v100; with one: that one, beside measuring)")
-    built.add_argument("--measured", action=argparse.BooleanOptionalAction, default=None,
-                       help="measure here; with --cap under another card's memory")
-    built.add_argument("--model", help="nano, a folder, a hub id, or 7b5 or 4b: that shape, random "
-                       "weights (default 7b5; measured on a CPU: nano)")
-    built.add_argument("--seq-len", "--seq_len", default="", metavar="N,N,…")
-    built.add_argument("--micro-batch", "--micro_batch", default="1", metavar="N,N,…")
-    built.add_argument("--accumulate", type=count, default=1, help="micro-batches a step")
-    built.add_argument("--recompute", default="auto", metavar="auto,all,none,N,…",
-                       help="blocks; auto: the least that the card forces")
-    built.add_argument("--rank", type=count, default=16)
-    built.add_argument("--dtype", default="auto", choices=CHOICES["dtype"])
-    built.add_argument("--loss-mib", "--loss_mib", type=count, default=Config.loss_mib,
-                       help=f"MiB of a chunk of logits (default {Config.loss_mib})")
-    built.add_argument("--optimizer", default=Config.optimizer, choices=CHOICES["optimizer"])
-    built.add_argument("--attention", default="auto", choices=ATTENTION,
-                       help="efficient: the only fused kernel a T4 and a V100 have")
-    built.add_argument("--cap", type=float, default=0, metavar="GIB",
-                       help="run as on a card with this much usable memory, such as 14.56 (a T4)")
-    built.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True,
-                       help="as CUDA graphs, on a GPU")
-    built.add_argument("--save", action="store_true", help="write a JSON to bench/results")
-    built.add_argument("--label", help="for the result's name; what the rows are for")
-    return built
-
-
-def parse(built: Parser, arguments) -> argparse.Namespace:
-    """The options, those that depend on this machine made definite."""
-    options = built.parse_args(arguments)
-    gpu = torch.cuda.is_available()
-    if options.measured is None:
-        options.measured = gpu and not options.card
-    if options.measured and options.card:
-        raise Refusal("--card simulates and --measured measures here: give one of them")
-    if options.cap and not options.measured:
-        raise Refusal(f"--cap {options.cap:g} is for measuring on a GPU (--measured); a simulated "
-                      f"card has the memory that it has")
-    if not (options.measured or options.card):
-        options.card = "t4,v100"
-    for name in options.card.split(",") if options.card else ():
-        known_card(name.strip())  # all of them, before the first is simulated
-    options.model = options.model or ("nano" if options.measured and not gpu else "7b5")
-    return options
-
-
-def count(text: str) -> int:
-    """argparse's type of a number that is at least 1."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-def settings(options) -> list[Setting]:
-    """The grid of a command line; measured on a CPU short rows by default."""
-    if not options.measured:
-        default = "256,512,1024,2048,4096,8192,16384"
-    else:
-        default = "256,512,1024,2048" if torch.cuda.is_available() else "64,128,256"
-    return [
-        Setting(length, micro_batch, options.accumulate, recompute.strip())
-        for length in numbers(options.seq_len or default, "--seq-len")
-        for micro_batch in numbers(options.micro_batch, "--micro-batch")
-        for recompute in options.recompute.split(",")
-    ]
-
-
-def numbers(text: str, flag: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise Refusal(f"{flag} {text}: whole numbers with commas between them") from None
-    if min(values) < 1:
-        raise Refusal(f"{flag} {text}: must be at least 1")
-    return values
 
 
 def remark(bench: Bench) -> str:

@@ -10,6 +10,7 @@ on a GPU it is measured there and simulated beside it.
 
 from dataclasses import asdict, replace
 
+import commandline
 import figures
 import harness
 import torch
@@ -66,7 +67,7 @@ def measure(options) -> None:
     table = harness.table("peak GiB of a step", columns, caption=(
         "device: with CUDA's context and the optimizer's pages; graphs: reserved once the step "
         "runs as CUDA graphs, and at most on the way there" if gpu else None))
-    settings = [resolved(plans, s, card) for s in harness.settings(options)]
+    settings = [resolved(plans, s, card) for s in commandline.settings(options)]
     rows = []
     for setting, found in bench.rows(settings, peaks):
         label = f"{setting.micro_batch} x {setting.seq_len}"
@@ -101,7 +102,7 @@ def simulate(options) -> None:
     rows no longer than the model was made for."""
     shown: dict[str, OnCard] = {}
     for card, rates, plans in cards(options):
-        found = [plans.on(card, setting) for setting in harness.settings(options)]
+        found = [plans.on(card, setting) for setting in commandline.settings(options)]
         rows = [asdict(f.setting) | {"rank": options.rank} | f.row() for f in found]
         out.print(f"simulated for {card.name}, {card.memory_gib:g} GiB: {options.model}, "
                   f"{dtype_name(plans.dtype)}, rank {options.rank}")
@@ -177,7 +178,7 @@ def ledger(shown: dict[str, OnCard]):
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    options = harness.parse(harness.parser(__doc__), arguments)
+    options = commandline.parse(commandline.parser(__doc__), arguments)
     (measure if options.measured else simulate)(options)
 
 

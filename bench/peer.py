@@ -20,10 +20,11 @@ from pathlib import Path
 
 import harness
 import torch
+from commandline import count
 from sides import Side, write_checkpoint
 
 from phogpt_raw.cards import DTYPES
-from phogpt_raw.config import Config
+from phogpt_raw.config import Config, Parser
 from phogpt_raw.console import out
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
 from phogpt_raw.refusal import Refusal, exits_cleanly
@@ -88,21 +89,21 @@ def summary(row: dict) -> dict:
 
 
 def parse(arguments):
-    parser = harness.Parser(description=__doc__, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7b5", help="7b5 or 4b: that shape, random weights")
     parser.add_argument("--work", default="1x512,1x1024,1x2048", metavar="BxL,…")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
     parser.add_argument("--cap", type=float, default=14.56, metavar="GIB",
                         help="the card's usable memory; 0: all there is (default 14.56, a T4)")
     parser.add_argument("--recompute", default="none", metavar="all,none,N", help="of ours")
-    parser.add_argument("--rank", type=harness.count, default=16)
-    parser.add_argument("--loss-mib", "--loss_mib", type=harness.count, default=Config.loss_mib)
-    parser.add_argument("--losses", type=harness.count, default=50, help="steps whose losses are "
+    parser.add_argument("--rank", type=count, default=16)
+    parser.add_argument("--loss-mib", "--loss_mib", type=count, default=Config.loss_mib)
+    parser.add_argument("--losses", type=count, default=50, help="steps whose losses are "
                         "compared")
-    parser.add_argument("--pairs", type=harness.count, default=3)
-    parser.add_argument("--steps", type=harness.count, default=8, help="timed steps a run")
-    parser.add_argument("--warmup", type=harness.count, default=4)
+    parser.add_argument("--pairs", type=count, default=3)
+    parser.add_argument("--steps", type=count, default=8, help="timed steps a run")
+    parser.add_argument("--warmup", type=count, default=4)
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(, ?[1-9]\d*x[1-9]\d*)*", options.work):

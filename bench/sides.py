@@ -11,8 +11,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import commandline
 import harness
 import torch
+from commandline import Setting
 
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.config import Config
@@ -70,7 +72,7 @@ class Ours:
         self.adapters.flat.data.copy_(self.first)
         bench.optimizer = harness.make_optimizer(self.adapters.flat, Config.optimizer, LR, 0.0)
         bench.scaler = harness.make_scaler(bench.dtype, bench.card.device)
-        bench.begin(harness.Setting(seq_len, micro_batch, 1, recompute), capture=path == "captured")
+        bench.begin(Setting(seq_len, micro_batch, 1, recompute), capture=path == "captured")
         for step in range(count):
             rows = harness.tokens(self.model.config.vocab_size, micro_batch, seq_len, step)
             window = harness.window(rows, micro_batch)
@@ -210,6 +212,6 @@ def write_checkpoint(folder: Path, shape: ModelConfig, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    parser = harness.parser(__doc__)
+    parser = commandline.parser(__doc__)
     parser.add_argument("side", choices=("ours", "peer"))
     serve(parser.parse_args())

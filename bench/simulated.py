@@ -6,6 +6,7 @@ from functools import cache
 
 import harness
 import torch
+from commandline import Setting
 
 from phogpt_raw.cards import (
     CONTEXT,
@@ -46,7 +47,7 @@ class Plans:
             self.adapters = new_adapters(self.model, rank=options.rank, alpha=32)
         self.plan = cache(self.plan)
 
-    def plan(self, setting: harness.Setting, recompute: int, kernel) -> Plan:
+    def plan(self, setting: Setting, recompute: int, kernel) -> Plan:
         rows = harness.tokens(self.shape.vocab_size, setting.micro_batch * setting.accumulate,
                               setting.seq_len)
         return self.plan_of(harness.window(rows, setting.micro_batch), recompute, kernel)
@@ -61,7 +62,7 @@ class Plans:
         card = EFFICIENT if self.options.attention == "efficient" else card
         return attention_kernel(card, self.dtype)
 
-    def fit(self, setting: harness.Setting, card: Card) -> Fit:
+    def fit(self, setting: Setting, card: Card) -> Fit:
         """The setting's recompute as a number of blocks; for auto what the card forces."""
         if setting.recompute != "auto":
             config = Config(recompute=setting.recompute)
@@ -73,15 +74,15 @@ class Plans:
         size, asked = int(self.options.micro_batch), self.options.recompute
         window = longest(examples, size)
         if asked != "auto":
-            return self.fit(harness.Setting(0, size, 1, asked), card)
+            return self.fit(Setting(0, size, 1, asked), card)
         return fit(lambda n: self.plan_of(window, n, self.kernel(card)), self.shape.n_layers, card)
 
-    def on(self, card: Card, setting: harness.Setting) -> "OnCard":
+    def on(self, card: Card, setting: Setting) -> "OnCard":
         depth = self.fit(setting, card).recompute
         return OnCard(card, setting, depth, self.plan(setting, depth, self.kernel(card)))
 
 
-def resolved(plans: Plans | None, setting: harness.Setting, card: Card) -> harness.Setting:
+def resolved(plans: Plans | None, setting: Setting, card: Card) -> Setting:
     """A setting whose recompute is definite; on a CPU memory is not what is scarce."""
     if setting.recompute != "auto":
         return setting
@@ -93,7 +94,7 @@ class OnCard:
     """A setting's plan on a card, `recompute` blocks recomputed."""
 
     card: Card
-    setting: harness.Setting
+    setting: Setting
     recompute: int
     plan: Plan
 

@@ -13,10 +13,12 @@ not fit is a row that says so.
 import statistics
 from dataclasses import asdict, dataclass, replace
 
+import commandline
 import harness
 import items
 import torch
-from kernels import FAMILIES, ceiling, kernels
+from commandline import Setting, count
+from gpu_kernels import FAMILIES, ceiling, kernels
 from simulated import OnCard, Plans, cards, resolved
 
 from phogpt_raw.cards import KNOWN, Card, Rates, dtype_name
@@ -79,7 +81,7 @@ def measure_here(options) -> None:
     known = next((k for k in KNOWN.values() if gpu and k.card.name == bench.card.name), None)
     # products at the rate that this very card holds in this dtype
     rates = known and replace(known.rates, matmul=(limit["sustained"],) * 2)
-    settings = [resolved(plans, s, card) for s in harness.settings(options)]
+    settings = [resolved(plans, s, card) for s in commandline.settings(options)]
     rows = []
     for setting, found in bench.rows(settings, measure):
         row = asdict(setting) | {"rank": options.rank, "fits": found is not None}
@@ -162,7 +164,7 @@ def simulate(options) -> None:
             caption=f"GB: read and written. *: eagerly (--no-capture) Python is slower than this "
                     f"card. Rates: {rates.source}")
         rows = []
-        for setting in harness.settings(options):
+        for setting in commandline.settings(options):
             found = plans.on(card, setting)
             rows.append(row := asdict(setting) | {"rank": options.rank} | simulated_row(
                 found, rates))
@@ -220,7 +222,7 @@ def timing(bench, depth: int | None):
 
     def seconds(window: Window) -> tuple[float] | None:
         rows, length = window.batches[0].ids_BL.shape
-        setting = harness.Setting(length, rows, 1, asked)
+        setting = Setting(length, rows, 1, asked)
         found = bench.attempt(measure, setting, window)
         return found and (statistics.median(found.seconds),)
 
@@ -229,15 +231,15 @@ def timing(bench, depth: int | None):
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = harness.parser(__doc__)
-    parser.add_argument("--steps", type=harness.count, default=10, help="timed steps a row")
+    parser = commandline.parser(__doc__)
+    parser.add_argument("--steps", type=count, default=10, help="timed steps a row")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--data", help="a file of rows: seconds an item, hours of a run")
     parser.add_argument("--epochs", type=float, default=3, help="passes over --data")
-    parser.add_argument("--max-len", "--max_len", type=harness.count, default=1024)
+    parser.add_argument("--max-len", "--max_len", type=count, default=1024)
     parser.add_argument("--tokenizer", help="that of --data's lengths: nano, a folder, a hub id "
                         "(default the model's; for 7b5 and 4b nano's)")
-    options = harness.parse(parser, arguments)
+    options = commandline.parse(parser, arguments)
     (measure_here if options.measured else simulate)(options)
 
 

@@ -9,10 +9,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import commandline
 import harness
 import memory
 import simulated
 import step_time
+from commandline import Setting
 from torch.nn.attention import SDPBackend
 
 from phogpt_raw.meter import Scale, Stopwatch
@@ -72,9 +74,9 @@ def test_out_of_memory_is_a_row_and_the_next_one_is_measured(bench, monkeypatch,
 
 
 def test_the_bench_changes_the_adapters_as_training_does():
-    bench = harness.Bench(harness.parse(harness.parser(""), HERE))
+    bench = harness.Bench(commandline.parse(commandline.parser(""), HERE))
     before = bench.adapters.flat.detach().clone()
-    setting = harness.Setting(seq_len=32, micro_batch=2, accumulate=2, recompute="none")
+    setting = Setting(seq_len=32, micro_batch=2, accumulate=2, recompute="none")
     window = bench.window(setting)
     assert (window.tokens, len(window.batches)) == (setting.tokens, 2)
     assert window.supervised == 4 * 31
@@ -86,9 +88,9 @@ def test_the_bench_changes_the_adapters_as_training_does():
 @pytest.mark.parametrize("recompute, blocks", [("none", 0), ("3", 3), ("all", 8)])
 def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, blocks):
     """Its FLOPs are the plan's, less what adapters and attention do: little in so short a row."""
-    options = harness.parse(harness.parser(""), [*HERE, "--rank", "1"])
+    options = commandline.parse(commandline.parser(""), [*HERE, "--rank", "1"])
     bench = harness.Bench(options)
-    setting = harness.Setting(seq_len=32, micro_batch=2, accumulate=1, recompute=recompute)
+    setting = Setting(seq_len=32, micro_batch=2, accumulate=1, recompute=recompute)
     bench.begin(setting, capture=False)
     assert bench.model.recompute == blocks
     planned = simulated.Plans(options, torch.float32).plan(

@@ -8,10 +8,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import commandline
 import compare
 import harness
 import simulated
 import step_time
+from commandline import Setting
 
 T4 = {"name": "Tesla T4", "device": "cuda", "capability": [7, 5], "memory_gib": 14.56}
 H200 = {"name": "NVIDIA H200", "device": "cuda", "capability": [9, 0], "memory_gib": 139.8}
@@ -159,9 +161,9 @@ def test_the_readme_is_as_the_results_have_it(capsys):
 
 def test_the_saved_simulation_is_what_the_code_says_today():
     """Else `python bench/compare.py --simulate`; 1 % is for other versions of torch."""
-    asked = harness.parse(harness.parser(""), ["--model", "4b", "--card", "t4"])
+    asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, rates, plans)] = simulated.cards(asked)
-    found = plans.on(card, harness.Setting(512, 1, 1, "auto"))
+    found = plans.on(card, Setting(512, 1, 1, "auto"))
     memory = compare.columns("memory")["4b", "T4, simulated"][512]
     assert found.row()["device_gib"] == pytest.approx(memory["device_gib"], rel=0.01)
     time = compare.columns("step_time")["4b", "T4, simulated"][512]

@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import commandline
 import harness
 import peer
 import sides
@@ -113,7 +114,7 @@ def test_sides_take_turns_and_each_path_is_what_its_name_says(full):
 
 def test_ours_begins_from_the_same_adapters_each_time(folder, monkeypatch):
     monkeypatch.setattr(sides, "now", lambda: 0.0)
-    options = harness.parse(harness.parser(""), ["--measured", "--model", str(folder)])
+    options = commandline.parse(commandline.parser(""), ["--measured", "--model", str(folder)])
     ours = sides.Ours(options)
     first, second = ([float(loss) for loss, _ in ours.steps(2, 24, 3, path="eager",
                                                             recompute="none")] for _ in range(2))

@@ -1,5 +1,6 @@
 """The benches without a card: what they say of cards that are elsewhere, and where they write."""
 
+import argparse
 import builtins
 import json
 import re
@@ -11,11 +12,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import commandline
 import figures
 import harness
 import items
 import memory
 import step_time
+from commandline import Setting
 from simulated import Plans, cards
 
 from phogpt_raw import cards as known
@@ -35,12 +38,12 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def options(*flags):
-    return harness.parse(harness.parser(""), [*NANO, *flags])
+    return commandline.parse(commandline.parser(""), [*NANO, *flags])
 
 
 def a_4b_on_a_t4():
     """(card, plans) of a model whose long rows fill it."""
-    asked = harness.parse(harness.parser(""), ["--model", "4b", "--card", "t4"])
+    asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, _, plans)] = cards(asked)
     return card, plans
 
@@ -62,7 +65,7 @@ def test_each_card_has_its_table_and_says_that_it_is_simulated(bench, capsys, tm
 
 def test_the_kinds_are_what_is_allocated_and_the_card_holds_more():
     [(card, _, plans)] = cards(options("--card", "t4"))
-    row = plans.on(card, harness.Setting(512, 1, 1, "all")).row()
+    row = plans.on(card, Setting(512, 1, 1, "all")).row()
     assert sum(row["kinds_gib"].values()) == pytest.approx(row["allocated_gib"])
     assert sum(row["blocks_gib"].values()) == pytest.approx(row["kinds_gib"]["saved activations"])
     assert row["allocated_gib"] <= row["reserved_gib"]
@@ -74,7 +77,7 @@ def test_the_kinds_are_what_is_allocated_and_the_card_holds_more():
 
 def test_auto_recomputes_as_much_as_the_card_forces_for_a_grid_and_for_a_file():
     card, plans = a_4b_on_a_t4()
-    setting = harness.Setting(8192, 1, 1, "auto")
+    setting = Setting(8192, 1, 1, "auto")
     found = plans.on(card, setting)
     assert 0 < found.recompute < 32 and found.fits
     assert not plans.on(card, replace(setting, recompute="none")).fits
@@ -92,29 +95,29 @@ def test_what_does_not_fit_says_so_and_the_longest_row_is_found(monkeypatch, cap
     longest = int(re.search(r"every block recomputed: ([\d,]+) tokens", said)[1].replace(",", ""))
     assert 0 < longest < 8192
     [(card, _, plans)] = cards(options("--card", "t4"))
-    fits = [plans.on(card, harness.Setting(n, 1, 1, "all")).fits for n in (longest, longest + 512)]
+    fits = [plans.on(card, Setting(n, 1, 1, "all")).fits for n in (longest, longest + 512)]
     assert fits == [True, False]
 
 
 def test_the_longest_row_is_looked_for_with_every_block_recomputed():
     card, plans = a_4b_on_a_t4()
     small = replace(card, memory_gib=4.6)
-    found = [plans.on(small, harness.Setting(1024, 1, 1, "none"))]
+    found = [plans.on(small, Setting(1024, 1, 1, "none"))]
     longest = memory.longest_row(plans, small, found)
-    assert plans.on(small, harness.Setting(longest, 1, 1, "all")).fits
-    assert not plans.on(small, harness.Setting(longest, 1, 1, "none")).fits
+    assert plans.on(small, Setting(longest, 1, 1, "all")).fits
+    assert not plans.on(small, Setting(longest, 1, 1, "none")).fits
 
 
 def test_the_longest_row_is_no_shorter_than_one_that_fits():
     card, plans = a_4b_on_a_t4()
     small = replace(card, memory_gib=3.6)
-    found = [plans.on(small, harness.Setting(256, 1, 1, "all"))]
+    found = [plans.on(small, Setting(256, 1, 1, "all"))]
     assert found[0].fits and memory.longest_row(plans, small, found, step=4096) == 256
 
 
 def test_a_step_fits_to_the_last_byte_with_what_torch_takes_for_its_products():
     [(card, _, plans)] = cards(options("--card", "t4"))
-    found = plans.on(card, harness.Setting(64, 1, 1, "none"))
+    found = plans.on(card, Setting(64, 1, 1, "none"))
     reserved = found.plan.replay(workspace=known.matmul_workspace(card)).peak_reserved
     for spare, fits in ((0, True), (-1, False)):
         gib = (reserved + found.beside + spare) / known.GIB
@@ -124,7 +127,7 @@ def test_a_step_fits_to_the_last_byte_with_what_torch_takes_for_its_products():
 @pytest.mark.parametrize("flags", [["--rank", "64"], ["--optimizer", "adamw"], ["--loss-mib", "1"],
                                    ["--attention", "efficient"]], ids="=".join)
 def test_each_flag_is_simulated(flags):
-    setting = harness.Setting(512, 1, 1, "none")
+    setting = Setting(512, 1, 1, "none")
 
     def step(*more):
         [(card, _, plans)] = cards(options("--card", "h200", *more))
@@ -136,7 +139,7 @@ def test_each_flag_is_simulated(flags):
 
 def test_micro_batches_that_are_accumulated_are_so_many_times_the_work():
     [(card, _, plans)] = cards(options("--card", "t4"))
-    one, three = (sum(op.flops for op in plans.on(card, harness.Setting(64, 2, n, "none")).plan.ops)
+    one, three = (sum(op.flops for op in plans.on(card, Setting(64, 2, n, "none")).plan.ops)
                   for n in (1, 3))
     assert three == 3 * one
 
@@ -147,7 +150,7 @@ def test_each_card_is_simulated_in_the_dtype_that_it_trains_in():
 
 
 def test_a_file_is_fitted_with_as_many_rows_at_once_as_asked_for():
-    asked = harness.parse(harness.parser(""), ["--model", "4b", "--card", "t4"])
+    asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, _, plans)] = cards(asked)
     rows = [Example(list(range(4, 4 + 4096)), 9, False, "x")] * 2
     single = plans.fit_rows(rows, card).recompute
@@ -181,7 +184,7 @@ def test_a_saved_simulation_is_named_and_marked_as_one(bench, what, tmp_path, mo
 
 def test_times_are_a_range_and_grow_with_the_row():
     [(card, rates, plans)] = cards(options("--card", "t4"))
-    short, long = (step_time.simulated_row(plans.on(card, harness.Setting(n, 2, 2, "none")), rates)
+    short, long = (step_time.simulated_row(plans.on(card, Setting(n, 2, 2, "none")), rates)
                    for n in (64, 512))
     for row, tokens in ((short, 4 * 64), (long, 4 * 512)):
         low, high = row["step_s"]
@@ -196,7 +199,7 @@ def test_times_are_a_range_and_grow_with_the_row():
 def test_the_figure_shows_the_cards_limit_and_every_kind(tmp_path):
     pytest.importorskip("matplotlib")
     [(card, rates, plans)] = cards(asked := options("--card", "t4", "--save"))
-    found = plans.on(card, harness.Setting(512, 1, 1, "none"))
+    found = plans.on(card, Setting(512, 1, 1, "none"))
     assert figures.memory(found, rates, asked) == f"figure {tmp_path}/figures/" \
         "memory-nano-Tesla-T4.svg"
     svg = (tmp_path / "figures" / "memory-nano-Tesla-T4.svg").read_text()
@@ -234,7 +237,7 @@ def test_without_matplotlib_the_tables_come_and_a_line_says_so(monkeypatch, caps
 
 def test_items_are_an_even_choice_by_length():
     examples = [Example(list(range(n)), n // 2, False, "x") for n in range(10, 410)]
-    asked = harness.argparse.Namespace(micro_batch="2", data="x.jsonl", epochs=3)
+    asked = argparse.Namespace(micro_batch="2", data="x.jsonl", epochs=3)
     seen = []
 
     def seconds(window):
@@ -311,6 +314,6 @@ def test_seconds_in_fp32_are_not_made_of_16_bit_rates(capsys):
 
 def test_a_plan_is_made_once():
     plans = Plans(options("--card", "t4"), known.DTYPES["fp16"])
-    setting = harness.Setting(64, 1, 1, "none")
+    setting = Setting(64, 1, 1, "none")
     card = known.KNOWN["t4"].card
     assert plans.on(card, setting).plan is plans.on(known.KNOWN["v100"].card, setting).plan
