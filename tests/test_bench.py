@@ -1,5 +1,6 @@
 """The benches run the step that trains, say what they measured, and take a full card for a row."""
 
+import doctest
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import commandline
+import compare
+import gpu_kernels
 import harness
+import items
 import memory
 import simulated
 import step_time
@@ -97,6 +101,12 @@ def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, block
         setting, blocks, SDPBackend.EFFICIENT_ATTENTION)
     counted = step_time.flops(bench, setting, bench.window(setting))
     assert counted == pytest.approx(sum(op.flops for op in planned.ops), rel=0.07)
+
+
+@pytest.mark.parametrize("module", [compare, gpu_kernels, items], ids=lambda m: m.__name__)
+def test_doctest(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 def test_a_bad_grid_is_one_line(capsys):

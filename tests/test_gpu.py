@@ -394,3 +394,19 @@ def test_graphs_that_are_given_up_give_their_memory_back(dtype, recompute):
     assert torch.cuda.memory_reserved() < before
     assert not [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == pool]
     twins.check(batch_of(64, seed=2))
+
+
+@pytest.mark.parametrize("length", [40, 41])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_a_token_through_the_cache_is_that_of_the_whole_row(dtype, length):
+    """One query over keys of any number, as decoding asks of the kernel."""
+    model, _ = load_base("nano", nf4=False, dtype=dtype, device="cuda")
+    dice = torch.Generator().manual_seed(0)
+    ids_BL = torch.randint(4, 4096, (2, length), generator=dice).cuda()
+    doc_BL = (torch.arange(length, device="cuda") >= 7).long().expand(2, length).contiguous()
+    cache = model.new_cache(2, length + 5)
+    with torch.no_grad():
+        whole = model(ids_BL, doc_BL)[:, -1]
+        model(ids_BL[:, :-1], doc_BL[:, :-1], cache)
+        last = model(ids_BL[:, -1:], doc_BL[:, -1:], cache)[:, -1]
+    assert (last - whole).norm() < 16 * torch.finfo(dtype).eps * whole.norm()
