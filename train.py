@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     evaluate = or_eagerly(Evaluation(model, tokenizer, examples.held_out, config,
                                      memory=captured.memory if captured else nullcontext),
                           captured, console.say)
-    step = or_eagerly(train_step, captured, console.say)
+    step = or_eagerly(train_step, captured, console.say)  # eagerly where graphs leave no room
     progress = run.begin(adapters, optimizer, scaler)
     show = console.Progress(run.folder, progress.step, steps)
     if progress.step == 0:
