@@ -1,15 +1,19 @@
 """The command line of the benches: a model, a grid of settings, here or for cards elsewhere."""
 
 import argparse
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phogpt_raw.cards import KNOWN, known_card
+from phogpt_raw.cards import KNOWN, Known, known_card
 from phogpt_raw.config import CHOICES, Config, Parser
 from phogpt_raw.refusal import Refusal
 
-ATTENTION = ("auto", "efficient")
+ATTENTION = {"auto": nullcontext,
+             "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,14 @@ def parse(built: Parser, arguments) -> argparse.Namespace:
                       f"card has the memory that it has")
     if not (options.measured or options.card):
         options.card = "t4,v100"
-    for name in options.card.split(",") if options.card else ():
-        known_card(name.strip())  # all of them, before the first is simulated
+    known_cards(options)  # all of them, before the first is simulated
     options.model = options.model or ("nano" if options.measured and not gpu else "7b5")
     return options
+
+
+def known_cards(options) -> list[Known]:
+    """Those of --card; none where it is not given."""
+    return [known_card(name.strip()) for name in options.card.split(",")] if options.card else []
 
 
 def count(text: str) -> int:

@@ -4,18 +4,15 @@ import gc
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from commandline import Setting
+from commandline import ATTENTION, Setting
 from rich import box
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phogpt_raw.cards import Card, dtype_name, this_card, training_dtype
 from phogpt_raw.config import Config
@@ -37,8 +34,6 @@ from phogpt_raw.training.step import (
     unmarked,
 )
 
-ATTENTION = {"auto": nullcontext,
-             "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}
 RESULTS = Path(__file__).parent / "results"
 
 

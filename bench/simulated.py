@@ -6,14 +6,13 @@ from functools import cache
 
 import harness
 import torch
-from commandline import Setting
+from commandline import Setting, known_cards
 
 from phogpt_raw.cards import (
     CONTEXT,
     GIB,
     Card,
     Rates,
-    known_card,
     matmul_workspace,
     training_dtype,
 )
@@ -137,7 +136,7 @@ class OnCard:
 def cards(options) -> Iterator[tuple[Card, Rates, Plans]]:
     """The cards of --card, with plans in the dtype that each trains in."""
     plans: dict[torch.dtype, Plans] = {}
-    for known in (known_card(name.strip()) for name in options.card.split(",")):
+    for known in known_cards(options):
         dtype, _ = training_dtype(known.card, options.dtype)
         plans[dtype] = plans.get(dtype) or Plans(options, dtype)
         yield known.card, known.rates, plans[dtype]

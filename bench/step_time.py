@@ -34,20 +34,18 @@ PHASES = ("forward", "backward", "clip", "optimizer")
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds by phase of each timed step; whether it ran as graphs; kernels of one step more."""
+    """Seconds by phase of each timed step; whether it ran as graphs; its matmul FLOPs; kernels of
+    one step more."""
 
     phases: list[dict[str, float]]
     captured: bool
+    flops: float
     kernels_s: dict[str, float]
     kernels: int
 
-    @property
-    def seconds(self) -> list[float]:
-        return [sum(phases.values()) for phases in self.phases]
 
-
-def measure(bench, setting, window) -> Measured:
-    """--steps steps after --warmup others."""
+def timed(bench, setting, window) -> list[dict[str, float]]:
+    """Seconds by phase of each of --steps steps, after --warmup others."""
     bench.begin(setting, capture=bench.options.capture)
     for _ in range(bench.options.warmup):
         bench.run(window)
@@ -55,8 +53,18 @@ def measure(bench, setting, window) -> Measured:
     for _ in range(bench.options.steps):
         bench.run(window, mark=watch)
         taken.append(watch.read())
+    return taken
+
+
+def measure(bench, setting, window) -> Measured:
+    phases = timed(bench, setting, window)
     on_gpu = kernels(bench, window) if bench.card.device == "cuda" else ({}, 0)
-    return Measured(taken, bench.captured, *on_gpu)
+    return Measured(phases, bench.captured, flops(bench, setting, window), *on_gpu)
+
+
+def whole(phases: list[dict[str, float]]) -> list[float]:
+    """Seconds of each step."""
+    return [sum(seconds.values()) for seconds in phases]
 
 
 def flops(bench, setting, window) -> float:
@@ -86,7 +94,7 @@ def measure_here(options) -> None:
     for setting, found in bench.rows(settings, measure):
         row = asdict(setting) | {"rank": options.rank, "fits": found is not None}
         if found is not None:
-            row |= measured_row(bench, setting, found, limit)
+            row |= measured_row(setting, found, limit)
             if rates:
                 seconds = step_seconds(plans.on(card, setting).plan.ops, rates)
                 row["simulated_s"] = seconds.middle if found.captured else seconds.eager
@@ -94,7 +102,7 @@ def measure_here(options) -> None:
     show(rows, options, limit)
     more = {}
     if examples:
-        depth = plans.fit_rows(examples[0], card).recompute if gpu else None
+        depth = str(plans.fit_rows(examples[0], card).recompute) if gpu else options.recompute
         more["items"] = told = items.estimate(options, *examples, timing(bench, depth))
         out.print(items.line(told))
     if options.save:
@@ -103,15 +111,14 @@ def measure_here(options) -> None:
         out.print(f"saved {file}")
 
 
-def measured_row(bench, setting, found: Measured, limit: dict | None) -> dict:
-    low, step, high = quantiles(found.seconds)
+def measured_row(setting, found: Measured, limit: dict | None) -> dict:
+    low, step, high = quantiles(whole(found.phases))
     row = {"captured": found.captured, "step_s": step, "step_s_20": low, "step_s_80": high,
            "phases_s": {p: statistics.median(t[p] for t in found.phases) for p in PHASES},
            "tokens_per_s": setting.tokens / step}
     if limit:
-        work = flops(bench, setting, bench.window(setting))
-        row |= {"matmul_flops": work, "kernels_s": found.kernels_s, "kernels": found.kernels,
-                "share_of_matmul": {k: work / step / v for k, v in limit.items()}}
+        row |= {"matmul_flops": found.flops, "kernels_s": found.kernels_s, "kernels": found.kernels,
+                "share_of_matmul": {k: found.flops / step / v for k, v in limit.items()}}
     return row
 
 
@@ -215,16 +222,13 @@ def ends(seconds: Seconds) -> tuple[float, float]:
     return seconds.low, seconds.high
 
 
-def timing(bench, depth: int | None):
-    """What gives the median seconds of a step over a window here, None where it does not fit;
-    depth: blocks recomputed, None: as --recompute says."""
-    asked = bench.options.recompute.replace("auto", "none") if depth is None else str(depth)
-
+def timing(bench, recompute: str):
+    """What gives the median seconds of a step over a window here, None where it does not fit."""
     def seconds(window: Window) -> tuple[float] | None:
         rows, length = window.batches[0].ids_BL.shape
-        setting = Setting(length, rows, 1, asked)
-        found = bench.attempt(measure, setting, window)
-        return found and (statistics.median(found.seconds),)
+        setting = resolved(None, Setting(length, rows, 1, recompute), bench.card)
+        phases = bench.attempt(timed, setting, window)
+        return phases and (statistics.median(whole(phases)),)
 
     return seconds
 
