@@ -14,7 +14,7 @@ import torch
 from transformers import TextStreamer
 
 from phogpt_raw.cards import DTYPES, this_card, training_dtype
-from phogpt_raw.config import Parser
+from phogpt_raw.command_line import Parser
 from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
 from phogpt_raw.decode import answer
 from phogpt_raw.model.adapters import load_adapters, named_base

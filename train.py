@@ -9,17 +9,17 @@ from dataclasses import replace
 
 import torch
 
-from phogpt_raw import console, startcard
 from phogpt_raw.cards import dtype_name, this_card, training_dtype
-from phogpt_raw.config import from_command_line
+from phogpt_raw.command_line import from_command_line
 from phogpt_raw.data.batches import Stream
 from phogpt_raw.data.examples import load_examples
 from phogpt_raw.model.adapters import load_adapters, new_adapters
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import exits_cleanly
-from phogpt_raw.training.capture import Captured, or_eagerly, why_not
+from phogpt_raw.show import console, startcard
+from phogpt_raw.simulate.fit import choose
 from phogpt_raw.training.evaluate import Evaluation
-from phogpt_raw.training.fit import choose
+from phogpt_raw.training.graphs import Captured, or_eagerly, why_not
 from phogpt_raw.training.loss import chunk_rows
 from phogpt_raw.training.optim import lr_at, make_optimizer
 from phogpt_raw.training.run import Run

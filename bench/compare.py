@@ -17,13 +17,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import harness
-import items
-
-from phogpt_raw.cards import KNOWN, Card
-from phogpt_raw.config import Config, Parser
-from phogpt_raw.console import out
+from bench import harness, items
+from phogpt_raw.cards import Card
+from phogpt_raw.command_line import Parser
+from phogpt_raw.config import Config
 from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.show.console import out
+from phogpt_raw.simulate.rates import KNOWN
 
 ROOT = Path(__file__).parents[1]
 LARGE = 48  # GiB; larger cards are not what people rent for this and have no column

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from phogpt_raw.cards import GIB, Rates, matmul_workspace
-from phogpt_raw.roofline import op_seconds
+from phogpt_raw.cards import GIB
+from phogpt_raw.simulate.rates import Rates, matmul_workspace
+from phogpt_raw.simulate.roofline import op_seconds
 
 FIGURES = Path(__file__).parent / "figures"
 BINS = 120  # of a step's time

@@ -10,20 +10,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from commandline import ATTENTION, Setting
 from rich import box
 from rich.table import Table
 
+from bench.command_line import ATTENTION, Setting
+from bench.meter import device_gib
 from phogpt_raw.cards import Card, dtype_name, this_card, training_dtype
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.meter import device_gib
 from phogpt_raw.model.adapters import Adapters, new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, PhoGPT
 from phogpt_raw.model.weights import find_folder, frozen, place, read_model
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.training.capture import Captured, why_not
+from phogpt_raw.training.graphs import Captured, why_not
 from phogpt_raw.training.loss import chunk_rows
 from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.step import (

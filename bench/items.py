@@ -4,13 +4,13 @@ import statistics
 from collections.abc import Callable
 
 from phogpt_raw.config import Config
-from phogpt_raw.console import clock
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.examples import load_examples
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.model.weights import find_folder
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.show.console import clock
 
 STRATA = 8  # micro-batches that stand for all: the middle one of each eighth, by length
 

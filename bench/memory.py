@@ -10,17 +10,16 @@ on a GPU it is measured there and simulated beside it.
 
 from dataclasses import asdict, replace
 
-import commandline
-import figures
-import harness
 import torch
-from simulated import OnCard, Plans, cards, resolved
 
+from bench import command_line as commandline
+from bench import figures, harness
+from bench.meter import Scale
+from bench.simulated import OnCard, Plans, cards, resolved
 from phogpt_raw.cards import Card, dtype_name
-from phogpt_raw.console import out
-from phogpt_raw.ledger import KINDS
-from phogpt_raw.meter import Scale
 from phogpt_raw.refusal import exits_cleanly
+from phogpt_raw.show.console import out
+from phogpt_raw.simulate.ledger import KINDS
 
 LONGEST = 16_384  # tokens; rows beyond that are not looked for
 

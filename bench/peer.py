@@ -18,16 +18,17 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import harness
 import torch
-from commandline import count
-from sides import Side, write_checkpoint
 
+from bench import harness
+from bench.command_line import count
+from bench.sides import Side, write_checkpoint
 from phogpt_raw.cards import DTYPES
-from phogpt_raw.config import Config, Parser
-from phogpt_raw.console import out
+from phogpt_raw.command_line import Parser
+from phogpt_raw.config import Config
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
 from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.show.console import out
 
 
 def adapter_weights(shape: ModelConfig, rank: int) -> int:

@@ -11,14 +11,14 @@ import tempfile
 import time
 from pathlib import Path
 
-import commandline
-import harness
 import torch
-from commandline import Setting
 
+from bench import command_line as commandline
+from bench import harness
+from bench.command_line import Setting
+from bench.meter import device_gib
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.config import Config
-from phogpt_raw.meter import device_gib
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal
 

@@ -4,27 +4,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-import harness
 import torch
-from commandline import Setting, known_cards
 
-from phogpt_raw.cards import (
-    CONTEXT,
-    GIB,
-    Card,
-    Rates,
-    matmul_workspace,
-    training_dtype,
-)
+from bench import harness
+from bench.command_line import Setting, known_cards
+from phogpt_raw.cards import GIB, Card, training_dtype
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.ledger import Plan
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
 from phogpt_raw.model.weights import find_folder, read_config
-from phogpt_raw.plan import META, base_on_meta, simulate
-from phogpt_raw.training.fit import Fit, attention_kernel, fit, longest
+from phogpt_raw.simulate.fit import Fit, attention_kernel, fit, longest
+from phogpt_raw.simulate.ledger import Plan
+from phogpt_raw.simulate.rates import CONTEXT, Rates, matmul_workspace
+from phogpt_raw.simulate.trace import META, base_on_meta, simulate
 from phogpt_raw.training.loss import chunk_rows
 
 EFFICIENT = Card("", "cuda", (7, 5))  # a card that has only the memory-efficient kernel

@@ -13,21 +13,21 @@ not fit is a row that says so.
 import statistics
 from dataclasses import asdict, dataclass, replace
 
-import commandline
-import harness
-import items
 import torch
-from commandline import Setting, count
-from gpu_kernels import FAMILIES, ceiling, kernels
-from simulated import OnCard, Plans, cards, resolved
 
-from phogpt_raw.cards import KNOWN, Card, Rates, dtype_name
-from phogpt_raw.console import out
+from bench import command_line as commandline
+from bench import harness, items
+from bench.command_line import Setting, count
+from bench.gpu_kernels import FAMILIES, ceiling, kernels
+from bench.meter import Stopwatch
+from bench.simulated import OnCard, Plans, cards, resolved
+from phogpt_raw.cards import Card, dtype_name
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.meter import Stopwatch
 from phogpt_raw.refusal import Refusal, exits_cleanly
-from phogpt_raw.roofline import Seconds, by_phase, step_seconds
+from phogpt_raw.show.console import out
+from phogpt_raw.simulate.rates import KNOWN, Rates
+from phogpt_raw.simulate.roofline import Seconds, by_phase, step_seconds
 
 PHASES = ("forward", "backward", "clip", "optimizer")
 

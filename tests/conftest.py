@@ -2,11 +2,9 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py, generate.py, phogpt_raw
 
 import checkpoints
 import pytest

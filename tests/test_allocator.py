@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from phogpt_raw.allocator import Allocator
+from phogpt_raw.simulate.allocator import Allocator
 
 KIB, MIB = 2**10, 2**20
 

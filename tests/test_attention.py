@@ -29,7 +29,7 @@ from phogpt_raw.model.attention import (
     kernel,
 )
 from phogpt_raw.model.phogpt import ModelConfig
-from phogpt_raw.model.remake import remade
+from phogpt_raw.model.recompute import remade
 from phogpt_raw.refusal import Refusal
 
 # Documents of two rows of 7: right padding (document 9) behind two packed ones, left padding.

@@ -3,25 +3,15 @@
 import doctest
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import commandline
-import compare
-import gpu_kernels
-import harness
-import items
-import memory
-import simulated
-import step_time
-from commandline import Setting
 from torch.nn.attention import SDPBackend
 
-from phogpt_raw.meter import Scale, Stopwatch
+from bench import command_line as commandline
+from bench import compare, gpu_kernels, harness, items, memory, simulated, step_time
+from bench.command_line import Setting
+from bench.meter import Scale, Stopwatch
 
 HERE = ["--measured", "--model", "nano"]
 SMALL = [*HERE, "--seq-len", "32,64", "--recompute", "all,none"]

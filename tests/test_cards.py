@@ -3,16 +3,9 @@
 import pytest
 import torch
 
-from phogpt_raw.cards import (
-    KNOWN,
-    Card,
-    known_card,
-    matmul_workspace,
-    runs_on,
-    this_card,
-    training_dtype,
-)
+from phogpt_raw.cards import Card, runs_on, this_card, training_dtype
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.simulate.rates import KNOWN, known_card, matmul_workspace
 
 T4 = Card("Tesla T4", "cuda", (7, 5), 14.56)
 V100 = Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 15.77)

@@ -1,19 +1,12 @@
 """The README's tables are made from the results, and differ from them nowhere."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import commandline
-import compare
-import harness
-import simulated
-import step_time
-from commandline import Setting
+from bench import command_line as commandline
+from bench import compare, harness, simulated, step_time
+from bench.command_line import Setting
 
 T4 = {"name": "Tesla T4", "device": "cuda", "capability": [7, 5], "memory_gib": 14.56}
 H200 = {"name": "NVIDIA H200", "device": "cuda", "capability": [9, 0], "memory_gib": 139.8}

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from phogpt_raw import command_line
 from phogpt_raw import config as configuration
-from phogpt_raw.config import PRESETS, Config, from_command_line, parser, preset_names
+from phogpt_raw.command_line import PRESETS, from_command_line, parser, preset_names
+from phogpt_raw.config import Config
 from phogpt_raw.refusal import Refusal
 
 ROOT = Path(__file__).parents[1]
@@ -74,8 +76,8 @@ def test_the_flags_are_these_and_no_others():
 
 def test_every_field_has_help_and_a_flag():
     names = [field.name for field in dataclasses.fields(Config)]
-    assert sorted(configuration.comments()) == sorted(names)
-    assert all(len(text) > 5 for text in configuration.comments().values())
+    assert sorted(command_line.comments()) == sorted(names)
+    assert all(len(text) > 5 for text in command_line.comments().values())
     assert {f"--{configuration.flag(name)}" for name in names} < set(FLAGS)
     text = parser("what it does").format_help()
     assert "LoRA rank (default 16)" in text

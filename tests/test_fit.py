@@ -7,14 +7,15 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import ragged_examples
-from plans import on_meta, step_of
 from torch.nn.attention import SDPBackend
+from traces import on_meta, step_of
 
-from phogpt_raw.cards import Card, matmul_workspace
+from phogpt_raw.cards import Card
 from phogpt_raw.config import Config
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.training import fit as module
-from phogpt_raw.training.fit import Fit, attention_kernel, choose, fit, longest, needed
+from phogpt_raw.simulate import fit as module
+from phogpt_raw.simulate.fit import Fit, attention_kernel, choose, fit, longest, needed
+from phogpt_raw.simulate.rates import matmul_workspace
 
 BLOCKS = 6
 CARD = Card("a card", "cuda", (7, 5), 100.0)

@@ -11,14 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phogpt_raw.data.batches import collate, make_window
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.model import attention, lowrank
+from phogpt_raw.model import attention
+from phogpt_raw.model import lora as lowrank
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.attention import Bias, alibi_slopes, attend, kernel
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.training import capture
-from phogpt_raw.training.capture import Captured, why_not
+from phogpt_raw.training import graphs as capture
 from phogpt_raw.training.evaluate import held_out_loss
+from phogpt_raw.training.graphs import Captured, why_not
 from phogpt_raw.training.loss import summed_loss
 from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.step import make_micro_step, make_scaler, train_step

@@ -8,13 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "phogpt_raw"
 ROOMS = [
-    "refusal", "config", "cards", "meter", "allocator", "ledger",
+    "refusal", "config", "command_line", "cards",
     "data.rows", "data.prompt", "data.examples", "data.batches",
-    "model.attention", "model.remake", "model.cache", "model.phogpt", "model.weights",
-    "model.dequant", "model.matmul", "model.lowrank", "model.adapters", "decode",
-    "training.loss", "training.optim", "training.capture", "training.step",
-    "training.evaluate", "plan", "roofline", "training.fit",
-    "training.checkpoint", "training.run", "console", "startcard",
+    "model.attention", "model.recompute", "model.cache", "model.phogpt", "model.nf4",
+    "model.weights", "model.matmul", "model.lora", "model.adapters", "decode",
+    "training.loss", "training.optim", "training.graphs", "training.step",
+    "training.evaluate", "training.checkpoint", "training.run",
+    "simulate.allocator", "simulate.ledger", "simulate.rates", "simulate.trace",
+    "simulate.roofline", "simulate.fit", "show.console", "show.startcard",
 ]
 ABOVE_NANO = ROOMS[: ROOMS.index("training.loss")]
 
@@ -82,6 +83,7 @@ def test_the_package_itself_offers_load_base_alone():
 
 def test_this_test_sees_an_import_wherever_it_stands(tmp_path):
     file = tmp_path / "m.py"
-    file.write_text("def f():\n    from phogpt_raw import console\n    import phogpt_raw.decode\n"
+    file.write_text("def f():\n    from phogpt_raw.show import console\n"
+                    "    import phogpt_raw.decode\n"
                     "from phogpt_raw.training.step import train_step\n")
-    assert rooms_used(file) == {"console", "decode", "training.step"}
+    assert rooms_used(file) == {"show.console", "decode", "training.step"}

@@ -11,7 +11,7 @@ import train
 from phogpt_raw.data.examples import PAIRS
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import NANO, load_base
-from phogpt_raw.nano.judge import ask, held_out_pairs, judge, polite
+from phogpt_raw.nano.recipe.judge import ask, held_out_pairs, judge, polite
 
 
 def pairs(name: str) -> list[dict]:
@@ -81,6 +81,6 @@ def test_the_base_alone_neither_stops_nor_is_polite():
 def test_the_judge_counts_shares():
     import doctest
 
-    from phogpt_raw.nano import judge as module
+    from phogpt_raw.nano.recipe import judge as module
 
     assert doctest.testmod(module).failed == 0

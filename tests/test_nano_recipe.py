@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.nano import corpus, prepare, pretrain, questions
-from phogpt_raw.nano.tokenizer import EOS, WORD, save_tokenizer, train_tokenizer
+from phogpt_raw.nano.recipe import corpus, prepare, pretrain, questions
+from phogpt_raw.nano.recipe.tokenizer import EOS, WORD, save_tokenizer, train_tokenizer
 from phogpt_raw.refusal import Refusal
 
 SHARED = Path(__file__).parents[2] / "shared"

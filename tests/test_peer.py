@@ -1,18 +1,11 @@
 """What bench/peer.py compares is the same: weights, function, adapters, and the arithmetic."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import commandline
-import harness
-import peer
-import sides
-
+from bench import command_line as commandline
+from bench import harness, peer, sides
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import read_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phogpt_raw.config import from_command_line, preset_names
+from phogpt_raw.command_line import from_command_line, preset_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "phogpt_raw" / "nano" / "base" / "README.md", ROOT / "LOG.md"]

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from plans import planned
+from traces import planned
 
-from phogpt_raw.cards import KNOWN, Rates
-from phogpt_raw.ledger import Op
-from phogpt_raw.roofline import Seconds, by_phase, op_seconds, step_seconds
+from phogpt_raw.simulate.ledger import Op
+from phogpt_raw.simulate.rates import KNOWN, Rates
+from phogpt_raw.simulate.roofline import Seconds, by_phase, op_seconds, step_seconds
 
 # FLOP/s of 100 to 200, attention a tenth; bytes/s of 1 to 4; a launch of 0.25 to 0.5 seconds
 RATES = Rates((100, 200), (0.1, 0.1), (1, 4), (0.25, 0.5), (2.0, 3.0), "invented")

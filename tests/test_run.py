@@ -11,9 +11,9 @@ from checkpoints import NANO
 from conftest import QUESTIONS, write_rows
 from safetensors.torch import load_file
 
-from phogpt_raw import console
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model import phogpt
+from phogpt_raw.show import console
 
 STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_gib", "scale",
              "skipped"]

@@ -10,22 +10,15 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-
-import commandline
-import figures
-import harness
-import items
-import memory
-import simulated
-import step_time
-from commandline import Setting
-from simulated import Plans, cards
-
+from bench import command_line as commandline
+from bench import figures, harness, items, memory, simulated, step_time
+from bench.command_line import Setting
+from bench.simulated import Plans, cards
 from phogpt_raw import cards as known
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.ledger import KINDS
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.simulate import rates as known_rates
+from phogpt_raw.simulate.ledger import KINDS
 
 NANO = ["--model", "nano", "--seq-len", "64,512"]
 
@@ -50,8 +43,8 @@ def a_4b_on_a_t4():
 
 
 def small_t4(monkeypatch, gib: float):
-    card = replace(known.KNOWN["t4"].card, memory_gib=gib)
-    monkeypatch.setitem(known.KNOWN, "t4", replace(known.KNOWN["t4"], card=card))
+    card = replace(known_rates.KNOWN["t4"].card, memory_gib=gib)
+    monkeypatch.setitem(known_rates.KNOWN, "t4", replace(known_rates.KNOWN["t4"], card=card))
 
 
 @pytest.mark.parametrize("bench", [memory, step_time])
@@ -70,7 +63,7 @@ def test_the_kinds_are_what_is_allocated_and_the_card_holds_more():
     assert sum(row["kinds_gib"].values()) == pytest.approx(row["allocated_gib"])
     assert sum(row["blocks_gib"].values()) == pytest.approx(row["kinds_gib"]["saved activations"])
     assert row["allocated_gib"] <= row["reserved_gib"]
-    beside = known.CONTEXT / known.GIB + row["pages_gib"]
+    beside = known_rates.CONTEXT / known.GIB + row["pages_gib"]
     assert row["device_gib"] == pytest.approx(row["reserved_gib"] + beside)
     assert {"forward", "backward"} <= row["peak_gib"].keys()
     assert max(p["allocated"] for p in row["peak_gib"].values()) == row["allocated_gib"]
@@ -212,7 +205,7 @@ def test_the_figure_shows_the_cards_limit_and_every_kind(tmp_path):
     assert phases["forward"] < phases["backward"] < times[-1]
     top = max(map(sum, zip(*areas.values(), strict=True)))
     assert top == pytest.approx(
-        found.plan.peak(known.matmul_workspace(card)).allocated / known.GIB)
+        found.plan.peak(known_rates.matmul_workspace(card)).allocated / known.GIB)
 
 
 def test_the_areas_of_the_figure_are_all_the_kinds():
@@ -317,5 +310,5 @@ def test_seconds_in_fp32_are_not_made_of_16_bit_rates(capsys):
 def test_a_plan_is_made_once():
     plans = Plans(options("--card", "t4"), known.DTYPES["fp16"])
     setting = Setting(64, 1, 1, "none")
-    card = known.KNOWN["t4"].card
-    assert plans.on(card, setting).plan is plans.on(known.KNOWN["v100"].card, setting).plan
+    card = known_rates.KNOWN["t4"].card
+    assert plans.on(card, setting).plan is plans.on(known_rates.KNOWN["v100"].card, setting).plan

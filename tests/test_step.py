@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import ragged_examples
 from oracle import oracle
 
-from phogpt_raw.config import from_command_line
+from phogpt_raw.command_line import from_command_line
 from phogpt_raw.data.batches import Stream, make_window
 from phogpt_raw.data.examples import load_examples
 from phogpt_raw.model.adapters import new_adapters

@@ -17,7 +17,7 @@ from types import MethodType
 import torch
 from torch import nn
 
-from phogpt_raw.model.lowrank import low_rank_linear
+from phogpt_raw.model.lora import low_rank_linear
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 

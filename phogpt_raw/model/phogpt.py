@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phogpt_raw.model.attention import Bias, alibi_slopes, attend
 from phogpt_raw.model.cache import Cache
-from phogpt_raw.model.remake import remade
+from phogpt_raw.model.recompute import remade
 from phogpt_raw.refusal import Refusal
 
 

@@ -13,18 +13,18 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import ragged_examples
-from plans import EFFICIENT, D, H, V, adapted_on_meta, empty, on_meta, planned, recorded, step_of
 from torch import nn
 from torch.nn.attention import SDPBackend
+from traces import EFFICIENT, D, H, V, adapted_on_meta, empty, on_meta, planned, recorded, step_of
 
-from phogpt_raw.allocator import Allocator
 from phogpt_raw.data.batches import MicroBatch, make_window
-from phogpt_raw.ledger import KINDS, Storage, kind_of
 from phogpt_raw.model import phogpt
 from phogpt_raw.model.attention import Bias, attend
-from phogpt_raw.model.lowrank import low_rank_linear
+from phogpt_raw.model.lora import low_rank_linear
 from phogpt_raw.model.weights import nf4_linear
-from phogpt_raw.plan import META, simulate
+from phogpt_raw.simulate.allocator import Allocator
+from phogpt_raw.simulate.ledger import KINDS, Storage, kind_of
+from phogpt_raw.simulate.trace import META, simulate
 
 aten = torch.ops.aten
 LINEARS = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]  # (in, out) of a block

@@ -1,6 +1,6 @@
 """Articles become tokens: a tokenizer of their own, and the streams that pretraining reads.
 
-    python -m phogpt_raw.nano.prepare --articles articles.jsonl.gz --out DATA
+    python -m phogpt_raw.nano.recipe.prepare --articles articles.jsonl.gz --out DATA
 
 Writes train.bin and heldout.bin (uint16, each document ends in </s>), the tokenizer, corpus.json
 with the counts, and questions.jsonl to look at.
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from phogpt_raw.nano import corpus, questions
-from phogpt_raw.nano.folder import write_json
-from phogpt_raw.nano.tokenizer import EOS, save_tokenizer, train_tokenizer
+from phogpt_raw.nano.recipe import corpus, questions
+from phogpt_raw.nano.recipe.folder import write_json
+from phogpt_raw.nano.recipe.tokenizer import EOS, save_tokenizer, train_tokenizer
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
 

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phogpt_raw.cards import KNOWN, Known, known_card
-from phogpt_raw.config import CHOICES, Config, Parser
+from phogpt_raw.command_line import Parser
+from phogpt_raw.config import CHOICES, Config
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.simulate.rates import KNOWN, Known, known_card
 
 ATTENTION = {"auto": nullcontext,
              "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}

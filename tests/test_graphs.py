@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from phogpt_raw.training import capture
-from phogpt_raw.training.capture import Captured, or_eagerly, why_not
+from phogpt_raw.training import graphs as capture
+from phogpt_raw.training.graphs import Captured, or_eagerly, why_not
 
 FULL = torch.OutOfMemoryError("CUDA out of memory")
 

@@ -1,7 +1,7 @@
 """Pretrain `nano`, a small PhoGPT, on what `prepare` has written.
 
-    python -m phogpt_raw.nano.prepare --articles articles.jsonl.gz --out DATA
-    python -m phogpt_raw.nano.pretrain --data DATA --out BASE
+    python -m phogpt_raw.nano.recipe.prepare --articles articles.jsonl.gz --out DATA
+    python -m phogpt_raw.nano.recipe.pretrain --data DATA --out BASE
 
 Writes a folder as on the hub, and pretraining.json with how it came about. The surprise is what is
 saved: not the last weights but those of the lowest held-out loss, since a few million tokens read
@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 
 from phogpt_raw.cards import this_card, training_dtype
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.nano.folder import TOKENIZER_FILES, vinai_config, write_base
-from phogpt_raw.nano.tokenizer import EOS
+from phogpt_raw.nano.recipe.folder import TOKENIZER_FILES, vinai_config, write_base
+from phogpt_raw.nano.recipe.tokenizer import EOS
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
 SAMPLES = [
@@ -143,7 +143,7 @@ def read_data(data: Path, device: torch.device) -> tuple[dict, torch.Tensor, tor
     for name in ("corpus.json", "train.bin", "heldout.bin", *TOKENIZER_FILES):
         if not (data / name).is_file():
             raise Refusal(f"--data {data}: {name} is missing; run "
-                          f"python -m phogpt_raw.nano.prepare --out {data} first")
+                          f"python -m phogpt_raw.nano.recipe.prepare --out {data} first")
     counts = json.loads((data / "corpus.json").read_text())
     streams = [np.fromfile(data / name, dtype=np.uint16) for name in ("train.bin", "heldout.bin")]
     return counts, *(torch.from_numpy(s.astype(np.int32)).to(device) for s in streams)

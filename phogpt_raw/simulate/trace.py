@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from phogpt_raw.data.batches import Window
-from phogpt_raw.ledger import Op, Plan, Storage
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import frozen, place
+from phogpt_raw.simulate.ledger import Op, Plan, Storage
 from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.step import make_micro_step, train_step
 

@@ -8,7 +8,7 @@ forward, tell saved activations from temporaries.
 from collections import defaultdict
 from dataclasses import dataclass
 
-from phogpt_raw.allocator import Allocator
+from phogpt_raw.simulate.allocator import Allocator
 
 KINDS = (
     "NF4 weights", "NF4 constants", "plain weights", "embedding", "norms and biases",

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
-from phogpt_raw.nano.phrases import NOT_A_CLAUSE, UNTURNED, is_clause, is_noun_phrase, words
+from phogpt_raw.nano.recipe.phrases import NOT_A_CLAUSE, UNTURNED, is_clause, is_noun_phrase, words
 
 TEMPLATES = {  # VinAI's two prompts, and what stands between two questions of a page
     "4B-Chat": ("### Câu hỏi: {q}\n### Trả lời: {a}", "\n"),

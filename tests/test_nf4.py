@@ -4,8 +4,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from phogpt_raw.model import dequant
-from phogpt_raw.model.dequant import ROWS, SCALES, WEIGHTS, dequantise, fused_works
+from phogpt_raw.model import nf4 as dequant
+from phogpt_raw.model.nf4 import ROWS, SCALES, WEIGHTS, dequantise, fused_works
 from phogpt_raw.model.weights import nf4_linear
 
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]

@@ -17,14 +17,15 @@ from typing import Protocol
 import torch
 from torch.nn.attention import SDPBackend
 
-from phogpt_raw.cards import CONTEXT, GIB, Card, matmul_workspace
+from phogpt_raw.cards import GIB, Card
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.ledger import Plan
 from phogpt_raw.model.adapters import inject
 from phogpt_raw.model.phogpt import PhoGPT
-from phogpt_raw.plan import META, base_on_meta, simulate
+from phogpt_raw.simulate.ledger import Plan
+from phogpt_raw.simulate.rates import CONTEXT, matmul_workspace
+from phogpt_raw.simulate.trace import META, base_on_meta, simulate
 from phogpt_raw.training.evaluate import CACHE_MIB
 from phogpt_raw.training.loss import chunk_rows
 

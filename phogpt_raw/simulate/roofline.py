@@ -9,8 +9,8 @@ than the card, so an eager step takes at least what Python needs to name its ker
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from phogpt_raw.cards import Rates
-from phogpt_raw.ledger import Op
+from phogpt_raw.simulate.ledger import Op
+from phogpt_raw.simulate.rates import Rates
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from phogpt_raw.data.batches import make_window
-from phogpt_raw.model import attention, phogpt, remake
+from phogpt_raw.model import attention, phogpt
+from phogpt_raw.model import recompute as remake
 from phogpt_raw.model.adapters import TARGETS, new_adapters
-from phogpt_raw.model.remake import remade
+from phogpt_raw.model.recompute import remade
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.training.step import make_micro_step, make_scaler
 

@@ -1,6 +1,6 @@
 """What became of nano's held-out answers: polite, ended by themselves, distinct, on the topic.
 
-    python -m phogpt_raw.nano.judge runs/nano-001
+    python -m phogpt_raw.nano.recipe.judge runs/nano-001
 
 Politeness and stopping are what LoRA teaches, and a base with random weights learns them as well.
 Only naming the topic and not saying the same to everybody tell a base that knows Vietnamese apart.

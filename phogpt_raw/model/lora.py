@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from phogpt_raw.model.dequant import dequantise
 from phogpt_raw.model.matmul import matmul_to, scaled_matmul
+from phogpt_raw.model.nf4 import dequantise
 
 
 def low_rank_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:

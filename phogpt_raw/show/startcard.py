@@ -4,14 +4,14 @@ import statistics
 
 import torch
 
-from phogpt_raw import console
 from phogpt_raw.cards import Card, capability, dtype_name
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.attention import form
 from phogpt_raw.model.phogpt import PhoGPT
-from phogpt_raw.training.fit import Fit
+from phogpt_raw.show import console
+from phogpt_raw.simulate.fit import Fit
 from phogpt_raw.training.optim import describe
 from phogpt_raw.training.run import Run
 

@@ -6,10 +6,10 @@ from torch.nn.attention import SDPBackend
 
 from phogpt_raw.data.batches import make_window
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.ledger import Op, Plan
 from phogpt_raw.model.adapters import TARGETS, inject
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.plan import META, Recorder, base_on_meta, simulate
+from phogpt_raw.simulate.ledger import Op, Plan
+from phogpt_raw.simulate.trace import META, Recorder, base_on_meta, simulate
 
 EFFICIENT = SDPBackend.EFFICIENT_ATTENTION
 D, H, V = 192, 6, 512
