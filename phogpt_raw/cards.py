@@ -1,13 +1,14 @@
 """What a GPU is to a training run: above all, which dtype it computes in, and why.
 
-The surprise: `torch.cuda.is_bf16_supported()` says yes on a T4 and a V100, because it counts
-emulation. Only the compute capability tells: bf16 has hardware from 8.0 (Ampere) on.
+`torch.cuda.is_bf16_supported()` says yes on a T4 and a V100, because it counts emulation. The
+compute capability decides instead: bf16 has hardware from 8.0 (Ampere) on.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 
 GIB = 2**30
@@ -63,12 +64,14 @@ def training_dtype(card: Card, asked: str = "auto") -> tuple[torch.dtype, str]:
         if asked == "fp16" and card.device == "cpu":
             raise Refusal("--dtype fp16: the CPU computes in fp32 or bf16; leave the flag out, "
                           "or say --dtype auto where a preset asks for it")
-        return DTYPES[asked], "asked for by --dtype"
+        return DTYPES[asked], _("asked for by --dtype")
     if card.device == "cpu":
-        return torch.float32, "the CPU has no faster one"
+        return torch.float32, _("the CPU has no faster one")
     if bf16:
-        return torch.bfloat16, f"compute capability {capability(card)} has bf16 in hardware"
-    return torch.float16, f"compute capability {capability(card)} has no bf16 (8.0 and up do)"
+        return torch.bfloat16, _("compute capability {version} has bf16 in hardware",
+                                 version=capability(card))
+    return torch.float16, _("compute capability {version} has no bf16 (8.0 and up do)",
+                            version=capability(card))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

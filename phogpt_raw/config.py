@@ -43,17 +43,18 @@ class Config:
     alpha: float = 32  # LoRA alpha; updates are scaled by alpha / rank
     dropout: float = 0.0  # LoRA dropout
     targets: str = "Wqkv,out_proj,up_proj,down_proj"  # linear layers that get adapters
-    # numbers and memory
+    # precision and memory
     nf4: bool = True  # quantise the base to NF4; --no-nf4 keeps plain weights
     dtype: str = "auto"  # auto, fp16, bf16 or fp32: what activations are computed in
     recompute: str = "auto"  # blocks recomputed in backward: all, none, N, or as the card forces
     capture: bool = True  # on a GPU, run shapes that come again as CUDA graphs
     loss_mib: int = 256  # MiB that one chunk of logits may take, its transients included
-    # looking and saving
+    # evaluation and saving
     eval_every: int = 0  # steps between evaluations; 0: only before, and at the end
     eval_answers: int = 8  # held-out answers written at an evaluation, to see whether they stop
     answer_tokens: int = 96  # tokens such an answer may have
     save_every: int = 0  # steps between checkpoints, beside those at evaluations and at the end
+    max_skipped: int = 20  # steps skipped in a row (gradients not finite) before the run stops
 
     def __post_init__(self):
         for name, low in LOWEST.items():
@@ -93,7 +94,7 @@ class Config:
 
 LOWEST = dict(steps=1, batch_size=1, micro_batch=1, max_len=8, warmup=0, rank=1, loss_mib=1,
               eval_every=0, eval_answers=0, answer_tokens=1, save_every=0, hold_out=0, seed=0,
-              weight_decay=0)
+              weight_decay=0, max_skipped=1)
 CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))
 

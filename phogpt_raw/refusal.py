@@ -1,7 +1,8 @@
-"""Refusal: what a person has to hear in one line, instead of a traceback.
+"""Errors that a person reads as one line instead of a traceback.
 
-A Refusal is raised where a file, a flag, a row or a card cannot be used as asked. A bug is not a
-Refusal: it keeps its traceback.
+A Refusal is raised where a file, a flag, a row or a GPU cannot be used as asked (exit status 2). A
+RunFailed ends a training run that produced nothing usable (exit status 1). A bug is neither: it
+keeps its traceback.
 """
 
 import functools
@@ -13,17 +14,24 @@ class Refusal(ValueError):
     """One sentence: what is wrong, where (file and line, flag, tensor), and what to do."""
 
 
+class RunFailed(RuntimeError):
+    """One sentence: why the run ends without a result, and what is left of it."""
+
+
 def exits_cleanly(main):
-    """Decorate a command: a Refusal becomes one line on stderr and exit status 2, Ctrl-C 130."""
+    """Decorate a command: an error for people becomes one line on stderr and an exit status.
+
+    Refusal and a full GPU: 2; RunFailed: 1; Ctrl-C: 130.
+    """
 
     @functools.wraps(main)
     def command(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except Refusal as refusal:
-            print(f"error: {' '.join(str(refusal).split())}", file=sys.stderr)
-            sys.exit(2)
-        except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        except (Refusal, RunFailed) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, Refusal) else 1)
+        except BrokenPipeError:  # the reader of the output has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:

@@ -10,7 +10,7 @@ import checkpoints
 import pytest
 import torch
 
-from phogpt_raw.data.prompt import Example
+from phogpt_raw.data.prompt import Example, next_tokens
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import load_base, read_tokenizer
 
@@ -66,6 +66,11 @@ def lively(adapted):
     return model.eval()
 
 
+def example(ids: list[int], answer: int, where: str) -> Example:
+    """A document of which the last `answer` tokens are supervised."""
+    return Example(ids, next_tokens(ids, start=len(ids) - answer), where=where)
+
+
 def ragged_examples(count: int, *, seed: int = 0, vocabulary: int = 4096, longest: int = 60):
     """Examples of very different lengths, so that an average of averages would show."""
     dice = torch.Generator().manual_seed(seed)
@@ -74,7 +79,7 @@ def ragged_examples(count: int, *, seed: int = 0, vocabulary: int = 4096, longes
         length = int(torch.randint(6, longest, (1,), generator=dice))
         answer = int(torch.randint(1, length - 2, (1,), generator=dice))
         ids = torch.randint(4, vocabulary, (length,), generator=dice).tolist()
-        examples.append(Example(ids, answer, False, f"row:{n + 1}"))
+        examples.append(example(ids, answer, f"row:{n + 1}"))
     return examples
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from phogpt_raw.training import checkpoint
-from phogpt_raw.training.optim import make_optimizer
-from phogpt_raw.training.step import make_scaler
+from phogpt_raw.training.setup import make_scaler, wire
 
 STOPPED = KeyboardInterrupt()
 
@@ -157,32 +156,57 @@ def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path):
 
 def test_what_is_saved_is_what_is_loaded(adapted, tmp_path):
     """Adapter, optimizer, loss scale and generators, without a run around them."""
-    _, adapters = adapted()
-    optimizer = make_optimizer(adapters.flat, "paged_adamw_8bit", 1e-2, 0.0)
-    scaler = make_scaler(torch.float16, "cpu")
-    scaler.scale(torch.ones(()))  # GradScaler makes its tensors on the first use
-    adapters.flat.grad.normal_()
-    optimizer.step()
-    scaler.update(512.0)
-    folder = checkpoint.save(tmp_path, 4, adapters, optimizer, scaler, {"step": 4, "first": {}})
-    saved = adapters.flat.detach().clone(), torch.rand(3)
-    state = optimizer.state_dict()
+    training = trained_in_fp16(adapted)
+    training.scaler.scale(torch.ones(()))  # GradScaler makes its tensors on the first use
+    training.adapters.flat.grad.normal_()
+    training.optimizer.step()
+    training.scaler.update(512.0)
+    folder = checkpoint.save(tmp_path, 4, training, {"step": 4, "first": {}})
+    saved = training.adapters.flat.detach().clone(), torch.rand(3)
+    state = training.optimizer.state_dict()
 
-    _, other = adapted(seed=5)
-    other.flat.data.add_(1)
-    fresh = make_optimizer(other.flat, "paged_adamw_8bit", 1.0, 0.0)
-    new_scaler = make_scaler(torch.float16, "cpu")
-    checkpoint.load(folder, other, fresh, new_scaler)
+    other = trained_in_fp16(adapted, seed=5)
+    other.adapters.flat.data.add_(1)
+    checkpoint.load(folder, other)
     assert torch.equal(torch.rand(3), saved[1])
-    for (name, mine), (_, was) in zip(other.views, adapters.views, strict=True):
+    views = zip(other.adapters.views, training.adapters.views, strict=True)
+    for (name, mine), (_, was) in views:
         assert torch.equal(mine, was), name
         assert mine.data_ptr() != was.data_ptr()
-    assert same(fresh.state_dict(), state)
-    assert new_scaler.get_scale() == 512.0
+    assert same(other.optimizer.state_dict(), state)
+    assert other.scaler.get_scale() == 512.0
     assert checkpoint.read_progress(folder) == {"step": 4, "first": {}}
     # the model computes with what was loaded, and the optimizer moves the same buffer
-    start = other.flat.untyped_storage().data_ptr()
-    assert all(view.untyped_storage().data_ptr() == start for _, view in other.views)
+    start = other.adapters.flat.untyped_storage().data_ptr()
+    assert all(view.untyped_storage().data_ptr() == start for _, view in other.adapters.views)
+
+
+def trained_in_fp16(adapted, **lora):
+    """The parts of a step over tiny, with fp16's loss scaling."""
+    training = wire(*adapted(**lora), lr=1e-2)
+    training.scaler = make_scaler(torch.float16, "cpu")
+    return training
+
+
+def test_the_newest_good_checkpoint_is_the_newest_up_to_a_step(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-12"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.newest(tmp_path, 11) == tmp_path / "checkpoint-10"
+    assert checkpoint.newest(tmp_path, 8) is None
+
+
+def test_a_checkpoint_of_several_gpus_opens_where_there_is_one(monkeypatch):
+    """Only this run's own GPU counts; older checkpoints list all of the machine's."""
+    state = checkpoint.random_state()
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda _: pytest.fail("of all GPUs"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "mine")
+    checkpoint.restore_random_state(state | {"cuda": ["first", "second"]})
+    checkpoint.restore_random_state(state | {"cuda": []})  # made on a CPU
+    assert restored == ["first"]
+    assert checkpoint.random_state()["cuda"] == ["mine"]
 
 
 def test_a_run_broken_off_before_its_first_checkpoint_begins_again(train, tmp_path):

@@ -1,7 +1,6 @@
 """Held-out loss by tokens, and how many answers end by themselves."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from conftest import ragged_examples
 
 from phogpt_raw.config import Config
 from phogpt_raw.decode import answer
-from phogpt_raw.training.evaluate import Evaluation, Score, held_out_loss
+from phogpt_raw.training.evaluate import Score, evaluate, held_out_loss
+from phogpt_raw.training.limits import Limits
 
 PAD = 3
 
@@ -23,36 +23,37 @@ def test_loss_is_plain_cross_entropy_over_all_supervised_tokens(adapted):
     for e in examples:
         with torch.no_grad():
             logits = model.logits(model(torch.tensor([e.ids])))[0, :-1]
-        losses.append(F.cross_entropy(logits[-e.answer :], torch.tensor(e.ids[-e.answer :]),
-                                      reduction="none"))
+        losses.append(F.cross_entropy(logits[-e.supervised :],
+                                      torch.tensor(e.ids[-e.supervised :]), reduction="none"))
     expected = float(torch.cat(losses).mean())
     means = float(torch.stack([loss.mean() for loss in losses]).mean())
     assert abs(means - expected) > 1e-3  # an average of rows would be another number
     for micro_batch in (1, 2, 3, 7, 50):
         for chunk in (1, 1000):
-            loss = held_out_loss(model, examples, micro_batch=micro_batch, pad_id=PAD, chunk=chunk)
+            loss = held_out_loss(model, examples, Limits(micro_batch, chunk), pad_id=PAD)
             assert loss == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_looking_leaves_the_model_as_it_was_and_without_gradients(adapted, training):
+def test_an_evaluation_leaves_the_model_as_it_was_and_without_gradients(adapted, training):
     model, adapters = adapted(dropout=0.5)
     model.train(training)
-    one, other = (held_out_loss(model, ragged_examples(4), micro_batch=2, pad_id=PAD, chunk=16)
+    one, other = (held_out_loss(model, ragged_examples(4), Limits(2, 16), pad_id=PAD)
                   for _ in range(2))
     assert one == other  # dropout is off
     assert model.training is training
     assert not adapters.flat.grad.any()
 
 
-def evaluation(model, tokenizer, examples, **settings):
-    return Evaluation(model, tokenizer, examples, Config(model="tiny", **settings))
+def evaluated(model, tokenizer, examples, micro_batch=1, **settings):
+    config = Config(model="tiny", **settings)
+    return evaluate(model, tokenizer, examples, config, Limits(micro_batch, 16))
 
 
 def test_stops_counts_the_answers_that_end_by_themselves(lively, tokenizer):
     model, examples = lively, ragged_examples(9)
     settings = dict(micro_batch=1, eval_answers=6, answer_tokens=5)
-    asked = [e.ids[: len(e.ids) - e.answer] for e in examples[:6]]
+    asked = [e.ids[: len(e.ids) - e.supervised] for e in examples[:6]]
 
     def alone():
         return [answer(model, [p], eos_id=2, pad_id=PAD, max_new_tokens=5)[0] for p in asked]
@@ -63,50 +64,19 @@ def test_stops_counts_the_answers_that_end_by_themselves(lively, tokenizer):
     alone = alone()
     stopped = sum(a.stopped for a in alone)
     assert 0 < stopped < 6
-    score = evaluation(model, tokenizer, examples, **settings)()
+    score = evaluated(model, tokenizer, examples, **settings)
     assert score.stops == stopped / 6
     assert score.answers == [tokenizer.decode(a.ids).strip() for a in alone]
     assert score.val_loss == pytest.approx(
-        held_out_loss(model, examples, micro_batch=4, pad_id=PAD, chunk=16), rel=1e-6)
-
-
-def test_loss_and_answers_are_made_within_the_memory_that_is_given(adapted, tokenizer, monkeypatch):
-    model, _ = adapted()
-    said, forward = [], model.forward
-
-    @contextmanager
-    def memory():
-        said.append("in")
-        yield
-        said.append("out")
-
-    def spoken(*args, **kwargs):
-        said.append("cached" if kwargs.get("cache") or len(args) > 2 else "whole")
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(model, "forward", spoken)
-    evaluate = Evaluation(model, tokenizer, ragged_examples(3), memory=memory,
-                          config=Config(model="tiny", eval_answers=2, answer_tokens=3))
-    for _ in range(2):
-        said.clear()
-        assert evaluate() is not None
-        assert (said[0], said[-1]) == ("in", "out")
-        assert set(said[1:-1]) == {"whole", "cached"}
-    said.clear()
-    empty = Evaluation(model, tokenizer, [], memory=memory, config=Config(model="tiny"))
-    assert empty() is None and not said
+        held_out_loss(model, examples, Limits(4, 16), pad_id=PAD), rel=1e-6)
+    assert score.seconds > 0
 
 
 def test_answers_can_be_left_out(adapted, tokenizer):
     model, _ = adapted()
-    score = evaluation(model, tokenizer, ragged_examples(3), eval_answers=0)()
+    score = evaluated(model, tokenizer, ragged_examples(3), eval_answers=0)
     assert (score.stops, score.answers) == (None, [])
     assert score.val_loss > 0
-
-
-def test_without_held_out_rows_there_is_no_score(adapted, tokenizer):
-    model, _ = adapted()
-    assert evaluation(model, tokenizer, [])() is None
 
 
 def test_perplexity_is_the_exponential_and_never_overflows():

@@ -3,19 +3,28 @@
 import re
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ragged_examples
+from conftest import example, ragged_examples
 from torch.nn.attention import SDPBackend
 from traces import on_meta, step_of
 
 from phogpt_raw.cards import Card
 from phogpt_raw.config import Config
-from phogpt_raw.data.prompt import Example
+from phogpt_raw.show.startcard import recompute_line
 from phogpt_raw.simulate import fit as module
-from phogpt_raw.simulate.fit import Fit, attention_kernel, choose, fit, longest, needed
+from phogpt_raw.simulate.fit import (
+    RecomputeChoice,
+    attention_kernel,
+    choose_recompute,
+    least_recompute,
+    longest,
+    needed,
+)
 from phogpt_raw.simulate.rates import matmul_workspace
+from phogpt_raw.training.limits import Limits
 
 BLOCKS = 6
 CARD = Card("a card", "cuda", (7, 5), 100.0)
@@ -23,7 +32,7 @@ TINY, LARGE = replace(CARD, memory_gib=0.01), CARD
 
 
 @pytest.fixture(scope="module")
-def plans():
+def traces():
     """A plan for each number of recomputed blocks, 0 to all."""
     model, adapters = on_meta(BLOCKS)
     return [step_of(model, adapters, length=256, recompute=n) for n in range(BLOCKS + 1)]
@@ -39,8 +48,8 @@ def of(memory_gib: float) -> Card:
     return replace(CARD, memory_gib=memory_gib)
 
 
-def test_the_peak_falls_along_a_straight_line_but_for_the_last_block(plans):
-    peaks = [plan.replay(workspace=matmul_workspace(CARD)).peak_allocated for plan in plans]
+def test_the_peak_falls_along_a_straight_line_but_for_the_last_block(traces):
+    peaks = [plan.replay(workspace=matmul_workspace(CARD)).peak_allocated for plan in traces]
     slope = (peaks[0] - peaks[-2]) / (BLOCKS - 1)
     assert slope > 0.04 * peaks[0]
     for n, peak in enumerate(peaks[:-1]):
@@ -48,21 +57,21 @@ def test_the_peak_falls_along_a_straight_line_but_for_the_last_block(plans):
     assert peaks[-1] == pytest.approx(peaks[-2], rel=0.01)
 
 
-def test_what_fits_is_not_recomputed_and_one_simulation_says_so(plans, no_answers):
+def test_what_fits_is_not_recomputed_and_one_simulation_says_so(traces, no_answers):
     asked = []
-    memory = needed(plans[0], CARD)
-    assert fit(lambda n: asked.append(n) or plans[n], BLOCKS, of(memory)) == Fit(
-        0, BLOCKS, memory, None, memory)
+    memory = needed(traces[0], CARD)
+    found = least_recompute(lambda n: asked.append(n) or traces[n], BLOCKS, of(memory))
+    assert found == RecomputeChoice(0, BLOCKS, memory, None, memory)
     assert asked == [0]
 
 
 @pytest.mark.parametrize("least", range(1, BLOCKS))
-def test_as_few_blocks_as_fit_are_recomputed(plans, no_answers, least):
-    need = [needed(plan, CARD) for plan in plans]
+def test_as_few_blocks_as_fit_are_recomputed(traces, no_answers, least):
+    need = [needed(plan, CARD) for plan in traces]
     memory = (need[least - 1] + need[least]) / 2
     assert least == min(n for n in range(BLOCKS + 1) if need[n] <= memory)
     asked = []
-    chosen = fit(lambda n: asked.append(n) or plans[n], BLOCKS, of(memory))
+    chosen = least_recompute(lambda n: asked.append(n) or traces[n], BLOCKS, of(memory))
     assert asked == [0, BLOCKS - 1]  # the rest is arithmetic
     assert chosen.recompute == least
     assert chosen.gib == pytest.approx(need[least], abs=1e-5)
@@ -73,7 +82,7 @@ def test_a_card_of_exactly_the_least_gets_no_block_more_by_rounding(monkeypatch)
     """(none - least) / slope is a little above 25 here."""
     none, least = 7.032436214336734, 0.6225875887122312
     monkeypatch.setattr(module, "needed", lambda gib, card: gib)
-    assert fit(lambda n: least if n else none, 26, of(least)).recompute == 25
+    assert least_recompute(lambda n: least if n else none, 26, of(least)).recompute == 25
 
 
 def test_of_one_block_it_is_that_one_or_none():
@@ -82,38 +91,39 @@ def test_of_one_block_it_is_that_one_or_none():
     def run_step(recompute):
         return step_of(model, adapters, recompute=recompute)
 
-    assert fit(run_step, 1, LARGE).recompute == 0
-    assert fit(run_step, 1, TINY).recompute == 1
+    assert least_recompute(run_step, 1, LARGE).recompute == 0
+    assert least_recompute(run_step, 1, TINY).recompute == 1
 
 
-def test_where_an_evaluation_needs_most_what_is_chosen_fits_too(plans, monkeypatch):
+def test_where_an_evaluation_needs_most_what_is_chosen_fits_too(traces, monkeypatch):
     """There the line ends level: more blocks than must be may be recomputed, but never too few."""
-    third = plans[2].replay(workspace=matmul_workspace(CARD)).peak_allocated
-    monkeypatch.setattr(module, "CACHE_MIB", (third - plans[2].resident) / 2**20)
-    need = [needed(plan, CARD) for plan in plans]
+    third = traces[2].replay(workspace=matmul_workspace(CARD)).peak_allocated
+    monkeypatch.setattr(module, "CACHE_MIB", (third - traces[2].resident) / 2**20)
+    need = [needed(plan, CARD) for plan in traces]
     assert need[2] == need[3] == need[5] < need[1]
     for memory in [need[5], *(sum(pair) / 2 for pair in pairwise(need[:3]))]:
-        assert need[fit(lambda n: plans[n], BLOCKS, of(memory)).recompute] <= memory
+        assert need[least_recompute(lambda n: traces[n], BLOCKS, of(memory)).recompute] <= memory
 
 
-def test_where_nothing_fits_all_are_recomputed_and_it_says_what_helps(plans):
-    chosen = fit(lambda n: plans[n], BLOCKS, TINY)
+def test_where_nothing_fits_all_are_recomputed_and_it_says_what_helps(traces):
+    chosen = least_recompute(lambda n: traces[n], BLOCKS, TINY)
     assert chosen.recompute == BLOCKS and chosen.gib > chosen.of
-    assert str(chosen) == (
+    assert recompute_line(chosen) == (
         f"6 of 6 blocks in backward (auto): {chosen.gib:.1f} of 0.0 GiB with margins, for 50% more "
-        "arithmetic in the blocks; it may not fit: a shorter --max-len or a smaller --micro-batch "
-        "does")
+        "arithmetic in the blocks; it may not fit: try a shorter --max-len or a smaller "
+        "--micro-batch")
 
 
 def test_in_words_it_says_how_many_and_the_margins():
-    assert str(Fit(3, 6)) == "3 of 6 blocks in backward"
-    assert str(Fit(0, 6, 8.04, None, 14.56)) == (
+    assert recompute_line(RecomputeChoice(3, 6)) == "3 of 6 blocks in backward"
+    assert recompute_line(RecomputeChoice(0, 6, 8.04, None, 14.56)) == (
         "0 of 6 blocks in backward (auto): 8.0 of 14.6 GiB with margins")
-    assert re.search("for 25% more arithmetic in the blocks$", str(Fit(3, 6, 8.0, 7.0, 14.56)))
+    half = recompute_line(RecomputeChoice(3, 6, 8.0, 7.0, 14.56))
+    assert re.search("for 25% more arithmetic in the blocks$", half)
 
 
-def test_what_is_needed_is_the_peak_with_a_share_and_the_graphs_context_and_pages(plans):
-    found, workspace = plans[0], matmul_workspace(CARD)
+def test_what_is_needed_is_the_peak_with_a_share_and_the_graphs_context_and_pages(traces):
+    found, workspace = traces[0], matmul_workspace(CARD)
     peak = found.peak(workspace).allocated
     evaluating = found.resident + 512 * 2**20
     assert evaluating > peak  # of a model this small
@@ -129,27 +139,35 @@ def test_what_is_needed_is_the_peak_with_a_share_and_the_graphs_context_and_page
 
 
 def asked_for(model, card, *, examples=None, **settings):
-    return choose(Config(**settings), card, model, examples or ragged_examples(6), torch.float16)
+    """choose_recompute for a run of these settings; the model's values are fp16, as on a card."""
+    train = examples or ragged_examples(6)
+    stand_in = SimpleNamespace(config=model.config, peft_config=model.peft_config,
+                               head=torch.empty(0, dtype=torch.float16))
+    job = SimpleNamespace(config=Config(**settings), card=card, model=stand_in,
+                          examples=SimpleNamespace(train=train), limits=Limits(1, 16))
+    choice = choose_recompute(job)
+    assert job.limits.recompute == choice.recompute
+    return choice
 
 
 @pytest.mark.parametrize("recompute, blocks", [("none", 0), ("0", 0), ("1", 1), ("2", 2),
                                                ("all", 2)])
 @pytest.mark.parametrize("card", [TINY, LARGE], ids=["tiny", "large"])
-def test_what_is_told_is_kept_whatever_the_card(adapted, monkeypatch, recompute, blocks, card):
-    monkeypatch.delattr(module, "simulate")
+def test_what_is_asked_for_is_kept_whatever_the_card(adapted, monkeypatch, recompute, blocks, card):
+    monkeypatch.delattr(module, "trace_step")
     model, _ = adapted(nf4=True)
-    assert asked_for(model, card, recompute=recompute) == Fit(blocks, 2)
+    assert asked_for(model, card, recompute=recompute) == RecomputeChoice(blocks, 2)
 
 
 def test_on_the_cpu_nothing_is_recomputed(adapted, monkeypatch):
-    monkeypatch.delattr(module, "simulate")
+    monkeypatch.delattr(module, "trace_step")
     model, _ = adapted(nf4=True)
-    assert asked_for(model, Card("CPU", "cpu")) == Fit(0, 2)
+    assert asked_for(model, Card("CPU", "cpu")) == RecomputeChoice(0, 2)
 
 
 @pytest.mark.parametrize("more", [dict(optimizer="adamw"), dict(loss_mib=4), dict(nf4=False)],
                          ids=str)
-def test_what_the_run_is_told_is_simulated(adapted, no_answers, more):
+def test_what_the_run_is_asked_for_is_simulated(adapted, no_answers, more):
     """32-bit state, more logits at once or weights in 16 bits take more than what is usual."""
     less = dict(loss_mib=1)
     plain = asked_for(adapted(nf4=True)[0], LARGE, **less).gib
@@ -184,7 +202,7 @@ def test_choosing_leaves_the_model_and_the_dice_as_they_are(adapted):
     asked_for(model, TINY)
     assert torch.equal(torch.get_rng_state(), dice)
     assert torch.equal(adapters.flat, before) and not adapters.flat.grad.any()
-    assert model.recompute == 0 and model.training
+    assert model.training
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
@@ -197,17 +215,17 @@ def test_the_adapters_are_those_of_the_model(adapted, no_answers, settings):
 
 def test_a_longer_row_or_a_larger_micro_batch_needs_more(adapted, no_answers):
     model, _ = adapted(nf4=True)
-    rows = [Example([5] * n, 4, False, "row") for n in (20, 100, 30, 40)]
+    rows = [example([5] * n, 4, "row") for n in (20, 100, 30, 40)]
     need = [asked_for(model, LARGE, examples=rows[:count], micro_batch=size).gib
             for count, size in ((1, 1), (2, 1), (4, 1), (4, 2), (4, 4))]
     assert need[0] < need[1] == need[2] < need[3] < need[4]
 
 
 def test_the_window_that_is_simulated_holds_the_longest_rows_and_of_these_the_longest_answers():
-    examples = [Example([5] * n, answer, False, "row")
+    examples = [example([5] * n, answer, "row")
                 for n, answer in ((40, 3), (64, 9), (64, 2), (12, 11), (64, 5))]
     window = longest(examples, 2)
-    assert [tuple(b.ids_BL.shape) for b in window.batches] == [(2, 64)]
+    assert [tuple(b.ids_BL.shape) for b in window.micro_batches(2)] == [(2, 64)]
     assert (window.tokens, window.supervised) == (128, 14)
     assert longest(examples, 99).tokens == sum(len(e.ids) for e in examples)
 

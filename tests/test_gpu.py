@@ -10,7 +10,6 @@ from conftest import ragged_examples
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phogpt_raw.data.batches import collate, make_window
-from phogpt_raw.data.prompt import Example
 from phogpt_raw.model import attention
 from phogpt_raw.model import lora as lowrank
 from phogpt_raw.model.adapters import new_adapters
@@ -31,8 +30,7 @@ SIXTEEN_BIT = [torch.float16, torch.bfloat16]
 def random_window(vocabulary: int, rows: int = 4, micro_batch: int = 2):
     dice = torch.Generator().manual_seed(0)
     lengths = [40, 17, 64, 33][:rows]
-    examples = [Example(torch.randint(4, vocabulary, (n,), generator=dice).tolist(), n // 2, False,
-                        "random") for n in lengths]
+    examples = [example(torch.randint(4, vocabulary, (n,), generator=dice).tolist(), n // 2, "random") for n in lengths]
     return make_window(examples, micro_batch, pad_id=3)
 
 

@@ -4,24 +4,26 @@ Here the twin's bookkeeping alone, with stand-ins for graphs; test_gpu.py has th
 """
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from phogpt_raw.training import graphs as capture
-from phogpt_raw.training.graphs import Captured, or_eagerly, why_not
+from phogpt_raw.training import graphs
+from phogpt_raw.training.graphs import GraphedModel, why_not
+from phogpt_raw.training.limits import Limits, retry_without_graphs
 
 FULL = torch.OutOfMemoryError("CUDA out of memory")
 
 
-class Twin(Captured):
-    """Shapes that are captured, noted; one longer than `room` finds the card too full for it."""
+class Twin(GraphedModel):
+    """Shapes that are captured, noted; one longer than `room` finds memory too full for it."""
 
     def __init__(self, model, flat, room=10**9):
-        super().__init__(model, flat)
+        super().__init__(model, flat, Limits(1, 16, graphs=True))
         self.room, self.tries = room, []
 
-    def capture(self, ids_BL, doc_BL):
+    def capture(self, ids_BL, doc_BL, recompute):
         self.tries.append((*ids_BL.shape, doc_BL is not None))
         return object() if ids_BL.shape[1] <= self.room else None
 
@@ -34,11 +36,12 @@ def twin(adapted, monkeypatch):
         for name in ("MemPool", "Stream", "synchronize", "empty_cache"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: None)
         made = Twin(model, adapters.flat, **settings)
-        made.ran, made.replayed = [], []
-        monkeypatch.setattr(made, "model", lambda ids, doc: made.ran.append(tuple(ids.shape)))
+        made.ran, made.replayed_shapes = [], []
+        monkeypatch.setattr(
+            made, "model", lambda ids, doc, recompute: made.ran.append(tuple(ids.shape)))
         monkeypatch.setattr(made, "memory", nullcontext)
-        monkeypatch.setattr(capture.Replay, "apply",
-                            lambda flat, graphs, ids, doc: made.replayed.append(tuple(ids.shape)))
+        monkeypatch.setattr(graphs.Replay, "apply",
+                            lambda flat, _, ids, doc: made.replayed_shapes.append(tuple(ids.shape)))
         return made
 
     return make
@@ -56,7 +59,15 @@ def test_a_shape_runs_eagerly_once_and_then_as_graphs_made_once(twin):
         made(ids(2, 64), ids(2, 64))  # with documents it is another shape
     assert made.ran == [(2, 64), (2, 96), (2, 64)]
     assert made.tries == [(2, 64, False), (2, 96, False), (2, 64, True)]
-    assert made.replayed == 2 * made.ran
+    assert made.replayed_shapes == 2 * made.ran
+
+
+def test_another_recompute_depth_is_another_graph(twin):
+    made = twin()
+    for depth in (0, 0, 2, 2, 0):
+        made(ids(1, 64), recompute=depth)
+    assert sorted(shape[-1] for shape in made.graphs) == [0, 2]
+    assert len(made.ran) == 2 and len(made.replayed_shapes) == 3
 
 
 def test_a_shape_that_finds_no_room_stays_eager_without_another_try(twin):
@@ -65,11 +76,11 @@ def test_a_shape_that_finds_no_room_stays_eager_without_another_try(twin):
         made(ids(1, 96))
         made(ids(1, 64))
     assert made.tries == [(1, 96, False), (1, 64, False)]
-    assert made.replayed == 3 * [(1, 64)] and made.ran.count((1, 96)) == 4
+    assert made.replayed_shapes == 3 * [(1, 64)] and made.ran.count((1, 96)) == 4
 
 
 def test_beyond_so_many_shapes_none_is_captured(twin, monkeypatch):
-    monkeypatch.setattr(capture, "SHAPES", 2)
+    monkeypatch.setattr(graphs, "SHAPES", 2)
     made = twin()
     for _ in range(3):
         for length in (32, 64, 96):
@@ -78,47 +89,72 @@ def test_beyond_so_many_shapes_none_is_captured(twin, monkeypatch):
     assert made.ran.count((1, 96)) == 3
 
 
-def test_given_up_it_is_the_model_and_allocates_as_the_model_does(twin, monkeypatch):
+def test_without_graphs_it_is_the_model_and_allocates_as_the_model_does(twin, monkeypatch):
     made = twin()
     for _ in range(2):
         made(ids(1, 64))
-    assert made.replayed == [(1, 64)]
-    made.give_up()
-    assert not made.graphs and made.pool is None and not made.on
+    assert made.replayed_shapes == [(1, 64)]
+    made.limits.graphs = False
+    made.release()
+    assert not made.graphs and made.pool is None
     made(ids(1, 64))
     made(ids(1, 96))
-    assert made.replayed == [(1, 64)] and made.ran == [(1, 64), (1, 64), (1, 96)]
+    assert made.replayed_shapes == [(1, 64)] and made.ran == [(1, 64), (1, 64), (1, 96)]
     monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda _: pytest.fail("its pool is gone"))
-    with Captured.memory(made):
+    with GraphedModel.memory(made):
         pass
 
 
-def test_work_that_finds_the_card_full_is_done_again_without_graphs_and_says_so(twin):
+@pytest.mark.parametrize("eager, replays, peak", [
+    (70, [], 70),
+    (70, [(30, 20)], 100),  # the loss beside a graph's saved activations
+    (70, [(30, 80)], 130),  # its backward, beside what is allocated now
+    (70, [(30, 20), (5, 90)], 140),
+])
+def test_the_peak_of_a_step_counts_what_its_replays_use(twin, monkeypatch, eager, replays, peak):
+    made = twin()
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: eager)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 50)
+    made.replayed = {graphs.Graphs(*[None] * 6, saved, work) for saved, work in replays}
+    assert made.peak_bytes() == peak
+    assert made.peak_bytes() == eager  # the next step begins anew
+
+
+# -- the policy of trying again
+
+
+def tried_again(work, made, said):
+    training = SimpleNamespace(limits=made.limits, forward=made)
+    return retry_without_graphs(work, training, said.append)
+
+
+def test_work_that_runs_out_of_memory_is_done_again_without_graphs_and_says_so(twin):
     made, said, calls = twin(), [], []
 
     def work(a, b):
-        calls.append(made.on)
-        if made.on and len(calls) > 1:
+        calls.append(made.limits.graphs)
+        if made.limits.graphs and len(calls) > 1:
             raise FULL
         return a + b
 
-    done = or_eagerly(work, made, said.append)
+    done = tried_again(work, made, said)
     assert done(1, 2) == 3 and said == []
     assert done(3, 4) == 7 and calls == [True, True, False]
-    assert said == ["the card is too full for CUDA graphs: going on without, as with --no-capture"]
+    assert said == [
+        "GPU memory is too full for CUDA graphs: going on without, as with --no-capture"]
     assert done(5, 6) == 11 and len(said) == 1
 
 
 @pytest.mark.parametrize("has_graphs", [False, True])
 def test_what_does_not_fit_without_graphs_either_is_an_error(twin, has_graphs):
-    said = []
+    said, made = [], twin()
+    made.limits.graphs = has_graphs
 
     def work():
         raise FULL
 
-    done = or_eagerly(work, twin() if has_graphs else None, said.append)
     with pytest.raises(torch.OutOfMemoryError):
-        done()
+        tried_again(work, made, said)()
     assert len(said) == has_graphs
 
 
@@ -130,8 +166,8 @@ def test_other_errors_are_not_tried_again(twin):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        or_eagerly(work, made, print)()
-    assert made.on and len(calls) == 1
+        tried_again(work, made, [])()
+    assert made.limits.graphs and len(calls) == 1
 
 
 def test_a_model_on_a_gpu_is_captured(adapted):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from phogpt_raw.training import optim as module
-from phogpt_raw.training.optim import describe, load_state, lr_at, make_optimizer
+from phogpt_raw.training.optim import load_state, lr_at, make_optimizer, paged_bytes
 
 
 def test_doctest():
@@ -99,10 +99,49 @@ def test_state_goes_through_a_file_and_on_to_the_bit(kind):
     assert torch.equal(flat, other)
 
 
-def test_what_the_start_card_says_of_them():
-    assert describe("adamw", "cuda") == "AdamW, 32-bit state"
-    assert describe("paged_adamw_8bit", "cuda") == "AdamW, 8-bit state, paged"
-    assert "pages need a GPU" in describe("paged_adamw_8bit", "cpu")
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
+def test_an_update_allocates_no_state(kind):
+    """It is there from the start, so that an update cannot run out of memory half-way."""
+    flat, optimizer = start(kind)
+    before = {name: value.data_ptr() for name, value in optimizer.state[flat].items()
+              if isinstance(value, torch.Tensor)}
+    assert len(before) >= 3
+    walk(optimizer, flat, 2)
+    after = optimizer.state[flat]
+    assert {name: after[name].data_ptr() for name in before} == before
+
+
+@pytest.mark.parametrize("kind, state, bound", [
+    ("adamw", torch.optim.AdamW, 1e-6),  # the same formula, fused
+    ("paged_adamw_8bit", None, 0),  # to the bit
+])
+def test_state_made_at_the_start_changes_no_step(kind, state, bound):
+    flat, optimizer = start(kind)
+    walk(optimizer, flat, 5)
+    plain = torch.nn.Parameter(torch.zeros(4096))
+    import bitsandbytes as bnb
+    make = state or bnb.optim.AdamW8bit
+    walk(make([plain], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0), plain, 5)
+    assert (flat - plain).abs().max() <= bound
+
+
+def test_paged_bytes_are_those_of_the_8_bit_moments():
+    assert paged_bytes(start("paged_adamw_8bit", size=8192)[1]) == 2 * 8192
+    assert paged_bytes(start("adamw")[1]) == 0
+
+
+def test_a_checkpoint_of_an_older_version_goes_on():
+    """32-bit AdamW was not fused and its state was made by the first step."""
+    flat = torch.nn.Parameter(torch.zeros(4096))
+    older = torch.optim.AdamW([flat], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    walk(older, flat, 3)
+    other = torch.nn.Parameter(flat.detach().clone())
+    restored = make_optimizer(other, "adamw", 1e-2, 0.0)
+    load_state(restored, older.state_dict())
+    assert restored.param_groups[0]["fused"]
+    for a, b in ((older, flat), (restored, other)):
+        walk(a, b, 3, first=3)
+    assert (flat - other).abs().max() < 1e-6
 
 
 @pytest.mark.gpu

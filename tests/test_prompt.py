@@ -42,7 +42,7 @@ def row(prompt="Phở bò là gì?", response="Dạ, phở bò là món nước 
 
 
 def supervised(tokenizer, example):
-    return tokenizer.decode(example.ids[len(example.ids) - example.answer :])
+    return tokenizer.decode(example.ids[len(example.prompt) :])
 
 
 def test_doctest():
@@ -109,7 +109,7 @@ def test_the_end_is_the_last_supervised_token_and_there_once(tokenizer, name, re
     example = encode_row(tokenizer, TEMPLATES[name], row(response=response), 1024)
     assert example.ids[-1] == EOS
     assert example.ids.count(EOS) == 1
-    assert example.answer >= 2
+    assert example.supervised >= 2
     said = response.removesuffix("</s>").rstrip()
     assert supervised(tokenizer, example) == TEMPLATES[name].gap + said + "</s>"
 
@@ -134,11 +134,11 @@ def test_typed_ends_stay_text_after_the_tokenizer_was_used_otherwise(fresh):
 
 def test_a_cut_answer_has_no_end(tokenizer):
     whole = encode_row(tokenizer, TEMPLATES["4b-chat"], row(), 1024)
-    for max_len in range(len(whole.ids) - whole.answer + 1, len(whole.ids)):
+    for max_len in range(len(whole.prompt) + 1, len(whole.ids)):
         cut = encode_row(tokenizer, TEMPLATES["4b-chat"], row(), max_len)
         assert cut.cut
         assert cut.ids == whole.ids[:max_len]
-        assert cut.answer == max_len - (len(whole.ids) - whole.answer)
+        assert cut.supervised == max_len - len(whole.prompt)
         assert EOS not in cut.ids
     exact = encode_row(tokenizer, TEMPLATES["4b-chat"], row(), len(whole.ids))
     assert exact == whole
@@ -149,7 +149,7 @@ def test_a_question_without_room_for_an_answer_is_refused_with_its_line(tokenize
     question = len(encode_prompt(tokenizer, TEMPLATES["4b-chat"], "Phở bò là gì?"))
     with pytest.raises(Refusal, match=rf"^rows\.jsonl:7: .* {question} tokens, --max-len is"):
         encode_row(tokenizer, TEMPLATES["4b-chat"], row(), question)
-    assert encode_row(tokenizer, TEMPLATES["4b-chat"], row(), question + 1).answer == 1
+    assert encode_row(tokenizer, TEMPLATES["4b-chat"], row(), question + 1).supervised == 1
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -1,19 +1,19 @@
 """train.py from its arguments to the files of a run."""
 
-import dataclasses
 import json
 import math
 from contextlib import nullcontext
 
 import pytest
 import torch
-from checkpoints import NANO
+from checkpoints import NANO, write_checkpoint
 from conftest import QUESTIONS, write_rows
 from safetensors.torch import load_file
 
-from phogpt_raw.data.prompt import Example
 from phogpt_raw.model import phogpt
-from phogpt_raw.show import console
+from phogpt_raw.training import setup
+from phogpt_raw.training import step as step_module
+from phogpt_raw.training.metrics import Metrics
 
 STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_gib", "scale",
              "skipped"]
@@ -105,9 +105,9 @@ def test_epochs_are_passes_over_the_rows(train, tmp_path):
 
 
 def test_not_a_number_is_written_as_null(tmp_path):
-    show = console.Progress(tmp_path, 0, 10)
-    show.write(step=1, loss=math.nan, grad_norm=math.inf, lr=0.1)
-    show.write(step=2, val_loss=-math.inf, stops=None)
+    file = Metrics(tmp_path, 0, None)
+    file.write(dict(step=1, loss=math.nan, grad_norm=math.inf, lr=0.1))
+    file.write(dict(step=2, val_loss=-math.inf, stops=None))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [strict(line) for line in lines] == [
         {"step": 1, "loss": None, "grad_norm": None, "lr": 0.1},
@@ -221,7 +221,7 @@ def test_dry_run_shows_the_plan_and_an_example_and_trains_nothing(train, tmp_pat
         "0.1 M parameters in NF4, 0.3 M in",
         "0.0 M parameters in fp32: LoRA rank 4, alpha 32, on Wqkv, down_proj, out_proj, up_proj",
         "ALiBi as a bias", "9 rows of rows.jsonl", "3 held out",
-        "4b-chat: the tokenizer's chat template", "7 of 4 rows, 2 at a time (3.1 passes)",
+        "4b-chat: the tokenizer's chat template", "7 of 4 rows, 2 at a time (3.1 epochs)",
         "AdamW, 8-bit state", "0 of 2 blocks in backward", "capture o",
     ):
         assert part in plan, part
@@ -303,62 +303,97 @@ def test_nano_brings_its_own_rows(capsys):
 # -- steps that are left out
 
 
-def test_a_window_without_supervised_tokens_is_left_out_and_said(train, tmp_path, monkeypatch):
+def overflowing_at(monkeypatch, steps):
+    """Puts inf into a gradient in these steps (1, 2, …) of a run of train.py."""
     import train as script
 
-    whole = script.load_examples
+    whole, calls = script.train_step, iter(range(1, 10_000))
 
-    def planted(tokenizer, config):
-        examples = whole(tokenizer, config)
-        silent = [Example(e.ids, 0, False, e.where) if n == 1 else e
-                  for n, e in enumerate(examples.train[:3])]
-        return dataclasses.replace(examples, train=silent)
+    def step(job, window):
+        if next(calls) not in steps:
+            return whole(job, window)
+        with monkeypatch.context() as patch:
+            loss = step_module.batch_loss
 
-    monkeypatch.setattr(script, "load_examples", planted)
-    out = tmp_path / "run"
-    status, said, _ = train("--out", out, "--steps", 3, "--batch-size", 1, "--micro-batch", 1,
-                            "--save-every", 1)
-    assert status == 0
-    assert said.count("no supervised tokens in this window") == 1
-    steps, _ = metrics(out)
-    assert len(steps) == 2
-    [left_out] = {1, 2, 3} - {row["step"] for row in steps}
-    assert [row["skipped"] for row in steps] == [int(row["step"] > left_out) for row in steps]
-    assert [row["lr"] for row in steps] == pytest.approx([0.005, 0.01])  # of applied steps
-    if left_out > 1:
-        assert adapter_bytes(out / f"checkpoint-{left_out}") == adapter_bytes(
-            out / f"checkpoint-{left_out - 1}")
-    assert all(row["loss"] is not None for row in steps)
+            def overflowing(*args):
+                job.adapters.flat.grad[0] = math.inf
+                return loss(*args)
+
+            patch.setattr(step_module, "batch_loss", overflowing)
+            return whole(job, window)
+
+    monkeypatch.setattr(script, "train_step", step)
 
 
 def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_path, monkeypatch):
-    import train as script
-
-    whole, calls = script.make_micro_step, iter(range(1000))
-
-    def make(model, *rest):
-        micro_step = whole(model, *rest)
-
-        def overflowing(batch, supervised):
-            loss = micro_step(batch, supervised)
-            if next(calls) == 4:  # the first micro-batch of step 3
-                next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = math.inf
-            return loss
-
-        return overflowing
-
-    monkeypatch.setattr(script, "make_micro_step", make)
+    overflowing_at(monkeypatch, {3})
     out = tmp_path / "run"
     status, said, _ = train("--out", out, "--save-every", 1, "--warmup", 5)
     assert status == 0
     steps, _ = metrics(out)
     assert [row["skipped"] for row in steps] == [0, 0, 1, 1, 1, 1, 1]
-    assert [row["scale"] for row in steps] == [1.0] * 3 + [0.5] * 4
+    assert [row["scale"] for row in steps] == [1.0] * 7  # fp32's, which never falls below 1
     assert steps[2]["grad_norm"] is None
     assert [row["lr"] for row in steps[:5]] == pytest.approx([0.002, 0.004, 0.006, 0.006, 0.008])
     assert adapter_bytes(out / "checkpoint-3") == adapter_bytes(out / "checkpoint-2")
     assert adapter_bytes(out / "checkpoint-4") != adapter_bytes(out / "checkpoint-3")
     assert "1 skipped" in said
+
+
+# -- a run that produces nothing usable is no success
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
+        train, tmp_path, monkeypatch):
+    overflowing_at(monkeypatch, {2, *range(4, 100)})
+    out = tmp_path / "run"
+    status, said, error = train("--out", out, "--steps", 30, "--save-every", 1, "--max-skipped", 4)
+    assert status == 1 and "python generate.py" not in said
+    assert error.startswith(f"error: {out}: steps 4 to 7 were skipped") and error.count("\n") == 1
+    assert f"the last good checkpoint is {out}/checkpoint-3; go on from it with --adapter" in error
+    assert [row["skipped"] for row in metrics(out)[0]] == [0, 1, 1, 2, 3, 4, 5]
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_resume(train, tmp_path, monkeypatch):
+    overflowing_at(monkeypatch, set(range(1, 100)))
+    out = tmp_path / "run"
+    flags = ["--out", out, "--save-every", 1, "--max-skipped", 4]
+    assert train(*flags, "--steps", 2)[0] == 1  # nothing was learned
+    status, _, error = train(*flags, "--steps", 9)
+    assert status == 1 and "steps 1 to 4 were skipped" in error
+    assert "no good checkpoint was saved" in error
+
+
+@pytest.mark.parametrize("hold_out", [0, 3])
+def test_a_run_of_skipped_steps_alone_ends_as_a_failure(train, tmp_path, monkeypatch, hold_out):
+    overflowing_at(monkeypatch, set(range(1, 100)))
+    status, said, error = train("--out", tmp_path / "run", "--hold-out", hold_out)
+    assert status == 1 and "generate.py" not in said
+    assert "every step was skipped, no gradient was finite" in error
+
+
+@pytest.mark.parametrize("hold_out", [0, 3])
+def test_a_diverging_run_ends_as_a_failure_that_says_so(train, tmp_path, hold_out):
+    """No adapter is named that is not there, and a score that is not finite is never the best."""
+    out = tmp_path / "run"
+    status, said, error = train("--out", out, "--lr", 1e25, "--hold-out", hold_out)
+    assert status == 1 and "generate.py" not in said
+    assert "is not finite" in error and error.count("\n") == 1
+    _, scores = metrics(out)
+    finite = [row["step"] for row in scores if row["step"] and row["val_loss"] is not None]
+    assert (out / "adapter_model.safetensors").is_file() == (not hold_out or bool(finite))
+    if hold_out and not finite:
+        assert "holds the adapter" not in error
+
+
+def test_a_base_that_holds_inf_is_refused_when_it_is_loaded(train, tmp_path):
+    base = tmp_path / "base"
+    tensors = write_checkpoint(base)
+    tensors["transformer.blocks.1.ffn.down_proj.bias"][3] = math.inf
+    write_checkpoint(base, tensors=tensors)
+    status, _, error = train("--model", base, "--out", tmp_path / "run")
+    assert status == 2 and error.count("\n") == 1
+    assert "transformer.blocks.1.ffn.down_proj.bias holds values that are not finite" in error
 
 
 def test_a_full_gpu_is_one_line_that_says_what_to_turn(train, tmp_path):
@@ -369,42 +404,42 @@ def test_a_full_gpu_is_one_line_that_says_what_to_turn(train, tmp_path):
 
 
 class FullAtTheThird:
-    """In place of the captured model: its third call in a mode finds the card full."""
+    """In place of the graphs: the model's third call in a mode runs out of memory."""
 
-    def __init__(self, mode, model):
-        self.mode, self.model, self.head, self.forward = mode, model, model.head, model.forward
-        self.on, self.calls = True, 0
+    def __init__(self, mode, model, limits):
+        self.mode, self.model, self.limits, self.head = mode, model, limits, model.head
+        self.calls, self.forward = 0, model.forward
         model.forward = self.counted
 
-    def counted(self, *args):
+    def counted(self, *args, **kwargs):
         self.calls += ("training" if self.model.training else "evaluating") == self.mode
-        if self.on and self.calls == 3:
+        if self.limits.graphs and self.calls == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.forward(*args)
+        return self.forward(*args, **kwargs)
 
-    def __call__(self, *args):
-        return self.model(*args)
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
 
     def memory(self):
         return nullcontext()
 
-    def give_up(self):
-        self.on = False
+    def release(self):
+        self.released = True
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluating"])
-def test_a_card_too_full_for_graphs_trains_the_same_without_them(train, tmp_path, monkeypatch,
+def test_memory_too_full_for_graphs_trains_the_same_without_them(train, tmp_path, monkeypatch,
                                                                  mode):
     """In the middle of a window or of an evaluation, which is begun again."""
-    import train as script
-
     train("--out", tmp_path / "plain")
-    monkeypatch.setattr(script, "why_not", lambda *_: None)
+    monkeypatch.setattr(setup, "why_not", lambda *_: None)
     made = []
-    monkeypatch.setattr(script, "Captured",
-                        lambda model, _: made.append(FullAtTheThird(mode, model)) or made[0])
+    monkeypatch.setattr(
+        setup, "GraphedModel",
+        lambda model, _, limits: made.append(FullAtTheThird(mode, model, limits)) or made[0])
     status, said, _ = train("--out", tmp_path / "full")
-    assert status == 0 and not made[0].on and made[0].model.training
+    assert status == 0 and made[0].released and not made[0].limits.graphs
+    assert made[0].model.training
     assert said.count("too full for CUDA graphs: going on without") == 1
     seen, wanted = ([{k: v for k, v in row.items() if k != "tokens_per_s"}
                      for part in metrics(tmp_path / run) for row in part]
@@ -416,12 +451,12 @@ def test_a_card_too_full_for_graphs_trains_the_same_without_them(train, tmp_path
 @pytest.mark.parametrize("recompute, blocks", [("none", 0), ("1", 1), ("all", 2), ("auto", 0)])
 def test_as_many_blocks_are_recomputed_as_asked_for(train, tmp_path, monkeypatch, recompute,
                                                     blocks):
-    made_again, run = [], phogpt.checkpoint
+    recomputed, run = [], phogpt.checkpoint
     monkeypatch.setattr(phogpt, "checkpoint",
-                        lambda block, *a, **k: made_again.append(block) or run(block, *a, **k))
+                        lambda block, *a, **k: recomputed.append(block) or run(block, *a, **k))
     status, said, _ = train("--out", tmp_path / "run", "--recompute", recompute, "--steps", 1,
                             "--batch-size", 2, "--micro-batch", 2)
-    assert status == 0 and len(made_again) == blocks
+    assert status == 0 and len(recomputed) == blocks
     assert f"{blocks} of 2 blocks" in said
 
 

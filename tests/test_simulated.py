@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import example
 
 from bench import command_line as commandline
 from bench import figures, harness, items, memory, simulated, step_time
 from bench.command_line import Setting
 from bench.simulated import Plans, cards
 from phogpt_raw import cards as known
-from phogpt_raw.data.prompt import Example
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.simulate import rates as known_rates
 from phogpt_raw.simulate.ledger import KINDS
@@ -75,7 +75,7 @@ def test_auto_recomputes_as_much_as_the_card_forces_for_a_grid_and_for_a_file():
     found = plans.on(card, setting)
     assert 0 < found.recompute < 32 and found.fits
     assert not plans.on(card, replace(setting, recompute="none")).fits
-    rows = [Example(list(range(4, 4 + n)), n - 1, False, "x") for n in (30, 8192, 60)]
+    rows = [example(list(range(4, 4 + n)), n - 1, "x") for n in (30, 8192, 60)]
     assert plans.fit_rows(rows, card).recompute == found.recompute
     assert plans.fit_rows(rows[::2], card).recompute == 0
 
@@ -147,7 +147,7 @@ def test_each_card_is_simulated_in_the_dtype_that_it_trains_in():
 def test_a_file_is_fitted_with_as_many_rows_at_once_as_asked_for():
     asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, _, plans)] = cards(asked)
-    rows = [Example(list(range(4, 4 + 4096)), 9, False, "x")] * 2
+    rows = [example(list(range(4, 4 + 4096)), 9, "x")] * 2
     single = plans.fit_rows(rows, card).recompute
     asked.micro_batch = "2"
     assert single < plans.fit_rows(rows, card).recompute
@@ -231,7 +231,7 @@ def test_without_matplotlib_the_tables_come_and_a_line_says_so(monkeypatch, caps
 
 
 def test_items_are_an_even_choice_by_length():
-    examples = [Example(list(range(n)), n // 2, False, "x") for n in range(10, 410)]
+    examples = [example(list(range(n)), n // 2, "x") for n in range(10, 410)]
     asked = argparse.Namespace(micro_batch="2", data="x.jsonl", epochs=3)
     seen = []
 

@@ -10,28 +10,32 @@ from conftest import ragged_examples
 from oracle import oracle
 
 from phogpt_raw.command_line import from_command_line
-from phogpt_raw.data.batches import Stream, make_window
+from phogpt_raw.data.batches import Stream, Window
 from phogpt_raw.data.examples import load_examples
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import NANO, iterate, list_files, load_base
-from phogpt_raw.training.loss import chunk_rows, summed_loss
-from phogpt_raw.training.optim import lr_at, make_optimizer
-from phogpt_raw.training.step import make_micro_step, make_scaler, train_step
+from phogpt_raw.training import step as module
+from phogpt_raw.training.limits import retry_without_graphs
+from phogpt_raw.training.loss import batch_loss
+from phogpt_raw.training.optim import lr_at
+from phogpt_raw.training.setup import make_scaler, wire
+from phogpt_raw.training.step import train_step
 
 PAD = 3
 NO_CLIP = 1e9
 
 
-def no_scale():
-    return make_scaler(torch.float32, "cpu")
+def parts(model, adapters, *, descent=True, **settings):
+    """The parts of a step; plain gradient descent of rate 1 without clipping unless told else."""
+    training = wire(model, adapters, **{"clip": NO_CLIP, "loss_mib": 1, **settings})
+    training.limits.loss_rows = 16
+    if descent:
+        training.optimizer = torch.optim.SGD([adapters.flat], lr=1.0)
+    return training
 
 
-def one_step(model, adapters, window, *, optimizer=None, scaler=None, clip=NO_CLIP, chunk=16):
-    """train_step with plain gradient descent of rate 1 unless told otherwise."""
-    optimizer = optimizer or torch.optim.SGD([adapters.flat], lr=1.0)
-    scaler = scaler or no_scale()
-    micro_step = make_micro_step(model, scaler, chunk)
-    return train_step(window, micro_step, adapters.flat, optimizer, scaler, clip)
+def window_of(examples):
+    return Window(examples, PAD)
 
 
 def distance(mine, reference):
@@ -50,7 +54,8 @@ def test_a_step_is_the_same_for_every_micro_batch_size(adapted):
     for micro_batch in (8, 1, 2, 3, 4):
         model, adapters = adapted()
         before = adapters.flat.detach().clone()
-        stats = one_step(model, adapters, make_window(examples, micro_batch, PAD))
+        training = parts(model, adapters, micro_batch=micro_batch)
+        stats = train_step(training, window_of(examples))
         assert float(stats.grad_norm) == pytest.approx(float(adapters.flat.grad.norm()), rel=1e-5)
         results[micro_batch] = (float(stats.loss), adapters.flat.grad.clone(),
                                 adapters.flat.detach() - before)
@@ -69,11 +74,10 @@ def test_averages_of_averages_would_be_noticed(adapted):
     gradients = []
     for micro_batch in (8, 2):
         model, adapters = adapted()
-        window = make_window(examples, micro_batch, PAD)
-        for b in window.batches:
-            hidden = model(b.ids_BL, b.doc_BL).flatten(0, 1).index_select(0, b.rows_T)
-            mean = summed_loss(hidden, model.head, b.targets_T, 16) / (b.targets_T >= 0).sum()
-            (mean / len(window.batches)).backward()
+        batches = list(window_of(examples).micro_batches(micro_batch))
+        for b in batches:
+            total = batch_loss(model(b.ids_BL, b.doc_BL), model.head, b, 16)
+            (total / (b.targets_T >= 0).sum() / len(batches)).backward()
         gradients.append(adapters.flat.grad.clone())
     assert distance(gradients[1], gradients[0]) > 0.05
 
@@ -85,10 +89,11 @@ def test_adamw_of_32_bits_takes_the_same_steps_for_every_micro_batch_size(adapte
     for micro_batch in (8, 3):
         model, adapters = adapted()
         start = adapters.flat.detach().clone()
-        optimizer = make_optimizer(adapters.flat, "adamw", 1e-3, 0.0)
-        stream = Stream(ragged_examples(20), batch_size=8, micro_batch=micro_batch, pad_id=PAD)
+        training = parts(model, adapters, descent=False, optimizer="adamw", lr=1e-3, clip=1.0,
+                         micro_batch=micro_batch)
+        stream = Stream(ragged_examples(20), batch_size=8, pad_id=PAD)
         for step in range(3):
-            one_step(model, adapters, stream.window(step), optimizer=optimizer, clip=1.0)
+            train_step(training, stream.window(step))
         ends.append(adapters.flat.detach() - start)
     assert distance(ends[1], ends[0]) < 1e-3
 
@@ -100,10 +105,11 @@ def test_the_loss_is_nats_a_supervised_token_of_the_window(adapted):
     for e in examples:  # one by one, without padding, through the whole logits
         with torch.no_grad():
             logits = model.logits(model(torch.tensor([e.ids])))[0, :-1]
-        total += float(F.cross_entropy(logits[-e.answer:], torch.tensor(e.ids[-e.answer:]),
+        answer = e.ids[len(e.prompt) :]
+        total += float(F.cross_entropy(logits[-len(answer):], torch.tensor(answer),
                                        reduction="sum"))
-        tokens += e.answer
-    stats = one_step(model, adapters, make_window(examples, 2, PAD))
+        tokens += len(answer)
+    stats = train_step(parts(model, adapters, micro_batch=2), window_of(examples))
     assert float(stats.loss) == pytest.approx(total / tokens, rel=1e-6)
 
 
@@ -111,8 +117,8 @@ def test_recomputing_blocks_changes_nothing(adapted):
     results = []
     for recompute in (0, 1, 2):
         model, adapters = adapted()
-        model.recompute = recompute
-        one_step(model, adapters, make_window(ragged_examples(4), 2, PAD))
+        training = parts(model, adapters, micro_batch=2, recompute=recompute)
+        train_step(training, window_of(ragged_examples(4)))
         results.append(adapters.flat.grad.clone())
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -120,12 +126,31 @@ def test_recomputing_blocks_changes_nothing(adapted):
 
 def test_the_phases_come_in_order_and_each_has_its_name(adapted):
     model, adapters = adapted()
-    marks, scaler = [], no_scale()
-    micro_step = make_micro_step(model, scaler, 16, marks.append)
-    optimizer = torch.optim.SGD([adapters.flat], lr=1.0)
-    window = make_window(ragged_examples(5), 2, PAD)
-    train_step(window, micro_step, adapters.flat, optimizer, scaler, 1.0, marks.append)
+    marks = []
+    train_step(parts(model, adapters, micro_batch=2), window_of(ragged_examples(5)), marks.append)
     assert marks == ["zero", *["forward", "backward"] * 3, "clip", "optimizer"]
+
+
+def test_the_limits_are_read_anew_by_each_step(adapted, monkeypatch):
+    """A run that has run out of memory goes on with less, from the very next step."""
+    model, adapters = adapted()
+    training, window = parts(model, adapters, micro_batch=4), window_of(ragged_examples(4))
+    seen, forward, loss = [], model.forward, module.batch_loss
+
+    def noted(ids_BL, doc_BL=None, cache=None, recompute=0):
+        seen.append([len(ids_BL), recompute])
+        return forward(ids_BL, doc_BL, cache, recompute)
+
+    def noted_loss(hidden_BLD, head_VD, batch, chunk):
+        seen[-1].append(chunk)
+        return loss(hidden_BLD, head_VD, batch, chunk)
+
+    monkeypatch.setattr(model, "forward", noted)
+    monkeypatch.setattr(module, "batch_loss", noted_loss)
+    train_step(training, window)
+    training.limits.micro_batch, training.limits.recompute, training.limits.loss_rows = 2, 1, 8
+    train_step(training, window)
+    assert seen == [[4, 0, 16], [2, 1, 8], [2, 1, 8]]
 
 
 # -- scale, clip, overflow
@@ -137,9 +162,10 @@ def test_clipping_sees_the_true_gradient_under_loss_scaling(adapted):
     for scale in (1.0, 2.0**12):
         model, adapters = adapted()
         before = adapters.flat.detach().clone()
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        stats = one_step(model, adapters, make_window(ragged_examples(6), 2, PAD), scaler=scaler,
-                         clip=0.01)
+        training = parts(model, adapters, micro_batch=2, clip=0.01)
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        stats = train_step(training, window_of(ragged_examples(6)))
+        assert float(stats.scale) == scale and bool(stats.applied)
         results.append((stats.loss, stats.grad_norm, adapters.flat.detach().clone()))
         assert float(stats.grad_norm) > 0.02  # clipped, or this test says nothing
         update = float((adapters.flat.detach() - before).norm())
@@ -148,34 +174,135 @@ def test_clipping_sees_the_true_gradient_under_loss_scaling(adapted):
         assert torch.equal(one, other)
 
 
+class Poisoned:
+    """A model whose first call leaves `poison` in a gradient that then grows by backward."""
+
+    def __init__(self, model, flat, poison):
+        self.model, self.flat, self.poison, self.head = model, flat, poison, model.head
+
+    def __call__(self, *args, **kwargs):
+        self.flat.grad[7] = self.poison
+        return self.model(*args, **kwargs)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])
-def test_a_gradient_that_is_not_finite_is_left_out(adapted, kind, poison):
+def test_a_gradient_that_is_not_finite_is_left_out_and_the_stats_say_so(adapted, kind, poison):
     model, adapters = adapted()
-    optimizer = make_optimizer(adapters.flat, kind, 1e-2, 0.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    window = make_window(ragged_examples(4), 2, PAD)
-    one_step(model, adapters, window, optimizer=optimizer, scaler=scaler, clip=1.0)
+    training = parts(model, adapters, descent=False, optimizer=kind, lr=1e-2, clip=1.0,
+                     micro_batch=2)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    window = window_of(ragged_examples(4))
+    assert bool(train_step(training, window).applied)
     weights = adapters.flat.detach().clone()
-    state = copy.deepcopy(optimizer.state_dict())
-    assert scaler.get_scale() == 2.0**12
+    state = copy.deepcopy(training.optimizer.state_dict())
+    assert training.scaler.get_scale() == 2.0**12
 
-    whole = make_micro_step(model, scaler, 16)
-
-    def overflowing(batch, supervised):
-        loss = whole(batch, supervised)
-        adapters.flat.grad[7] = poison
-        return loss
-
-    stats = train_step(window, overflowing, adapters.flat, optimizer, scaler, 1.0)
-    assert not torch.isfinite(stats.grad_norm)
-    assert scaler.get_scale() == 2.0**11
+    training.forward = Poisoned(model, adapters.flat, poison)
+    stats = train_step(training, window)
+    assert not stats.applied and not torch.isfinite(stats.grad_norm)
+    assert float(stats.scale) == 2.0**12 and training.scaler.get_scale() == 2.0**11
     assert torch.equal(adapters.flat, weights)
-    same_state(optimizer.state_dict(), state)
+    same_state(training.optimizer.state_dict(), state)
 
-    one_step(model, adapters, window, optimizer=optimizer, scaler=scaler, clip=1.0)
+    training.forward = model
+    stats = train_step(training, window)
+    assert bool(stats.applied) and float(stats.scale) == 2.0**11
     assert torch.isfinite(adapters.flat).all()  # the poison is gone with the next zero
     assert not torch.equal(adapters.flat, weights)
+
+
+@pytest.mark.parametrize("init", [2.0**12, 1.0])
+def test_the_loss_scale_never_falls_below_one(adapted, init):
+    """162 skipped steps would bring 2^12 to 0, after which every gradient is a finite 0."""
+    model, adapters = adapted()
+    training = parts(model, adapters)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=init)
+    training.forward = Poisoned(model, adapters.flat, float("inf"))
+    window = window_of(ragged_examples(1))
+    for _ in range(170):
+        stats = train_step(training, window)
+        assert not stats.applied and float(stats.scale) >= 1.0
+    training.forward = model
+    before = adapters.flat.detach().clone()
+    stats = train_step(training, window)
+    assert bool(stats.applied) and float(stats.scale) == 1.0
+    assert not torch.equal(adapters.flat, before)
+
+
+# -- out of memory
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory")
+
+
+class Full:
+    """Raises out-of-memory at its call number `at`, once; before that it calls the function."""
+
+    def __init__(self, function, at=0):
+        self.function, self.at, self.calls, self.raised = function, at, 0, False
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls > self.at and not self.raised:
+            self.raised = True
+            raise FULL
+        return self.function(*args, **kwargs)
+
+
+class Graphless:
+    """In place of the graphs: called like the model, and gives back nothing."""
+
+    def __init__(self, model):
+        self.model, self.head = model, model.head
+
+    def __call__(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+    def release(self):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize("phase, at", [
+    ("zero", 0), ("forward", 0), ("forward", 1), ("loss", 1), ("backward", 0), ("backward", 1),
+    ("unscale", 0), ("clip", 0), ("update", 0)])
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monkeypatch, kind,
+                                                                   phase, at, earlier):
+    """In the first step and in a later one: the second try ends where an undisturbed step does,
+    to the bit. (Once the update has begun nothing is allocated: test_optim.py.)"""
+    ends = []
+    for disturbed in (False, True):
+        model, adapters = adapted()
+        training = parts(model, adapters, descent=False, optimizer=kind, lr=1e-2, clip=1.0,
+                         micro_batch=2)
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        training.limits.graphs, training.forward = True, Graphless(model)
+        stream, said = Stream(ragged_examples(12), batch_size=4, pad_id=PAD), []
+        step = retry_without_graphs(train_step, training, said.append)
+        for n in range(earlier):
+            step(training, stream.window(n))
+        with monkeypatch.context() as patch:
+            if disturbed:
+                place, name = {
+                    "zero": (torch, "ones"), "forward": (model, "forward"),
+                    "loss": (module, "batch_loss"), "backward": (torch.Tensor, "backward"),
+                    "unscale": (training.scaler, "unscale_"), "clip": (module, "clip_grad_norm_"),
+                    "update": (training.scaler, "step")}[phase]
+                full = Full(getattr(place, name), at)
+                # as a function, so that it binds as a method
+                patch.setattr(place, name, lambda *a, **k: full(*a, **k))  # noqa: B023
+            for n in range(earlier, 3):
+                stats = step(training, stream.window(n))
+        if disturbed:
+            assert full.raised and len(said) == 1 and not training.limits.graphs
+        ends.append((stats, adapters.flat.detach().clone(), training.optimizer.state_dict(),
+                     training.scaler.state_dict()))
+    (stats, flat, state, scale), (again, flat_again, state_again, scale_again) = ends
+    assert torch.equal(flat, flat_again) and torch.equal(stats.loss, again.loss)
+    assert torch.equal(stats.grad_norm, again.grad_norm) and scale == scale_again
+    same_state(state_again, state)
 
 
 def same_state(mine, reference):
@@ -218,10 +345,10 @@ def test_only_adapters_change(adapted, nf4):
     before, flat = frozen_tensors(model), adapters.flat.detach().clone()
     views = {name: view.clone() for name, view in adapters.views}
     assert sum(":" in name for name in before) >= (8 * 2 if nf4 else 0)
-    optimizer = make_optimizer(adapters.flat, "paged_adamw_8bit", 1e-2, 0.0)
-    stream = Stream(ragged_examples(12), batch_size=4, micro_batch=2, pad_id=PAD)
+    training = parts(model, adapters, descent=False, lr=1e-2, clip=1.0, micro_batch=2)
+    stream = Stream(ragged_examples(12), batch_size=4, pad_id=PAD)
     for step in range(3):
-        one_step(model, adapters, stream.window(step), optimizer=optimizer, clip=1.0)
+        train_step(training, stream.window(step))
     after = frozen_tensors(model)
     assert after.keys() == before.keys()
     for name, tensor in before.items():
@@ -243,7 +370,7 @@ def nano_stream():
     config = from_command_line(["--steps", str(STEPS)], "")
     _, tokenizer = load_base("nano", nf4=False, device="cpu")
     examples = load_examples(tokenizer, config).train[:60]
-    return Stream(examples, batch_size=4, micro_batch=2, pad_id=PAD)
+    return Stream(examples, batch_size=4, pad_id=PAD)
 
 
 def nano_adapters(nf4):
@@ -254,14 +381,11 @@ def nano_adapters(nf4):
 def by_us(stream, nf4, kind):
     """(loss of every step, the adapters' final weights under PEFT's names)."""
     model, adapters = nano_adapters(nf4)
-    optimizer = make_optimizer(adapters.flat, kind, PEAK, 0.0)
-    scaler, losses = no_scale(), []
-    chunk = chunk_rows(model.config.vocab_size, 4)
+    training = wire(model, adapters, optimizer=kind, clip=CLIP, micro_batch=2, loss_mib=4)
+    losses = []
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = lr_at(step, STEPS, PEAK, WARMUP, FLOOR)
-        stats = one_step(model, adapters, stream.window(step), optimizer=optimizer, scaler=scaler,
-                         clip=CLIP, chunk=chunk)
-        losses.append(float(stats.loss))
+        training.optimizer.param_groups[0]["lr"] = lr_at(step, STEPS, PEAK, WARMUP, FLOOR)
+        losses.append(float(train_step(training, stream.window(step)).loss))
     return losses, {n: t.detach().clone() for n, t in adapters.tensors().items()}
 
 
@@ -292,13 +416,13 @@ def by_stock_parts(stream):
         ids = torch.full((4, longest), PAD)
         labels, mask = torch.full((4, longest), -100), torch.zeros(4, longest, dtype=torch.long)
         for n, e in enumerate(rows):
-            end, start = len(e.ids), len(e.ids) - e.answer
+            end, start = len(e.ids), len(e.prompt)
             ids[n, :end] = torch.tensor(e.ids)
             labels[n, start:end] = torch.tensor(e.ids[start:])
             mask[n, :end] = 1
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
-                               reduction="sum") / sum(e.answer for e in rows)
+                               reduction="sum") / sum(e.supervised for e in rows)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), CLIP)

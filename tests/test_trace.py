@@ -1,4 +1,4 @@
-"""The plan against arithmetic by hand, and against the real step on the CPU.
+"""The trace against arithmetic by hand, and against the real step on the CPU.
 
 N rows of tokens, D in, O out, R rank, H heads, L queries, S keys, K head width, V vocabulary.
 """
@@ -15,16 +15,16 @@ import torch
 from conftest import ragged_examples
 from torch import nn
 from torch.nn.attention import SDPBackend
-from traces import EFFICIENT, D, H, V, adapted_on_meta, empty, on_meta, planned, recorded, step_of
+from traces import EFFICIENT, D, H, V, adapted_on_meta, empty, on_meta, recorded, step_of, traced
 
-from phogpt_raw.data.batches import MicroBatch, make_window
+from phogpt_raw.data.batches import MicroBatch
 from phogpt_raw.model import phogpt
 from phogpt_raw.model.attention import Bias, attend
 from phogpt_raw.model.lora import low_rank_linear
 from phogpt_raw.model.weights import nf4_linear
 from phogpt_raw.simulate.allocator import Allocator
 from phogpt_raw.simulate.ledger import KINDS, Storage, kind_of
-from phogpt_raw.simulate.trace import META, simulate
+from phogpt_raw.simulate.trace import META
 
 aten = torch.ops.aten
 LINEARS = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]  # (in, out) of a block
@@ -50,7 +50,7 @@ def up(n: int, multiple: int) -> int:
 
 def test_what_stays_for_good_is_what_arithmetic_says():
     rank = 33  # with it no adapter ends where the next one may begin
-    found = planned(rank=rank)
+    found = traced(rank=rank)
     padded = 2 * sum(up(rank * d, 256) + up(o * rank, 256) for d, o in LINEARS)
     scales = [d * o // 64 for d, o in LINEARS]  # 8 bits for 64 weights
     kinds, _ = on_arrival(found)
@@ -71,7 +71,7 @@ def test_what_stays_for_good_is_what_arithmetic_says():
 
 
 def test_plain_weights_in_fp32_take_four_bytes_and_no_copy_of_the_adapters():
-    kinds, _ = on_arrival(planned(nf4=False, dtype=torch.float32))
+    kinds, _ = on_arrival(traced(nf4=False, dtype=torch.float32))
     assert kinds["plain weights"] == 2 * 4 * WEIGHTS
     assert kinds["embedding"] == 4 * V * D
     assert not {"NF4 weights", "NF4 constants", "adapters' copy"} & kinds.keys()
@@ -86,7 +86,7 @@ def test_adamw_has_two_numbers_of_32_bits_a_weight_and_no_pages():
 
 @pytest.mark.parametrize("length", [96, 1024, 1100, 2048])
 def test_the_bias_has_a_row_for_each_of_at_most_1024_queries(length):
-    kinds, _ = on_arrival(planned(length=length))
+    kinds, _ = on_arrival(traced(length=length))
     length = up(length, 32)  # rows are padded
     assert kinds["attention bias"] == 2 * H * min(length, 1024) * length + 4 * H
 
@@ -103,7 +103,7 @@ def saved_sizes(rank: int, rows: int, length: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("rank, rows, length", [(8, 1, 96), (4, 3, 64), (16, 2, 160)])
 def test_what_blocks_keep_is_what_arithmetic_says(rank, rows, length):
-    _, saved = on_arrival(planned(rank=rank, rows=rows, length=length))
+    _, saved = on_arrival(traced(rank=rank, rows=rows, length=length))
     size = saved_sizes(rank, rows, length)
     # qkv 3, attention's output, the sum after it, up_proj's output 4, the sum after the block
     block = 10 * size["x"] + 4 * size["narrow"] + size["attention"]
@@ -116,7 +116,7 @@ def test_what_blocks_keep_is_what_arithmetic_says(rank, rows, length):
 
 
 def test_of_recomputed_blocks_only_their_inputs_are_kept():
-    _, saved = on_arrival(planned(recompute=2))
+    _, saved = on_arrival(traced(recompute=2))
     size = saved_sizes(8, 1, 96)
     assert saved == {
         "embedding": size["x"],  # the first block's input
@@ -127,11 +127,11 @@ def test_of_recomputed_blocks_only_their_inputs_are_kept():
 
 
 def test_a_recomputed_block_is_made_again_in_backward_alone():
-    assert not any("made again" in m.kinds for m in planned().moments())
-    found = planned(recompute=1).moments()
-    assert {m.phase for m in found if "made again" in m.kinds} == {"backward"}
+    assert not any("recomputed" in m.kinds for m in traced().moments())
+    found = traced(recompute=1).moments()
+    assert {m.phase for m in found if "recomputed" in m.kinds} == {"backward"}
     size = saved_sizes(8, 1, 96)
-    assert max(m.kinds.get("made again", 0) for m in found) > 10 * size["x"]
+    assert max(m.kinds.get("recomputed", 0) for m in found) > 10 * size["x"]
 
 
 # -- order
@@ -145,7 +145,7 @@ def test_a_recomputed_block_is_made_again_in_backward_alone():
 def test_more_never_needs_less(setting, values):
     """But for what the allocator rounds up, which follows the order of things."""
     large = dict(vocabulary=8192) if setting == "chunk" else {}  # else blocks make the peak
-    peaks = [max(m.allocated - m.kinds["rounding"] for m in planned(
+    peaks = [max(m.allocated - m.kinds["rounding"] for m in traced(
         **large, **{setting: value}).moments()) for value in values]
     assert all(a <= b for a, b in pairwise(peaks))
     assert peaks[0] < peaks[-1]
@@ -158,7 +158,7 @@ def test_more_never_needs_less(setting, values):
                                       dict(nf4=False, optimizer="adamw"),
                                       dict(kernel=SDPBackend.CUDNN_ATTENTION)], ids=str)
 def test_every_byte_alive_has_a_kind_at_every_moment(settings):
-    found, workspace = planned(**settings), 8320 * 1024
+    found, workspace = traced(**settings), 8320 * 1024
     alive, most = {}, {}
     for n, (storage, taken) in enumerate(found.events):
         if taken:
@@ -183,7 +183,7 @@ def test_every_byte_alive_has_a_kind_at_every_moment(settings):
 
 
 def test_a_step_gives_back_what_it_takes():
-    found = planned(recompute=1)
+    found = traced(recompute=1)
     assert sum(s.nbytes if taken else -s.nbytes for s, taken in found.events) == found.resident
     without = Allocator()
     for storage, _ in found.events[:found.begun]:
@@ -205,7 +205,7 @@ def test_a_plan_stays_as_it_is_when_its_model_goes():
 
 
 def test_what_only_came_before_the_step_is_not_of_its_peak():
-    found = planned()
+    found = traced()
     large = Storage(2**30, 0, "before", "")
     longer = replace(found, events=[(large, True), (large, False), *found.events],
                      begun=found.begun + 2)
@@ -213,17 +213,17 @@ def test_what_only_came_before_the_step_is_not_of_its_peak():
 
 
 def test_too_little_memory_is_an_error():
-    found = planned()
+    found = traced()
     needed = found.replay().peak_reserved
     assert found.replay(limit=needed).peak_reserved == needed
     with pytest.raises(MemoryError):
         found.replay(limit=needed - 1)
 
 
-def test_a_plan_leaves_nothing_behind_for_models_that_have_numbers(monkeypatch):
+def test_a_trace_leaves_nothing_behind_for_models_that_have_values(monkeypatch):
     """bitsandbytes keeps the map of the first device on which it quantises, for all others."""
     monkeypatch.setattr(bitsandbytes.functional, "name2qmap", {})
-    planned()
+    traced()
     weight = torch.randn(64, 64)
     linear = nf4_linear(weight, torch.float32, "cpu")
     assert (linear(torch.eye(64)) - weight.T).abs().max() < 1
@@ -232,17 +232,17 @@ def test_a_plan_leaves_nothing_behind_for_models_that_have_numbers(monkeypatch):
 # -- the real step, not a description of it
 
 
-def test_what_is_no_longer_made_again_shows(monkeypatch):
-    before = on_arrival(planned())[1]
+def test_what_is_no_longer_recomputed_shows(monkeypatch):
+    before = on_arrival(traced())[1]
     monkeypatch.setattr(phogpt, "remade", lambda f, x: contextlib.nullcontext(f(x)))
-    after = on_arrival(planned())[1]
+    after = on_arrival(traced())[1]
     x = saved_sizes(8, 1, 96)["x"]
     assert after["block 1"] - before["block 1"] == 6 * x  # two norms' outputs, four of the GELU
     assert after["block 0"] - before["block 0"] == 5 * x  # its first norm's was there
 
 
 def test_one_more_tensor_kept_is_that_much_more_at_the_peak(monkeypatch):
-    held, before = [], planned()
+    held, before = [], traced()
 
     def holding(*args):
         out = attend(*args)
@@ -250,7 +250,7 @@ def test_one_more_tensor_kept_is_that_much_more_at_the_peak(monkeypatch):
         return out
 
     monkeypatch.setattr(phogpt, "attend", holding)
-    after = planned()
+    after = traced()
     x = saved_sizes(8, 1, 96)["x"]
     assert x % 512 == 0 and peak(after) - peak(before) == 2 * x
     grown = after.peak().kinds["saved activations"] - before.peak().kinds["saved activations"]
@@ -258,7 +258,7 @@ def test_one_more_tensor_kept_is_that_much_more_at_the_peak(monkeypatch):
 
 
 def test_a_larger_chunk_of_logits_is_that_much_more_of_the_loss():
-    most = [max(m.kinds.get("loss", 0) for m in planned(chunk=chunk, vocabulary=8192).moments())
+    most = [max(m.kinds.get("loss", 0) for m in traced(chunk=chunk, vocabulary=8192).moments())
             for chunk in (16, 32)]
     # two numbers of 32 bits a logit; for each row its target, whether it counts, and log p of the
     # target in the chunk before
@@ -267,7 +267,7 @@ def test_a_larger_chunk_of_logits_is_that_much_more_of_the_loss():
 
 def test_the_kernel_is_the_one_told():
     for kernel, name in ((EFFICIENT, "efficient"), (SDPBackend.CUDNN_ATTENTION, "cudnn")):
-        names = [op.name for op in planned(kernel=kernel).ops if "attention" in op.name]
+        names = [op.name for op in traced(kernel=kernel).ops if "attention" in op.name]
         assert len(names) == 4 and all(name in n for n in names)
 
 
@@ -277,15 +277,16 @@ def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, 
     """The same recorder over real numbers: each operation, and each storage's size and life."""
     model, adapters = adapted(nf4=nf4)
     twin, its = adapted_on_meta(model.config, rank=4, dtype=torch.float32, nf4=nf4)
-    window = make_window(ragged_examples(3), 2, pad_id=3)
+    window = Window(ragged_examples(3), pad_id=3)
     # To the card a batch is copied, on the CPU it is there.
     monkeypatch.setattr(MicroBatch, "to", lambda batch, device: MicroBatch(
         *(t if t is None else t.to(device, copy=True) for t in vars(batch).values())))
     seen = []
     for both in ((model, adapters), (twin, its)):
-        both[0].recompute = recompute
-        found = simulate(*both, window, optimizer="paged_adamw_8bit", chunk=16,
-                         kernel=SDPBackend.FLASH_ATTENTION)  # the CPU's
+        training = wire(*both, micro_batch=2, recompute=recompute)
+        training.scaler = torch.amp.GradScaler("cpu", enabled=False)  # as on the meta device
+        training.limits.loss_rows = 16
+        found = trace_step(training, window, SDPBackend.FLASH_ATTENTION)  # the CPU's
         # but the clipping, for which torch has other operations on a CPU
         ops = [op for op in found.ops if op.phase != "clip"]
         lives = [(s.nbytes, s.born, s.died, s.scope, kind_of(s), taken)
@@ -338,7 +339,7 @@ def test_flops_of_attention(kernel, block):
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_flops_of_a_step(recompute):
     rank, rows, length = 8, 2, 96
-    found = planned(rank=rank, rows=rows, length=length, recompute=recompute)
+    found = traced(rank=rank, rows=rows, length=length, recompute=recompute)
     n, supervised = rows * length, 64  # 2 x 20, padded
     adapters = sum(rank * (d + o) for d, o in LINEARS)
     attention = 4 * H * length * length * (D // H) * rows
@@ -398,4 +399,4 @@ def test_views_and_empty_memory_are_no_operations():
 
 
 def test_every_operation_of_a_step_reads_or_writes():
-    assert all(op.moved > 0 for op in planned(recompute=1).ops)
+    assert all(op.moved > 0 for op in traced(recompute=1).ops)

@@ -1,15 +1,16 @@
-"""Plans of a tiny model: two blocks of width 192 in NF4, one row in fp16, unless told otherwise."""
+"""Traces of a tiny model: two blocks of width 192 in NF4, one row in fp16 by default."""
 
 import torch
+from conftest import example
 from peft import LoraConfig
 from torch.nn.attention import SDPBackend
 
-from phogpt_raw.data.batches import make_window
-from phogpt_raw.data.prompt import Example
+from phogpt_raw.data.batches import Window
 from phogpt_raw.model.adapters import TARGETS, inject
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.simulate.ledger import Op, Plan
-from phogpt_raw.simulate.trace import META, Recorder, base_on_meta, simulate
+from phogpt_raw.simulate.ledger import Op, Trace
+from phogpt_raw.simulate.trace import META, Recorder, base_on_meta, trace_step
+from phogpt_raw.training.setup import wire
 
 EFFICIENT = SDPBackend.EFFICIENT_ATTENTION
 D, H, V = 192, 6, 512
@@ -31,14 +32,15 @@ def adapted_on_meta(shape: ModelConfig, *, rank: int, dtype, nf4: bool) -> tuple
 
 def step_of(model: PhoGPT, adapters, *, rows: int = 1, length: int = 96, answer: int = 20,
             recompute: int = 0, chunk: int = 16, optimizer: str = "paged_adamw_8bit",
-            kernel: SDPBackend = EFFICIENT) -> Plan:
-    model.recompute = recompute
-    window = make_window([Example([5] * length, answer, False, "row")] * rows, rows, pad_id=3)
-    return simulate(model, adapters, window, optimizer=optimizer, chunk=chunk, kernel=kernel)
+            kernel: SDPBackend = EFFICIENT) -> Trace:
+    training = wire(model, adapters, optimizer=optimizer, micro_batch=rows, recompute=recompute)
+    training.limits.loss_rows = chunk
+    window = Window([example([5] * length, answer, "row")] * rows, pad_id=3)
+    return trace_step(training, window, kernel)
 
 
-def planned(layers: int = 2, *, rank: int = 8, vocabulary: int = V, dtype=torch.float16,
-            nf4: bool = True, **step) -> Plan:
+def traced(layers: int = 2, *, rank: int = 8, vocabulary: int = V, dtype=torch.float16,
+           nf4: bool = True, **step) -> Trace:
     return step_of(*on_meta(layers, rank=rank, vocabulary=vocabulary, dtype=dtype, nf4=nf4), **step)
 
 

@@ -1,30 +1,33 @@
 """Examples become windows of micro-batches; any step's window, without replaying those before.
 
-A window is what one optimizer step sees. Which rows it holds follows from the step's number alone
-(a permutation a pass, seeded by seed and pass), so a resumed run reads on where it stopped.
+A window is the accumulation window: all that one optimizer step sees. Which examples it holds
+follows from the step's number alone (one permutation for each epoch, seeded by seed and epoch), so
+a resumed run reads on where it stopped. How many of them go through the model at once is decided
+when the step asks for micro-batches, and can change between steps.
 
-A MicroBatch says who may see whom by `doc_BL`: each token's document in its row, ascending; None
-where a row is one document and its padding stands behind it, where attention never looks. What
-carries loss is a list of rows, not a mask over all positions, because with a vocabulary of
-250,880 every row through the head counts.
+A MicroBatch says which tokens may attend to each other by `doc_BL`: each token's document in its
+row, ascending; None where a row is one document and its padding stands behind it, where causal
+attention never reaches. The positions that carry loss are a list of rows, not a mask over all
+positions, because with a vocabulary of 250,880 every row through the head is expensive.
 
 B micro-batch, L length, T supervised rows (padded to a few sizes; padding has target -100).
 
->>> batch = collate([([5, 6, 7], 1), ([8, 9], 1)], pad_id=3, multiple=4, rows_multiple=2)
+>>> a, b = Example([5, 6, 7], [IGNORED, 7, IGNORED]), Example([8, 9], [9, IGNORED])
+>>> batch = collate([a, b], pad_id=3, multiple=4, rows_multiple=4)
 >>> batch.ids_BL.tolist()
 [[5, 6, 7, 3], [8, 9, 3, 3]]
->>> batch.rows_T.tolist(), batch.targets_T.tolist()     # row 1 predicts 7, row 4 predicts 9
-([1, 4], [7, 9])
+>>> batch.rows_T.tolist(), batch.targets_T.tolist()     # position 1 predicts 7, position 4 predicts 9
+([1, 4, 0, 0], [7, 9, -100, -100])
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
-from phogpt_raw.data.prompt import Example
-
-IGNORED = -100
+from phogpt_raw.data.prompt import IGNORED, Example
 
 
 @dataclass(frozen=True)
@@ -44,36 +47,45 @@ class MicroBatch:
         ))
 
 
-@dataclass(frozen=True)
 class Window:
-    """One optimizer step's micro-batches; `supervised` tokens carry loss, `tokens` are read."""
+    """The examples of one optimizer step, shortest first, so that little of a batch is padding.
 
-    batches: list[MicroBatch]
-    supervised: int
-    tokens: int
+    `supervised` counts the tokens that carry loss (at least one), `tokens` all tokens.
+    """
+
+    def __init__(self, examples: list[Example], pad_id: int):
+        self.examples = sorted(examples, key=lambda e: len(e.ids))
+        self.pad_id = pad_id
+        self.supervised = sum(e.supervised for e in examples)
+        self.tokens = sum(len(e.ids) for e in examples)
+        assert self.supervised, "a window without supervised tokens has no loss"
+
+    def micro_batches(self, size: int) -> Iterator[MicroBatch]:
+        """At most `size` examples at a time."""
+        for start in range(0, len(self.examples), size):
+            yield collate(self.examples[start : start + size], self.pad_id)
 
 
 class Stream:
-    """The windows of a run: `batch_size` rows each, at most `micro_batch` of them at once."""
+    """The windows of a run, `batch_size` examples each."""
 
-    def __init__(self, examples: list[Example], *, batch_size: int, micro_batch: int, pad_id: int,
-                 seed: int = 0):
+    def __init__(self, examples: list[Example], *, batch_size: int, pad_id: int, seed: int = 0):
         self.examples, self.pad_id, self.seed = examples, pad_id, seed
-        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.batch_size = batch_size
         self.permutations: dict[int, list[int]] = {}
 
     def steps(self, epochs: float) -> int:
-        """Windows that cover so many passes; the last one reads on into the next pass."""
+        """Windows that cover so many epochs; the last one reads on into the next epoch."""
         return max(1, math.ceil(epochs * len(self.examples) / self.batch_size))
 
     def window(self, step: int) -> Window:
-        """The window of step 0, 1, 2, …; rows of like length share a micro-batch."""
+        """The window of step 0, 1, 2, …"""
         first = step * self.batch_size
         picked = [self.examples[self.row(p)] for p in range(first, first + self.batch_size)]
-        return make_window(picked, self.micro_batch, self.pad_id)
+        return Window(picked, self.pad_id)
 
     def row(self, position: int) -> int:
-        """The example at a place of the endless order, each pass a permutation of its own."""
+        """The example at a place of the endless order, each epoch a permutation of its own."""
         epoch, place = divmod(position, len(self.examples))
         if epoch not in self.permutations:
             dice = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -82,38 +94,19 @@ class Stream:
         return self.permutations[epoch][place]
 
 
-def make_window(examples: list[Example], micro_batch: int, pad_id: int) -> Window:
-    """Micro-batches over the examples, sorted by length so that little is padding."""
-    ordered = sorted(examples, key=lambda e: len(e.ids))
-    batches = [
-        collate([(e.ids, e.answer) for e in ordered[i : i + micro_batch]], pad_id)
-        for i in range(0, len(ordered), micro_batch)
-    ]
-    return Window(
-        batches,
-        supervised=sum(e.answer for e in examples),
-        tokens=sum(len(e.ids) for e in examples),
-    )
-
-
-def collate(rows: list[tuple[list[int], int]], pad_id: int, multiple: int = 32,
+def collate(examples: list[Example], pad_id: int, multiple: int = 32,
             rows_multiple: int = 64) -> MicroBatch:
-    """Right-pad (ids, answer length) rows to a multiple; a few shapes instead of one a batch."""
-    length = round_up(max(len(ids) for ids, _ in rows), multiple)
-    ids_BL = torch.full((len(rows), length), pad_id)
-    predicting, targets = [], []
-    for n, (ids, answer) in enumerate(rows):
-        ids_BL[n, : len(ids)] = torch.tensor(ids)
-        start = len(ids) - answer
-        predicting += range(n * length + start - 1, n * length + len(ids) - 1)
-        targets += ids[start:]
-    padding = round_up(len(targets), rows_multiple) - len(targets)
-    return MicroBatch(
-        ids_BL,
-        doc_BL=None,
-        rows_T=torch.tensor(predicting + [0] * padding),
-        targets_T=torch.tensor(targets + [IGNORED] * padding),
-    )
+    """Right-pad the examples to a multiple: a few shapes instead of one for each batch."""
+    length = round_up(max(len(e.ids) for e in examples), multiple)
+    ids_BL = torch.full((len(examples), length), pad_id)
+    targets_BL = torch.full_like(ids_BL, IGNORED)
+    for n, example in enumerate(examples):
+        ids_BL[n, : len(example.ids)] = torch.tensor(example.ids)
+        targets_BL[n, : len(example.ids)] = torch.tensor(example.targets)
+    rows_T = (targets_BL.flatten() != IGNORED).nonzero().flatten()
+    targets_T = targets_BL.flatten()[rows_T]
+    padding = (0, round_up(len(rows_T), rows_multiple) - len(rows_T))
+    return MicroBatch(ids_BL, None, pad(rows_T, padding), pad(targets_T, padding, value=IGNORED))
 
 
 def round_up(n: int, multiple: int) -> int:

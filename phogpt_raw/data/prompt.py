@@ -1,4 +1,4 @@
-"""A row becomes token ids, and which of them carry loss.
+"""A row becomes token ids, and the token that each position must predict.
 
 The loss is on the answer and its `</s>`, never on the question. PhoGPT's tokenizer adds neither
 `<s>` nor `</s>` by itself, so `</s>` is appended here; padding is another token (`<pad>`, 3), so
@@ -12,8 +12,10 @@ import unicodedata
 from dataclasses import dataclass
 
 from phogpt_raw.data.rows import Row
+from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 
+IGNORED = -100  # the target of a position that carries no loss, as in torch
 BLOOM_SIZED = 100_000  # tokens; 7B5's vocabulary is 250,000, 4B's 20,480
 
 
@@ -33,29 +35,55 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Example:
-    """`ids`, of which the last `answer` carry loss; `cut` where the answer did not fit."""
+    """A document: `targets[i]` is the token that position i must predict, or IGNORED.
+
+    `cut` where the answer did not fit; `where` is file:line.
+    """
 
     ids: list[int]
-    answer: int
-    cut: bool
-    where: str
+    targets: list[int]
+    cut: bool = False
+    where: str = ""
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss."""
+        return len(self.targets) - self.targets.count(IGNORED)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The ids before the first supervised token: what an answer is generated from."""
+        first = next(i for i, target in enumerate(self.targets) if target != IGNORED)
+        return self.ids[: first + 1]
+
+
+def next_tokens(ids: list[int], start: int, stop: int | None = None) -> list[int]:
+    """Targets that supervise the tokens ids[start:stop], each predicted from the position before.
+
+    The first token of a document has no position before it and is never predicted.
+
+    >>> next_tokens([5, 6, 7, 8], start=2)
+    [-100, 7, 8, -100]
+    """
+    stop = len(ids) if stop is None else stop
+    return [ids[i + 1] if start <= i + 1 < stop else IGNORED for i in range(len(ids))]
 
 
 def choose_template(tokenizer, asked: str = "auto") -> tuple[str, str]:
     """(name, reason): by the tokenizer's chat template, else by its vocabulary."""
     if asked != "auto":
-        return asked, "asked for by --template"
+        return asked, _("asked for by --template")
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "?"}]
         shown = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         for name, template in TEMPLATES.items():
             if shown == template.question.format("?"):
-                return name, "the tokenizer's chat template"
+                return name, _("the tokenizer's chat template")
         raise Refusal(f"the tokenizer's chat template is none of PhoGPT's (it gives {shown!r}); "
                       f"name one with --template")
     if len(tokenizer) > BLOOM_SIZED:
-        return "7b5-instruct", f"a vocabulary of {len(tokenizer):,} is 7B5's"
-    return "4b-chat", f"a vocabulary of {len(tokenizer):,} is 4B's"
+        return "7b5-instruct", _("a vocabulary of {n:,} is 7B5's", n=len(tokenizer))
+    return "4b-chat", _("a vocabulary of {n:,} is 4B's", n=len(tokenizer))
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
@@ -85,5 +113,5 @@ def encode_row(tokenizer, template: Template, row: Row, max_len: int) -> Example
     response = row.response.removesuffix(tokenizer.eos_token).rstrip()
     answer = [*encode_text(tokenizer, template.gap + response), tokenizer.eos_token_id]
     room = max_len - len(prompt)
-    kept = answer[:room]
-    return Example(prompt + kept, len(kept), len(kept) < len(answer), row.where)
+    ids = prompt + answer[:room]
+    return Example(ids, next_tokens(ids, start=len(prompt)), room < len(answer), row.where)

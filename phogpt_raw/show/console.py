@@ -1,41 +1,36 @@
-"""What a run shows and writes down: a start card, one progress line, a summary, metrics.jsonl.
+"""What a run shows while it trains: one progress line, evaluations, a summary.
 
 On a terminal the progress line is live; anywhere else it is a plain line now and then.
 """
 
-import json
-import math
 import shlex
 import sys
-import time
 from itertools import islice
-from pathlib import Path
 
-import torch
 from rich.console import Console as Rich
 from rich.table import Table
 from tqdm import tqdm
 
+from phogpt_raw.data.batches import Window
+from phogpt_raw.messages import _
+from phogpt_raw.training.evaluate import Score
+from phogpt_raw.training.metrics import StepRow
+from phogpt_raw.training.run import Run
+
 out = Rich(highlight=False, soft_wrap=True)
 
 
-def card(title: str, lines: dict[str, str]) -> None:
+def listing(title: str, lines: dict[str, str]) -> None:
     """A titled list of name and value."""
     grid = Table.grid(padding=(0, 2))
     for name, value in lines.items():
         grid.add_row(f"[bold]{name}[/bold]", str(value).replace("[", r"\["))
-    out.print(f"\n[bold cyan]{title}[/bold cyan]")
+    heading(title)
     out.print(grid)
 
 
-def example(tokenizer, encoded) -> None:
-    """One training example, the part that carries loss in brackets and colour."""
-    split = len(encoded.ids) - encoded.answer
-    question, answer = tokenizer.decode(encoded.ids[:split]), tokenizer.decode(encoded.ids[split:])
-    out.print(f"\n[bold cyan]one training example[/bold cyan] ({encoded.where}; loss on the "
-              f"{encoded.answer} of {len(encoded.ids)} tokens between ⟦ and ⟧)")
-    out.print(question, markup=False, end="")
-    out.print(f"⟦{answer}⟧", markup=False, style="bold green")
+def heading(title: str) -> None:
+    out.print(f"\n[bold cyan]{title}[/bold cyan]")
 
 
 def say(text: str) -> None:
@@ -43,73 +38,63 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stdout)
 
 
-class Progress:
-    """The live line, and DIR/metrics.jsonl behind it; rows after `step` are dropped (resume)."""
+class Display:
+    """The progress line of a run, and the time that is left."""
 
-    def __init__(self, folder: Path, step: int, steps: int):
-        self.file = folder / "metrics.jsonl"
+    def __init__(self, run: Run):
+        self.run = run
         self.live = sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=step, disable=not self.live, dynamic_ncols=True,
-                        unit="step", desc="training")
-        self.steps, self.every = steps, max(1, steps // 10)
-        self.seconds, self.taken, self.since = 0.0, 0, None
-        kept = []
-        if step and self.file.is_file():  # a row torn by a power cut is of a later step
-            kept = [row for row in self.file.read_text("utf-8").splitlines()
-                    if row.endswith("}") and json.loads(row)["step"] <= step]
-        self.file.write_text("".join(row + "\n" for row in kept))
+        self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
+                        dynamic_ncols=True, unit="step", desc=_("training"))
+        self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 
-    def begin(self) -> None:
-        """A step begins: its time runs from here."""
-        self.since = time.perf_counter()
-
-    def step(self, progress, stats, window, *, lr: float, scale: float) -> None:
-        """Show and write a finished step; reading its loss waits for the card."""
-        loss, grad_norm = float(stats.loss), float(stats.grad_norm)
-        seconds = time.perf_counter() - self.since
-        self.seconds, self.taken = self.seconds + seconds, self.taken + 1
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        speed = window.tokens / seconds
-        self.write(step=progress.step, loss=loss, lr=lr, grad_norm=grad_norm,
-                   tokens=window.supervised, tokens_per_s=round(speed, 1),
-                   peak_gib=peak and round(peak, 3), scale=scale, skipped=progress.skipped)
-        text = f"loss {loss:.3f}, {speed:,.0f} tokens/s, " + (f"{peak:.2f} GiB" if peak else "CPU")
-        self.line(progress, text)
-
-    def without_tokens(self, progress) -> None:
-        """A window whose rows carry no loss: nothing to learn, said and counted."""
-        self.line(progress, "no supervised tokens in this window")
-
-    def line(self, progress, text: str) -> None:
-        if progress.skipped:
-            text += f", {progress.skipped} skipped"
+    def step(self, row: StepRow, window: Window) -> None:
+        """Show a finished step."""
+        self.step_seconds.add(window.tokens / row.tokens_per_s)
+        memory = _("CPU") if row.peak_gib is None else f"{row.peak_gib:.2f} GiB"
+        text = _("loss {loss:.3f}, {speed:,.0f} tokens/s, {memory}", loss=row.loss,
+                 speed=row.tokens_per_s, memory=memory)
+        if row.skipped:
+            text += _(", {n} skipped", n=row.skipped)
         self.bar.set_postfix_str(text)
         self.bar.update()
-        step = progress.step
-        if not self.live and (step % self.every == 0 or step in (1, self.steps)):
-            left = (self.steps - step) * self.seconds / max(1, self.taken)
-            print(f"step {step}/{self.steps}: {text}, {clock(left)} left", flush=True)
+        steps = self.run.steps
+        if not self.live and (row.step % max(1, steps // 10) == 0 or row.step in (1, steps)):
+            print(_("step {step}/{steps}: {text}, {time} left", step=row.step, steps=steps,
+                    text=text, time=clock(self.seconds_left())), flush=True)
 
-    def evaluated(self, step: int, score) -> None:
+    def seconds_left(self) -> float:
+        """Of the steps that are left and of the evaluations among them."""
+        run = self.run
+        return ((run.steps - run.state.step) * self.step_seconds.value
+                + run.still_due(run.config.eval_every) * self.evaluation_seconds.value)
+
+    def evaluation(self, score: Score | None) -> None:
         if score:
-            self.write(step=step, val_loss=score.val_loss, val_ppl=score.val_ppl,
-                       stops=score.stops)
-            say(f"step {step}: {score_line(score)}")
-
-    def write(self, **row) -> None:
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-               for k, v in row.items()}
-        with self.file.open("a") as metrics:
-            metrics.write(json.dumps(row) + "\n")
-
-    def close(self) -> None:
-        self.bar.close()
+            self.evaluation_seconds.add(score.seconds)
+            say(_("step {step}: {score}", step=self.run.state.step, score=score_line(score)))
 
 
-def score_line(score) -> str:
-    text = f"validation loss {score.val_loss:.3f} (perplexity {score.val_ppl:.4g})"
+class Mean:
+    """The mean of the values added so far, 0 before the first."""
+
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def add(self, value: float) -> None:
+        self.total, self.count = self.total + value, self.count + 1
+
+    @property
+    def value(self) -> float:
+        return self.total / max(1, self.count)
+
+
+def score_line(score: Score) -> str:
+    text = _("validation loss {loss:.3f} (perplexity {ppl:.4g})", loss=score.val_loss,
+             ppl=score.val_ppl)
     if score.stops is not None:
-        text += f", {score.stops:.0%} of {len(score.answers)} answers stop by themselves"
+        text += _(", {share:.0%} of {n} answers stop by themselves", share=score.stops,
+                  n=len(score.answers))
     return text
 
 
@@ -120,35 +105,44 @@ def clock(seconds: float) -> str:
     """
     minutes, s = divmod(round(seconds), 60)
     h, m = divmod(minutes, 60)
-    return f"{h} h {m:02} min" if h else f"{m} min {s:02} s" if m else f"{s} s"
+    if h:
+        return _("{h} h {m:02} min", h=h, m=m)
+    return _("{m} min {s:02} s", m=m, s=s) if m else _("{s} s", s=s)
 
 
-def summary(run, questions: list[str], last, show: Progress) -> None:
+def summary(run: Run, questions: list[str], last: Score | None, display: Display) -> None:
     """What the run came to: losses, two held-out answers before and after, the next command."""
-    show.close()
-    progress, first = run.progress, run.progress.first
-    lines = {"steps": f"{progress.step}, {show.seconds / max(1, show.taken):.2f} s each"
-                      + (f"; {progress.skipped} skipped" if progress.skipped else "")}
+    display.bar.close()
+    state, first = run.state, run.state.first
+    steps = _("{n}, {seconds:.2f} s each", n=state.step, seconds=display.step_seconds.value)
+    if state.skipped:
+        steps += _("; {n} skipped", n=state.skipped)
+    lines = {_("steps"): steps}
     if last:
-        lines["validation loss"] = (
-            f"{first['val_loss']:.3f} before, {last.val_loss:.3f} after "
-            f"({last.val_loss / first['val_loss'] - 1:+.0%})")
+        lines[_("validation loss")] = _(
+            "{before:.3f} before, {after:.3f} after ({change:+.0%})", before=first["val_loss"],
+            after=last.val_loss, change=last.val_loss / first["val_loss"] - 1)
         if last.answers and first["answers"]:
-            lines["answers that stop"] = (f"{first['stops']:.0%} before, {last.stops:.0%} after, "
-                                          f"of {len(last.answers)}")
-    kept = f"step {progress.best_step}" + (", the lowest validation loss" if last else ", the last")
-    lines["adapter"] = f"{run.folder} ({kept})"
-    card("done", lines)
+            lines[_("answers that stop")] = _(
+                "{before:.0%} before, {after:.0%} after, of {n}", before=first["stops"],
+                after=last.stops, n=len(last.answers))
+    which = (_("step {n}, the lowest validation loss", n=state.best_step) if last
+             else _("step {n}, the last", n=state.best_step))
+    lines[_("adapter")] = f"{run.folder} ({which})"
+    listing(_("done"), lines)
     if last and last.answers and first["answers"]:
-        out.print("\n[bold cyan]held-out questions[/bold cyan]")
-        told = zip(questions, first["answers"], last.answers, strict=False)
-        for question, before, after in islice(told, 2):
+        heading(_("held-out questions"))
+        shown = zip(questions, first["answers"], last.answers, strict=False)
+        for question, before, after in islice(shown, 2):
             out.print(f"\n{question}", markup=False)
-            out.print(f"  before  {one_line(before)}", markup=False, style="dim")
-            out.print(f"  after   {one_line(after)}", markup=False, style="green")
-    asked = one_line(questions[2]) if len(questions) > 2 else "…"
+            out.print("  " + _("before  {answer}", answer=one_line(before)), markup=False,
+                      style="dim")
+            out.print("  " + _("after   {answer}", answer=one_line(after)), markup=False,
+                      style="green")
+    question = one_line(questions[2]) if len(questions) > 2 else "…"
     command = ["python", "generate.py", "--adapter", str(run.folder)]
-    out.print(f"\nAsk it yourself:\n  {shlex.join(command)} {quoted(asked)}", markup=False)
+    out.print("\n" + _("Ask it yourself:"), markup=False)
+    out.print(f"  {shlex.join(command)} {quoted(question)}", markup=False)
 
 
 def quoted(text: str) -> str:

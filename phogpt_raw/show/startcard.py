@@ -1,72 +1,130 @@
-"""The plan of a run in words, before anything is trained: what `--dry-run` prints."""
+"""What a run is about to do, before anything is trained: all that `--dry-run` prints."""
 
 import statistics
+from itertools import groupby
 
 import torch
 
-from phogpt_raw.cards import Card, capability, dtype_name
-from phogpt_raw.config import Config
-from phogpt_raw.data.examples import Examples
-from phogpt_raw.model.adapters import Adapters
-from phogpt_raw.model.attention import form
-from phogpt_raw.model.phogpt import PhoGPT
-from phogpt_raw.show import console
-from phogpt_raw.simulate.fit import Fit
-from phogpt_raw.training.optim import describe
-from phogpt_raw.training.run import Run
+from phogpt_raw.cards import capability, dtype_name
+from phogpt_raw.data.prompt import IGNORED, Example
+from phogpt_raw.messages import _
+from phogpt_raw.model.attention import choose_attention
+from phogpt_raw.show.console import heading, listing, out, say
+from phogpt_raw.simulate.fit import RecomputeChoice
+from phogpt_raw.training.setup import Job
 
 
-def show(config: Config, card: Card, dtype: torch.dtype, reason: str, model: PhoGPT,
-         adapters: Adapters, examples: Examples, run: Run, fit: Fit,
-         uncaptured: str | None) -> None:
-    lengths = [len(e.ids) for e in examples.train]
-    longest = max(lengths)
-    shape, lora = model.config, model.peft_config["default"]
-    targets = lora.target_modules  # names, or a regular expression
-    targets = targets if isinstance(targets, str) else ", ".join(sorted(targets))
-    quantised, plain = parameters(model, adapters)
-    rows = f"{len(lengths):,} rows of {examples.source}, {int(statistics.median(lengths))} tokens" \
-           f" in the middle, {longest} the longest; {len(examples.held_out)} held out"
-    steps, at = run.steps, run.progress.step
-    passes = steps * config.batch_size / len(lengths)
-    console.card("PhoGPT raw", {
-        "model": f"{config.model}: {shape.n_layers} blocks of width {shape.d_model}, vocabulary "
-                 f"{shape.vocab_size:,}; {millions(quantised)} parameters in NF4, "
-                 f"{millions(plain)} in {dtype_name(dtype)}",
-        "adapters": f"{millions(adapters.count)} parameters in fp32: LoRA rank {lora.r}, alpha "
-                    f"{lora.lora_alpha:g}, on {targets}"
-                    + (f", going on from {config.adapter}" if config.adapter else ""),
-        "card": card.name + (f", {card.memory_gib:.1f} GiB, compute capability "
-                             f"{capability(card)}" if card.memory_gib else ""),
-        "dtype": f"{dtype_name(dtype)}: {reason}",
-        "attention": form(model.slopes_H, shape, longest, dtype),
-        "data": rows,
-        "template": f"{examples.template}: {examples.template_reason}",
-        "steps": f"{steps} of {config.batch_size} rows, {config.micro_batch} at a time "
-                 f"({passes:.1f} passes)",
-        "optimizer": f"{describe(config.optimizer, card.device)}; learning rate to "
-                     f"{config.lr:g} in {config.warmup} steps, then a cosine to "
-                     f"{config.lr * config.lr_floor:g}; clip {config.clip:g}",
-        "recompute": f"{fit}",
-        "capture": f"off: {uncaptured}" if uncaptured else
-                   "on: a shape that comes again runs as CUDA graphs",
-        "folder": f"{run.folder}" + (f", going on after step {at}" if at else ""),
+def show(job: Job, choice: RecomputeChoice) -> None:
+    config, shape, run = job.config, job.model.config, job.run
+    lengths = [len(e.ids) for e in job.examples.train]
+    longest, dtype = max(lengths), job.model.head.dtype
+    listing("PhoGPT raw", {
+        _("model"): model_line(job),
+        _("adapters"): adapters_line(job),
+        _("card"): card_line(job),
+        _("dtype"): f"{dtype_name(dtype)}: {job.dtype_reason}",
+        _("attention"): attention_line(job, longest),
+        _("data"): _(
+            "{n:,} rows of {file}, median {median} tokens, longest {longest}; {held} held out",
+            n=len(lengths), file=job.examples.source, median=int(statistics.median(lengths)),
+            longest=longest, held=len(job.examples.held_out)),
+        _("template"): f"{job.examples.template}: {job.examples.template_reason}",
+        _("steps"): _(
+            "{steps} of {batch} rows, {micro} at a time ({epochs:.1f} epochs)", steps=run.steps,
+            batch=config.batch_size, micro=config.micro_batch,
+            epochs=run.steps * config.batch_size / len(lengths)),
+        _("optimizer"): optimizer_line(job),
+        _("recompute"): recompute_line(choice),
+        _("capture"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
+        _("on: a shape that is seen again runs as CUDA graphs"),
+        _("folder"): f"{run.folder}" + (
+            _(", resumed after step {n}", n=run.state.step) if run.state.step else ""),
     })
     if longest > shape.max_seq_len:
-        console.say(f"the longest row is longer than the {shape.max_seq_len} tokens that the model "
-                    f"was made for")
-    cut = [e for e in examples.train + examples.held_out if e.cut]
+        say(_("the longest row is longer than the {n} tokens that the model was trained for",
+              n=shape.max_seq_len))
+    cut = [e for e in job.examples.train + job.examples.held_out if e.cut]
     if cut:
-        console.say(f"{len(cut)} rows are longer than --max-len {config.max_len}: their answers "
-                    f"are cut and have no </s> (the first: {cut[0].where})")
+        say(_("{n} rows are longer than --max-len {limit}: their answers are cut and have no </s> "
+              "(the first: {where})", n=len(cut), limit=config.max_len, where=cut[0].where))
 
 
-def parameters(model: PhoGPT, adapters: Adapters) -> tuple[int, int]:
-    """(in NF4, plain) frozen parameters; an NF4 byte holds two."""
-    packed = sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8) * 2
-    plain = sum(p.numel() for p in model.parameters()
-                if p.dtype != torch.uint8 and not p.requires_grad)
-    return packed, plain
+def model_line(job: Job) -> str:
+    """An NF4 byte holds two parameters; the adapters are counted apart."""
+    frozen = [p for p in job.model.parameters() if not p.requires_grad]
+    quantised = 2 * sum(p.numel() for p in frozen if p.dtype == torch.uint8)
+    plain = sum(p.numel() for p in frozen if p.dtype != torch.uint8)
+    shape = job.model.config
+    return _("{name}: {blocks} blocks of width {width}, vocabulary {vocabulary:,}; {quantised} "
+             "parameters in NF4, {plain} in {dtype}", name=job.config.model, blocks=shape.n_layers,
+             width=shape.d_model, vocabulary=shape.vocab_size, quantised=millions(quantised),
+             plain=millions(plain), dtype=dtype_name(job.model.head.dtype))
+
+
+def adapters_line(job: Job) -> str:
+    lora = job.model.peft_config["default"]
+    targets = lora.target_modules  # names, or a regular expression
+    targets = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    text = _("{n} parameters in fp32: LoRA rank {rank}, alpha {alpha:g}, on {targets}",
+             n=millions(job.adapters.count), rank=lora.r, alpha=lora.lora_alpha, targets=targets)
+    if job.config.adapter:
+        text += _(", going on from {folder}", folder=job.config.adapter)
+    return text
+
+
+def card_line(job: Job) -> str:
+    card = job.card
+    if not card.memory_gib:
+        return card.name
+    return _("{name}, {gib:.1f} GiB, compute capability {capability}", name=card.name,
+             gib=card.memory_gib, capability=capability(card))
+
+
+def attention_line(job: Job, longest: int) -> str:
+    found = choose_attention(job.model.slopes_H, job.model.config, longest, job.model.head.dtype)
+    text = _("{kernel}, ALiBi as a bias of {block} x {length}", kernel=found.kernel,
+             block=found.block, length=longest)
+    return text + (_(", {n} blocks of queries", n=found.blocks) if found.blocks > 1 else "")
+
+
+def optimizer_line(job: Job) -> str:
+    config = job.config
+    if config.optimizer == "adamw":
+        kind = _("AdamW, 32-bit state")
+    elif job.card.device == "cuda":
+        kind = _("AdamW, 8-bit state, paged")
+    else:
+        kind = _("AdamW, 8-bit state (paging needs a GPU)")
+    return kind + _("; learning rate to {peak:g} in {warmup} steps, then a cosine to {end:g}; clip "
+                    "{clip:g}", peak=config.lr, warmup=config.warmup,
+                    end=config.lr * config.lr_floor, clip=config.clip)
+
+
+def recompute_line(choice: RecomputeChoice) -> str:
+    text = _("{n} of {blocks} blocks in backward", n=choice.recompute, blocks=choice.blocks)
+    if choice.gib is None:
+        return text
+    text += _(" (auto): {gib:.1f} of {of:.1f} GiB with margins", gib=choice.gib, of=choice.of)
+    if choice.recompute:
+        text += _(", for {share:.0%} more arithmetic in the blocks",
+                  share=choice.recompute / choice.blocks / 2)
+    if choice.gib > choice.of:
+        text += _("; it may not fit: try a shorter --max-len or a smaller --micro-batch")
+    return text
+
+
+def example(tokenizer, encoded: Example) -> None:
+    """One training example, the tokens that carry loss in brackets and colour."""
+    heading(_("one training example"))
+    out.print(_("{where}; loss on the {n} of {of} tokens between ⟦ and ⟧", where=encoded.where,
+                n=encoded.supervised, of=len(encoded.ids)), markup=False)
+    carries_loss = [False, *(target != IGNORED for target in encoded.targets[:-1])]
+    for supervised, part in groupby(zip(encoded.ids, carries_loss, strict=True),
+                                    key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _carries in part])
+        out.print(f"⟦{text}⟧" if supervised else text, markup=False, end="",
+                  style="bold green" if supervised else None)
+    out.print()
 
 
 def millions(count: int) -> str:

@@ -1,8 +1,8 @@
-"""torch's caching allocator, imitated: what it counts as allocated, what it reserves of the card.
+"""torch's caching allocator, imitated: what it counts as allocated, what it reserves of the GPU.
 
 It takes memory of the driver in segments, cuts blocks from them, best fit first, and joins freed
-neighbours again. The surprise: "allocated" is not what tensors hold. A block is rounded up to 512
-bytes, and one of a large segment is not cut at all where the rest would be 1 MiB or less.
+neighbours again. "Allocated" is more than tensors hold: a block is rounded up to 512 bytes, and a
+block of a large segment is not split where the rest would be 1 MiB or less.
 
 Constants and rules are those of c10/cuda/CUDACachingAllocator (torch 2.10 to 2.13) as it is without
 PYTORCH_ALLOC_CONF; one stream.

@@ -1,8 +1,8 @@
-"""The books of a step: which bytes live from when to when and what for; which operations run.
+"""The trace of a step: which operations run, which bytes are alive from when to when, and for what.
 
-plan.py fills them. The surprise: nobody has to say what a tensor is for. Weights and adapters are
-told; of the rest the phase and the block that made it, and whether it outlived that block's
-forward, tell saved activations from temporaries.
+trace.py records it. Weights and adapters are named there; what every other tensor is for follows
+from the phase and the block that made it, and from whether it outlived that block's forward: saved
+activations do, temporaries do not.
 """
 
 from collections import defaultdict
@@ -13,14 +13,14 @@ from phogpt_raw.simulate.allocator import Allocator
 KINDS = (
     "NF4 weights", "NF4 constants", "plain weights", "embedding", "norms and biases",
     "adapters", "adapters' copy", "adapters' gradients", "optimizer state",
-    "saved activations", "attention bias", "loss", "made again", "temporaries",
+    "saved activations", "attention bias", "loss", "recomputed", "temporaries",
     "rounding", "matmul workspace",
 )
 
 
 @dataclass(eq=False)
 class Storage:
-    """Bytes with a life: from operation `born` until before operation `died` (None: for good)."""
+    """Bytes that are alive from operation `born` until before operation `died` (None: to the end)."""
 
     nbytes: int
     born: int
@@ -54,23 +54,25 @@ class Moment:
 
 
 @dataclass
-class Plan:
-    """What a step does that is not a run's first: the optimizer's state is there."""
+class Trace:
+    """All that a step does, after the tensors that are there before it."""
 
     ops: list[Op]
-    events: list[tuple[Storage, bool]]  # taken, or given back; those before the step too
+    events: list[tuple[Storage, bool]]  # allocated (True) or freed; those before the step too
     begun: int  # the event that the step begins with
     pages: int  # bytes of the optimizer's state in CUDA's managed memory
 
     @property
     def resident(self) -> int:
-        """Bytes of the tensors that are there as the step begins."""
+        """Bytes of the tensors that are alive as the step begins."""
         return sum(s.nbytes if taken else -s.nbytes for s, taken in self.events[:self.begun])
 
     def replay(self, limit: float = float("inf"), workspace: int = 0, watch=None) -> Allocator:
-        """The allocations through torch's allocator, its peaks those of the step; MemoryError where
-        `limit` bytes are too few. workspace: what torch takes for cuBLAS and keeps.
-        `watch(allocator, n)` sees each event of the step."""
+        """The allocations through torch's allocator (imitated), its peaks those of the step.
+
+        MemoryError where `limit` bytes are too few. workspace: bytes that torch takes for cuBLAS
+        and keeps. `watch(allocator, n)` is called after each event n of the step.
+        """
         allocator, blocks = Allocator(limit), {}
         if workspace:
             allocator.take(workspace)
@@ -120,7 +122,7 @@ class Plan:
 
 
 def kind_of(storage: Storage) -> str:
-    """What bytes are for: told, or from where they were made and how long they lived."""
+    """What bytes are for: named, or from where they were made and how long they lived."""
     if storage.kind:
         return storage.kind
     if storage.phase == "forward":
@@ -130,4 +132,4 @@ def kind_of(storage: Storage) -> str:
             return "loss"
         outlived = storage.died is None or storage.died > storage.scope_end
         return "saved activations" if outlived else "temporaries"
-    return "made again" if storage.scope else "temporaries"
+    return "recomputed" if storage.scope else "temporaries"

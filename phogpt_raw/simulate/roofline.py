@@ -1,9 +1,9 @@
-"""How long a step would take on a card: each operation as long as its arithmetic or its memory.
+"""How long a step would take on a GPU: each operation as long as its arithmetic or its memory.
 
 The larger of FLOPs over the sustained rate and bytes over the sustained bandwidth, and a launch
-(Williams et al. 2009, doi:10.1145/1498765.1498785). The surprise is what it leaves out and still
-meets: no caches, no overlap, one rate for all matrix products. It fails where the host is slower
-than the card, so an eager step takes at least what Python needs to name its kernels.
+(Williams et al. 2009, doi:10.1145/1498765.1498785). Left out: caches, overlap, and the difference
+between matrix shapes, which share one rate. Where the host is slower than the GPU an eager step
+takes at least the time that Python needs to launch its kernels.
 """
 
 from collections.abc import Iterable

@@ -1,13 +1,14 @@
-"""The step on tensors that have shapes and no numbers: its bytes and its arithmetic, on any laptop.
+"""The step on tensors that have shapes and no values: its bytes and its arithmetic, on any laptop.
 
 This is no second description of the step. It builds the module tree that trains, on torch's meta
-device, and runs `train_step` itself; a dispatch mode sees every operation, what it reads and
-writes, and every storage from its first tensor to its last. Change the step, and the plan changes.
+device, and runs `train_step` itself. A dispatch mode sees every operation with the bytes that it
+reads and writes, and every storage from its first tensor to its last. Change the step, and its
+trace changes.
 
-The surprise is how little has to be told: the kernel that attention takes on the card in question,
-and what cuBLAS takes there. What a kernel takes for its own length stays unseen; it does not stand
-at the peak. Meta tensors rather than fake ones of device cuda, since those end the process where
-torch is built without CUDA.
+Two things must be given from outside: the kernel that attention takes on the GPU in question, and
+the workspace that torch keeps for cuBLAS there. Memory that a kernel takes only while it runs is
+not seen; it is not at the peak. Meta tensors are used because fake tensors of device cuda abort the
+process where torch is built without CUDA.
 """
 
 import weakref
@@ -21,12 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from phogpt_raw.data.batches import Window
-from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import frozen, place
-from phogpt_raw.simulate.ledger import Op, Plan, Storage
-from phogpt_raw.training.optim import make_optimizer
-from phogpt_raw.training.step import make_micro_step, train_step
+from phogpt_raw.simulate.ledger import Op, Storage, Trace
+from phogpt_raw.training.optim import paged_bytes
+from phogpt_raw.training.step import Training, train_step
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -77,14 +77,9 @@ class Recorder(TorchDispatchMode):
         storage.died = len(self.ops)
         self.events.append((storage, False))
 
-    def forget(self, tensor: torch.Tensor) -> None:
-        """Leave a storage out: it is not the allocator's."""
-        storage, _ = self.alive.pop(tensor.untyped_storage()._cdata)
-        self.events = [event for event in self.events if event[0] is not storage]
-
     @contextmanager
     def following(self, modules: Iterable[tuple[str, torch.nn.Module]]):
-        """What is made while one of `modules` runs is of the scope of its name."""
+        """Storages made while one of `modules` runs belong to the scope of its name."""
 
         def leave(*_):
             for storage in self.scopes.pop()[1]:
@@ -161,7 +156,7 @@ def touched(tensor: torch.Tensor) -> int:
 
 
 def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) -> PhoGPT:
-    """The module tree of a loaded checkpoint, without its numbers."""
+    """The module tree of a loaded checkpoint, without its values."""
     from bitsandbytes import functional as bnb
 
     # It keeps the map of the first device that it quantises on for all others; not a meta one.
@@ -174,31 +169,15 @@ def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) ->
     return frozen(phogpt, nf4=nf4, device=META)
 
 
-def simulate(model: PhoGPT, adapters: Adapters, window: Window, *, optimizer: str, chunk: int,
-             kernel: SDPBackend) -> Plan:
-    """A step of `model` (from base_on_meta, with adapters put in, `recompute` set) in which
-    attention takes `kernel`."""
-    recorder = Recorder(kernel)
-    own(recorder, model, adapters)
-    update = make_optimizer(adapters.flat, optimizer, 1e-4, 0.0)
-    scaler = torch.amp.GradScaler("cuda", enabled=False)  # its scale is a number, here is none
-    micro_step = make_micro_step(model.train(), scaler, chunk, recorder.mark)
-
-    with recorder:
-        update.step()  # makes its state, as a run's first step does
-    pages = 0
-    for name, tensor in update.state[adapters.flat].items():
-        if name in ("state1", "state2") and optimizer.startswith("paged"):
-            pages += tensor.nbytes
-            recorder.forget(tensor)
-        elif isinstance(tensor, torch.Tensor):
-            recorder.see(tensor, "optimizer state")
-    recorder.ops.clear()  # from here on they are the step's
+def trace_step(training: Training, window: Window, kernel: SDPBackend) -> Trace:
+    """A step over a model from base_on_meta with adapters, in which attention takes `kernel`."""
+    recorder, model = Recorder(kernel), training.model.train()
+    name_residents(recorder, training)
     begun = len(recorder.events)
     with recorder, recorder.following(scopes(model)):
-        train_step(window, micro_step, adapters.flat, update, scaler, 1.0, recorder.mark)
-    # A copy: as these tensors go the recorder would note them, and the plan go on after its end.
-    return Plan(recorder.ops, list(recorder.events), begun, pages)
+        train_step(training, window, recorder.mark)
+    # A copy: as these tensors are freed the recorder would note them after the trace's end.
+    return Trace(recorder.ops, list(recorder.events), begun, paged_bytes(training.optimizer))
 
 
 def scopes(model: PhoGPT) -> Iterable[tuple[str, torch.nn.Module]]:
@@ -209,10 +188,15 @@ def scopes(model: PhoGPT) -> Iterable[tuple[str, torch.nn.Module]]:
     yield "last norm", model.transformer.norm_f
 
 
-def own(recorder: Recorder, model: PhoGPT, adapters: Adapters) -> None:
-    """Tell the recorder what stays for good, and what it is for."""
+def name_residents(recorder: Recorder, training: Training) -> None:
+    """Tell the recorder what each tensor that is there before the step is for; paged ones are not
+    in torch's allocator and are left out."""
+    model, adapters = training.model, training.adapters
+    for name, tensor in training.optimizer.state[adapters.flat].items():
+        if isinstance(tensor, torch.Tensor) and name not in ("state1", "state2"):
+            recorder.see(tensor, "optimizer state")
     for tensor, kind in ((adapters.flat, "adapters"), (adapters.flat.grad, "adapters' gradients"),
-                         (adapters.working, "adapters' copy")):
+                         (adapters.compute, "adapters' copy")):
         if tensor is not None:
             recorder.see(tensor, kind)
     recorder.see(model.head, "embedding")

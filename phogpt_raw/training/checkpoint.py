@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there; what it restores goes on bit for bit.
+"""A checkpoint is whole or it is not there; a run that resumes from it continues bit for bit.
 
 `checkpoint-N` holds the adapter in PEFT's format, the optimizer, and what else the next step
 depends on: loss scale, random generators, counters, the best validation loss. The data order needs
@@ -7,6 +7,7 @@ no state, it follows from the step. It is written under another name and renamed
 
 import ast
 import json
+import math
 import os
 import random
 import shutil
@@ -14,21 +15,21 @@ from pathlib import Path
 
 import torch
 
-from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.optim import load_state
+from phogpt_raw.training.step import Training
 
 UNFINISHED = ".unfinished"
 
 
-def save(run: Path, step: int, adapters: Adapters, optimizer, scaler, progress: dict) -> Path:
-    """Write run/checkpoint-<step>; `progress` is what `read_progress` gives back."""
+def save(run: Path, step: int, training: Training, progress: dict) -> Path:
+    """Write run/checkpoint-<step>; `progress` is what `read_progress` returns."""
     final = run / f"checkpoint-{step}"
     folder = final.with_name(final.name + UNFINISHED)
     shutil.rmtree(folder, ignore_errors=True)
-    adapters.save(folder)
-    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-             "random": random_state()}
+    training.adapters.save(folder)
+    state = {"optimizer": training.optimizer.state_dict(),
+             "scaler": training.scaler.state_dict(), "random": random_state()}
     torch.save(state, folder / "training_state.pt")
     text = json.dumps(progress, indent=2, ensure_ascii=False)
     (folder / "progress.json").write_text(text + "\n", "utf-8")
@@ -40,24 +41,25 @@ def save(run: Path, step: int, adapters: Adapters, optimizer, scaler, progress: 
     return final
 
 
-def newest(run: Path) -> Path | None:
-    """The whole checkpoint of the highest step, or None."""
+def newest(run: Path, up_to: float = math.inf) -> Path | None:
+    """The whole checkpoint of the highest step, at most `up_to`; None where there is none."""
     found = {int(name): folder for folder in run.glob("checkpoint-*")
              if (name := folder.name.removeprefix("checkpoint-")).isdigit()}
-    return found[max(found)] if found else None
+    steps = [step for step in found if step <= up_to]
+    return found[max(steps)] if steps else None
 
 
 def read_progress(folder: Path) -> dict:
     return readable(folder, lambda: json.loads((folder / "progress.json").read_text("utf-8")))
 
 
-def load(folder: Path, adapters: Adapters, optimizer, scaler) -> None:
+def load(folder: Path, training: Training) -> None:
     """Restore adapters, optimizer, loss scale and random generators from a checkpoint."""
     file = folder / "training_state.pt"
     state = readable(folder, lambda: torch.load(file, map_location="cpu", weights_only=True))
-    adapters.load(folder)
-    load_state(optimizer, state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    training.adapters.load(folder)
+    load_state(training.optimizer, state["optimizer"])
+    training.scaler.load_state_dict(state["scaler"])
     restore_random_state(state["random"])
 
 
@@ -71,12 +73,14 @@ def readable(folder: Path, read):
 
 
 def random_state() -> dict:
-    return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
-            "python": repr(random.getstate())}
+    """Of the generators that this run draws from: the host's, and its own GPU's alone, so that a
+    checkpoint does not depend on how many GPUs the machine has."""
+    return {"torch": torch.get_rng_state(), "python": repr(random.getstate()),
+            "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []}
 
 
 def restore_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])  # older checkpoints list all GPUs of the machine
     random.setstate(ast.literal_eval(state["python"]))

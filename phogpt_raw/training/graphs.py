@@ -1,69 +1,73 @@
 """The model's forward and backward as CUDA graphs: thousands of kernels, no Python between them.
 
-At 512 tokens of PhoGPT-7B5 the GPU works for 50 ms a micro-step and Python, naming its kernels one
-by one, for twice that. A graph is that list of kernels, written down once and replayed by the GPU.
-What it reads and writes stays where it was, so it serves one shape: micro-batch x length.
+At 512 tokens of PhoGPT-7B5 the GPU works for 50 ms on a micro-batch, and Python needs twice that to
+launch its kernels one by one. A CUDA graph is that list of kernels, recorded once and replayed by
+the GPU. Its inputs and outputs stay at their addresses, so a graph serves one shape: micro-batch x
+length, with or without documents, and one recompute depth.
 
-A shape runs eagerly when it is first seen, which shows that it fits, and is captured when it comes
-again. The loss between forward and backward is few kernels and stays eager, so the number of
-supervised rows may change.
+A shape runs eagerly when it is first seen, which shows that it fits in memory, and is captured when
+it is seen again. The loss between forward and backward is few kernels and stays eager, so the
+number of supervised rows may change.
 
-The surprise is the memory. A graph has a pool of its own, full to everything else; and memory freed
-on one stream serves that stream alone. So what is large and never runs between a graph's forward
-and its backward (another shape's eager step, an evaluation) allocates from that pool and on that
-stream. The loss, which does run there, must not. And while a pool is in use torch gives nothing
-cached back to whoever finds the card full, so rows of many long lengths can fill it with what is
-free elsewhere: `or_eagerly` then drops the graphs and does the work again without.
+Memory is the difficult part. Graphs have a memory pool of their own, closed to everything else, and
+memory freed on one stream serves that stream alone. So work that is large and never runs between a
+graph's forward and its backward (the eager step of another shape, an evaluation) allocates from
+that pool and on that stream. The loss, which does run there, must not. While a pool is in use torch
+gives nothing of its cache back when memory is full, so rows of many long lengths can exhaust it;
+then limits.py drops the graphs and does the work again without.
 
 B micro-batch, L length, D hidden.
 """
 
 import gc
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from phogpt_raw.messages import _
 from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.training.limits import Limits
 
-SHAPES = 64  # that are captured; each graph costs the driver some memory, and capturing a second
+SHAPES = 64  # captured at most; each graph costs the driver some memory, and capturing a second
 
 
-class Captured:
+class GraphedModel:
     """A PhoGPT for training: called like the model, with the same hidden states and gradients.
 
-    `flat` is the adapters' flat parameter. Adapters, their scaling and `model.recompute` must stay
-    as they are from now on; their weights may change. `on` until the graphs are given up.
+    `flat` is the adapters' flat parameter. The adapters and their scaling must stay as they are;
+    their weights may change. Where `limits.graphs` is off it is the model.
     """
 
-    def __init__(self, model: PhoGPT, flat: nn.Parameter):
-        self.model, self.flat, self.head = model, flat, model.head
+    def __init__(self, model: PhoGPT, flat: nn.Parameter, limits: Limits):
+        self.model, self.flat, self.limits, self.head = model, flat, limits, model.head
         self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
         self.seen: set[tuple] = set()
         self.graphs: dict[tuple, Graphs | None] = {}
-        self.on = True
+        self.replayed: set[Graphs] = set()
 
-    def __call__(self, ids_BL: torch.Tensor, doc_BL: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, ids_BL: torch.Tensor, doc_BL: torch.Tensor | None = None,
+                 recompute: int = 0) -> torch.Tensor:
         """Hidden states [B, L, D]; those of a replay are overwritten by the next one."""
-        if not self.on:
-            return self.model(ids_BL, doc_BL)
-        shape = (*ids_BL.shape, doc_BL is not None)
+        if not self.limits.graphs:
+            return self.model(ids_BL, doc_BL, recompute=recompute)
+        shape = (*ids_BL.shape, doc_BL is not None, recompute)
         if shape not in self.seen:
             self.seen.add(shape)
         elif shape not in self.graphs and len(self.graphs) < SHAPES:
-            self.graphs[shape] = self.capture(ids_BL, doc_BL)
+            self.graphs[shape] = self.capture(ids_BL, doc_BL, recompute)
         graphs = self.graphs.get(shape)
         if graphs is None:
             with self.memory():
-                return self.model(ids_BL, doc_BL)
+                return self.model(ids_BL, doc_BL, recompute=recompute)
+        self.replayed.add(graphs)
         return Replay.apply(self.flat, graphs, ids_BL, doc_BL)
 
     @contextmanager
     def memory(self):
         """Work on the graphs' stream, in their memory; never between a forward and its backward."""
-        if not self.on:
+        if not self.limits.graphs:
             yield
             return
         outside = torch.cuda.current_stream()
@@ -72,10 +76,10 @@ class Captured:
             yield
         outside.wait_stream(self.stream)
 
-    def capture(self, ids_BL, doc_BL) -> "Graphs | None":
-        """Write down forward, and backward into the adapters' gradients; neither is run.
+    def capture(self, ids_BL, doc_BL, recompute: int) -> "Graphs | None":
+        """Record forward, and backward into the adapters' gradients; neither is run.
 
-        None where the card is too full for it; the shape stays eager then.
+        None where memory is too full for it; the shape stays eager then.
         """
         torch.cuda.empty_cache()  # while capturing, nothing cached can be given back
         ids_BL, doc_BL = ids_BL.clone(), doc_BL if doc_BL is None else doc_BL.clone()
@@ -83,40 +87,59 @@ class Captured:
         into = {"pool": self.pool.id, "stream": self.stream}
         try:
             with torch.cuda.graph(forward, **into):
-                hidden_BLD = self.model(ids_BL, doc_BL)
-            slope_BLD = torch.empty_like(hidden_BLD)
+                hidden_BLD = self.model(ids_BL, doc_BL, recompute=recompute)
+            gradient_BLD = torch.empty_like(hidden_BLD)
+            saved = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
             with torch.cuda.graph(backward, **into), \
                     torch.autograd.set_multithreading_enabled(False):
-                hidden_BLD.backward(slope_BLD)
+                hidden_BLD.backward(gradient_BLD)
         except RuntimeError as error:  # also one of ending the capture, raised on the way out
             if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
                 raise
             return None
-        return Graphs(ids_BL, doc_BL, hidden_BLD.detach(), slope_BLD, forward, backward)
+        now = torch.cuda.memory_allocated()
+        return Graphs(ids_BL, doc_BL, hidden_BLD.detach(), gradient_BLD, forward, backward,
+                      saved - now, torch.cuda.max_memory_allocated() - now)
 
-    def give_up(self) -> None:
-        """No graphs from now on; their memory goes back, nothing must be left that lies in it."""
+    def release(self) -> None:
+        """Give the graphs' memory back; nothing that lies in it may be used afterwards."""
         torch.cuda.synchronize()
-        self.on, self.graphs = False, {}
+        self.graphs, self.replayed = {}, set()
         gc.collect()
         self.pool = None
         torch.cuda.empty_cache()
 
+    def peak_bytes(self) -> int:
+        """The most memory in use since torch's peak was reset, replays since the last call included.
 
-@dataclass(frozen=True)
+        torch counts a graph's own memory as free once it is captured, so a replay does not show in
+        `torch.cuda.max_memory_allocated`.
+        """
+        peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        replayed, self.replayed = self.replayed, set()
+        return max([peak, *(max(peak + g.saved, now + g.work) for g in replayed)])
+
+
+@dataclass(frozen=True, eq=False)
 class Graphs:
-    """Two graphs and the tensors at their ends, which stay where they are."""
+    """Two graphs and the tensors at their ends, which stay where they are.
+
+    `saved`: bytes of the activations between the two; `work`: most bytes that backward uses.
+    """
 
     ids_BL: torch.Tensor
     doc_BL: torch.Tensor | None
     hidden_BLD: torch.Tensor
-    slope_BLD: torch.Tensor
+    gradient_BLD: torch.Tensor
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
+    saved: int
+    work: int
 
 
 class Replay(torch.autograd.Function):
-    """Takes `flat` so that autograd comes back here; its gradient the graph adds to flat.grad."""
+    """Takes `flat` so that autograd calls backward; its gradient the graph adds to flat.grad."""
 
     @staticmethod
     def forward(ctx, flat, graphs: Graphs, ids_BL, doc_BL):
@@ -128,29 +151,10 @@ class Replay(torch.autograd.Function):
         return graphs.hidden_BLD.detach()
 
     @staticmethod
-    def backward(ctx, slope_BLD):
-        ctx.graphs.slope_BLD.copy_(slope_BLD)
+    def backward(ctx, gradient_BLD):
+        ctx.graphs.gradient_BLD.copy_(gradient_BLD)
         ctx.graphs.backward.replay()
         return None, None, None, None
-
-
-def or_eagerly(work: Callable, captured: Captured | None, say: Callable[[str], None]) -> Callable:
-    """`work`, done once more without graphs where the card is too full for it beside them.
-
-    Work that can be begun again: train_step forgets its gradients first and updates last.
-    """
-
-    def done(*args):
-        try:
-            return work(*args)
-        except torch.OutOfMemoryError:
-            if captured is None or not captured.on:
-                raise
-        captured.give_up()  # not in `except`: the traceback there holds all activations
-        say("the card is too full for CUDA graphs: going on without, as with --no-capture")
-        return work(*args)
-
-    return done
 
 
 def why_not(model: PhoGPT, device: str, wanted: bool) -> str | None:
@@ -158,7 +162,7 @@ def why_not(model: PhoGPT, device: str, wanted: bool) -> str | None:
     if not wanted:
         return "--no-capture"
     if device != "cuda":
-        return "graphs need a GPU"
+        return _("graphs need a GPU")
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        return "dropout runs PEFT's own layers"
+        return _("dropout runs PEFT's own layers")
     return None

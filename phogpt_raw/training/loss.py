@@ -1,9 +1,9 @@
-"""Next-token loss through the frozen head, without ever holding the logits.
+"""Next-token loss through the frozen head; the logits of a few rows exist at a time.
 
 PhoGPT-7B5's head has 250,880 rows: at 2,048 tokens the fp32 logits alone are 1.9 GiB, and a plain
 cross-entropy holds three such tensors. But the head is frozen, so all that backward needs is the
-gradient of the hidden rows, (softmax - one-hot) times the head, and that can be made chunk by chunk
-in the same pass. Nothing of size V survives a chunk and nothing is computed twice.
+gradient of the hidden rows, (softmax - one-hot) times the head, and that can be computed chunk by
+chunk in the same pass. Nothing of size V survives a chunk and nothing is computed twice.
 
 T supervised rows, C rows of a chunk, D hidden, V vocabulary.
 """
@@ -59,7 +59,7 @@ def summed_loss(hidden_TD, head_VD, targets_T, chunk: int) -> torch.Tensor:
     return HeadLoss.apply(hidden_TD, head_VD, targets_T, chunk)
 
 
-def batch_loss(model, batch: MicroBatch, chunk: int) -> torch.Tensor:
-    """summed_loss of a micro-batch's supervised rows, from its ids on, through a PhoGPT."""
-    hidden_TD = model(batch.ids_BL, batch.doc_BL).flatten(0, 1).index_select(0, batch.rows_T)
-    return summed_loss(hidden_TD, model.head, batch.targets_T, chunk)
+def batch_loss(hidden_BLD, head_VD, batch: MicroBatch, chunk: int) -> torch.Tensor:
+    """summed_loss of a micro-batch's supervised rows, from the hidden states of all its tokens."""
+    hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.rows_T)
+    return summed_loss(hidden_TD, head_VD, batch.targets_T, chunk)

@@ -1,8 +1,8 @@
-"""The optimizer of the flat adapter buffer: AdamW with 8-bit state, in pages.
+"""The optimizer of the flat adapter buffer: AdamW with 8-bit state, in paged memory.
 
-Dettmers et al. 2022 (arXiv:2110.02861): both moments as 8-bit numbers with a scale a block of 256.
-Paged means in CUDA's managed memory, which moves to the host when the card is full. The surprise:
-`load_state_dict` silently turns pages into plain device memory; `load_state` here makes them again.
+Dettmers et al. 2022 (arXiv:2110.02861): both moments as 8-bit values with one scale for each block
+of 256. Paged means CUDA's managed memory, which moves to the host when the GPU is full.
+bitsandbytes' `load_state_dict` would turn it into plain device memory; `load_state` keeps the pages.
 """
 
 import math
@@ -11,20 +11,36 @@ import torch
 
 
 def make_optimizer(flat: torch.nn.Parameter, kind: str, lr: float, weight_decay: float):
-    """`paged_adamw_8bit` (plain 8-bit on the CPU, which has no pages) or 32-bit `adamw`."""
+    """`paged_adamw_8bit` (plain 8-bit on the CPU, which has no pages) or 32-bit `adamw`.
+
+    Its state is there from the start, so that an update allocates nothing: a step that runs out of
+    memory does so before anything has changed, and can be tried again.
+    """
     settings = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
+    device = flat.device.type
     if kind == "adamw":
-        return torch.optim.AdamW([flat], **settings)
+        # fused: one kernel without temporaries. The meta device has none.
+        optimizer = torch.optim.AdamW([flat], **settings, fused=device != "meta")
+        optimizer.state[flat] = {
+            "step": torch.zeros((), device=flat.device),
+            "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat),
+        }
+        return optimizer
     import bitsandbytes as bnb
 
-    paged = flat.device.type == "cuda"
-    return (bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit)([flat], **settings)
+    kind = bnb.optim.PagedAdamW8bit if device == "cuda" else bnb.optim.AdamW8bit
+    optimizer = kind([flat], **settings)
+    optimizer.init_state(optimizer.param_groups[0], flat, 0, 0)
+    return optimizer
 
 
-def describe(kind: str, device: str) -> str:
-    if kind == "adamw":
-        return "AdamW, 32-bit state"
-    return "AdamW, 8-bit state" + (", paged" if device == "cuda" else " (pages need a GPU)")
+def paged_bytes(optimizer) -> int:
+    """Bytes of the state that a GPU run keeps in paged memory: the 8-bit moments, none in 32 bits.
+
+    torch's allocator does not see them.
+    """
+    return sum(tensor.nbytes for state in optimizer.state.values()
+               for name, tensor in state.items() if name in ("state1", "state2"))
 
 
 def lr_at(step: int, steps: int, peak: float, warmup: int, floor: float) -> float:
@@ -39,20 +55,16 @@ def lr_at(step: int, steps: int, peak: float, warmup: int, floor: float) -> floa
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def load_state(optimizer, state: dict) -> None:
-    """Restore a saved state_dict; paged state goes back into pages."""
-    optimizer.load_state_dict(state)
-    if not getattr(optimizer, "is_paged", False):
-        return
-    from bitsandbytes import functional as F
-
-    for flat, values in optimizer.state.items():
-        if flat.device.type != "cuda":
-            continue
-        for name in ("state1", "state2"):
-            value = values[name]
-            if value.numel() >= 1e5:  # below, bitsandbytes itself does not page
-                page = F.get_paged(*value.shape, dtype=value.dtype, device=value.device)
-                page.copy_(value.cpu())
-                optimizer.page_mng.paged_tensors.append(page)
-                values[name] = page
+def load_state(optimizer, saved: dict) -> None:
+    """Copy a saved state_dict into the optimizer's own tensors, which stay where they are."""
+    own = {flat: dict(values) for flat, values in optimizer.state.items()}
+    settings = [{k: v for k, v in group.items() if k != "params"}
+                for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for flat, values in own.items():
+        loaded = optimizer.state[flat]
+        for name, tensor in values.items():
+            if isinstance(tensor, torch.Tensor):
+                loaded[name] = tensor.copy_(loaded[name])
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)

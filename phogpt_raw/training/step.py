@@ -1,90 +1,94 @@
 """One optimizer step.
 
 The loss of a window is a sum over its micro-batches, divided once by the supervised tokens of the
-whole window, so a step is the same for every way to split it. Averaging each micro-batch and then
-the averages weighs a short answer's tokens above a long one's, a mistake that trainers have made
-for years.
+whole window, so a step is the same however the window is split. (To average each micro-batch and
+then the averages gives the tokens of short answers more weight, a common mistake.)
 
-`mark` names the phases: train.py passes nothing, bench/ a stopwatch or a scale. The micro-batches
-and the clipping are queued without waiting for the GPU; the one wait of a step is in the update,
-where GradScaler asks whether a gradient overflowed and the paged optimizer waits for its pages.
+`mark` names the phases: train.py passes nothing, bench/ a stopwatch or a memory meter.
+Micro-batches and clipping are queued without waiting for the GPU; a step waits once, in the update,
+where the paged optimizer waits for its pages.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
-from phogpt_raw.data.batches import MicroBatch, Window
+from phogpt_raw.data.batches import Window
+from phogpt_raw.model.adapters import Adapters
+from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.training.graphs import GraphedModel
+from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import batch_loss
+
+SMALLEST_SCALE = 1.0  # of the loss; each skipped step halves the scale, down to this
+
+
+@dataclass
+class Training:
+    """The parts of a step, as setup.py wires them."""
+
+    model: PhoGPT
+    adapters: Adapters
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    limits: Limits
+    clip: float
+    forward: PhoGPT | GraphedModel  # what a step calls: the model, or its CUDA graphs
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """Device tensors, read when they are shown: loss (nats a token), grad_norm before clipping."""
+    """Scalars on the device: loss (nats per token), gradient norm before clipping, loss scale, and
+    whether the update was applied (it is not where a gradient is inf or nan)."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
+    scale: torch.Tensor
+    applied: torch.Tensor
 
 
 def unmarked(phase: str) -> None:
     pass
 
 
-def make_scaler(dtype: torch.dtype, device: str) -> torch.amp.GradScaler:
-    """Loss scaling for fp16. For bf16 and fp32 the scale begins at 1 and what matters is the check:
-    a step with a gradient that is not finite is left out. It halves the scale, which does no harm
-    there, and tells train.py.
+def train_step(training: Training, window: Window,
+               mark: Callable[[str], None] = unmarked) -> StepStats:
+    """Accumulate the window's gradient in flat.grad, clip its true norm, update the adapters.
 
-    2^12 to begin with: the default 2^16 overflows for the first steps of every run.
+    Can be called again after torch.OutOfMemoryError: nothing has changed until the update, which
+    allocates nothing.
     """
-    if dtype == torch.float16:
-        return torch.amp.GradScaler(device, init_scale=2.0**12, growth_interval=200)
-    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2**30)
+    model, limits = training.forward, training.limits
+    flat, optimizer, scaler = training.adapters.flat, training.optimizer, training.scaler
 
-
-def make_micro_step(model, scaler, chunk: int, mark: Callable = unmarked) -> Callable:
-    """A callable (micro-batch, window's supervised tokens) -> its share of the loss, detached.
-
-    It runs forward and backward, so the adapters' gradients grow by this micro-batch's share.
-    `model` is the PhoGPT, or its captured twin.
-    """
-
-    def micro_step(batch: MicroBatch, supervised: torch.Tensor) -> torch.Tensor:
-        mark("forward")
-        loss = batch_loss(model, batch, chunk) / supervised
-        mark("backward")
-        # On this thread: handing Python's lock to autograd's own and back for each of our functions
-        # takes a third of a short step.
-        with torch.autograd.set_multithreading_enabled(False):
-            scaler.scale(loss).backward()
-        return loss.detach()
-
-    return micro_step
-
-
-def train_step(
-    window: Window,
-    micro_step: Callable[[MicroBatch, torch.Tensor], torch.Tensor],
-    flat: torch.nn.Parameter,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    clip: float,
-    mark: Callable[[str], None] = unmarked,
-) -> StepStats:
-    """Accumulate the window's gradients into flat.grad, clip their true norm, update flat."""
     mark("zero")
     flat.grad.zero_()
-    loss = torch.zeros((), device=flat.device)
-    supervised = torch.full_like(loss, window.supervised)
-    for batch in window.batches:
-        loss += micro_step(batch.to(flat.device), supervised)
+    one = torch.ones((), device=flat.device)
+    scale = scaler.scale(one).clamp(min=SMALLEST_SCALE)
+    scaler.update(scale)  # also clears what a step that ran out of memory left in the scaler
+    loss, supervised = torch.zeros_like(one), one * window.supervised
+
+    for batch in window.micro_batches(limits.micro_batch):
+        batch = batch.to(flat.device)
+        mark("forward")
+        hidden_BLD = model(batch.ids_BL, batch.doc_BL, recompute=limits.recompute)
+        share = batch_loss(hidden_BLD, model.head, batch, limits.loss_rows) / supervised
+        mark("backward")
+        # On this thread: autograd's own would trade Python's lock with ours for each function of
+        # ours, a third of a short step.
+        with torch.autograd.set_multithreading_enabled(False):
+            scaler.scale(share).backward()
+        loss += share.detach()
 
     mark("clip")
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_([flat], clip)
+    grad_norm = clip_grad_norm_([flat], training.clip)
+    stats = StepStats(loss, grad_norm, scale, applied=grad_norm.isfinite())
 
     mark("optimizer")
-    scaler.step(optimizer)
+    scaler.step(optimizer)  # skipped where a gradient is not finite
     scaler.update()
-    return StepStats(loss, grad_norm)
+    training.adapters.cast()
+    return stats

@@ -1,0 +1,82 @@
+"""DIR/metrics.jsonl: one row for each step and each evaluation, and what a step cost."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from phogpt_raw.data.batches import Window
+from phogpt_raw.training.evaluate import Score
+from phogpt_raw.training.graphs import GraphedModel
+from phogpt_raw.training.run import RunState
+from phogpt_raw.training.step import StepStats
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A step's row: `tokens` carry loss, `tokens_per_s` counts all; `peak_gib` is None on a CPU;
+    `skipped` counts the run's skipped steps so far."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    tokens_per_s: float
+    peak_gib: float | None
+    scale: float
+    skipped: int
+
+
+class Metrics:
+    """The file of a run; rows after `step` are dropped (a resumed run writes them again)."""
+
+    def __init__(self, folder: Path, step: int, forward):
+        self.file, self.forward = folder / "metrics.jsonl", forward
+        self.started = 0.0
+        kept = []
+        if step and self.file.is_file():  # a row torn by a power cut is of a later step
+            kept = [row for row in self.file.read_text("utf-8").splitlines()
+                    if row.endswith("}") and json.loads(row)["step"] <= step]
+        self.file.write_text("".join(row + "\n" for row in kept))
+
+    def begin(self) -> None:
+        """A step begins: its time and its peak memory count from here."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.started = time.perf_counter()
+
+    def step(self, state: RunState, stats: StepStats, window: Window, lr: float) -> StepRow:
+        """Write a finished step; reading its loss waits for the GPU."""
+        loss, grad_norm, scale = torch.stack((stats.loss, stats.grad_norm, stats.scale)).tolist()
+        seconds = time.perf_counter() - self.started
+        peak = peak_bytes(self.forward)
+        row = StepRow(state.step, loss, lr, grad_norm, window.supervised,
+                      round(window.tokens / seconds, 1), peak and round(peak / 2**30, 3), scale,
+                      state.skipped)
+        self.write(asdict(row))
+        return row
+
+    def evaluation(self, step: int, score: Score | None) -> None:
+        if score:
+            self.write(dict(step=step, val_loss=score.val_loss, val_ppl=score.val_ppl,
+                            stops=score.stops))
+
+    def write(self, row: dict) -> None:
+        """Append a row; JSON has no NaN and no Infinity, so those become null."""
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+               for name, value in row.items()}
+        with self.file.open("a") as metrics:
+            metrics.write(json.dumps(row) + "\n")
+
+
+def peak_bytes(forward) -> int | None:
+    """The most GPU memory in use since the step began; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    if isinstance(forward, GraphedModel):
+        return forward.peak_bytes()
+    return torch.cuda.max_memory_allocated()

@@ -1,0 +1,112 @@
+"""Everything wired once: `wire` for a step (train.py, bench/ and simulate/ alike), `set_up` for a
+run of train.py.
+
+What can be wrong is found in the order of its cost: tokenizer and rows, the run's folder, and only
+then the base's weights.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from phogpt_raw.cards import Card, dtype_name, this_card, training_dtype
+from phogpt_raw.config import Config
+from phogpt_raw.data.batches import Stream
+from phogpt_raw.data.examples import Examples, load_examples
+from phogpt_raw.model.adapters import Adapters, load_adapters, new_adapters
+from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.model.weights import find_folder, read_config, read_model, read_tokenizer
+from phogpt_raw.training.evaluate import Score, evaluate
+from phogpt_raw.training.graphs import GraphedModel, why_not
+from phogpt_raw.training.limits import Limits
+from phogpt_raw.training.loss import chunk_rows
+from phogpt_raw.training.optim import make_optimizer
+from phogpt_raw.training.run import Run
+from phogpt_raw.training.step import Training
+
+
+def make_scaler(dtype: torch.dtype, device: str) -> torch.amp.GradScaler:
+    """Loss scaling for fp16. In bf16 and fp32 the scale stays 1 and only the check matters: a step
+    whose gradient is not finite is skipped.
+
+    2^12 to begin with: torch's default of 2^16 overflows for the first steps of every run.
+    """
+    if device == "meta":
+        return torch.amp.GradScaler("cuda", enabled=False)  # there is no value to check
+    if dtype == torch.float16:
+        return torch.amp.GradScaler(device, init_scale=2.0**12, growth_interval=200)
+    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2**30)
+
+
+def wire(model: PhoGPT, adapters: Adapters, *, optimizer: str = Config.optimizer,
+         lr: float = Config.lr, weight_decay: float = Config.weight_decay,
+         clip: float = Config.clip, micro_batch: int = 1, loss_mib: int = Config.loss_mib,
+         recompute: int = 0, graphs: bool = False) -> Training:
+    """The parts of a step over a model with adapters; the model's head gives device and dtype."""
+    device = model.head.device.type
+    limits = Limits(micro_batch, chunk_rows(model.config.vocab_size, loss_mib), recompute, graphs)
+    return Training(
+        model=model, adapters=adapters,
+        optimizer=make_optimizer(adapters.flat, optimizer, lr, weight_decay),
+        scaler=make_scaler(model.head.dtype, device), limits=limits, clip=clip,
+        forward=GraphedModel(model, adapters.flat, limits) if graphs else model,
+    )
+
+
+@dataclass
+class Job(Training):
+    """A run of train.py: the parts of its steps, its data, its folder."""
+
+    config: Config
+    card: Card
+    dtype_reason: str
+    tokenizer: object
+    examples: Examples
+    stream: Stream
+    run: Run
+    not_captured: str | None  # the reason
+
+    def evaluate(self) -> Score | None:
+        """The adapters' score on the held-out rows, None where there are none."""
+        if not self.examples.held_out:
+            return None
+        graphs = isinstance(self.forward, GraphedModel)
+        with self.forward.memory() if graphs else nullcontext():
+            return evaluate(self.model, self.tokenizer, self.examples.held_out, self.config,
+                            self.limits)
+
+
+def set_up(config: Config) -> Job:
+    """Everything of a run that a Config describes; raises Refusal for what cannot be.
+
+    --recompute auto is not decided here: it needs a simulated step (simulate/fit.py).
+    """
+    card = this_card()
+    dtype, dtype_reason = training_dtype(card, config.dtype)
+    folder = find_folder(config.model, config.revision, files=["*.json"])
+    shape = read_config(folder)
+    tokenizer = read_tokenizer(folder, shape)
+    examples = load_examples(tokenizer, config)
+    stream = Stream(examples.train, batch_size=config.batch_size, pad_id=tokenizer.pad_token_id,
+                    seed=config.seed)
+    steps = config.steps or stream.steps(config.epochs or 3)
+    run = Run(replace(config, dtype=dtype_name(dtype)), steps)
+
+    model = read_model(find_folder(config.model, config.revision), nf4=config.nf4, dtype=dtype,
+                       device=torch.device(card.device))
+    if config.adapter:
+        adapters = load_adapters(model, config.adapter, base=config.model)
+    else:
+        adapters = new_adapters(model, rank=config.rank, alpha=config.alpha,
+                                dropout=config.dropout, targets=config.target_names(),
+                                base=config.model, seed=config.seed)
+    not_captured = why_not(model, card.device, config.capture)
+    training = wire(model, adapters, optimizer=config.optimizer, lr=config.lr,
+                    weight_decay=config.weight_decay, clip=config.clip,
+                    micro_batch=config.micro_batch, loss_mib=config.loss_mib,
+                    graphs=not_captured is None)
+    torch.manual_seed(config.seed)  # dropout's; a resumed run restores its own
+    return Job(**vars(training), config=config, card=card, dtype_reason=dtype_reason,
+               tokenizer=tokenizer, examples=examples, stream=stream, run=run,
+               not_captured=not_captured)
