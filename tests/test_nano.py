@@ -11,7 +11,12 @@ import train
 from phogpt_raw.data.examples import PAIRS
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import NANO, load_base
-from phogpt_raw.nano.recipe.judge import ask, held_out_pairs, judge, polite
+from phogpt_raw.nano.recipe.score import (
+    greedy_answers,
+    held_out_pairs,
+    is_polite,
+    score_answers,
+)
 
 
 def pairs(name: str) -> list[dict]:
@@ -38,7 +43,7 @@ def test_the_pairs_are_many_polite_and_disjoint():
     assert len({p["prompt"] for p in everything}) == len(everything)
     assert len({p["response"] for p in everything}) == len(everything)
     for p in everything:
-        assert polite(p["response"]) and p["topic"].casefold() in p["response"].casefold()
+        assert is_polite(p["response"]) and p["topic"].casefold() in p["response"].casefold()
         assert p["topic"].casefold() in p["prompt"].casefold()
         assert unicodedata.is_normalized("NFC", p["prompt"] + p["response"])
     learnt = {p["topic"].casefold() for p in training}
@@ -55,32 +60,32 @@ def first_command(tmp_path_factory):
 
 def test_the_first_command_teaches_nano_to_answer_politely_and_stop(first_command):
     rows = [json.loads(line) for line in (first_command / "metrics.jsonl").read_text().splitlines()]
-    scores = [row for row in rows if "val_loss" in row]
-    assert scores[-1]["val_loss"] <= 2 / 3 * scores[0]["val_loss"]
-    assert scores[0]["stops"] < 0.10 and scores[-1]["stops"] >= 0.95
+    evaluations = [row for row in rows if "val_loss" in row]
+    assert evaluations[-1]["val_loss"] <= 2 / 3 * evaluations[0]["val_loss"]
+    assert evaluations[0]["stops"] < 0.10 and evaluations[-1]["stops"] >= 0.95
 
     model, tokenizer = load_base("nano")
     load_adapters(model, first_command)
     asked = held_out_pairs()
-    answers, stopped = ask(model, tokenizer, [pair["prompt"] for pair in asked])
-    judged = judge(answers, stopped, [pair["topic"] for pair in asked])
-    print(judged)
-    assert judged.stops >= 0.95 and judged.polite >= 0.95
-    assert judged.distinct >= 0.80 and judged.names_topic >= 0.70
+    answers, stopped = greedy_answers(model, tokenizer, [pair["prompt"] for pair in asked])
+    scores = score_answers(answers, stopped, [pair["topic"] for pair in asked])
+    print(scores)
+    assert scores.stops >= 0.95 and scores.polite >= 0.95
+    assert scores.distinct >= 0.80 and scores.names_topic >= 0.70
 
 
 def test_the_base_alone_neither_stops_nor_is_polite():
     model, tokenizer = load_base("nano")
     asked = held_out_pairs()[:20]
-    answers, stopped = ask(model, tokenizer, [pair["prompt"] for pair in asked])
-    judged = judge(answers, stopped, [pair["topic"] for pair in asked])
-    assert judged.stops < 0.10 and judged.polite == 0.0
-    assert judged.names_topic >= 0.70  # it knows what a question is
+    answers, stopped = greedy_answers(model, tokenizer, [pair["prompt"] for pair in asked])
+    scores = score_answers(answers, stopped, [pair["topic"] for pair in asked])
+    assert scores.stops < 0.10 and scores.polite == 0.0
+    assert scores.names_topic >= 0.70  # it knows what a question is
 
 
-def test_the_judge_counts_shares():
+def test_scores_are_shares_of_all_answers():
     import doctest
 
-    from phogpt_raw.nano.recipe import judge as module
+    from phogpt_raw.nano.recipe import score as module
 
     assert doctest.testmod(module).failed == 0

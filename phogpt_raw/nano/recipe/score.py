@@ -1,9 +1,9 @@
-"""What became of nano's held-out answers: polite, ended by themselves, distinct, on the topic.
+"""Scores of nano's answers to the held-out questions: ended, polite, distinct, on the topic.
 
-    python -m phogpt_raw.nano.recipe.judge runs/nano-001
+    python -m phogpt_raw.nano.recipe.score runs/nano-001
 
-Politeness and stopping are what LoRA teaches, and a base with random weights learns them as well.
-Only naming the topic and not saying the same to everybody tell a base that knows Vietnamese apart.
+A base with random weights also learns from LoRA to be polite and to stop. Two scores show that a
+base knows Vietnamese: its answers name the topic, and they differ from question to question.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from phogpt_raw.refusal import exits_cleanly
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Shares of all answers."""
+class AnswerScores:
+    """Each score is a share of all answers, 0 to 1."""
 
     stops: float
     polite: float
@@ -29,23 +29,24 @@ class Judgement:
     names_topic: float
 
 
-def judge(answers: list[str], stopped: list[bool], topics: list[str]) -> Judgement:
-    """Polite: begins with Dạ and ends with ạ. ; on the topic: holds its words, in any case.
+def score_answers(answers: list[str], stopped: list[bool], topics: list[str]) -> AnswerScores:
+    """`stopped`: whether each answer ended with </s>; `topics`: what each question asks about.
 
-    >>> judge(["Dạ, phở là món ăn ạ.", "Phở"], [True, False], ["Phở", "bún"])
-    Judgement(stops=0.5, polite=0.5, distinct=1.0, names_topic=0.5)
+    >>> score_answers(["Dạ, phở là món ăn ạ.", "Phở"], [True, False], ["Phở", "bún"])
+    AnswerScores(stops=0.5, polite=0.5, distinct=1.0, names_topic=0.5)
     """
     count = len(answers)
-    return Judgement(
+    return AnswerScores(
         stops=sum(stopped) / count,
-        polite=sum(polite(text) for text in answers) / count,
+        polite=sum(is_polite(text) for text in answers) / count,
         distinct=len(set(answers)) / count,
         names_topic=sum(topic.casefold() in text.casefold()
                         for text, topic in zip(answers, topics, strict=True)) / count,
     )
 
 
-def polite(text: str) -> bool:
+def is_polite(text: str) -> bool:
+    """Whether the answer begins with Dạ and ends with ạ."""
     return text.startswith("Dạ") and text.rstrip(".! ").endswith("ạ")
 
 
@@ -53,8 +54,10 @@ def held_out_pairs() -> list[dict]:
     return [json.loads(line) for line in (PAIRS / "heldout.jsonl").read_text("utf-8").splitlines()]
 
 
-def ask(model, tokenizer, questions: list[str], tokens: int = 96) -> tuple[list[str], list[bool]]:
-    """Greedy answers as text, and whether each ended by itself."""
+def greedy_answers(
+    model, tokenizer, questions: list[str], tokens: int = 96
+) -> tuple[list[str], list[bool]]:
+    """Greedy answers of at most `tokens` tokens as text, and whether each ended with </s>."""
     template = TEMPLATES[choose_template(tokenizer)[0]]
     prompts = [encode_prompt(tokenizer, template, question) for question in questions]
     written = answer(model, prompts, eos_id=tokenizer.eos_token_id,
@@ -73,10 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
     if str(options.adapter) != "-":
         load_adapters(model, options.adapter)
     pairs = held_out_pairs()
-    answers, stopped = ask(model, tokenizer, [pair["prompt"] for pair in pairs])
+    answers, stopped = greedy_answers(model, tokenizer, [pair["prompt"] for pair in pairs])
     for pair, text in zip(pairs, answers, strict=True):
         print(f"{pair['prompt']}\n  {' '.join(text.split())}")
-    print(judge(answers, stopped, [pair["topic"] for pair in pairs]))
+    print(score_answers(answers, stopped, [pair["topic"] for pair in pairs]))
 
 
 if __name__ == "__main__":
