@@ -10,8 +10,9 @@ PACKAGE = ROOT / "phogpt_raw"
 ROOMS = [
     "refusal", "config", "command_line", "cards",
     "data.rows", "data.prompt", "data.examples", "data.batches",
-    "model.attention", "model.recompute", "model.cache", "model.phogpt", "model.nf4",
-    "model.weights", "model.matmul", "model.lora", "model.adapters", "decode",
+    "model.attention", "model.recompute", "model.cache", "model.phogpt",
+    "model.checkpoint_format", "model.nf4", "model.weights", "model.matmul", "model.lora",
+    "model.adapters", "decode",
     "training.loss", "training.optim", "training.graphs", "training.step",
     "training.evaluate", "training.checkpoint", "training.run",
     "simulate.allocator", "simulate.ledger", "simulate.rates", "simulate.trace",
