@@ -15,13 +15,14 @@ from rich.table import Table
 
 from bench.command_line import ATTENTION, Setting
 from bench.meter import device_gib
+from bench.random_base import random_base
 from phogpt_raw.cards import Card, dtype_name, this_card, training_dtype
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window, make_window
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.adapters import Adapters, new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, PhoGPT
-from phogpt_raw.model.weights import find_folder, frozen, place, read_model
+from phogpt_raw.model.weights import find_folder, read_model
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.graphs import Captured, why_not
 from phogpt_raw.training.loss import chunk_rows
@@ -53,7 +54,7 @@ class Bench:
 
     def load(self, model: str) -> PhoGPT:
         if model in PUBLISHED:
-            return random_base(model, self.dtype, self.card.device)
+            return random_base(PUBLISHED[model], self.dtype, self.card.device)
         return read_model(find_folder(model), nf4=True, dtype=self.dtype,
                           device=torch.device(self.card.device))
 
@@ -145,18 +146,6 @@ def window(rows: list[list[int]], micro_batch: int) -> Window:
     """A window of rows of token ids, all of which but the first carry loss."""
     examples = [Example(ids, len(ids) - 1, False, "random") for ids in rows]
     return make_window(examples, micro_batch, pad_id=3)
-
-
-def random_base(name: str, dtype: torch.dtype, device: str) -> PhoGPT:
-    """A published shape with random NF4 weights: as large and as slow as the real one."""
-    with torch.device("meta"):
-        phogpt = PhoGPT(PUBLISHED[name])
-    for key, p in dict(phogpt.named_parameters()).items():
-        weight = torch.randn(p.shape, dtype=torch.bfloat16, device=device) * 0.02
-        if "norm" in key and key.endswith("weight"):
-            weight.fill_(1)
-        place(phogpt, key, weight, nf4=True, dtype=dtype, device=torch.device(device))
-    return frozen(phogpt, nf4=True, device=device)
 
 
 def remark(bench: Bench) -> str:

@@ -22,7 +22,7 @@ import torch
 
 from bench import harness
 from bench.command_line import count
-from bench.sides import Side, write_checkpoint
+from bench.sides import Side, write_random_checkpoint
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = Path(temporary) / options.model
         folder.mkdir()
         out.print(f"writing random weights of {options.model}")
-        write_checkpoint(folder, PUBLISHED[options.model])
+        write_random_checkpoint(folder, PUBLISHED[options.model])
         torch.cuda.empty_cache()
         sides = {name: Side(name, folder, options) for name in ("ours", "peer")}
         pages = 2 * adapter_weights(PUBLISHED[options.model], options.rank) / 2**30

@@ -17,12 +17,15 @@ from bench import command_line as commandline
 from bench import harness
 from bench.command_line import Setting
 from bench.meter import device_gib
+from bench.random_base import random_tensors
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.config import Config
-from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.model.checkpoint_format import vinai_config, write_checkpoint
+from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.refusal import Refusal
 
 LR = 1e-4
+SHARDS = 8  # of 1.9 GB each for 7B5
 
 
 class Side:
@@ -178,37 +181,16 @@ def serve(options) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def write_checkpoint(folder: Path, shape: ModelConfig, seed: int = 0) -> None:
-    """Random weights that VinAI's readers and transformers' agree on: all biases are zero."""
-    from safetensors.torch import save_file
+def write_random_checkpoint(folder: Path, shape: ModelConfig, seed: int = 0) -> None:
+    """Random weights that our reader and transformers' MPT read alike.
 
+    transformers' MPT has no biases, so all are zero. It accepts only the integer 0 for attn_pdrop,
+    where VinAI's file has 0.0.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dice = torch.Generator(device).manual_seed(seed)
-    with torch.device("meta"):
-        phogpt = PhoGPT(shape)
-    shards: dict[str, dict] = {}
-    for name, p in phogpt.named_parameters():
-        if name.endswith("bias"):
-            tensor = torch.zeros(p.shape, dtype=torch.bfloat16)
-        elif p.dim() == 1:
-            tensor = torch.ones(p.shape, dtype=torch.bfloat16)
-        else:
-            noise = torch.randn(p.shape, generator=dice, dtype=torch.bfloat16, device=device)
-            tensor = (0.02 * noise).cpu()
-        part = name.split(".")[2] if ".blocks." in name else "ends"
-        shards.setdefault(f"model-{part}.safetensors", {})[name] = tensor
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {n: f for f, named in shards.items() for n in named}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({
-        "model_type": "mpt", "architectures": ["MptForCausalLM"], "no_bias": False,
-        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-        **{field: getattr(shape, field) for field in (
-            "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "expansion_ratio")},
-        "attn_config": {"attn_type": "multihead_attention", "alibi": True, "alibi_bias_max": 8,
-                        "attn_pdrop": 0, "clip_qkv": None, "softmax_scale": None},
-    }))
+    config = vinai_config(shape, attn_config={"attn_pdrop": 0})
+    tensors = random_tensors(shape, seed=seed, device=device, zero_biases=True)
+    write_checkpoint(folder, config, tensors, shards=SHARDS, kind="safetensors")
 
 
 if __name__ == "__main__":

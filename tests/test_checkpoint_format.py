@@ -19,7 +19,7 @@ EMBEDDING = "transformer.wte.weight"
 
 def tensors(dtype=torch.bfloat16):
     """(name, tensor) of every parameter, each made when it is asked for."""
-    for number, (name, shape) in enumerate(parameter_shapes(CONFIG).items()):
+    for number, (name, shape) in enumerate(parameter_shapes(SHAPE).items()):
         yield name, torch.full(shape, float(number), dtype=dtype)
 
 
@@ -97,13 +97,13 @@ def test_at_most_one_shard_is_in_memory(tmp_path):
             yield name, tensor
 
     write_checkpoint(tmp_path, CONFIG, watched(), shards=4, kind="safetensors")
-    sizes = {name: shape.numel() * 8 for name, shape in parameter_shapes(CONFIG).items()}
+    sizes = {name: shape.numel() * 8 for name, shape in parameter_shapes(SHAPE).items()}
     # by the rule of sizes, a shard is a quarter and at most one tensor more
     assert sizes[EMBEDDING] < peak <= sum(sizes.values()) / 4 + max(sizes.values())
 
 
 def test_a_view_is_stored_without_the_rest_of_its_storage(tmp_path):
-    whole = torch.zeros(1000, *parameter_shapes(CONFIG)[EMBEDDING], dtype=torch.bfloat16)
+    whole = torch.zeros(1000, *parameter_shapes(SHAPE)[EMBEDDING], dtype=torch.bfloat16)
     write_checkpoint(tmp_path, CONFIG, {**dict(tensors()), EMBEDDING: whole[7]})
     assert (tmp_path / "pytorch_model.bin").stat().st_size < 0.1 * whole.nbytes
 

@@ -16,7 +16,7 @@ SHAPE = ModelConfig(64, 4, 2, vocab_size=96, max_seq_len=64)
 
 @pytest.fixture
 def folder(tmp_path):
-    sides.write_checkpoint(tmp_path, SHAPE)
+    sides.write_random_checkpoint(tmp_path, SHAPE)
     return tmp_path
 
 

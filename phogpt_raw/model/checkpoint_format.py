@@ -109,7 +109,7 @@ def write_checkpoint(
     for name in TOKENIZER_FILES if tokenizer else ():
         if not (tokenizer / name).is_file():
             raise Refusal(f"{tokenizer / name}: missing; copy the base's tokenizer files")
-    shapes = parameter_shapes(config)
+    shapes = parameter_shapes(ModelConfig.from_json(config))
     folder.mkdir(parents=True, exist_ok=True)
     files, total_bytes = {}, 0
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
@@ -131,10 +131,10 @@ def write_checkpoint(
     write_json(folder / "config.json", config)
 
 
-def parameter_shapes(config: dict) -> dict[str, torch.Size]:
-    """The shape of each parameter of the PhoGPT that `config` describes; takes no memory."""
+def parameter_shapes(shape: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of each parameter, under its name in the checkpoint; no weights are allocated."""
     with torch.device("meta"):
-        model = PhoGPT(ModelConfig.from_json(config))
+        model = PhoGPT(shape)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 

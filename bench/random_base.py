@@ -1,0 +1,51 @@
+"""Random weights in the shape of a PhoGPT, for benches and tests; one tensor at a time."""
+
+from collections.abc import Iterator
+
+import torch
+
+from phogpt_raw.model.checkpoint_format import parameter_shapes
+from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.model.weights import frozen, place
+
+
+def random_tensors(
+    shape: ModelConfig,
+    *,
+    seed: int,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    zero_biases: bool = False,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter of the shape, each made when it is asked for.
+
+    Matrices are normal with deviation 0.02. Biases and norms are random too (deviation 0.1, norm
+    weights around 1), so that a test notices when one is lost. zero_biases=True gives biases of 0
+    and norm weights of 1, as in a model before its first step.
+    The values depend on `seed` and on the kind of device, and are drawn in fp32: the largest
+    tensor, the embedding, needs 4 bytes per element for a moment (4.1 GB for 7B5).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, size in parameter_shapes(shape).items():
+        if zero_biases and len(size) == 1:
+            value = 0.0 if name.endswith("bias") else 1.0
+            yield name, torch.full(size, value, dtype=dtype, device=device)
+        else:
+            yield name, random_tensor(name, size, generator).to(dtype)
+
+
+def random_tensor(name: str, size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Normal values in fp32 on the generator's device."""
+    mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+    deviation = 0.02 if len(size) == 2 else 0.1
+    noise = torch.randn(size, generator=generator, device=generator.device, dtype=torch.float32)
+    return noise.mul_(deviation).add_(mean)
+
+
+def random_base(shape: ModelConfig, dtype: torch.dtype, device: str) -> PhoGPT:
+    """A frozen PhoGPT with random NF4 weights: as large and as fast as one that was trained."""
+    with torch.device("meta"):
+        phogpt = PhoGPT(shape)
+    for name, tensor in random_tensors(shape, seed=0, device=device):
+        place(phogpt, name, tensor, nf4=True, dtype=dtype, device=torch.device(device))
+    return frozen(phogpt, nf4=True, device=device)
