@@ -5,12 +5,12 @@ import unicodedata
 
 import pytest
 import torch
-from checkpoints import vinai_config
 
 import train
 from phogpt_raw.data.examples import PAIRS
 from phogpt_raw.model.adapters import load_adapters
-from phogpt_raw.model.weights import NANO, load_base
+from phogpt_raw.model.checkpoint_format import vinai_config
+from phogpt_raw.model.weights import NANO, load_base, read_config
 from phogpt_raw.nano.recipe.score import (
     greedy_answers,
     held_out_pairs,
@@ -25,8 +25,7 @@ def pairs(name: str) -> list[dict]:
 
 def test_the_folder_is_as_vinai_ships_it():
     config = json.loads((NANO / "config.json").read_text())
-    assert config.keys() == vinai_config(d_model=0, n_heads=0, n_layers=0, vocab_size=0,
-                                         max_seq_len=0).keys()
+    assert config == vinai_config(read_config(NANO))
     assert config["attn_config"]["attn_pdrop"] == 0.0 and config["no_bias"] is False
     tensors = torch.load(NANO / "pytorch_model.bin", weights_only=True)
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from phogpt_raw.model.checkpoint_format import write_json
 from phogpt_raw.nano.recipe import corpus, questions
-from phogpt_raw.nano.recipe.folder import write_json
 from phogpt_raw.nano.recipe.tokenizer import EOS, save_tokenizer, train_tokenizer
 from phogpt_raw.refusal import Refusal, exits_cleanly
 

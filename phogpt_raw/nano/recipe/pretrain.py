@@ -23,8 +23,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from phogpt_raw.cards import this_card, training_dtype
+from phogpt_raw.model.checkpoint_format import (
+    TOKENIZER_FILES,
+    vinai_config,
+    write_checkpoint,
+    write_json,
+)
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.nano.recipe.folder import TOKENIZER_FILES, vinai_config, write_base
 from phogpt_raw.nano.recipe.tokenizer import EOS
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
@@ -103,8 +108,10 @@ def train(args: argparse.Namespace) -> dict:
     data, device = Path(args.data), torch.device(args.device)
     counts, train_stream, heldout_stream = read_data(data, device)
     torch.manual_seed(args.seed)
-    config = vinai_config(args, counts["vocab_size"], counts["max_seq_len"])
-    model = PhoGPT(ModelConfig.from_json(config, where="--d-model, --heads"))
+    shape = ModelConfig(args.d_model, args.heads, args.layers, counts["vocab_size"],
+                        counts["max_seq_len"], args.expansion_ratio)
+    config = vinai_config(shape)
+    model = PhoGPT(ModelConfig.from_json(config, where="--d-model, --heads"))  # checks the shape
     initialise(model)
     model.to(device)
     bf16 = device.type == "cuda" and training_dtype(this_card())[0] == torch.bfloat16
@@ -132,7 +139,9 @@ def train(args: argparse.Namespace) -> dict:
     model.load_state_dict({k: v.bfloat16() for k, v in model.state_dict().items()})
     report["heldout_as_saved"] = heldout()  # of the weights rounded to bf16
     print(f"saved: held-out {report['heldout_as_saved']['nats_a_token']:.4f} nats a token")
-    write_base(Path(args.out), model, config, data, report)
+    weights = ((name, weight.bfloat16()) for name, weight in model.state_dict().items())
+    write_checkpoint(Path(args.out), config, weights, tokenizer=data)
+    write_json(Path(args.out) / "pretraining.json", report)
     if not args.random:
         print_samples(model, Tokenizer.from_file(str(data / "tokenizer.json")))
     return report
