@@ -8,7 +8,6 @@ A file saved on a real card (`python bench/memory.py --save`) becomes a column o
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -17,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench import harness, items
+from bench import items, results
 from phogpt_raw.cards import Card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -31,20 +30,10 @@ NAMES = {"7b5": "7B5", "4b": "4B"}
 SIMULATED = ("t4", "v100")
 
 
-def results(what: str) -> list[dict]:
-    """The saved results of a bench, oldest first."""
-    found = []
-    for file in sorted(harness.RESULTS.glob("*.json"), key=lambda f: (f.stem[-10:], f.name)):
-        result = json.loads(file.read_text("utf-8"))
-        if result["what"] == what:
-            found.append(result)
-    return found
-
-
 def columns(what: str) -> dict[tuple[str, str], dict[int, dict]]:
     """{(model, "T4, simulated"): {tokens: row}} of one row at a time, of the newest files."""
     table: dict[tuple[str, str], dict[int, dict]] = {}
-    for result in results(what):
+    for result in results.load(what):
         card = Card(**result["card"])
         if (result.get("label") or result.get("cap_gib") or card.memory_gib > LARGE
                 or result["model"] not in NAMES or result.get("attention", "auto") != "auto"
@@ -91,7 +80,7 @@ def memory_cell(row: dict) -> str:
 
 
 def time_cell(row: dict) -> str:
-    """Seconds an item."""
+    """Seconds per example."""
     if not row["fits"]:
         return "does not fit"
     return items.span(row["item_s"] if "item_s" in row else [row["step_s"]])
@@ -101,7 +90,7 @@ def held_memory() -> list[str]:
     """How far the simulation's memory was from the measured one, by file."""
     lines = ["| card | model | dtype | rank | settings | allocated, worst | reserved, worst | "
              "graphs reserve above the eager step's peak |", "|---" * 8 + "|"]
-    for result in results("memory"):
+    for result in results.load("memory"):
         rows = [r for r in result["rows"] if r["fits"] and "simulated" in r]
         if not rows:
             continue
@@ -125,7 +114,7 @@ def peak(row: dict, kind: str) -> float:
 def held_time() -> list[str]:
     """How far the simulated seconds of a step were from the measured ones, by file."""
     lines = ["| card | model | dtype | work | settings | for | worst |", "|---" * 7 + "|"]
-    for result in results("step_time"):
+    for result in results.load("step_time"):
         rows = [r for r in result["rows"] if r["fits"] and "simulated_s" in r]
         if not rows:
             continue
@@ -172,7 +161,7 @@ def simulate() -> None:
         list(pool.map(run, commands))
     for name in SIMULATED:  # those of other days
         card = KNOWN[name].card.name.replace(" ", "-")
-        for file in harness.RESULTS.glob(f"*-simulated-{card}-*.json"):
+        for file in results.RESULTS.glob(f"*-simulated-{card}-*.json"):
             if file.stat().st_mtime < begun:
                 file.unlink()
 

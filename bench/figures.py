@@ -17,7 +17,7 @@ AREAS = {
     "saved activations": ("saved activations",),
     "attention bias": ("attention bias",),
     "loss": ("loss",),
-    "made again": ("made again",),
+    "recomputed": ("recomputed",),
     "temporaries": ("temporaries", "rounding", "matmul workspace"),
 }
 
@@ -64,15 +64,15 @@ def memory(found, rates: Rates, options) -> str:
 def over_time(found, rates: Rates) -> tuple[list[float], dict[str, list[float]], dict[str, float]]:
     """(seconds, {area: GiB at these}, {phase: its first second}); each of BINS shows its peak."""
     ends, now = [], 0.0
-    for op in found.plan.ops:
+    for op in found.trace.ops:
         now += (op_seconds(op, rates, 0) + op_seconds(op, rates, 1)) / 2
         ends.append(now)
     phases = {}
-    for op, end in zip(found.plan.ops, ends, strict=True):
+    for op, end in zip(found.trace.ops, ends, strict=True):
         if op.phase in ("forward", "backward") and op.phase not in phases:
             phases[op.phase] = end
     peaks = {}
-    for moment in found.plan.moments(matmul_workspace(found.card)):
+    for moment in found.trace.moments(matmul_workspace(found.card)):
         at = ends[min(moment.op, len(ends) - 1)]
         place = int(BINS * at / ends[-1])
         if place not in peaks or moment.allocated > peaks[place].allocated:

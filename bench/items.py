@@ -1,10 +1,10 @@
-"""Seconds an item of a file of rows, and hours of a run: what step_time.py says with --data."""
+"""Seconds per example of a file of rows, and hours of a run: what step_time.py says with --data."""
 
 import statistics
 from collections.abc import Callable
 
 from phogpt_raw.config import Config
-from phogpt_raw.data.batches import Window, make_window
+from phogpt_raw.data.batches import Window
 from phogpt_raw.data.examples import load_examples
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.phogpt import PUBLISHED
@@ -43,14 +43,14 @@ def tokenizer(name: str):
 
 def estimate(options, examples: list[Example], named: str,
              seconds: Callable[[Window], tuple[float, ...] | None]) -> dict:
-    """What is told of a file: `seconds(window)` of a step over one micro-batch, of an even choice
+    """The estimate for a file: `seconds(window)` of a step over one micro-batch, of an even choice
     by length, stand for all its rows; None where one of them does not fit the card."""
     size = int(options.micro_batch)
     ordered = sorted(examples, key=lambda e: len(e.ids))
     every = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     strata = min(STRATA, len(every))
     picked = [every[int((n + 0.5) * len(every) / strata)] for n in range(strata)]
-    taken = [seconds(make_window(part, size, pad_id=3)) for part in picked]
+    taken = [seconds(Window(part, pad_id=3)) for part in picked]
     rows = sum(map(len, picked))
     item_s = None if None in taken else [sum(column) / rows for column in zip(*taken, strict=True)]
     lengths = [len(e.ids) for e in ordered]
@@ -62,14 +62,16 @@ def estimate(options, examples: list[Example], named: str,
     }
 
 
-def line(told: dict) -> str:
+def line(estimate: dict) -> str:
     """An estimate in words."""
-    file = (f"{told['data']}: {told['items']:,} items, {told['tokens_median']:g} tokens in the "
-            f"middle, {told['tokens_longest']:,} the longest ({told['tokenizer']}'s tokenizer): ")
-    if told["item_s"] is None:
+    file = (f"{estimate['data']}: {estimate['items']:,} examples, median "
+            f"{estimate['tokens_median']:g} tokens, longest {estimate['tokens_longest']:,} "
+            f"({estimate['tokenizer']}'s tokenizer): ")
+    if estimate["item_s"] is None:
         return file + "out of memory; a shorter --max-len or a smaller --micro-batch fits"
-    run = " to ".join(dict.fromkeys(clock(3600 * hours) for hours in told["hours"]))
-    return file + f"{span(told['item_s'])} s an item, {run} for {told['epochs']:g} passes"
+    run = " to ".join(dict.fromkeys(clock(3600 * hours) for hours in estimate["hours"]))
+    return file + (f"{span(estimate['item_s'])} s per example, {run} for "
+                   f"{estimate['epochs']:g} epochs")
 
 
 def span(values) -> str:

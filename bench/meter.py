@@ -1,7 +1,7 @@
-"""A stopwatch and a scale for the phases of a step; both are `mark` callables for train_step.
+"""A stopwatch and a memory meter for the phases of a step: `mark` callables for train_step.
 
-`mark(phase)` ends the phase before and begins a new one. Time and memory are two runs: reading a
-peak needs a synchronisation, which would be in the time.
+`mark(phase)` ends the phase before and begins a new one. Time and memory are two runs: to read a
+peak the host must wait for the GPU, which would count as time.
 """
 
 import time
@@ -27,7 +27,7 @@ class Stopwatch:
         self.points.append((phase, now))
 
     def read(self) -> dict[str, float]:
-        """End the last phase, wait for the card, return seconds by phase and begin anew."""
+        """End the last phase, wait for the GPU, return seconds by phase and begin anew."""
         self("end")
         if self.cuda:
             torch.cuda.synchronize()
@@ -39,12 +39,12 @@ class Stopwatch:
 
 
 def device_gib() -> float:
-    """What is taken of the card, by whomever, as the driver counts it."""
+    """GPU memory in use by all processes, as the driver counts it."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**30
 
 
-class Scale:
+class MemoryMeter:
     """GiB by phase: peaks of torch's allocator and of what it has reserved, and the whole device.
 
     The whole device is what the driver counts as used at the phase's end, CUDA context, paged
@@ -60,13 +60,13 @@ class Scale:
     def __call__(self, phase: str) -> None:
         if self.phase is not None:
             seen = self.peaks.setdefault(self.phase, {})
-            for kind, gib in self.look().items():
+            for kind, gib in self.sample().items():
                 seen[kind] = max(seen.get(kind, 0.0), gib)
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         self.phase = phase
 
-    def look(self) -> dict[str, float]:
+    def sample(self) -> dict[str, float]:
         if not self.cuda:
             return {"resident": psutil.Process().memory_info().rss / 2**30}
         torch.cuda.synchronize()

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from bench import harness
+from bench import report, results
 from bench.command_line import count
 from bench.sides import Side, write_random_checkpoint
-from phogpt_raw.cards import DTYPES
+from phogpt_raw.cards import DTYPES, this_card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
@@ -32,7 +32,7 @@ from phogpt_raw.show.console import out
 
 
 def adapter_weights(shape: ModelConfig, rank: int) -> int:
-    """LoRA's numbers on the four linears of every block."""
+    """LoRA's weights on the four linears of every block."""
     d, wide = shape.d_model, shape.expansion_ratio * shape.d_model
     return shape.n_layers * rank * ((d + 3 * d) + (d + d) + 2 * (d + wide))
 
@@ -72,21 +72,21 @@ def compare(work: str, sides: dict[str, Side], options, cap_gib: float) -> dict:
 def summary(row: dict) -> dict:
     """Medians over the pairs: seconds and GiB of each, and how many times faster ours is."""
     pairs = row["pairs"]
-    told = {}
+    found = {}
     for name in ("peer", "ours", "eager"):
         if all("step_s" in pair[name] for pair in pairs):
             for key in ("step_s", "allocated_gib", "reserved_gib"):
-                told[f"{name}_{key}"] = statistics.median(pair[name][key] for pair in pairs)
+                found[f"{name}_{key}"] = statistics.median(pair[name][key] for pair in pairs)
     for name in ("ours", "eager"):
         if all("step_s" in pair[side] for pair in pairs for side in ("peer", name)):
-            told[f"{name}_times_faster"] = statistics.median(
+            found[f"{name}_times_faster"] = statistics.median(
                 pair["peer"]["step_s"] / pair[name]["step_s"] for pair in pairs)
     for name in ("captured", "peer"):
         if row["losses"]["eager"] and row["losses"][name]:
-            told[f"{name}_loss_apart"] = max(
+            found[f"{name}_loss_apart"] = max(
                 abs(a - b) for a, b in zip(row["losses"]["eager"], row["losses"][name],
                                            strict=True))
-    return told
+    return found
 
 
 def parse(arguments):
@@ -111,7 +111,7 @@ def parse(arguments):
         raise Refusal(f"--work {options.work}: rows x tokens, such as 1x512,8x512")
     if not re.fullmatch(r"all|none|\d+", options.recompute):
         raise Refusal(f"--recompute {options.recompute}: all, none or a number of blocks")
-    # for the result's name, and what the Trainer is told too
+    # for the result's name; the Trainer is given the same
     options.attention, options.label, options.optimizer = "auto", None, Config.optimizer
     return options
 
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.model not in PUBLISHED:
         raise Refusal(f"--model {options.model}: 7b5 or 4b")
-    card = harness.this_card()
+    card = this_card()
     if card.device == "cpu":
         raise Refusal("peer.py: the Trainer's paged optimizer needs a GPU, here is none")
     with tempfile.TemporaryDirectory() as temporary:
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             out.print(f"{work}: " + ", ".join(f"{k} {v:.4g}" for k, v in row["summary"].items()))
         for side in sides.values():
             side.close()
-    table = harness.table(
+    table = report.table(
         f"seconds a step, medians of {options.pairs} pairs of runs of {options.steps} steps, "
         f"{options.model}, {options.dtype}, rank {options.rank}",
         ["work", "peer", "GiB", "ours", "GiB", "faster", "eager", "faster", "losses apart"],
@@ -153,17 +153,18 @@ def main(arguments: list[str] | None = None) -> None:
                 f"apart: captured, peer against eager, at most over {options.losses} steps. * the "
                 "peer does not fit under the cap and ran without")
     for row in rows:
-        told = row["summary"]
-        cells = [f"{told[k]:{form}}" if k in told else "out of memory" for k, form in (
+        found = row["summary"]
+        cells = [f"{found[k]:{spec}}" if k in found else "out of memory" for k, spec in (
             ("peer_step_s", ".3f"), ("peer_allocated_gib", ".2f"), ("ours_step_s", ".4f"),
             ("eager_allocated_gib", ".2f"), ("ours_times_faster", ".2f"), ("eager_step_s", ".4f"),
             ("eager_times_faster", ".2f"))]
-        apart = [f"{told[k]:.1e}" for k in ("captured_loss_apart", "peer_loss_apart") if k in told]
+        apart = [f"{found[k]:.1e}" for k in ("captured_loss_apart", "peer_loss_apart")
+                 if k in found]
         table.add_row(f"{row['micro_batch']} x {row['seq_len']}",
                       cells[0] + ("" if row["peer_fits"] else "*"), *cells[1:], ", ".join(apart))
     out.print(table)
     if options.save:
-        out.print(f"saved {harness.save('peer', card, options, DTYPES[options.dtype], rows)}")
+        out.print(f"saved {results.save('peer', card, options, DTYPES[options.dtype], rows)}")
 
 
 if __name__ == "__main__":

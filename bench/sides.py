@@ -13,18 +13,16 @@ from pathlib import Path
 
 import torch
 
-from bench import command_line as commandline
-from bench import harness
+from bench import command_line
 from bench.command_line import Setting
+from bench.measure import LR, Bench, context_gib, limit_torch_to
 from bench.meter import device_gib
-from bench.random_base import random_tensors
+from bench.random_data import random_rows, random_tensors, window_of
 from phogpt_raw.cards import DTYPES
-from phogpt_raw.config import Config
 from phogpt_raw.model.checkpoint_format import vinai_config, write_checkpoint
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.refusal import Refusal
 
-LR = 1e-4
 SHARDS = 8  # of 1.9 GB each for 7B5
 
 
@@ -32,8 +30,9 @@ class Side:
     """A side in a process of its own."""
 
     def __init__(self, name: str, folder: Path, options):
-        command = [sys.executable, __file__, name, "--model", str(folder), "--dtype", options.dtype,
-                   "--rank", str(options.rank), "--loss-mib", str(options.loss_mib)]
+        command = [sys.executable, "-m", "bench.sides", name, "--model", str(folder),
+                   "--dtype", options.dtype, "--rank", str(options.rank),
+                   "--loss-mib", str(options.loss_mib)]
         self.name = name
         before = device_gib()
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -57,35 +56,33 @@ class Side:
 
 
 class Ours:
-    """This loop, its micro-steps captured or eager, over a checkpoint folder."""
+    """This loop, its micro-batches captured or eager, over a checkpoint folder."""
 
     def __init__(self, options):
-        self.bench = harness.Bench(options)
-        self.adapters = self.bench.adapters
-        self.model = self.bench.model.train()
-        self.first = self.adapters.flat.detach().clone()
+        self.bench = Bench(options)
+        self.bench.model.train()
+        adapters = self.bench.adapters
+        self.first = adapters.flat.detach().clone()
         start = Path(options.model) / "adapters"
         if not start.exists():
-            self.adapters.save(start)
-        self.adapters.load(start)
+            adapters.save(start)
+        adapters.load(start)
 
     def steps(self, micro_batch: int, seq_len: int, count: int, path: str, recompute: str):
         """(loss, seconds) of each of `count` steps, from the first adapters on."""
-        bench = self.bench
-        self.adapters.flat.data.copy_(self.first)
-        bench.optimizer = harness.make_optimizer(self.adapters.flat, Config.optimizer, LR, 0.0)
-        bench.scaler = harness.make_scaler(bench.dtype, bench.card.device)
+        bench, vocabulary = self.bench, self.bench.model.config.vocab_size
+        bench.adapters.flat.data.copy_(self.first)
+        bench.adapters.cast()
+        bench.restart()
         bench.begin(Setting(seq_len, micro_batch, 1, recompute), capture=path == "captured")
         for step in range(count):
-            rows = harness.tokens(self.model.config.vocab_size, micro_batch, seq_len, step)
-            window = harness.window(rows, micro_batch)
-            begun = now()
+            window = window_of(random_rows(vocabulary, micro_batch, seq_len, step))
+            started = now()
             loss = bench.run(window).loss
-            yield loss, now() - begun
+            yield loss, now() - started
 
     def release(self) -> None:
-        self.bench.forward = None
-        torch._C._cuda_clearCublasWorkspaces()  # one a stream; graphs have their own
+        self.bench.release()
 
 
 class Peer:
@@ -120,7 +117,7 @@ class Peer:
 
         rows = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * seq_len}
                 for step in range(count)
-                for ids in harness.tokens(vocabulary, micro_batch, seq_len, step)]
+                for ids in random_rows(vocabulary, micro_batch, seq_len, step)]
 
         class Clock(TrainerCallback):
             def on_step_begin(self, *_, **__):
@@ -164,10 +161,10 @@ def serve(options) -> None:
     """A JSON order a line on standard input, its answer on standard output."""
     answers, sys.stdout = sys.stdout, sys.stderr
     side = {"ours": Ours, "peer": Peer}[options.side](options)
-    print(json.dumps({"beside_gib": harness.context_gib()}), file=answers, flush=True)
+    print(json.dumps({"beside_gib": context_gib()}), file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        harness.hold_to(order.pop("cap_gib"))
+        limit_torch_to(order.pop("cap_gib"))
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
@@ -194,6 +191,6 @@ def write_random_checkpoint(folder: Path, shape: ModelConfig, seed: int = 0) -> 
 
 
 if __name__ == "__main__":
-    parser = commandline.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("side", choices=("ours", "peer"))
     serve(parser.parse_args())

@@ -1,4 +1,4 @@
-"""The step of a setting simulated for cards that need not be here: plans, made once each."""
+"""Simulating: the step of a setting on GPUs that need not be here; each trace is made once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -6,8 +6,8 @@ from functools import cache
 
 import torch
 
-from bench import harness
 from bench.command_line import Setting, known_cards
+from bench.random_data import random_rows, window_of
 from phogpt_raw.cards import GIB, Card, training_dtype
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
@@ -15,13 +15,14 @@ from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
 from phogpt_raw.model.weights import find_folder, read_config
-from phogpt_raw.simulate.fit import Fit, attention_kernel, fit, longest
-from phogpt_raw.simulate.ledger import Plan
+from phogpt_raw.simulate.fit import RecomputeChoice, attention_kernel, least_recompute, longest
+from phogpt_raw.simulate.ledger import Trace
 from phogpt_raw.simulate.rates import CONTEXT, Rates, matmul_workspace
-from phogpt_raw.simulate.trace import META, base_on_meta, simulate
-from phogpt_raw.training.loss import chunk_rows
+from phogpt_raw.simulate.roofline import Seconds, by_phase, step_seconds
+from phogpt_raw.simulate.trace import META, base_on_meta, trace_step
+from phogpt_raw.training.setup import wire
 
-EFFICIENT = Card("", "cuda", (7, 5))  # a card that has only the memory-efficient kernel
+EFFICIENT = Card("", "cuda", (7, 5))  # a GPU that has only the memory-efficient kernel
 
 
 def shape_of(model: str) -> ModelConfig:
@@ -30,85 +31,98 @@ def shape_of(model: str) -> ModelConfig:
     return read_config(find_folder(model, files=["config.json"]))  # not gigabytes of weights
 
 
-class Plans:
-    """Plans of settings of one model; cards with the same attention kernel share them."""
+class Traces:
+    """Traces of settings of one model; GPUs with the same attention kernel share them."""
 
     def __init__(self, options, dtype: torch.dtype):
         self.options, self.shape, self.dtype = options, shape_of(options.model), dtype
-        self.model = base_on_meta(self.shape, dtype)
+        model = base_on_meta(self.shape, dtype)
         with META:
-            self.adapters = new_adapters(self.model, rank=options.rank, alpha=32)
-        self.plan = cache(self.plan)
+            adapters = new_adapters(model, rank=options.rank, alpha=32)
+            self.training = wire(model, adapters, optimizer=options.optimizer,
+                                 loss_mib=options.loss_mib)
+        self.trace = cache(self.trace)
 
-    def plan(self, setting: Setting, recompute: int, kernel) -> Plan:
-        rows = harness.tokens(self.shape.vocab_size, setting.micro_batch * setting.accumulate,
-                              setting.seq_len)
-        return self.plan_of(harness.window(rows, setting.micro_batch), recompute, kernel)
+    def trace(self, setting: Setting, recompute: int, kernel) -> Trace:
+        rows = setting.micro_batch * setting.accumulate
+        window = window_of(random_rows(self.shape.vocab_size, rows, setting.seq_len))
+        return self.trace_window(window, setting.micro_batch, recompute, kernel)
 
-    def plan_of(self, window: Window, recompute: int, kernel) -> Plan:
-        self.model.recompute = recompute
-        return simulate(self.model, self.adapters, window, optimizer=self.options.optimizer,
-                        chunk=chunk_rows(self.shape.vocab_size, self.options.loss_mib),
-                        kernel=kernel)
+    def trace_window(self, window: Window, micro_batch: int, recompute: int, kernel) -> Trace:
+        self.training.limits.micro_batch = micro_batch
+        self.training.limits.recompute = recompute
+        return trace_step(self.training, window, kernel)
 
     def kernel(self, card: Card):
         card = EFFICIENT if self.options.attention == "efficient" else card
         return attention_kernel(card, self.dtype)
 
-    def fit(self, setting: Setting, card: Card) -> Fit:
-        """The setting's recompute as a number of blocks; for auto what the card forces."""
+    def recompute(self, setting: Setting, card: Card) -> int:
+        """The setting's recompute as a number of blocks; for auto what the GPU forces."""
         if setting.recompute != "auto":
-            config = Config(recompute=setting.recompute)
-            return Fit(config.blocks_to_recompute(self.shape.n_layers), self.shape.n_layers)
-        return fit(lambda n: self.plan(setting, n, self.kernel(card)), self.shape.n_layers, card)
+            return Config(recompute=setting.recompute).blocks_to_recompute(self.shape.n_layers)
+        return self.least(lambda n: self.trace(setting, n, self.kernel(card)), card).recompute
 
-    def fit_rows(self, examples: list[Example], card: Card) -> Fit:
-        """The same for the longest of these examples."""
+    def recompute_for(self, examples: list[Example], card: Card) -> int:
+        """The same for the longest of these examples, --micro-batch of them at once."""
         size, asked = int(self.options.micro_batch), self.options.recompute
-        window = longest(examples, size)
         if asked != "auto":
-            return self.fit(Setting(0, size, 1, asked), card)
-        return fit(lambda n: self.plan_of(window, n, self.kernel(card)), self.shape.n_layers, card)
+            return self.recompute(Setting(0, size, 1, asked), card)
+        window, kernel = longest(examples, size), self.kernel(card)
+        return self.least(lambda n: self.trace_window(window, size, n, kernel), card).recompute
+
+    def least(self, trace, card: Card) -> RecomputeChoice:
+        return least_recompute(trace, self.shape.n_layers, card)
 
     def on(self, card: Card, setting: Setting) -> "OnCard":
-        depth = self.fit(setting, card).recompute
-        return OnCard(card, setting, depth, self.plan(setting, depth, self.kernel(card)))
+        depth = self.recompute(setting, card)
+        return OnCard(card, setting, depth, self.trace(setting, depth, self.kernel(card)))
+
+    def window_seconds(self, card: Card, rates: Rates, examples: list[Example]):
+        """What gives (low, high) seconds of a step over a window of these examples on a GPU."""
+        size, depth = int(self.options.micro_batch), self.recompute_for(examples, card)
+
+        def seconds(window: Window) -> tuple[float, float]:
+            trace = self.trace_window(window, size, depth, self.kernel(card))
+            return both_ends(step_seconds(trace.ops, rates))
+
+        return seconds
 
 
-def resolved(plans: Plans | None, setting: Setting, card: Card) -> Setting:
+def resolved(traces: Traces | None, setting: Setting, card: Card) -> Setting:
     """A setting whose recompute is definite; on a CPU memory is not what is scarce."""
     if setting.recompute != "auto":
         return setting
-    return replace(setting, recompute=str(plans.fit(setting, card).recompute if plans else 0))
+    return replace(setting, recompute=str(traces.recompute(setting, card) if traces else 0))
 
 
 @dataclass(frozen=True)
 class OnCard:
-    """A setting's plan on a card, `recompute` blocks recomputed."""
+    """A setting's trace on a GPU, `recompute` blocks recomputed."""
 
     card: Card
     setting: Setting
     recompute: int
-    plan: Plan
+    trace: Trace
 
     @property
     def beside(self) -> int:
         """Bytes that torch's allocator does not see: CUDA's context, the optimizer's pages."""
-        return CONTEXT + self.plan.pages
+        return CONTEXT + self.trace.pages
 
     @property
     def fits(self) -> bool:
         try:
-            self.plan.replay(self.card.memory_gib * GIB - self.beside, matmul_workspace(self.card))
+            self.trace.replay(self.card.memory_gib * GIB - self.beside, matmul_workspace(self.card))
         except MemoryError:
             return False
         return True
 
-    def row(self) -> dict:
+    def memory_row(self) -> dict:
         """The row of a result: GiB at the peak by phase and, for the whole step, by kind."""
         workspace = matmul_workspace(self.card)
-        allocator = self.plan.replay(workspace=workspace)
-        moments = self.plan.moments(workspace)
+        allocator = self.trace.replay(workspace=workspace)
+        moments = self.trace.moments(workspace)
         phases: dict[str, dict[str, float]] = {}
         for moment in moments:
             seen = phases.setdefault(moment.phase, {"allocated": 0, "reserved": 0})
@@ -123,14 +137,32 @@ class OnCard:
             "peak_gib": phases, "peak_phase": peak.phase,
             "kinds_gib": {k: v / GIB for k, v in peak.kinds.items()},
             "blocks_gib": {k: v / GIB for k, v in peak.blocks.items()},
-            "pages_gib": self.plan.pages / GIB, "context_gib": CONTEXT / GIB,
+            "pages_gib": self.trace.pages / GIB, "context_gib": CONTEXT / GIB,
+        }
+
+    def time_row(self, rates: Rates) -> dict:
+        """The row of a result: FLOPs, bytes, and seconds from the better to the worse rates."""
+        ops, setting = self.trace.ops, self.setting
+        seconds = step_seconds(ops, rates)
+        step_s = both_ends(seconds)
+        return {
+            "blocks_recomputed": self.recompute, "fits": self.fits,
+            "flops": sum(op.flops for op in ops), "bytes_moved": sum(op.moved for op in ops),
+            "step_s": step_s, "tokens_per_s": [setting.tokens / s for s in step_s[::-1]],
+            "item_s": [s / setting.micro_batch / setting.accumulate for s in step_s],
+            "phases_s": {phase: both_ends(s) for phase, s in by_phase(ops, rates).items()},
+            "host_bound_eager": seconds.host_bound,
         }
 
 
-def cards(options) -> Iterator[tuple[Card, Rates, Plans]]:
-    """The cards of --card, with plans in the dtype that each trains in."""
-    plans: dict[torch.dtype, Plans] = {}
+def both_ends(seconds: Seconds) -> tuple[float, float]:
+    return seconds.low, seconds.high
+
+
+def cards(options) -> Iterator[tuple[Card, Rates, Traces]]:
+    """The GPUs of --card, with traces in the dtype that each trains in."""
+    traces: dict[torch.dtype, Traces] = {}
     for known in known_cards(options):
         dtype, _ = training_dtype(known.card, options.dtype)
-        plans[dtype] = plans.get(dtype) or Plans(options, dtype)
-        yield known.card, known.rates, plans[dtype]
+        traces[dtype] = traces.get(dtype) or Traces(options, dtype)
+        yield known.card, known.rates, traces[dtype]

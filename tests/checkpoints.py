@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench import random_base
+from bench import random_data
 from phogpt_raw.model import checkpoint_format
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
 
@@ -30,7 +30,7 @@ def vinai_config(**fields) -> dict:
 def random_tensors(config: dict, seed: int = 0, dtype=torch.bfloat16, device="cpu") -> dict:
     """Every tensor of the checkpoint: biases and norms are random too, so that a lost one shows."""
     shape = ModelConfig.from_json(config)
-    pairs = random_base.random_tensors(shape, seed=seed, device=device, dtype=dtype)
+    pairs = random_data.random_tensors(shape, seed=seed, device=device, dtype=dtype)
     return {name: tensor.cpu() for name, tensor in pairs}
 
 
@@ -49,7 +49,7 @@ def main(name: str, folder: str) -> None:
     """Write a published shape; one shard is in memory at a time."""
     config = vinai_config(**SHAPES[name])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = random_base.random_tensors(ModelConfig.from_json(config), seed=0, device=device)
+    tensors = random_data.random_tensors(ModelConfig.from_json(config), seed=0, device=device)
     checkpoint_format.write_checkpoint(Path(folder), config, tensors, tokenizer=NANO,
                                        shards=2 if name == "7b5" else 1)
 

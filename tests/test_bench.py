@@ -3,15 +3,16 @@
 import doctest
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
 from bench import command_line as commandline
-from bench import compare, gpu_kernels, harness, items, memory, simulated, step_time
+from bench import compare, gpu_kernels, items, measure, memory, results, simulated, step_time
 from bench.command_line import Setting
-from bench.meter import Scale, Stopwatch
+from bench.meter import MemoryMeter, Stopwatch
 
 HERE = ["--measured", "--model", "nano"]
 SMALL = [*HERE, "--seq-len", "32,64", "--recompute", "all,none"]
@@ -20,7 +21,7 @@ SMALL = [*HERE, "--seq-len", "32,64", "--recompute", "all,none"]
 @pytest.mark.parametrize("bench, what", [(memory, "memory"), (step_time, "step_time")])
 def test_a_bench_prints_a_table_and_saves_only_when_asked(bench, what, tmp_path, monkeypatch,
                                                           capsys):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     more = ["--steps", "2", "--warmup", "1"] if bench is step_time else []
     bench.main([*SMALL, *more])
     said = capsys.readouterr().out
@@ -52,14 +53,14 @@ def test_a_bench_prints_a_table_and_saves_only_when_asked(bench, what, tmp_path,
 
 @pytest.mark.parametrize("bench", [memory, step_time])
 def test_out_of_memory_is_a_row_and_the_next_one_is_measured(bench, monkeypatch, capsys):
-    run = harness.Bench.run
+    run = measure.Bench.run
 
     def too_small(self, window, *args, **kwargs):
-        if window.batches[0].ids_BL.shape[1] == 64:
+        if len(window.examples[0].ids) == 64:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(self, window, *args, **kwargs)
 
-    monkeypatch.setattr(harness.Bench, "run", too_small)
+    monkeypatch.setattr(measure.Bench, "run", too_small)
     more = ["--steps", "1", "--warmup", "0"] if bench is step_time else []
     bench.main([*HERE, "--seq-len", "64,32", *more])
     first, second = (line for line in capsys.readouterr().out.splitlines() if "1 x " in line)
@@ -68,11 +69,11 @@ def test_out_of_memory_is_a_row_and_the_next_one_is_measured(bench, monkeypatch,
 
 
 def test_the_bench_changes_the_adapters_as_training_does():
-    bench = harness.Bench(commandline.parse(commandline.parser(""), HERE))
+    bench = measure.Bench(commandline.parse(commandline.parser(""), HERE))
     before = bench.adapters.flat.detach().clone()
     setting = Setting(seq_len=32, micro_batch=2, accumulate=2, recompute="none")
     window = bench.window(setting)
-    assert (window.tokens, len(window.batches)) == (setting.tokens, 2)
+    assert (window.tokens, len(list(window.micro_batches(2)))) == (setting.tokens, 2)
     assert window.supervised == 4 * 31
     bench.begin(setting, capture=True)
     bench.run(window)
@@ -83,14 +84,14 @@ def test_the_bench_changes_the_adapters_as_training_does():
 def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, blocks):
     """Its FLOPs are the plan's, less what adapters and attention do: little in so short a row."""
     options = commandline.parse(commandline.parser(""), [*HERE, "--rank", "1"])
-    bench = harness.Bench(options)
+    bench = measure.Bench(options)
     setting = Setting(seq_len=32, micro_batch=2, accumulate=1, recompute=recompute)
     bench.begin(setting, capture=False)
-    assert bench.model.recompute == blocks
-    planned = simulated.Plans(options, torch.float32).plan(
+    assert bench.training.limits.recompute == blocks
+    trace = simulated.Traces(options, torch.float32).trace(
         setting, blocks, SDPBackend.EFFICIENT_ATTENTION)
-    counted = step_time.flops(bench, setting, bench.window(setting))
-    assert counted == pytest.approx(sum(op.flops for op in planned.ops), rel=0.07)
+    counted = measure.flops(bench, setting, bench.window(setting))
+    assert counted == pytest.approx(sum(op.flops for op in trace.ops), rel=0.07)
 
 
 @pytest.mark.parametrize("module", [compare, gpu_kernels, items], ids=lambda m: m.__name__)
@@ -118,12 +119,12 @@ def test_a_stopwatch_gives_seconds_to_each_phase_and_begins_anew():
     assert list(watch.read()) == ["clip"]
 
 
-def test_a_scale_sees_what_a_phase_holds():
-    scale = Scale()
-    scale("small")
-    scale("large")
+def test_a_memory_meter_sees_what_a_phase_holds():
+    meter = MemoryMeter()
+    meter("small")
+    meter("large")
     held = torch.ones(64 * 2**20, device="cuda" if torch.cuda.is_available() else "cpu")
-    peaks = scale.read()
+    peaks = meter.read()
     del held
     kind = "allocated" if torch.cuda.is_available() else "resident"
     assert peaks["large"][kind] - peaks["small"][kind] == pytest.approx(0.25, abs=0.05)
@@ -160,15 +161,15 @@ def test_a_file_whose_rows_do_not_fit_is_told_and_what_was_measured_is_saved(
         monkeypatch, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "Xin chào " * 60, "response": "Dạ."}) + "\n")
-    run = harness.Bench.run
+    run = measure.Bench.run
 
     def too_small(self, window, *args, **kwargs):
-        if window.batches[0].ids_BL.shape[1] > 32:
+        if len(window.examples[-1].ids) > 32:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run(self, window, *args, **kwargs)
 
-    monkeypatch.setattr(harness.Bench, "run", too_small)
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(measure.Bench, "run", too_small)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     step_time.main([*HERE, "--seq-len", "32", "--steps", "1", "--warmup", "0", "--data", str(file),
                     "--save"])
     assert "out of memory; a shorter --max-len" in " ".join(capsys.readouterr().out.split())
@@ -183,8 +184,8 @@ def test_a_step_is_called_captured_only_where_every_shape_was(graphs, captured):
     class Forward:
         pass
 
-    bench = object.__new__(harness.Bench)
-    bench.forward = Forward()
+    bench = object.__new__(measure.Bench)
+    bench.training = SimpleNamespace(forward=Forward())
     assert bench.captured is False  # the model itself
-    bench.forward.graphs = graphs
+    bench.training.forward.graphs = graphs
     assert bench.captured is captured

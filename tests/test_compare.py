@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bench import command_line as commandline
-from bench import compare, harness, simulated, step_time
+from bench import compare, simulated, step_time
+from bench import results as results_module
 from bench.command_line import Setting
 
 T4 = {"name": "Tesla T4", "device": "cuda", "capability": [7, 5], "memory_gib": 14.56}
@@ -15,7 +16,7 @@ H200 = {"name": "NVIDIA H200", "device": "cuda", "capability": [9, 0], "memory_g
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder of results and a README with one table; gives a function that saves a result."""
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results_module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text("# A\n<!-- table: memory -->\nold\n<!-- end -->\nB\n")

@@ -6,41 +6,57 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ragged_examples
+from conftest import example, ragged_examples
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from phogpt_raw.data.batches import collate, make_window
-from phogpt_raw.model import attention
-from phogpt_raw.model import lora as lowrank
+from phogpt_raw.data.batches import Window, collate
+from phogpt_raw.model import attention, lora
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.attention import Bias, alibi_slopes, attend, kernel
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.training import graphs as capture
+from phogpt_raw.training import graphs
 from phogpt_raw.training.evaluate import held_out_loss
-from phogpt_raw.training.graphs import Captured, why_not
-from phogpt_raw.training.loss import summed_loss
+from phogpt_raw.training.graphs import why_not
+from phogpt_raw.training.limits import Limits
+from phogpt_raw.training.loss import batch_loss, summed_loss
+from phogpt_raw.training.metrics import peak_bytes
 from phogpt_raw.training.optim import make_optimizer
-from phogpt_raw.training.step import make_micro_step, make_scaler, train_step
+from phogpt_raw.training.setup import wire
+from phogpt_raw.training.step import train_step
 
 pytestmark = pytest.mark.gpu
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]
 
 
-def random_window(vocabulary: int, rows: int = 4, micro_batch: int = 2):
+def random_window(vocabulary: int, rows: int = 4):
     dice = torch.Generator().manual_seed(0)
     lengths = [40, 17, 64, 33][:rows]
-    examples = [example(torch.randint(4, vocabulary, (n,), generator=dice).tolist(), n // 2, "random") for n in lengths]
-    return make_window(examples, micro_batch, pad_id=3)
+    return Window([example(torch.randint(4, vocabulary, (n,), generator=dice).tolist(), n // 2,
+                           "random") for n in lengths], pad_id=3)
 
 
-def setup(dtype, recompute=0, nf4=True):
+def nano_training(dtype, recompute=0, nf4=True, graphs=False):
     model, _ = load_base("nano", nf4=nf4, dtype=dtype, device="cuda")
-    model.recompute = recompute
-    adapters = new_adapters(model, rank=16, alpha=32)
-    optimizer = make_optimizer(adapters.flat, "paged_adamw_8bit", 1e-3, 0.0)
-    scaler = make_scaler(dtype, "cuda")
-    return model, adapters, optimizer, scaler
+    training = wire(model.train(), new_adapters(model, rank=16, alpha=32), lr=1e-3,
+                    weight_decay=0.0, micro_batch=2, recompute=recompute, graphs=graphs)
+    training.limits.loss_rows = 64
+    return training
+
+
+def gradient(training, *batches, supervised=50.0):
+    """(loss, flat gradient under the loss scale) of these micro-batches, as a step has them."""
+    flat, model = training.adapters.flat, training.forward
+    flat.grad.zero_()
+    total = torch.zeros((), device=flat.device)
+    for batch in batches:
+        batch = batch.to(flat.device)
+        hidden_BLD = model(batch.ids_BL, batch.doc_BL, recompute=training.limits.recompute)
+        loss = batch_loss(hidden_BLD, model.head, batch, 64) / supervised
+        with torch.autograd.set_multithreading_enabled(False):
+            training.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total, flat.grad.clone()
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
@@ -121,12 +137,9 @@ def test_logits_are_not_rounded_to_sixteen_bits_before_the_softmax(dtype):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_training_repeats_a_window_until_the_loss_falls(dtype):
-    model, adapters, optimizer, scaler = setup(dtype)
-    window = random_window(4096)
-    micro_step = make_micro_step(model, scaler, 64)
-    losses = [float(train_step(window, micro_step, adapters.flat, optimizer, scaler, 1.0).loss)
-              for _ in range(20)]
-    assert all(map(torch.isfinite, map(torch.tensor, losses))) and losses[-1] < 0.8 * losses[0]
+    training, window = nano_training(dtype), random_window(4096)
+    losses = [float(train_step(training, window).loss) for _ in range(20)]
+    assert all(map(math.isfinite, losses)) and losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
@@ -135,35 +148,36 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu_in_fp32(dtype):
     window, gradients = random_window(4096), {}
     for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
         model, _ = load_base("nano", nf4=False, dtype=kind, device=device)
-        adapters = new_adapters(model, rank=16, alpha=32)
-        fill = torch.randn(len(adapters.flat), generator=torch.Generator().manual_seed(1)) * 0.02
-        adapters.flat.data.copy_(fill)
-        scaler = make_scaler(kind, device)
-        micro_step = make_micro_step(model, scaler, 64)
-        supervised = torch.tensor(float(window.supervised), device=device)
-        for batch in window.batches:
-            micro_step(batch.to(device), supervised)
-        gradients[device] = adapters.flat.grad.cpu().double() / scaler.get_scale()
+        training = wire(model.train(), new_adapters(model, rank=16, alpha=32))
+        fill_adapters(training.adapters)
+        _, found = gradient(training, *window.micro_batches(2), supervised=window.supervised)
+        gradients[device] = found.cpu().double() / training.scaler.get_scale()
     wanted, got = gradients["cpu"], gradients["cuda"]
     # through 8 blocks of 16-bit rounding (eps 2^-10 and 2^-7): a few eps in the norm
     assert (got - wanted).norm() < 16 * torch.finfo(dtype).eps * wanted.norm()
 
 
+def fill_adapters(adapters):
+    """Random adapters, whose B is not zero."""
+    fill = torch.randn(len(adapters.flat), generator=torch.Generator().manual_seed(1))
+    adapters.flat.data.copy_(0.02 * fill)
+    adapters.cast()
+
+
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
 @pytest.mark.parametrize("recompute", [0, 8])
 def test_micro_batches_and_clipping_do_not_wait_for_the_gpu(recompute, captured):
-    model, adapters, optimizer, scaler = setup(torch.float16, recompute)
+    training = nano_training(torch.float16, recompute, graphs=captured)
     window = random_window(4096)
-    micro_step = make_micro_step(Captured(model, adapters.flat) if captured else model, scaler, 64)
     for _ in range(3):  # first-time set-up, and every shape captured
-        train_step(window, micro_step, adapters.flat, optimizer, scaler, 1.0)
+        train_step(training, window)
 
     def mark(phase):
         waiting_is = "default" if phase == "optimizer" else "error"
         torch.cuda.set_sync_debug_mode(waiting_is)
 
     try:
-        train_step(window, micro_step, adapters.flat, optimizer, scaler, 1.0, mark)
+        train_step(training, window, mark)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -171,54 +185,62 @@ def test_micro_batches_and_clipping_do_not_wait_for_the_gpu(recompute, captured)
 def test_recomputing_keeps_less_and_gives_the_same_gradient():
     kept, gradients = {}, {}
     for recompute in (0, 8):
-        model, adapters, _, scaler = setup(torch.bfloat16, recompute)
-        window = random_window(4096)
-        micro_step = make_micro_step(model, scaler, 64)
+        training = nano_training(torch.bfloat16, recompute)
+        [*_, batch] = random_window(4096).micro_batches(2)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        micro_step(window.batches[-1].to("cuda"), torch.tensor(50.0, device="cuda"))
+        _, gradients[recompute] = gradient(training, batch)
         kept[recompute] = torch.cuda.max_memory_allocated() - before
-        gradients[recompute] = adapters.flat.grad.clone()
     assert kept[8] < kept[0]
     assert torch.equal(gradients[0], gradients[8])
 
 
 def test_nf4_made_on_the_gpu_stays_what_it_is_through_training():
-    model, adapters, optimizer, scaler = setup(torch.float16)
-    before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    micro_step = make_micro_step(model, scaler, 64)
+    training = nano_training(torch.float16)
+    before = {n: p.clone() for n, p in training.model.named_parameters() if not p.requires_grad}
     for _ in range(3):
-        train_step(random_window(4096), micro_step, adapters.flat, optimizer, scaler, 1.0)
-    after = dict(model.named_parameters())
+        train_step(training, random_window(4096))
+    after = dict(training.model.named_parameters())
     assert all(torch.equal(p, after[n]) for n, p in before.items())
 
 
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
+def test_an_update_allocates_nothing_on_the_gpu(kind):
+    """So it cannot run out of memory half-way; the step before it can be done again."""
+    training = nano_training(torch.float16)
+    training.optimizer = make_optimizer(training.adapters.flat, kind, 1e-3, 0.0)
+    peaks = {}
+
+    def mark(phase):
+        torch.cuda.synchronize()
+        if phase == "optimizer":
+            torch.cuda.reset_peak_memory_stats()
+            peaks["before"] = torch.cuda.memory_allocated()
+
+    for _ in range(2):
+        train_step(training, random_window(4096), mark)
+        torch.cuda.synchronize()
+        few = 8 * 512  # scalars: the sum of GradScaler's flags
+        assert torch.cuda.max_memory_allocated() <= peaks["before"] + few
+
+
 class Twins:
-    """nano and its captured twin over the same adapters, whose B is not zero."""
+    """nano and its graphs over the same adapters, whose B is not zero."""
 
     def __init__(self, dtype, recompute=0):
-        self.model, self.adapters, self.optimizer, self.scaler = setup(dtype, recompute)
-        self.model.train()
-        fill = torch.randn(len(self.adapters.flat), generator=torch.Generator().manual_seed(1))
-        self.adapters.flat.data.copy_(0.02 * fill)
+        self.captured_training = nano_training(dtype, recompute, graphs=True)
+        self.eager = replace(self.captured_training, forward=self.captured_training.model)
+        self.model, self.adapters = self.eager.model, self.eager.adapters
+        self.captured = self.captured_training.forward
         assert why_not(self.model, "cuda", True) is None
-        self.captured = Captured(self.model, self.adapters.flat)
+        fill_adapters(self.adapters)
         self.eps = torch.finfo(dtype).eps
-        self.eager_step, self.captured_step = (
-            make_micro_step(m, self.scaler, 64) for m in (self.model, self.captured))
-
-    def gradient(self, micro_step, *batches):
-        """Loss and flat gradient of these micro-batches, added up from zero."""
-        self.adapters.flat.grad.zero_()
-        supervised = torch.tensor(50.0, device="cuda")
-        loss = sum(micro_step(batch.to("cuda"), supervised) for batch in batches)
-        return loss.clone(), self.adapters.flat.grad.clone()
 
     def check(self, *batches):
-        """The twin gives the eager loss and gradient: the same kernels on the same numbers, but
+        """The twin gives the eager loss and gradient: the same kernels on the same values, but
         that the attention's backward may add up in another order each time. Returns both."""
-        wanted_loss, wanted = self.gradient(self.eager_step, *batches)
-        loss, got = self.gradient(self.captured_step, *batches)
+        wanted_loss, wanted = gradient(self.eager, *batches)
+        loss, got = gradient(self.captured_training, *batches)
         assert wanted.isfinite().all() and wanted.norm() > 0
         torch.testing.assert_close(loss, wanted_loss, rtol=self.eps, atol=0)
         assert (got - wanted).norm() <= 4 * self.eps * wanted.norm()
@@ -232,7 +254,7 @@ def batch_of(length, seed, rows=2):
     for n in range(rows):
         size = length - int(torch.randint(0, 20, (1,), generator=dice)) if n else length - 3
         ids = torch.randint(4, 4096, (size,), generator=dice).tolist()
-        made.append((ids, int(torch.randint(2, size - 2, (1,), generator=dice))))
+        made.append(example(ids, int(torch.randint(2, size - 2, (1,), generator=dice)), "random"))
     batch = collate(made, pad_id=3)
     assert batch.ids_BL.shape == (rows, length)
     return batch
@@ -278,7 +300,7 @@ def test_micro_batches_of_one_shape_add_up(dtype, recompute):
         batches = [batch_of(64, seed=2 * n + m) for m in range(2)]
         _, both = twins.check(*batches)
         assert len(twins.captured.graphs) == 1
-        apart = [twins.gradient(twins.captured_step, batch)[1] for batch in batches]
+        apart = [gradient(twins.captured_training, batch)[1] for batch in batches]
         assert (both - sum(apart)).norm() <= 4 * twins.eps * both.norm()
 
 
@@ -289,14 +311,13 @@ def test_training_by_graphs_is_training(dtype, recompute):
     losses = {}
     for captured in (False, True):
         twins = Twins(dtype, recompute)
-        step = twins.captured_step if captured else twins.eager_step
-        losses[captured] = [
-            float(train_step(window, step, twins.adapters.flat, twins.optimizer, twins.scaler,
-                             1.0).loss) for _ in range(6)]
+        training = twins.captured_training if captured else twins.eager
+        losses[captured] = [float(train_step(training, window).loss) for _ in range(6)]
         if captured:
             assert twins.captured.graphs
             before = twins.check(batch_of(64, seed=3))[1]
             twins.adapters.flat.data.mul_(1.5)
+            twins.adapters.cast()
             after = twins.check(batch_of(64, seed=3))[1]
             assert (after - before).norm() > 0.01 * before.norm()
     assert losses[True][-1] < losses[True][0] - 0.1
@@ -309,13 +330,13 @@ def test_evaluation_between_steps_does_not_disturb_the_next_replay(dtype, recomp
     twins = Twins(dtype, recompute)
     for n in range(2):
         twins.check(batch_of(64, seed=n))
-    look = dict(micro_batch=3, pad_id=3, chunk=64)
-    wanted = held_out_loss(twins.model, ragged_examples(7, longest=200), **look)
+    examples, limits = ragged_examples(7, longest=200), Limits(3, 64)
+    wanted = held_out_loss(twins.model, examples, limits, pad_id=3)
     for n in range(2, 5):
         with twins.captured.memory():
-            loss = held_out_loss(twins.model, ragged_examples(7, longest=200), **look)
+            loss = held_out_loss(twins.model, examples, limits, pad_id=3)
             filled = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(8)]
-            del filled  # what is free in the pool now holds no numbers
+            del filled  # what is free in the pool now holds garbage
         assert loss == pytest.approx(wanted, rel=twins.eps)
         twins.check(batch_of(64, seed=n))
     assert len(twins.captured.graphs) == 1
@@ -341,7 +362,7 @@ def test_attention_by_blocks_is_captured(monkeypatch, dtype, recompute):
 
 
 def test_no_more_shapes_are_captured_than_may_be(monkeypatch):
-    monkeypatch.setattr(capture, "SHAPES", 1)
+    monkeypatch.setattr(graphs, "SHAPES", 1)
     twins = Twins(torch.float16)
     for n in range(3):
         for length in (64, 32):
@@ -350,7 +371,7 @@ def test_no_more_shapes_are_captured_than_may_be(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["start", "forward", "backward"])
-def test_a_card_too_full_for_a_graph_stays_eager(monkeypatch, where):
+def test_memory_too_full_for_a_graph_stays_eager(monkeypatch, where):
     """For that shape, without another try; the gradients are right in that very step."""
     twins, tries = Twins(torch.float16), []
 
@@ -359,8 +380,10 @@ def test_a_card_too_full_for_a_graph_stays_eager(monkeypatch, where):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     def full_while_capturing(function):
-        def call(*args):
-            return full() if torch.cuda.is_current_stream_capturing() else function(*args)
+        def call(*args, **kwargs):
+            if torch.cuda.is_current_stream_capturing():
+                return full()
+            return function(*args, **kwargs)
         return call
 
     with monkeypatch.context() as patch:
@@ -370,7 +393,7 @@ def test_a_card_too_full_for_a_graph_stays_eager(monkeypatch, where):
             last = twins.model.transformer.norm_f
             patch.setattr(last, "forward", full_while_capturing(last.forward))
         else:  # what only backward asks for
-            patch.setattr(lowrank, "matmul_to", full_while_capturing(lowrank.matmul_to))
+            patch.setattr(lora, "matmul_to", full_while_capturing(lora.matmul_to))
         for n in range(4):
             twins.check(batch_of(64, seed=n))
         assert list(twins.captured.graphs.values()) == [None] and len(tries) == 1
@@ -380,7 +403,7 @@ def test_a_card_too_full_for_a_graph_stays_eager(monkeypatch, where):
 
 
 @with_twins
-def test_graphs_that_are_given_up_give_their_memory_back(dtype, recompute):
+def test_graphs_that_are_released_give_their_memory_back(dtype, recompute):
     twins = Twins(dtype, recompute)
     for n in range(2):
         for length in (64, 32):
@@ -389,10 +412,35 @@ def test_graphs_that_are_given_up_give_their_memory_back(dtype, recompute):
     torch.cuda.empty_cache()
     before, pool = torch.cuda.memory_reserved(), twins.captured.pool.id
     assert torch.cuda.memory_snapshot(pool)
-    twins.captured.give_up()
+    twins.captured.limits.graphs = False
+    twins.captured.release()
     assert torch.cuda.memory_reserved() < before
     assert not [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == pool]
     twins.check(batch_of(64, seed=2))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_the_peak_of_a_captured_step_is_that_of_the_eager_one(dtype):
+    """Each step's own: a small step after a large one has a small peak. The loss decides here, as
+    it does for PhoGPT-7B5, so a tenth covers what backward keeps besides."""
+    peaks = {}
+    for graphs_on in (False, True):
+        training = nano_training(dtype, graphs=graphs_on)
+        training.limits.loss_rows = 4096
+        windows = [Window([example([5] * n, n - 1, "row")] * 2, pad_id=3) for n in (512, 64)]
+        for window in [*windows * 3]:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            train_step(training, window)
+            peaks[graphs_on, window.tokens] = peak_bytes(training.forward)
+            loaded = torch.cuda.memory_allocated()
+        if graphs_on:
+            assert all(training.forward.graphs.values()) and len(training.forward.graphs) == 2
+        for tokens in (1024, 128):
+            peaks[graphs_on, tokens] -= loaded
+    assert peaks[False, 1024] > 3 * peaks[False, 128]
+    for tokens in (1024, 128):
+        assert peaks[True, tokens] == pytest.approx(peaks[False, tokens], rel=0.25)
 
 
 @pytest.mark.parametrize("length", [40, 41])

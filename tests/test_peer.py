@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from bench import command_line as commandline
-from bench import harness, peer, sides
+from bench import peer, sides
+from bench.random_data import random_rows
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import read_model
@@ -28,7 +29,7 @@ def test_both_compute_the_same_function(folder):
     from transformers import MptForCausalLM
 
     theirs = MptForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = torch.tensor(harness.tokens(96, 2, 40, seed=3))
+    ids = torch.tensor(random_rows(96, 2, 40, seed=3))
     mine = ours(folder)
     with torch.no_grad():
         # fp32 on both sides: two blocks of sums of 64 and 256 terms, logits of size 0.2
@@ -43,8 +44,8 @@ def test_the_weights_are_random_and_the_biases_zero(folder):
 
 
 def test_tokens_follow_from_the_seed_alone():
-    assert harness.tokens(96, 2, 8, seed=1) == harness.tokens(96, 2, 8, seed=1)
-    assert harness.tokens(96, 2, 8, seed=1) != harness.tokens(96, 2, 8, seed=2)
+    assert random_rows(96, 2, 8, seed=1) == random_rows(96, 2, 8, seed=1)
+    assert random_rows(96, 2, 8, seed=1) != random_rows(96, 2, 8, seed=2)
 
 
 @pytest.mark.parametrize("rank", [4, 16])

@@ -12,9 +12,9 @@ import pytest
 from conftest import example
 
 from bench import command_line as commandline
-from bench import figures, harness, items, memory, simulated, step_time
+from bench import figures, items, memory, results, simulated, step_time
 from bench.command_line import Setting
-from bench.simulated import Plans, cards
+from bench.simulated import Traces, cards
 from phogpt_raw import cards as known
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.simulate import rates as known_rates
@@ -27,7 +27,7 @@ NANO = ["--model", "nano", "--seq-len", "64,512"]
 def elsewhere(tmp_path, monkeypatch):
     """What a bench writes lands here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
 
 
@@ -36,10 +36,10 @@ def options(*flags):
 
 
 def a_4b_on_a_t4():
-    """(card, plans) of a model whose long rows fill it."""
+    """(card, traces) of a model whose long rows fill it."""
     asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
-    [(card, _, plans)] = cards(asked)
-    return card, plans
+    [(card, _, traces)] = cards(asked)
+    return card, traces
 
 
 def small_t4(monkeypatch, gib: float):
@@ -58,8 +58,8 @@ def test_each_card_has_its_table_and_says_that_it_is_simulated(bench, capsys, tm
 
 
 def test_the_kinds_are_what_is_allocated_and_the_card_holds_more():
-    [(card, _, plans)] = cards(options("--card", "t4"))
-    row = plans.on(card, Setting(512, 1, 1, "all")).row()
+    [(card, _, traces)] = cards(options("--card", "t4"))
+    row = traces.on(card, Setting(512, 1, 1, "all")).memory_row()
     assert sum(row["kinds_gib"].values()) == pytest.approx(row["allocated_gib"])
     assert sum(row["blocks_gib"].values()) == pytest.approx(row["kinds_gib"]["saved activations"])
     assert row["allocated_gib"] <= row["reserved_gib"]
@@ -70,14 +70,14 @@ def test_the_kinds_are_what_is_allocated_and_the_card_holds_more():
 
 
 def test_auto_recomputes_as_much_as_the_card_forces_for_a_grid_and_for_a_file():
-    card, plans = a_4b_on_a_t4()
+    card, traces = a_4b_on_a_t4()
     setting = Setting(8192, 1, 1, "auto")
-    found = plans.on(card, setting)
+    found = traces.on(card, setting)
     assert 0 < found.recompute < 32 and found.fits
-    assert not plans.on(card, replace(setting, recompute="none")).fits
+    assert not traces.on(card, replace(setting, recompute="none")).fits
     rows = [example(list(range(4, 4 + n)), n - 1, "x") for n in (30, 8192, 60)]
-    assert plans.fit_rows(rows, card).recompute == found.recompute
-    assert plans.fit_rows(rows[::2], card).recompute == 0
+    assert traces.recompute_for(rows, card) == found.recompute
+    assert traces.recompute_for(rows[::2], card) == 0
 
 
 def test_what_does_not_fit_says_so_and_the_longest_row_is_found(monkeypatch, capsys):
@@ -88,32 +88,32 @@ def test_what_does_not_fit_says_so_and_the_longest_row_is_found(monkeypatch, cap
     assert rows == {"64": "yes", "8192": "no"}
     longest = int(re.search(r"every block recomputed: ([\d,]+) tokens", said)[1].replace(",", ""))
     assert 0 < longest < 8192
-    [(card, _, plans)] = cards(options("--card", "t4"))
-    fits = [plans.on(card, Setting(n, 1, 1, "all")).fits for n in (longest, longest + 512)]
+    [(card, _, traces)] = cards(options("--card", "t4"))
+    fits = [traces.on(card, Setting(n, 1, 1, "all")).fits for n in (longest, longest + 512)]
     assert fits == [True, False]
 
 
 def test_the_longest_row_is_looked_for_with_every_block_recomputed():
-    card, plans = a_4b_on_a_t4()
+    card, traces = a_4b_on_a_t4()
     small = replace(card, memory_gib=4.6)
-    found = [plans.on(small, Setting(1024, 1, 1, "none"))]
-    longest = memory.longest_row(plans, small, found)
-    assert plans.on(small, Setting(longest, 1, 1, "all")).fits
-    assert not plans.on(small, Setting(longest, 1, 1, "none")).fits
+    found = [traces.on(small, Setting(1024, 1, 1, "none"))]
+    longest = memory.longest_row(traces, small, found)
+    assert traces.on(small, Setting(longest, 1, 1, "all")).fits
+    assert not traces.on(small, Setting(longest, 1, 1, "none")).fits
 
 
 def test_the_longest_row_is_no_shorter_than_one_that_fits():
-    card, plans = a_4b_on_a_t4()
+    card, traces = a_4b_on_a_t4()
     small = replace(card, memory_gib=3.6)
-    found = [plans.on(small, Setting(256, 1, 1, "all"))]
-    assert found[0].fits and memory.longest_row(plans, small, found, step=4096) == 256
+    found = [traces.on(small, Setting(256, 1, 1, "all"))]
+    assert found[0].fits and memory.longest_row(traces, small, found, step=4096) == 256
 
 
 def test_a_step_fits_to_the_last_byte_with_what_torch_takes_for_its_products(monkeypatch):
     monkeypatch.setattr(simulated, "matmul_workspace", lambda _: 2**26)  # a segment of its own
-    [(card, _, plans)] = cards(options("--card", "t4"))
-    found = plans.on(card, Setting(64, 1, 1, "none"))
-    reserved = found.plan.replay(workspace=2**26).peak_reserved
+    [(card, _, traces)] = cards(options("--card", "t4"))
+    found = traces.on(card, Setting(64, 1, 1, "none"))
+    reserved = found.trace.replay(workspace=2**26).peak_reserved
     for spare, fits in ((0, True), (-1, False)):
         gib = (reserved + found.beside + spare) / known.GIB
         assert replace(found, card=replace(card, memory_gib=gib)).fits is fits
@@ -125,32 +125,32 @@ def test_each_flag_is_simulated(flags):
     setting = Setting(512, 1, 1, "none")
 
     def step(*more):
-        [(card, _, plans)] = cards(options("--card", "h200", *more))
-        plan = plans.on(card, setting).plan
+        [(card, _, traces)] = cards(options("--card", "h200", *more))
+        plan = traces.on(card, setting).trace
         return [op.name for op in plan.ops], plan.replay().peak_allocated, plan.pages
 
     assert step() != step(*flags)
 
 
 def test_micro_batches_that_are_accumulated_are_so_many_times_the_work():
-    [(card, _, plans)] = cards(options("--card", "t4"))
-    one, three = (sum(op.flops for op in plans.on(card, Setting(64, 2, n, "none")).plan.ops)
+    [(card, _, traces)] = cards(options("--card", "t4"))
+    one, three = (sum(op.flops for op in traces.on(card, Setting(64, 2, n, "none")).trace.ops)
                   for n in (1, 3))
     assert three == 3 * one
 
 
 def test_each_card_is_simulated_in_the_dtype_that_it_trains_in():
-    found = {card.name: plans.dtype for card, _, plans in cards(options("--card", "t4, l4"))}
+    found = {card.name: traces.dtype for card, _, traces in cards(options("--card", "t4, l4"))}
     assert found == {"Tesla T4": known.DTYPES["fp16"], "NVIDIA L4": known.DTYPES["bf16"]}
 
 
 def test_a_file_is_fitted_with_as_many_rows_at_once_as_asked_for():
     asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
-    [(card, _, plans)] = cards(asked)
+    [(card, _, traces)] = cards(asked)
     rows = [example(list(range(4, 4 + 4096)), 9, "x")] * 2
-    single = plans.fit_rows(rows, card).recompute
+    single = traces.recompute_for(rows, card)
     asked.micro_batch = "2"
-    assert single < plans.fit_rows(rows, card).recompute
+    assert single < traces.recompute_for(rows, card)
 
 
 def test_the_ledger_adds_up_to_what_is_on_the_card(capsys):
@@ -178,8 +178,8 @@ def test_a_saved_simulation_is_named_and_marked_as_one(bench, what, tmp_path, mo
 
 
 def test_times_are_a_range_and_grow_with_the_row():
-    [(card, rates, plans)] = cards(options("--card", "t4"))
-    short, long = (step_time.simulated_row(plans.on(card, Setting(n, 2, 2, "none")), rates)
+    [(card, rates, traces)] = cards(options("--card", "t4"))
+    short, long = (traces.on(card, Setting(n, 2, 2, "none")).time_row(rates)
                    for n in (64, 512))
     for row, tokens in ((short, 4 * 64), (long, 4 * 512)):
         low, high = row["step_s"]
@@ -193,8 +193,8 @@ def test_times_are_a_range_and_grow_with_the_row():
 
 def test_the_figure_shows_the_cards_limit_and_every_kind(tmp_path):
     pytest.importorskip("matplotlib")
-    [(card, rates, plans)] = cards(asked := options("--card", "t4", "--save"))
-    found = plans.on(card, Setting(512, 1, 1, "none"))
+    [(card, rates, traces)] = cards(asked := options("--card", "t4", "--save"))
+    found = traces.on(card, Setting(512, 1, 1, "none"))
     assert figures.memory(found, rates, asked) == f"figure {tmp_path}/figures/" \
         "memory-nano-Tesla-T4.svg"
     svg = (tmp_path / "figures" / "memory-nano-Tesla-T4.svg").read_text()
@@ -205,7 +205,7 @@ def test_the_figure_shows_the_cards_limit_and_every_kind(tmp_path):
     assert phases["forward"] < phases["backward"] < times[-1]
     top = max(map(sum, zip(*areas.values(), strict=True)))
     assert top == pytest.approx(
-        found.plan.peak(known_rates.matmul_workspace(card)).allocated / known.GIB)
+        found.trace.peak(known_rates.matmul_workspace(card)).allocated / known.GIB)
 
 
 def test_the_areas_of_the_figure_are_all_the_kinds():
@@ -236,7 +236,7 @@ def test_items_are_an_even_choice_by_length():
     seen = []
 
     def seconds(window):
-        [batch] = window.batches
+        [batch] = window.micro_batches(2)
         seen.append(batch.ids_BL.shape)
         return window.tokens / 1000, window.tokens / 500
 
@@ -254,8 +254,9 @@ def test_a_file_gives_seconds_an_item_and_hours(tmp_path, capsys):
                             for n in range(1, 12)))
     step_time.main([*NANO, "--card", "t4", "--data", str(file), "--epochs", "5"])
     said = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"rows.jsonl: 11 items, \d+ tokens in the middle, \d+ the longest \(nano's "
-                     r"tokenizer\): [\d.]+ to [\d.]+ s an item, \d s( to \d s)? for 5 passes", said)
+    assert re.search(r"rows.jsonl: 11 examples, median \d+ tokens, longest \d+ "
+                     r"\(nano's tokenizer\): "
+                     r"[\d.]+ to [\d.]+ s per example, \d s( to \d s)? for 5 epochs", said)
 
 
 @pytest.mark.parametrize("flags, line", [
@@ -307,8 +308,8 @@ def test_seconds_in_fp32_are_not_made_of_16_bit_rates(capsys):
     assert stopped.value.code == 2 and "rates of the cards" in capsys.readouterr().err
 
 
-def test_a_plan_is_made_once():
-    plans = Plans(options("--card", "t4"), known.DTYPES["fp16"])
+def test_a_trace_is_made_once():
+    traces = Traces(options("--card", "t4"), known.DTYPES["fp16"])
     setting = Setting(64, 1, 1, "none")
-    card = known_rates.KNOWN["t4"].card
-    assert plans.on(card, setting).plan is plans.on(known_rates.KNOWN["v100"].card, setting).plan
+    t4, v100 = (known_rates.KNOWN[name].card for name in ("t4", "v100"))
+    assert traces.on(t4, setting).trace is traces.on(v100, setting).trace

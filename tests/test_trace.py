@@ -17,14 +17,15 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from traces import EFFICIENT, D, H, V, adapted_on_meta, empty, on_meta, recorded, step_of, traced
 
-from phogpt_raw.data.batches import MicroBatch
+from phogpt_raw.data.batches import MicroBatch, Window
 from phogpt_raw.model import phogpt
 from phogpt_raw.model.attention import Bias, attend
 from phogpt_raw.model.lora import low_rank_linear
 from phogpt_raw.model.weights import nf4_linear
 from phogpt_raw.simulate.allocator import Allocator
 from phogpt_raw.simulate.ledger import KINDS, Storage, kind_of
-from phogpt_raw.simulate.trace import META
+from phogpt_raw.simulate.trace import META, trace_step
+from phogpt_raw.training.setup import wire
 
 aten = torch.ops.aten
 LINEARS = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]  # (in, out) of a block

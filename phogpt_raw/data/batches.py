@@ -16,7 +16,7 @@ B micro-batch, L length, T supervised rows (padded to a few sizes; padding has t
 >>> batch = collate([a, b], pad_id=3, multiple=4, rows_multiple=4)
 >>> batch.ids_BL.tolist()
 [[5, 6, 7, 3], [8, 9, 3, 3]]
->>> batch.rows_T.tolist(), batch.targets_T.tolist()     # position 1 predicts 7, position 4 predicts 9
+>>> batch.rows_T.tolist(), batch.targets_T.tolist()     # row 1 predicts 7, row 4 predicts 9
 ([1, 4, 0, 0], [7, 9, -100, -100])
 """
 

@@ -20,7 +20,7 @@ KINDS = (
 
 @dataclass(eq=False)
 class Storage:
-    """Bytes that are alive from operation `born` until before operation `died` (None: to the end)."""
+    """Bytes alive from operation `born` until before operation `died` (None: to the end)."""
 
     nbytes: int
     born: int

@@ -90,7 +90,6 @@ class GraphedModel:
                 hidden_BLD = self.model(ids_BL, doc_BL, recompute=recompute)
             gradient_BLD = torch.empty_like(hidden_BLD)
             saved = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
             with torch.cuda.graph(backward, **into), \
                     torch.autograd.set_multithreading_enabled(False):
                 hidden_BLD.backward(gradient_BLD)
@@ -98,9 +97,8 @@ class GraphedModel:
             if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
                 raise
             return None
-        now = torch.cuda.memory_allocated()
-        return Graphs(ids_BL, doc_BL, hidden_BLD.detach(), gradient_BLD, forward, backward,
-                      saved - now, torch.cuda.max_memory_allocated() - now)
+        saved -= torch.cuda.memory_allocated()
+        return Graphs(ids_BL, doc_BL, hidden_BLD.detach(), gradient_BLD, forward, backward, saved)
 
     def release(self) -> None:
         """Give the graphs' memory back; nothing that lies in it may be used afterwards."""
@@ -111,21 +109,21 @@ class GraphedModel:
         torch.cuda.empty_cache()
 
     def peak_bytes(self) -> int:
-        """The most memory in use since torch's peak was reset, replays since the last call included.
+        """The most memory in use since torch's peak was reset and this was last asked.
 
-        torch counts a graph's own memory as free once it is captured, so a replay does not show in
-        `torch.cuda.max_memory_allocated`.
+        torch counts a graph's own memory as free once it is captured, so the saved activations of
+        a replay do not show in `torch.cuda.max_memory_allocated`; the loss beside them does.
         """
-        peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
-        replayed, self.replayed = self.replayed, set()
-        return max([peak, *(max(peak + g.saved, now + g.work) for g in replayed)])
+        saved = max((graphs.saved for graphs in self.replayed), default=0)
+        self.replayed = set()
+        return torch.cuda.max_memory_allocated() + saved
 
 
 @dataclass(frozen=True, eq=False)
 class Graphs:
     """Two graphs and the tensors at their ends, which stay where they are.
 
-    `saved`: bytes of the activations between the two; `work`: most bytes that backward uses.
+    `saved`: bytes of the activations between the two.
     """
 
     ids_BL: torch.Tensor
@@ -135,7 +133,6 @@ class Graphs:
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
     saved: int
-    work: int
 
 
 class Replay(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 Dettmers et al. 2022 (arXiv:2110.02861): both moments as 8-bit values with one scale for each block
 of 256. Paged means CUDA's managed memory, which moves to the host when the GPU is full.
-bitsandbytes' `load_state_dict` would turn it into plain device memory; `load_state` keeps the pages.
+bitsandbytes' `load_state_dict` would make it plain device memory; `load_state` keeps the pages.
 """
 
 import math

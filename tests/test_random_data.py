@@ -4,7 +4,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from bench.random_base import random_base, random_tensors
+from bench.random_data import random_base, random_tensors
 from phogpt_raw.model.checkpoint_format import parameter_shapes
 from phogpt_raw.model.phogpt import ModelConfig
 

@@ -1,9 +1,11 @@
-"""Random weights in the shape of a PhoGPT, for benches and tests; one tensor at a time."""
+"""Random weights and random rows in the shape of a PhoGPT, for benches and tests."""
 
 from collections.abc import Iterator
 
 import torch
 
+from phogpt_raw.data.batches import Window
+from phogpt_raw.data.prompt import Example, next_tokens
 from phogpt_raw.model.checkpoint_format import parameter_shapes
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import frozen, place
@@ -49,3 +51,14 @@ def random_base(shape: ModelConfig, dtype: torch.dtype, device: str) -> PhoGPT:
     for name, tensor in random_tensors(shape, seed=0, device=device):
         place(phogpt, name, tensor, nf4=True, dtype=dtype, device=torch.device(device))
     return frozen(phogpt, nf4=True, device=device)
+
+
+def random_rows(vocabulary: int, rows: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Rows of random token ids, past the special ones."""
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randint(4, vocabulary, (rows, length), generator=dice).tolist()
+
+
+def window_of(rows: list[list[int]]) -> Window:
+    """A window of rows of token ids, all of which but the first of each row carry loss."""
+    return Window([Example(ids, next_tokens(ids, start=1)) for ids in rows], pad_id=3)

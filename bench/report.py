@@ -1,0 +1,151 @@
+"""Tables: what the benches print of rows that were measured or simulated."""
+
+from rich import box
+from rich.table import Table
+
+from bench.gpu_kernels import FAMILIES
+from bench.items import span
+from bench.measure import Bench
+from bench.simulated import OnCard
+from phogpt_raw.cards import dtype_name
+from phogpt_raw.simulate.ledger import KINDS
+from phogpt_raw.simulate.rates import Rates
+
+
+def table(title: str, columns: list[str], caption: str | None = None) -> Table:
+    """A right-aligned table that fits 80 columns."""
+    made = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, show_edge=False,
+                 padding=(0, 0), title_justify="left", caption_justify="left")
+    for column in columns:
+        made.add_column(column, justify="right", no_wrap=True)
+    return made
+
+
+def work(row: dict) -> str:
+    return f"{row['micro_batch']} x {row['seq_len']}"
+
+
+def remark(bench: Bench) -> str:
+    """The line above a table: what was measured, on what."""
+    line = f"measured on {bench.card.name}, {bench.options.model}, " \
+           f"{dtype_name(bench.dtype)}, rank {bench.options.rank}"
+    if bench.cap_for_torch:
+        line += f"\nunder {bench.options.cap:g} GiB: {bench.cap_for_torch:.2f} for torch, the " \
+                "rest for CUDA's context and the optimizer's pages, which torch does not see"
+    if bench.card.device == "cpu":
+        line += "\nno GPU here: this shows that the bench runs and says nothing about a card"
+    return line
+
+
+# -- memory
+
+
+def measured_memory(rows: list[dict], gpu: bool) -> Table:
+    columns = ["work", "recomp.", "allocated", "simul.", "apart", "reserved", "simul.", "apart",
+               "device", "graphs", "at most"] if gpu else ["work", "recomp.", "resident"]
+    made = table("peak GiB of a step", columns, caption=(
+        "device: with CUDA's context and the optimizer's pages; graphs: reserved once the step "
+        "runs as CUDA graphs, and at most on the way there" if gpu else None))
+    for row in rows:
+        cells = ["out of", "memory"]
+        if row["fits"]:
+            top = {kind: max(phase[kind] for phase in row["peak_gib"].values())
+                   for kind in (("allocated", "reserved", "device") if gpu else ("resident",))}
+            cells = [f"{gib:.2f}" for gib in top.values()]
+        if gpu and row["fits"]:
+            cells = []
+            for kind in ("allocated", "reserved"):
+                seen, simulated = top[kind], row["simulated"][f"{kind}_gib"]
+                cells += [f"{seen:.2f}", f"{simulated:.2f}", f"{simulated / seen - 1:+.1%}"]
+            cells.append(f"{top['device']:.2f}")
+            graphs = [row.get(f"graphs_reserved{part}_gib") for part in ("", "_peak")]
+            cells += ["-" if gib is None else f"{gib:.2f}" for gib in graphs]
+        made.add_row(work(row), row["recompute"], *cells)
+    return made
+
+
+def simulated_memory(rows: list[dict]) -> Table:
+    made = table("peak GiB of a step", [
+        "work", "recomp.", "fits", "allocated", "reserved", "on the card", "most of it"])
+    for row in rows:
+        kind, gib = max(row["kinds_gib"].items(), key=lambda item: item[1])
+        made.add_row(work(row), str(row["blocks_recomputed"]), "yes" if row["fits"] else "no",
+                     f"{row['allocated_gib']:.2f}", f"{row['reserved_gib']:.2f}",
+                     f"{row['device_gib']:.2f}", f"{kind} {gib:.2f}")
+    return made
+
+
+def ledger(shown: dict[str, OnCard]) -> Table:
+    """What is alive at the peak, by kind, and what torch does not see; a column for each GPU."""
+    made = table("GiB by kind at the peak", ["kind", *(
+        f"{card.split('-')[0]}, {f.setting.micro_batch} x {f.setting.seq_len}"
+        for card, f in shown.items())], caption=(
+        "rounding, fragmentation: torch's allocator, imitated; pages: the optimizer's moments, in "
+        "managed memory, which torch does not count; context: measured on an H200, smaller cards "
+        "take less; matmul workspace: what torch takes for cuBLAS"))
+    rows = [f.memory_row() for f in shown.values()]
+
+    def line(name: str, values) -> None:
+        values = list(values)
+        if any(abs(v) >= 0.0005 for v in values):
+            made.add_row(name, *(f"{v:.3f}" for v in values))
+
+    for kind in KINDS:
+        line(kind, (row["kinds_gib"].get(kind, 0) for row in rows))
+    line("allocated", (row["allocated_gib"] for row in rows))
+    line("fragmentation", (row["reserved_gib"] - row["allocated_gib"] for row in rows))
+    line("optimizer's pages", (row["pages_gib"] for row in rows))
+    line("CUDA context", (row["context_gib"] for row in rows))
+    line("on the card", (row["device_gib"] for row in rows))
+    line("of", (f.card.memory_gib for f in shown.values()))
+    return made
+
+
+# -- time
+
+
+def measured_time(rows: list[dict], steps: int, limit: dict | None) -> list[Table]:
+    """The rows, and on a GPU (limit: its matmul FLOP/s) another table of the kernels."""
+    known = any("simulated_s" in row for row in rows)
+    made = table(
+        f"milliseconds, medians of {steps} steps",
+        ["work", "recomp.", "forward", "backward", "clip", "optim.", "step", "20 %", "80 %",
+         "tokens/s", *(["of matmul"] if limit else []), *(["simul.", "apart"] if known else [])],
+        caption="20 % and 80 %: quantiles of the step" + (
+            f"; of matmul: the step's matmul FLOPs a second, of {limit['sustained'] / 1e12:.0f} "
+            f"TFLOP/s that this card holds ({limit['short'] / 1e12:.0f} for a moment)"
+            if limit else ""),
+    )
+    split = table("milliseconds of kernels in one step, by kind",
+                  ["work", "recomp.", *FAMILIES, "other", "kernels"])
+    for row in rows:
+        if not row["fits"]:
+            made.add_row(work(row), row["recompute"], "out of", "memory")
+            continue
+        cells = [f"{1e3 * s:.1f}" for s in (*row["phases_s"].values(), row["step_s"],
+                                            row["step_s_20"], row["step_s_80"])]
+        cells.append(f"{row['tokens_per_s']:,.0f}")
+        if limit:
+            cells.append(f"{row['share_of_matmul']['sustained']:.0%}")
+            split.add_row(work(row), row["recompute"], *(
+                f"{1e3 * row['kernels_s'].get(name, 0):.1f}" for name in (*FAMILIES, "other")),
+                str(row["kernels"]))
+        if "simulated_s" in row:
+            cells += [f"{1e3 * row['simulated_s']:.1f}",
+                      f"{row['simulated_s'] / row['step_s'] - 1:+.1%}"]
+        made.add_row(work(row), row["recompute"], *cells)
+    return [made, split] if limit else [made]
+
+
+def simulated_time(rows: list[dict], rates: Rates) -> Table:
+    made = table("seconds of a step", [
+        "work", "recomp.", "fits", "TFLOP", "GB", "seconds", "tokens/s", "s an example"],
+        caption=f"GB: read and written. *: eagerly (--no-capture) Python is slower than this "
+                f"card. Rates: {rates.source}")
+    for row in rows:
+        made.add_row(
+            work(row), str(row["blocks_recomputed"]), "yes" if row["fits"] else "no",
+            span([row["flops"] / 1e12]), f"{row['bytes_moved'] / 1e9:,.0f}",
+            span(row["step_s"]) + "*" * row["host_bound_eager"], span(row["tokens_per_s"]),
+            span(row["item_s"]))
+    return made
