@@ -14,7 +14,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.nano.recipe import corpus, prepare, pretrain, questions
+from phogpt_raw.nano.recipe import corpus, prepare, pretrain, questions, stream
+from phogpt_raw.nano.recipe.evaluate import evaluate
 from phogpt_raw.nano.recipe.tokenizer import EOS, WORD, save_tokenizer, train_tokenizer
 from phogpt_raw.refusal import Refusal
 
@@ -216,7 +217,7 @@ def test_text_is_split_as_phogpt_splits_it():
 
 @pytest.fixture(scope="module")
 def base(data):
-    shape = "--d-model 32 --layers 2 --heads 4 --window 64 --batch-tokens 512 --device cpu"
+    shape = "--d-model 32 --layers 2 --heads 4 --seq-len 64 --batch-tokens 512 --device cpu"
     run = f"--data {data} --out {data.parent}/base --max-steps 3 --warmup 1 {shape}"
     pretrain.main(run.split())
     pretrain.main(f"--data {data} --out {data.parent}/random --random {shape}".split())
@@ -248,28 +249,37 @@ def test_the_report_holds_the_curve_and_the_saved_weights_loss(base):
     assert control["heldout_as_saved"]["nats_a_token"] == pytest.approx(np.log(400), abs=0.1)
 
 
-def test_a_window_numbers_documents_and_predicts_nothing_across_them():
-    stream = torch.tensor([5, 6, EOS, 7, 8, 9, EOS, 5], dtype=torch.int32)
-    ids, doc, targets = pretrain.window(stream, torch.tensor([0]), 7)
+def test_a_row_numbers_documents_and_predicts_nothing_across_them():
+    tokens = torch.tensor([5, 6, EOS, 7, 8, 9, EOS, 5], dtype=torch.int32)
+    ids, doc, targets = stream.rows_at(tokens, torch.tensor([0]), 7)
     assert ids.tolist() == [[5, 6, 2, 7, 8, 9, 2]]
     assert doc.tolist() == [[0, 0, 0, 1, 1, 1, 1]]
     assert targets.tolist() == [[6, 2, -100, 8, 9, 2, -100]]
 
 
-def test_an_epoch_reads_every_window_once():
+def test_an_epoch_reads_every_row_once():
     generator = torch.Generator().manual_seed(0)
-    starts = pretrain.shuffled_starts(1000, 64, generator).sort().values
+    starts = stream.shuffled_starts(1000, 64, generator).sort().values
     assert (starts.diff() == 64).all() and starts[-1] + 64 <= 999 and len(starts) >= 14
 
 
-def test_evaluation_counts_every_token_whatever_the_window():
+def test_batches_go_on_with_another_order_of_rows_in_each_epoch():
+    tokens = torch.arange(4, 1004, dtype=torch.int32)  # no </s>: each token is its own place
+    data = stream.batches(tokens, 64, 4, seed=0)
+    assert stream.steps_of_epoch(1000, 64, 4) == 3
+    epochs = [[int(row[0]) for _ in range(3) for row in next(data)[0]] for _ in range(2)]
+    assert all(len(set(epoch)) == 12 for epoch in epochs) and epochs[0] != epochs[1]
+    assert all(len({first % 64 for first in epoch}) == 1 for epoch in epochs)  # one offset
+
+
+def test_evaluation_counts_every_token_whatever_the_seq_len():
     torch.manual_seed(0)
     model = PhoGPT(ModelConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=50, max_seq_len=64))
-    stream = torch.randint(4, 50, (203,), dtype=torch.int32)
-    stream[[50, 120]] = EOS
-    for window in (8, 64):
-        _, tokens = pretrain.evaluate(model, stream, window, 3, contextlib.nullcontext)
-        assert tokens == 203 - 1 - 2
+    tokens = torch.randint(4, 50, (203,), dtype=torch.int32)
+    tokens[[50, 120]] = EOS
+    for seq_len in (8, 64):
+        _, predicted = evaluate(model, tokens, seq_len, 3, contextlib.nullcontext)
+        assert predicted == 203 - 1 - 2
 
 
 @pytest.mark.parametrize(
