@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import math
 import random
 import unicodedata
 from pathlib import Path
@@ -14,10 +15,11 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.nano.recipe import corpus, prepare, pretrain, questions, stream
+from phogpt_raw.nano.recipe import corpus, loop, prepare, pretrain, questions, stream
 from phogpt_raw.nano.recipe.evaluate import evaluate
 from phogpt_raw.nano.recipe.tokenizer import EOS, WORD, save_tokenizer, train_tokenizer
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.training.optim import lr_at
 
 SHARED = Path(__file__).parents[2] / "shared"
 THINGS = ["Cây bàng", "Con trâu", "Hoa sen", "Cây tre", "Chim sẻ", "Cá chép", "Con mèo", "Lúa nước"]
@@ -280,6 +282,23 @@ def test_evaluation_counts_every_token_whatever_the_seq_len():
     for seq_len in (8, 64):
         _, predicted = evaluate(model, tokens, seq_len, 3, contextlib.nullcontext)
         assert predicted == 203 - 1 - 2
+
+
+def test_the_learning_rate_is_that_of_the_published_base(base, monkeypatch):
+    """Linear over the warm-up, then a cosine from the peak to a tenth of it."""
+    rates = []
+
+    def recorded(*args):
+        rates.append(lr_at(*args))
+        return rates[-1]
+
+    monkeypatch.setattr(loop, "lr_at", recorded)
+    pretrain.main(f"--data {base.parent}/data --out {base.parent}/again --max-steps 12 --warmup 4 "
+                  "--lr 0.006 --d-model 16 --layers 1 --heads 2 --seq-len 64 --batch-tokens 512 "
+                  "--device cpu".split())
+    cosines = [1 + math.cos(math.pi * n / 8) for n in range(8)]
+    assert rates == pytest.approx([
+        *(0.006 * n / 4 for n in (1, 2, 3, 4)), *(0.006 * (0.1 + 0.45 * c) for c in cosines)])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.nano.recipe.evaluate import loss_of
 from phogpt_raw.nano.recipe.stream import batches, steps_of_epoch
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.training.optim import lr_at
 
+LR_FLOOR = 0.1  # the last learning rate, as a share of the peak
 PRINT_EVERY = 50  # steps
 
 
@@ -43,7 +45,7 @@ def train_and_keep_best(
     loss_sum, summed = torch.zeros((), device=stream.device), 0
     begun, data = time.perf_counter(), batches(stream, seq_len, rows, args.seed)
     for step in range(steps):
-        lr = learning_rate(step, steps, args.lr, args.warmup)
+        lr = lr_at(step, steps, args.lr, args.warmup, LR_FLOOR)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with autocast():
@@ -97,11 +99,3 @@ def make_optimizer(model: PhoGPT, lr: float, weight_decay: float) -> torch.optim
         [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)],
         lr=lr, betas=(0.9, 0.95), fused=model.head.is_cuda,
     )  # fmt: skip
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine from the peak to a tenth of it."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
