@@ -15,9 +15,10 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.nano.recipe import corpus, loop, prepare, pretrain, questions, stream
+from phogpt_raw.nano.recipe import corpus, loop, pages, prepare, pretrain, questions, stream
 from phogpt_raw.nano.recipe.evaluate import evaluate
 from phogpt_raw.nano.recipe.tokenizer import EOS, WORD, save_tokenizer, train_tokenizer
+from phogpt_raw.nano.recipe.truecase import Truecaser
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.optim import lr_at
 
@@ -79,13 +80,13 @@ def test_heldout_articles_are_stable_and_few():
 
 
 def test_a_tail_is_put_first_so_that_the_answer_begins_with_what_was_asked():
-    names = questions.Names(["Trên đê người dân đi lại, người dân hát, người dân vui."])
+    truecaser = Truecaser(["Trên đê người dân đi lại, người dân hát, người dân vui."])
     sentence = "Người dân đắp đê cao ở hai bên bờ sông để ngăn nước lũ lớn."
-    (first, second) = questions.ask(sentence, names, random.Random(0))
+    (first, second) = questions.ask(sentence, truecaser, random.Random(0))
     assert first.phrase == second.phrase == "ngăn nước lũ lớn"
     assert first.answer == "Để ngăn nước lũ lớn, người dân đắp đê cao ở hai bên bờ sông."
     because = questions.ask(
-        "Vì mùa đông năm nay quá lạnh nên cây lúa không lớn được.", names, random.Random(0)
+        "Vì mùa đông năm nay quá lạnh nên cây lúa không lớn được.", truecaser, random.Random(0)
     )
     assert because[0].answer == "Cây lúa không lớn được vì mùa đông năm nay quá lạnh."
 
@@ -102,15 +103,15 @@ def test_a_tail_is_put_first_so_that_the_answer_begins_with_what_was_asked():
     ],
 )
 def test_nothing_is_asked_about_a_pronoun(sentence):
-    assert questions.ask(sentence, questions.Names([]), random.Random(0)) == []
+    assert questions.ask(sentence, Truecaser([]), random.Random(0)) == []
 
 
 def test_a_common_noun_is_written_small_inside_a_question():
     text = "Ở đây, cây bàng và trận đánh, cây và trận, rồi Hà Nội, Hà Tây, hà mã."
-    names = questions.Names([text])
-    assert names.inside("Cây bàng") == "cây bàng"
-    assert names.inside("Trận Trafalgar") == "trận Trafalgar"
-    assert names.inside("Hà Nội") == "Hà Nội" and names.inside("DRAM") == "DRAM"
+    truecaser = Truecaser([text])
+    assert truecaser.inside("Cây bàng") == "cây bàng"
+    assert truecaser.inside("Trận Trafalgar") == "trận Trafalgar"
+    assert truecaser.inside("Hà Nội") == "Hà Nội" and truecaser.inside("DRAM") == "DRAM"
 
 
 def test_questions_name_their_phrase_early_and_keep_out_of_heldout_topics(data):
@@ -135,9 +136,9 @@ def test_a_topic_overlaps_by_whole_words_in_either_direction():
 def test_a_phrase_is_not_asked_about_too_often_and_rare_kinds_stay():
     often = [questions.Question("has", "Cây", f"Cây {n}?", "Cây có lá.") for n in range(50)]
     rare = [questions.Question("why", "cây cao", "Tại sao cây cao?", "Cây cao vì nắng.")]
-    chosen = questions.choose(often + rare, length=10**6, cap=3, rng=random.Random(0))
+    chosen = pages.choose(often + rare, length=10**6, cap=3, rng=random.Random(0))
     assert len(chosen) == 4 and rare[0] in chosen
-    few = questions.choose(often + rare, length=60, cap=3, rng=random.Random(0))
+    few = pages.choose(often + rare, length=60, cap=3, rng=random.Random(0))
     assert few.count(rare[0]) == 1
 
 
@@ -189,10 +190,10 @@ def test_chat_template_is_the_4b_chat_prompt(data):
     )
 
 
-@pytest.mark.parametrize("template", questions.TEMPLATES)
+@pytest.mark.parametrize("template", pages.TEMPLATES)
 def test_a_prompts_tokens_do_not_depend_on_the_answer(data, template):
     tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
-    form = questions.TEMPLATES[template][0]
+    form = pages.TEMPLATES[template][0]
     prompt = tokenizer.encode(form.format(q="Huế ở đâu?", a="").rstrip(" ")).ids
     for answer in ["Cây bàng", "Con", "(x)", "1", "đi", ":", "###"]:
         assert tokenizer.encode(form.format(q="Huế ở đâu?", a=answer)).ids[: len(prompt)] == prompt

@@ -1,15 +1,15 @@
-"""Articles become tokens: a tokenizer of their own, and the streams that pretraining reads.
+"""Train a tokenizer on articles, and write them and questions about them as token streams.
 
     python -m phogpt_raw.nano.recipe.prepare --articles articles.jsonl.gz --out DATA
 
 Writes train.bin and heldout.bin (uint16, each document ends in </s>), the tokenizer, corpus.json
-with the counts, and questions.jsonl to look at.
+with the counts, and questions.jsonl for a person to read.
 """
 
 import argparse
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ from tokenizers import Tokenizer
 
 from phogpt_raw.model.checkpoint_format import write_json
 from phogpt_raw.nano.recipe import corpus, questions
+from phogpt_raw.nano.recipe.pages import choose, make_pages
 from phogpt_raw.nano.recipe.tokenizer import EOS, save_tokenizer, train_tokenizer
+from phogpt_raw.nano.recipe.truecase import Truecaser
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
 
@@ -37,8 +39,8 @@ def prepare(args: argparse.Namespace) -> dict:
     articles = [text for _, text in train]
     found = mine(train, topics, rng)
     length = sum(map(len, articles)) * args.questions / (1 - args.questions)
-    chosen = questions.choose(found, int(length), args.repeats, rng)
-    pages = questions.pages(chosen, rng)
+    chosen = choose(found, int(length), args.repeats, rng)
+    pages = make_pages(chosen, rng)
 
     tokenizer = train_tokenizer(articles + pages, args.vocab_size)
     out = Path(args.out)
@@ -66,7 +68,7 @@ def prepare(args: argparse.Namespace) -> dict:
         "seed": args.seed,
     }
     write_json(out / "corpus.json", counts)
-    with open(out / "questions.jsonl", "w", encoding="utf-8") as lines:  # to look at, not read back
+    with open(out / "questions.jsonl", "w", encoding="utf-8") as lines:  # not read by pretrain
         for q in chosen:
             lines.write(json.dumps(vars(q), ensure_ascii=False) + "\n")
     print(json.dumps(counts, indent=2))
@@ -77,12 +79,12 @@ def mine(
     articles: list[tuple[str, str]], topics: list[str], rng: random.Random
 ) -> list[questions.Question]:
     """All questions of the articles whose phrase does not overlap with a held-out topic."""
-    names, left_out = questions.Names(text for _, text in articles), questions.Overlap(topics)
-    found = (q for title, text in articles for q in questions.mine(title, text, names, rng))
+    truecaser, left_out = Truecaser(text for _, text in articles), questions.Overlap(topics)
+    found = (q for title, text in articles for q in questions.mine(title, text, truecaser, rng))
     return [q for q in found if q.phrase not in left_out]
 
 
-def encode(tokenizer: Tokenizer, texts) -> Iterator[np.ndarray]:
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Each text's ids and </s>, as uint16."""
     texts = list(texts)
     for start in range(0, len(texts), 256):
@@ -99,10 +101,10 @@ def main(argv: list[str] | None = None) -> None:
     flag("--topics", help="JSON lines with a `topic` that no question may be about")
     flag("--out", required=True, help="folder for the tokenizer and the tokens")
     flag("--vocab-size", type=int, default=4096)
-    flag("--max-seq-len", type=int, default=1024, help="tokens that the model may read")
+    flag("--max-seq-len", type=int, default=1024, help="tokens of the model's longest row")
     flag("--heldout", type=float, default=0.015, help="share of articles kept out")
     flag("--questions", type=float, default=0.15, help="share of questions in the training text")
-    flag("--repeats", type=int, default=6, help="questions about one phrase at most")
+    flag("--repeats", type=int, default=6, help="largest number of questions about one phrase")
     flag("--seed", type=int, default=0)
     prepare(parser.parse_args(argv))
 

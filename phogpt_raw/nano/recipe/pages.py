@@ -1,0 +1,50 @@
+"""Pages of questions and answers in VinAI's prompts: which questions, and how they are joined.
+
+A page is one document of six to ten unrelated questions and answers, with a single </s> at its end.
+So the base learns to go on to the next question after an answer; fine-tuning has to teach it to
+stop there.
+"""
+
+import random
+from collections import Counter, defaultdict
+from itertools import chain, zip_longest
+
+from phogpt_raw.nano.recipe.questions import Question
+
+TEMPLATES = {  # VinAI's two prompts, and the text between two questions of a page
+    "4B-Chat": ("### Câu hỏi: {q}\n### Trả lời: {a}", "\n"),
+    "7B5-Instruct": ("### Câu hỏi:\n{q}\n\n### Trả lời:{a}", "\n\n"),
+}
+
+
+def choose(questions: list[Question], length: int, cap: int, rng: random.Random) -> list[Question]:
+    """Questions of about `length` characters in all, at most `cap` of them about one phrase.
+
+    One of each kind is taken in turn until the kinds run out, so that rare kinds are included.
+    """
+    of_kind, times = defaultdict(list), Counter()
+    for question in rng.sample(questions, len(questions)):
+        times[question.phrase.casefold()] += 1
+        if times[question.phrase.casefold()] <= cap:
+            of_kind[question.kind].append(question)
+    chosen = []
+    for question in filter(None, chain.from_iterable(zip_longest(*of_kind.values()))):
+        if length <= 0:
+            break
+        chosen.append(question)
+        length -= len(TEMPLATES["4B-Chat"][0].format(q=question.question, a=question.answer)) - 5
+    return rng.sample(chosen, len(chosen))
+
+
+def make_pages(questions: list[Question], rng: random.Random, chat: float = 0.75) -> list[str]:
+    """Documents of 6 to 10 questions and answers; a share `chat` of them in 4B-Chat's template.
+
+    Fewer than 6 questions at the end are left out.
+    """
+    out, rest = [], list(questions)
+    while len(rest) >= 6:
+        count = rng.randint(6, 10)
+        page, rest = rest[-count:], rest[:-count]
+        template, between = TEMPLATES["4B-Chat" if rng.random() < chat else "7B5-Instruct"]
+        out.append(between.join(template.format(q=q.question, a=q.answer) for q in page))
+    return out
