@@ -1,6 +1,6 @@
-"""Encyclopedia articles become clean text, one document each; some titles are held out.
+"""Clean the text of encyclopedia articles, and choose by title which of them are held out.
 
-A "word" is what stands between spaces; in Vietnamese that is a syllable.
+A "word" is the text between two spaces; in Vietnamese that is a syllable.
 """
 
 import gzip
@@ -34,7 +34,7 @@ def read_json_lines(path: str | Path, *keys: str) -> Iterator[tuple[str, ...]]:
 
 
 def is_held_out(title: str, share: float = 0.015) -> bool:
-    """A stable choice by the title's hash, whatever the order or the number of articles."""
+    """A choice by the title's hash: it does not depend on the order or the number of articles."""
     digest = hashlib.sha256(unicodedata.normalize("NFC", title).casefold().encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -65,8 +65,8 @@ VIETNAMESE = re.compile(r"[ăâđêôơưà-ãè-êìíò-õùúýĩũạ-ỹ]",
 def clean(text: str) -> str:
     """Paragraphs of running text, one a line, each section under its heading, in NFC.
 
-    Left out: reference sections, what templates and formulas leave behind, lists of names, and
-    headings with nothing below them. A line stays when it has six words and most of it is letters.
+    Removed: reference sections, remains of templates and formulas, lists of names, and headings
+    with nothing below them. `is_prose` decides which lines are kept.
     """
     lines, heading, appendix = [], None, 0
     for line in unicodedata.normalize("NFC", text).replace("\r", "\n").split("\n"):
@@ -87,6 +87,7 @@ def clean_line(line: str) -> str:
 
 
 def is_prose(line: str) -> bool:
+    """Whether a line has six words or more, is mostly letters, and is in Vietnamese."""
     letters = sum(map(str.isalpha, line))
     return (
         len(line.split()) >= 6

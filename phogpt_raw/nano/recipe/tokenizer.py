@@ -1,8 +1,8 @@
 """A byte-level BPE that splits text exactly as PhoGPT's tokenizer does, with ids 0 to 3 pinned.
 
-The surprise is what is a word: `###` is one, `lời:` is one (a colon does not part words), and what
-stands between words (a full stop, a newline) is a word of its own. Nothing is added to a text on
-either side: whoever wants `</s>` appends it.
+Merges never cross the border of a word. `###` is a word, `lời:` is one (a colon does not separate
+words), and what stands between words (a full stop, a newline) is a word of its own. No token is
+added before or after a text; the caller appends `</s>` where it is wanted.
 """
 
 import json
@@ -17,8 +17,8 @@ from phogpt_raw.refusal import Refusal
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]  # ids 0, 1, 2, 3
 EOS = 2
-# A word and the space before it; white space, punctuation, ( ) and | are never inside. VinAI's file
-# writes ` ?[^(\s|[.,!?…。，、।۔،])]+`, a set within a set, which means the same.
+# A word and the space before it, without white space, punctuation, ( ) and |. VinAI's file has the
+# equivalent ` ?[^(\s|[.,!?…。，、।۔،])]+`, a set within a set.
 WORD = r" ?[^\s.,!?()|…。，、।۔،]+"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -34,9 +34,9 @@ CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     """Learn the merges from `texts`; all 256 bytes are in the vocabulary, so no text is <unk>.
 
-    Texts are cut behind an answer's heading: `### Trả lời:` and what follows at once (the
-    7B5-Instruct template has no space there) would else merge, and a prompt's tokens would depend
-    on the answer. Raises Refusal where there is too little text for `vocab_size`.
+    Texts are split after `### Trả lời:`. The 7B5-Instruct template has no space there: without the
+    split the colon could merge with the answer, and a prompt's tokens would depend on the answer.
+    Raises Refusal where there is too little text for `vocab_size`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
