@@ -273,9 +273,9 @@ def with_twins(test):
 @with_twins
 def test_a_shape_is_eager_at_first_then_captured_with_the_same_gradient(dtype, recompute):
     twins, seen = Twins(dtype, recompute), []
-    for n, graphs in enumerate((0, 1, 1, 1)):
+    for n, count in enumerate((0, 1, 1, 1)):
         seen.append(twins.check(batch_of(64, seed=n))[1])
-        assert len(twins.captured.graphs) == graphs
+        assert len(twins.captured.graphs) == count
         assert all(g is not None for g in twins.captured.graphs.values())
     for a, b in zip(seen[1:], seen[:-1], strict=True):  # another batch is another gradient
         assert (a - b).norm() > 0.1 * b.norm()
