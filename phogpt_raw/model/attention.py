@@ -22,9 +22,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 
+from phogpt_raw import private_apis
 from phogpt_raw.refusal import Refusal
 
-aten = torch.ops.aten
 BLOCK = 1024  # queries a bias has rows for, at most; a shorter row is one block
 BIAS_MIB = 512  # that a bias may take, at most: fewer queries a block for very long rows
 ALIGNMENT = 16  # elements; the kernels read the bias in vectors
@@ -174,41 +174,14 @@ def zeros_BLHK(x_BHLK) -> torch.Tensor:
         .transpose(1, 2)
 
 
-def efficient(q, k, v, bias, scale):
-    bias = bias.expand(len(q), q.shape[1], -1, -1)
-    return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
-
-
-def efficient_gradients(g, q, k, v, bias, out, lse, seed, offset, scale):
-    bias = bias.expand(len(q), q.shape[1], -1, -1)
-    return aten._scaled_dot_product_efficient_attention_backward(
-        g, q, k, v, bias, out, lse, seed, offset, 0.0, [True, True, True, False], scale=scale)[:3]
-
-
-def cudnn(q, k, v, bias, scale):
-    return aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, scale=scale)[:-1]
-
-
-def cudnn_gradients(g, q, k, v, bias, out, lse, cum_q, cum_k, max_q, max_k, seed, offset, scale):
-    return aten._scaled_dot_product_cudnn_attention_backward(
-        g, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, 0.0, False,
-        scale=scale)
-
-
-def on_the_cpu(q, k, v, bias, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-
-
-def on_the_cpu_gradients(g, q, k, v, bias, out, lse, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
-
-
-# torch's own operations behind scaled_dot_product_attention, forward and backward
+# torch's own operations behind F.scaled_dot_product_attention, forward and backward
 KERNELS = {
-    SDPBackend.EFFICIENT_ATTENTION: (efficient, efficient_gradients),
-    SDPBackend.CUDNN_ATTENTION: (cudnn, cudnn_gradients),
-    SDPBackend.FLASH_ATTENTION: (on_the_cpu, on_the_cpu_gradients),  # with a bias: only the CPU's
+    SDPBackend.EFFICIENT_ATTENTION: (private_apis.efficient_attention,
+                                     private_apis.efficient_attention_backward),
+    SDPBackend.CUDNN_ATTENTION: (private_apis.cudnn_attention,
+                                 private_apis.cudnn_attention_backward),
+    # with a bias: only the CPU's
+    SDPBackend.FLASH_ATTENTION: (private_apis.cpu_attention, private_apis.cpu_attention_backward),
 }
 
 
@@ -219,8 +192,8 @@ def kernel(q, k, v, bias: Bias) -> SDPBackend:
     """
     rows, keys = next(bias.blocks())
     # The last block's bias as it is, not masked: the choice looks at shapes, not at numbers.
-    choice = SDPBackend(torch._fused_sdp_choice(
-        q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=bias.last_1HLS))
+    choice = private_apis.choose_attention_kernel(
+        q[:, :, rows], k[:, :, keys], v[:, :, keys], bias.last_1HLS)
     if choice not in KERNELS:
         raise Refusal(f"attention: torch {torch.__version__} has no fused kernel on "
                       f"{q.device.type} for {q.shape[1]} heads of width {q.shape[-1]} in "

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from phogpt_raw.private_apis import base_of, current_saved_tensor_hooks, version_of
+
 Kept = Callable[[], Tensor]  # what backward has instead of a tensor: called, it gives the tensor
 
 
@@ -44,11 +46,11 @@ def remaking(output: Tensor, function: Callable[..., Tensor], inputs) -> saved_t
     keep = keeper()
     recipe = Recipe(function, [keep(x) for x in inputs])
     # Weak: torch holds `pack` as long as what it packed. The caller holds the output meanwhile.
-    this, version = ref(output), output._version
+    this, version = ref(output), version_of(output)
 
     def pack(tensor: Tensor) -> Kept:
-        whole = tensor if tensor._base is None else tensor._base
-        if whole is this() and tensor._version == version and tensor.dtype == whole.dtype:
+        whole = base_of(tensor)
+        if whole is this() and version_of(tensor) == version and tensor.dtype == whole.dtype:
             return recipe.saver(tensor)
         return keep(tensor)
 
@@ -82,17 +84,17 @@ class Recipe:
 
 def keeper() -> Callable[[Tensor], Kept]:
     """How a tensor is kept: by the hooks further out, else as autograd itself does."""
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    outer = current_saved_tensor_hooks()
     if outer is None:
-        return lambda tensor: partial(unchanged, tensor.detach(), tensor._version)
+        return lambda tensor: partial(unchanged, tensor.detach(), version_of(tensor))
     pack, unpack = outer
     return lambda tensor: partial(unpack, pack(tensor))
 
 
 def unchanged(tensor: Tensor, version: int) -> Tensor:
-    if tensor._version != version:
+    if version_of(tensor) != version:
         raise RuntimeError(
             f"a tensor of shape {list(tensor.shape)} that backward needs was modified by an "
-            f"inplace operation: it is at version {tensor._version}, expected version {version}"
+            f"inplace operation: it is at version {version_of(tensor)}, expected version {version}"
         )
     return tensor

@@ -1,0 +1,199 @@
+"""Every private API of torch and bitsandbytes that the project calls: the one place to look when a
+new version breaks one.
+
+A private API can change or go in any version without notice. No other module may name one;
+tests/test_private_apis.py checks that, exercises each entry, and says what to do when the entry is
+gone. The version after the title of a section is the oldest with which the tests have passed: torch
+2.10 (then 2.11 and 2.13), bitsandbytes 0.50.
+
+B micro-batch, H heads, L queries, S keys, K head width.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend
+
+# torch 2.10: a context in which each operation passes through __torch_dispatch__ before it runs;
+# and the formula of each operation's FLOPs.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils.flop_counter import flop_registry as flop_registry
+
+aten = torch.ops.aten
+
+
+# -- torch 2.10: the fused attention kernels behind F.scaled_dot_product_attention
+#
+# Called directly, because the public function would choose again for each block of queries, and its
+# backward would make gradients of the keys' full length for each block. A forward returns the
+# output, then what its backward takes after `out`; bias is [1 or B, H, L, S] in the inputs' dtype.
+
+
+def efficient_attention(q, k, v, bias, scale):
+    """The memory-efficient kernel, on every CUDA card."""
+    bias = bias.expand(len(q), q.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+
+
+def efficient_attention_backward(g, q, k, v, bias, out, lse, seed, offset, scale):
+    """(dq, dk, dv) of efficient_attention."""
+    bias = bias.expand(len(q), q.shape[1], -1, -1)
+    return aten._scaled_dot_product_efficient_attention_backward(
+        g, q, k, v, bias, out, lse, seed, offset, 0.0, [True, True, True, False], scale=scale)[:3]
+
+
+def cudnn_attention(q, k, v, bias, scale):
+    """cuDNN's kernel, which torch prefers on a Hopper in 16 bits."""
+    return aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, scale=scale)[:-1]
+
+
+def cudnn_attention_backward(g, q, k, v, bias, out, lse, cum_q, cum_k, max_q, max_k, seed, offset,
+                             scale):
+    """(dq, dk, dv) of cudnn_attention."""
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        g, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, 0.0, False,
+        scale=scale)
+
+
+def cpu_attention(q, k, v, bias, scale):
+    """The CPU's fused kernel."""
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+
+
+def cpu_attention_backward(g, q, k, v, bias, out, lse, scale):
+    """(dq, dk, dv) of cpu_attention."""
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        g, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
+
+
+def choose_attention_kernel(q, k, v, bias) -> SDPBackend:
+    """The kernel that F.scaled_dot_product_attention would take for these tensors.
+
+    The choice depends on shapes, dtypes and devices, not on values.
+    """
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, attn_mask=bias))
+
+
+def is_attention_choice(operation) -> bool:
+    """Whether a dispatched operation is the one behind choose_attention_kernel."""
+    return operation is aten._fused_sdp_choice.default
+
+
+# -- torch 2.10: autograd
+
+
+def current_saved_tensor_hooks() -> tuple[Callable, Callable] | None:
+    """(pack, unpack) of the innermost saved_tensors_hooks in force, or None.
+
+    Of nested hooks autograd calls only the innermost; it must call the next ones itself.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor, or another view of its memory, was changed in place."""
+    return tensor._version
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of which `tensor` is a view; `tensor` itself where it is no view."""
+    return tensor if tensor._base is None else tensor._base
+
+
+# -- torch 2.10: operations and memory
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """A number that all Python objects of one living storage share, and no other has.
+
+    data_ptr() does not serve: on the meta device it is 0 for all.
+    """
+    return storage._cdata
+
+
+def schema_of(operation):
+    """The signature of an operation: arguments, returns, which of them it writes."""
+    return operation._schema
+
+
+def unsafe_view():
+    """The view that matrix products use inside; autograd does not track it as one."""
+    return aten._unsafe_view.default
+
+
+def free_matmul_workspaces() -> None:
+    """Give back cuBLAS's workspaces: one for each stream, 32 MiB on a Hopper."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+# -- bitsandbytes 0.50: NF4 weights
+
+
+def nf4_state(weight: torch.Tensor):
+    """The QuantState of a 4-bit weight, None for any other tensor."""
+    return getattr(weight, "quant_state", None)
+
+
+class NF4Fields(NamedTuple):
+    """What decodes an NF4 weight with double quantisation.
+
+    A block of 64 weights has one scale; a block of 256 scales has one scale of its own.
+    """
+
+    scales: torch.Tensor  # [blocks] uint8: the scale of each block of weights, coded
+    code: torch.Tensor  # [16] fp32: the value of each nibble, in -1 … 1
+    offset: torch.Tensor  # [] fp32: the mean of all scales, which was subtracted from each
+    scale_scales: torch.Tensor  # [blocks of scales] fp32
+    scale_code: torch.Tensor  # [256] fp32: the value of each coded scale
+    shape: torch.Size  # of the weight
+    dtype: torch.dtype  # of the weight when dequantised
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [field for field in self if isinstance(field, torch.Tensor)]
+
+
+def nf4_fields(state) -> NF4Fields:
+    """The fields of a QuantState that quantize_4bit(…, compress_statistics=True) made."""
+    return NF4Fields(state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code,
+                     state.shape, state.dtype)
+
+
+def set_dequantised_dtype(state, dtype: torch.dtype) -> None:
+    """Set the dtype that dequantising gives; the 4 bits themselves have none."""
+    state.dtype = dtype
+
+
+def attach_state(linear, state) -> None:
+    """Make a QuantState the one of a Linear4bit whose weight it belongs to.
+
+    Also switch off that on a CPU with avx512_bf16 the layer repacks its weight for inference, in
+    place and not exactly: a frozen weight must stay what it is.
+    """
+    linear.quant_state = state
+    linear.support_avx512bf16_for_cpu = False
+
+
+def make_scale_code() -> None:
+    """Make the 256 values of coded scales now, on the CPU.
+
+    bitsandbytes keeps those of the first device on which it quantises, and uses them for all other
+    devices; made on the meta device they would have no values.
+    """
+    from bitsandbytes import functional
+
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+
+
+# -- bitsandbytes 0.50: paged optimizer state
+
+
+def copy_to_pages(optimizer, value: torch.Tensor) -> torch.Tensor:
+    """A copy of `value` in CUDA's managed memory, known to the optimizer's page manager
+   ."""
+    from bitsandbytes import functional
+
+    page = functional.get_paged(*value.shape, dtype=value.dtype, device=value.device)
+    page.copy_(value.cpu())
+    optimizer.page_mng.paged_tensors.append(page)
+    return page
