@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from phogpt_raw.model import adapters as adapters_module
 from phogpt_raw.model.adapters import Adapters, fuse, inject, new_adapters, plain_adapter
 from phogpt_raw.model.lora import LowRankLinear, dense, low_rank_linear
-from phogpt_raw.model.weights import load_base, nf4_linear
+from phogpt_raw.model.nf4 import nf4_linear
+from phogpt_raw.model.weights import load_base
 
 BASES = pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 

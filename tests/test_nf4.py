@@ -1,43 +1,84 @@
-"""NF4 weights as numbers again: bitsandbytes' own result, to the bit, whoever makes it."""
+"""Dequantising NF4: plain PyTorch, bitsandbytes and the fused kernel agree to the bit.
+
+To the bit, since all three round in the same places: once for the product and once for the sum that
+give a scale, once for value times scale, all in fp32, and once to the dtype of the weight.
+"""
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from phogpt_raw.model import nf4 as dequant
-from phogpt_raw.model.nf4 import ROWS, SCALES, WEIGHTS, dequantise, fused_works
-from phogpt_raw.model.weights import nf4_linear
+from phogpt_raw.model import nf4
+from phogpt_raw.model.nf4 import (
+    ROWS,
+    SCALES,
+    WEIGHTS,
+    dequantise,
+    dequantise_fused,
+    dequantise_plain,
+    fused_works,
+    nf4_linear,
+)
+from phogpt_raw.private_apis import nf4_fields
 
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]
 # 7B5's qkv and output projections, and one block of scales; numel a multiple of WEIGHTS * ROWS
 SHAPES = [(12288, 4096), (4096, 4096), (256, 64)]
 
 
-def nf4(shape, dtype, device):
+def random_nf4(shape, dtype, device):
+    """An NF4 weight whose rows, and so its blocks' scales, differ in size."""
     dice = torch.Generator().manual_seed(0)
-    numbers = torch.randn(shape, generator=dice) * torch.rand(shape[0], 1, generator=dice)
-    return nf4_linear(numbers.to(dtype), dtype, device).weight
+    values = torch.randn(shape, generator=dice) * torch.rand(shape[0], 1, generator=dice)
+    return nf4_linear(values.to(dtype), dtype, device).weight
 
 
-def trap(*_):
-    raise AssertionError("the fused kernel was asked for")
+def plain(weight):
+    return dequantise_plain(weight, nf4_fields(weight.quant_state))
+
+
+def fail(*_):
+    raise AssertionError("the fused kernel was called")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(256, 64), (65, 3), (17, 40)], ids=str)
 def test_on_the_cpu_it_is_bitsandbytes_own(monkeypatch, shape, dtype):
-    monkeypatch.setattr(dequant, "fused", trap)
-    monkeypatch.setattr(dequant, "fused_works", lambda *_: True)
-    weight = nf4(shape, dtype, "cpu")
+    monkeypatch.setattr(nf4, "dequantise_fused", fail)
+    monkeypatch.setattr(nf4, "fused_works", lambda *_: True)
+    weight = random_nf4(shape, dtype, "cpu")
     dense = dequantise(weight)
     assert (dense.shape, dense.dtype) == (torch.Size(shape), dtype)
     assert torch.equal(dense, dequantize_4bit(weight, weight.quant_state))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT])
+@pytest.mark.parametrize("shape", [(256, 64), (65, 3), (17, 40), (700, 96)], ids=str)
+def test_plain_dequantising_is_bitsandbytes_to_the_bit(shape, dtype, device):
+    """(700, 96): five blocks of scales, the last not full."""
+    weight = random_nf4(shape, dtype, device)
+    dense = plain(weight)
+    assert dense.dtype == dtype and dense.abs().max() > 1
+    assert torch.equal(dense, dequantize_4bit(weight, weight.quant_state))
+
+
+def test_plain_dequantising_of_a_byte_worked_by_hand():
+    """64 values in one block, so its scale is the mean of all scales: the offset, here 2.
+
+    Nibbles 0, 7 and 15 stand for -1, 0 and 1, the first value in the upper half of its byte.
+    """
+    values = torch.zeros(1, 64)
+    values[0, :4] = torch.tensor([2.0, 0.0, -2.0, 2.0])
+    weight = nf4_linear(values, torch.float32, "cpu").weight
+    assert weight.flatten()[:2].tolist() == [0xF7, 0x0F]
+    assert plain(weight)[0, :4].tolist() == [2.0, 0.0, -2.0, 2.0]
+
+
 def test_the_offset_of_the_scales_is_known_to_the_host():
-    """From a GPU each dequantising would wait for it."""
-    state = nf4((256, 64), torch.float32, "cpu").quant_state
-    assert state.offset_number == float(state.offset)
+    """Reading it from a GPU at each dequantising would wait for the GPU."""
+    state = random_nf4((256, 64), torch.float32, "cpu").quant_state
+    assert state.offset_on_host == float(state.offset)
 
 
 @pytest.mark.gpu
@@ -45,7 +86,7 @@ def test_the_offset_of_the_scales_is_known_to_the_host():
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_bitsandbytes_own_kernels_still_read_the_weights(dtype, rows):
     """Without gradients a Linear4bit reads 4 bits and scales itself, the offset on the device."""
-    weight = nf4((512, 256), dtype, "cuda")
+    weight = random_nf4((512, 256), dtype, "cuda")
     layer = nf4_linear(torch.zeros(512, 256, dtype=dtype), dtype, "cuda")
     layer.weight = weight
     x = torch.randn(rows, 256, device="cuda", dtype=dtype)
@@ -56,7 +97,7 @@ def test_bitsandbytes_own_kernels_still_read_the_weights(dtype, rows):
 
 
 def test_without_triton_the_fused_kernel_does_not_work(monkeypatch):
-    monkeypatch.setattr(dequant, "triton", None)
+    monkeypatch.setattr(nf4, "triton", None)
     fused_works.cache_clear()
     assert not fused_works(torch.device("cpu"), torch.bfloat16)
     fused_works.cache_clear()
@@ -64,17 +105,19 @@ def test_without_triton_the_fused_kernel_does_not_work(monkeypatch):
 
 @pytest.mark.parametrize("broken", ["raises", "is off"])
 def test_a_kernel_that_fails_its_trial_is_not_taken(monkeypatch, broken):
-    def fused(weight, state):
+    def right(packed, fields, offset):
+        return dequantise_plain(packed, fields)
+
+    def wrong(packed, fields, offset):
         if broken == "raises":
             raise RuntimeError("no toolchain")
-        wrong = dequantize_4bit(weight, state)
-        wrong[3, 2] += 2.0**-7
-        return wrong
+        dense = dequantise_plain(packed, fields)
+        dense[3, 2] += 2.0**-7
+        return dense
 
-    monkeypatch.setattr(dequant, "triton", object())
-    monkeypatch.setattr(dequant, "fused", dequantize_4bit)
-    for function, works in ((dequantize_4bit, True), (fused, False)):
-        monkeypatch.setattr(dequant, "fused", function)
+    monkeypatch.setattr(nf4, "triton", object())
+    for function, works in ((right, True), (wrong, False)):
+        monkeypatch.setattr(nf4, "dequantise_fused", function)
         fused_works.cache_clear()
         assert fused_works(torch.device("cpu"), torch.bfloat16) is works
     fused_works.cache_clear()
@@ -86,21 +129,22 @@ def test_a_kernel_that_fails_its_trial_is_not_taken(monkeypatch, broken):
 def test_the_fused_kernel_is_bitsandbytes_to_the_bit(shape, dtype):
     if not fused_works(torch.device("cuda", 0), dtype):
         pytest.skip("Triton makes no kernel for this card")
-    weight = nf4(shape, dtype, "cuda")
+    weight = random_nf4(shape, dtype, "cuda")
     state = weight.quant_state
     assert weight.numel() * 2 % (WEIGHTS * ROWS) == 0
-    dense = dequant.fused(weight, state)
+    dense = dequantise_fused(weight, nf4_fields(state), state.offset_on_host)
     assert dense.dtype == dtype and dense.isfinite().all()
     assert torch.equal(dense, dequantize_4bit(weight, state))
     assert torch.equal(dense, dequantise(weight))
+    assert torch.equal(dense, plain(weight))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 @pytest.mark.parametrize("shape", [(65, 64), (17, 40)], ids=str)
 def test_a_weight_that_the_fused_kernel_does_not_fit_is_bitsandbytes_own(monkeypatch, shape, dtype):
-    monkeypatch.setattr(dequant, "fused", trap)
-    weight = nf4(shape, dtype, "cuda")
+    monkeypatch.setattr(nf4, "dequantise_fused", fail)
+    weight = random_nf4(shape, dtype, "cuda")
     assert torch.equal(dequantise(weight), dequantize_4bit(weight, weight.quant_state))
 
 
@@ -108,6 +152,6 @@ def test_a_weight_that_the_fused_kernel_does_not_fit_is_bitsandbytes_own(monkeyp
 def test_the_fused_kernel_reads_scales_of_more_than_one_block():
     """Blocks of scales of very different size: one taken for another would be off by as much."""
     rows = SCALES * WEIGHTS // 64
-    numbers = torch.randn(4 * rows, 64) * torch.logspace(-3, 2, 4).repeat_interleave(rows)[:, None]
-    weight = nf4_linear(numbers.half(), torch.float16, "cuda").weight
+    values = torch.randn(4 * rows, 64) * torch.logspace(-3, 2, 4).repeat_interleave(rows)[:, None]
+    weight = nf4_linear(values.half(), torch.float16, "cuda").weight
     assert torch.equal(dequantise(weight), dequantize_4bit(weight, weight.quant_state))

@@ -21,7 +21,7 @@ from phogpt_raw.data.batches import MicroBatch, Window
 from phogpt_raw.model import phogpt
 from phogpt_raw.model.attention import Bias, attend
 from phogpt_raw.model.lora import low_rank_linear
-from phogpt_raw.model.weights import nf4_linear
+from phogpt_raw.model.nf4 import nf4_linear
 from phogpt_raw.simulate.allocator import Allocator
 from phogpt_raw.simulate.ledger import KINDS, Storage, kind_of
 from phogpt_raw.simulate.trace import META, trace_step

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from phogpt_raw.model.matmul import matmul_to, scaled_matmul
 from phogpt_raw.model.nf4 import dequantise
+from phogpt_raw.private_apis import nf4_state
 
 
 def low_rank_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
@@ -80,4 +81,4 @@ def rows(x) -> torch.Tensor:
 
 def dense(weight) -> torch.Tensor:
     """W [O, D]: of NF4 made for now, a plain weight as it is."""
-    return weight if getattr(weight, "quant_state", None) is None else dequantise(weight)
+    return weight if nf4_state(weight) is None else dequantise(weight)

@@ -1,17 +1,34 @@
-"""NF4 weights as numbers again, for the length of one matmul.
+"""NF4: a frozen weight in 4 bits, and the same weight in 16 again for the length of one product.
 
-The surprise is how much of a step this takes: 2.5 bytes a parameter and pass, 33 GB a step of
-PhoGPT-7B5 whatever its length, more than a quarter of 512 tokens on a fast card. bitsandbytes needs
-three kernels, the first two for the scales, which are 8-bit numbers with scales of their own. The
-one below does the three at once, at twice the speed, with the same result to the bit. Where Triton
-cannot make it, or a trial gives anything else, bitsandbytes' own run.
+A weight is cut into blocks of 64 values. A block is stored as its largest absolute value, the
+scale, and 4 bits for each value: the nearest of 16 fixed numbers times that scale. The scales are
+quantised in turn (double quantisation): less their mean, in blocks of 256, 8 bits each. Together
+that is 4.13 bits a weight (Dettmers et al. 2023, arXiv:2305.14314).
 
-Dettmers et al. 2023 (arXiv:2305.14314): blocks of 64 weights with a scale, blocks of 256 scales.
+bitsandbytes quantises. Dequantising exists three times, with results that are equal to the bit:
+`dequantise_plain` shows the arithmetic; bitsandbytes does it in three kernels; `fused_kernel` below
+does it in one, at twice the speed. `dequantise` takes the fused one where it works, else
+bitsandbytes'.
+
+The surprise is how much of a step dequantising takes: 2.5 bytes a weight and pass, 33 GB a step of
+PhoGPT-7B5 whatever the number of tokens. At 512 tokens on a fast card that is over a quarter of the
+step.
+
+O out, D in.
 """
 
 import functools
 
 import torch
+from torch import nn
+
+from phogpt_raw.private_apis import (
+    NF4Fields,
+    attach_state,
+    nf4_fields,
+    nf4_state,
+    set_dequantised_dtype,
+)
 
 try:
     import triton
@@ -19,54 +36,105 @@ try:
 except ImportError:  # it comes with torch for CUDA on Linux, and only there
     triton = None
 
-WEIGHTS, SCALES = 64, 256  # in a block of each
-ROWS = 64  # blocks of weights that one program makes
+WEIGHTS, SCALES = 64, 256  # values in a block of weights, and in a block of scales
+ROWS = 64  # blocks of weights that one program of the kernel dequantises
+
+
+def quantise(weight_OD: torch.Tensor, dtype: torch.dtype):
+    """(packed, state): two weights a byte, uint8 [O * D / 2, 1], and bitsandbytes' QuantState.
+
+    `dtype` is what dequantising gives. weight_OD is best given in the dtype in which it is stored.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, state = quantize_4bit(weight_OD, quant_type="nf4", compress_statistics=True)
+    set_dequantised_dtype(state, dtype)
+    # The fused kernel takes the offset as a number of the host: reading it from the GPU each time
+    # would wait for the GPU. bitsandbytes' kernels read it on the device.
+    state.offset_on_host = None if weight_OD.is_meta else float(nf4_fields(state).offset)
+    return packed, state
+
+
+def nf4_linear(weight_OD: torch.Tensor, dtype: torch.dtype, device,
+               bias: nn.Parameter | None = None):
+    """bitsandbytes' Linear4bit that holds `weight_OD` in NF4 and computes in `dtype`."""
+    import bitsandbytes as bnb
+
+    out_features, in_features = weight_OD.shape
+    with torch.device("meta"):
+        linear = bnb.nn.Linear4bit(
+            in_features, out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+        )
+    packed, state = quantise(weight_OD.to(device), dtype)
+    linear.weight = bnb.nn.Params4bit(
+        packed, requires_grad=False, quant_type="nf4", quant_state=state, module=linear,
+        bnb_quantized=True)
+    attach_state(linear, state)
+    linear.bias = bias
+    return linear
 
 
 def dequantise(weight: torch.Tensor) -> torch.Tensor:
-    """W [O, D] in the dtype that the quant_state of its NF4 `weight` names."""
+    """W [O, D] of an NF4 `weight`, in the dtype that it was quantised for."""
     from bitsandbytes.functional import dequantize_4bit
 
-    state = weight.quant_state
-    fits = hasattr(state, "offset_number") and state.shape.numel() % (WEIGHTS * ROWS) == 0
-    if fits and weight.is_cuda and fused_works(weight.device, state.dtype):
-        return fused(weight, state)
+    state = nf4_state(weight)
+    if weight.is_cuda and hasattr(state, "offset_on_host"):
+        fields = nf4_fields(state)
+        fits = fields.shape.numel() % (WEIGHTS * ROWS) == 0
+        if fits and fused_works(weight.device, fields.dtype):
+            return dequantise_fused(weight, fields, state.offset_on_host)
     return dequantize_4bit(weight, state)
+
+
+def dequantise_plain(packed: torch.Tensor, fields: NF4Fields) -> torch.Tensor:
+    """W [O, D] in plain PyTorch: to read, and to test the kernels against."""
+    block = torch.arange(len(fields.scales), device=packed.device)
+    scale = fields.scale_code[fields.scales.int()] * fields.scale_scales[block // SCALES]
+    scale = scale + fields.offset
+    byte = packed.flatten().int()
+    nibble = torch.stack([byte >> 4, byte & 15], dim=1).flatten()[: fields.shape.numel()]
+    value = fields.code[nibble] * scale.repeat_interleave(WEIGHTS)[: len(nibble)]
+    return value.to(fields.dtype).view(fields.shape)
 
 
 @functools.cache
 def fused_works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the fused kernel compiles on this card and agrees with bitsandbytes to the bit."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import dequantize_4bit
 
     if triton is None:
         return False
-    numbers = torch.randn(WEIGHTS * SCALES, 4, device=device, dtype=dtype)
-    weight, state = quantize_4bit(numbers, quant_type="nf4", compress_statistics=True)
-    state.offset_number = float(state.offset)
+    packed, state = quantise(torch.randn(WEIGHTS * SCALES, 4, device=device, dtype=dtype), dtype)
     try:
-        return torch.equal(fused(weight, state), dequantize_4bit(weight, state))
+        dense = dequantise_fused(packed, nf4_fields(state), state.offset_on_host)
+        return torch.equal(dense, dequantize_4bit(packed, state))
     except Exception:  # a compiler's, of whatever kind: the card is too old, or has no toolchain
         return False
 
 
-def fused(weight: torch.Tensor, state) -> torch.Tensor:
-    dense = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
+def dequantise_fused(packed: torch.Tensor, fields: NF4Fields, offset: float) -> torch.Tensor:
+    """W [O, D] by the Triton kernel; O * D must be a multiple of WEIGHTS * ROWS.
+
+    `offset` is fields.offset as a number of the host.
+    """
+    dense = torch.empty(fields.shape, dtype=fields.dtype, device=packed.device)
     # Without fusing a multiplication and an addition, so that both round as bitsandbytes' do.
-    nf4_kernel[(dense.numel() // (WEIGHTS * ROWS),)](
-        weight, state.code, state.absmax, state.state2.code, state.state2.absmax,
-        state.offset_number, dense, ROWS, num_warps=4, enable_fp_fusion=False)
+    fused_kernel[(dense.numel() // (WEIGHTS * ROWS),)](
+        packed, fields.code, fields.scales, fields.scale_code, fields.scale_scales,
+        offset, dense, ROWS, num_warps=4, enable_fp_fusion=False)
     return dense
 
 
 if triton is not None:
 
     @triton.jit
-    def nf4_kernel(packed, code, scale8, scale_code, scale_scale, offset, out, ROWS: tl.constexpr):
+    def fused_kernel(packed, code, scales, scale_code, scale_scales, offset, out,
+                     ROWS: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        coded = tl.load(scale_code + tl.load(scale8 + row).to(tl.int32))
-        scale = (coded * tl.load(scale_scale + row // 256) + offset)[:, None]
-        pair = tl.load(packed + row[:, None] * 32 + tl.arange(0, 32)[None, :]).to(tl.int32)
-        first, second = tl.load(code + (pair >> 4)), tl.load(code + (pair & 15))
+        coded = tl.load(scale_code + tl.load(scales + row).to(tl.int32))
+        scale = (coded * tl.load(scale_scales + row // 256) + offset)[:, None]
+        byte = tl.load(packed + row[:, None] * 32 + tl.arange(0, 32)[None, :]).to(tl.int32)
+        first, second = tl.load(code + (byte >> 4)), tl.load(code + (byte & 15))
         place = out + row[:, None] * 64 + tl.arange(0, 64)[None, :]
         tl.store(place, tl.interleave(first * scale, second * scale).to(out.dtype.element_ty))

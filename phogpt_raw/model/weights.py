@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from phogpt_raw.model.nf4 import nf4_linear
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal
 
@@ -218,30 +219,3 @@ def frozen(phogpt: PhoGPT, *, nf4: bool, device) -> PhoGPT:
     # PEFT decides by this flag whether a linear gets its 4-bit layer.
     phogpt.is_loaded_in_4bit = nf4
     return phogpt.requires_grad_(False).eval()
-
-
-def nf4_linear(weight: torch.Tensor, dtype: torch.dtype, device, bias=None):
-    """bitsandbytes' Linear4bit holding `weight` [out, in] as NF4 with double quantisation.
-
-    On a CPU with avx512_bf16 that layer would repack its weights for inference, in place and not
-    exactly; frozen weights must stay what they are, so that is switched off.
-    """
-    import bitsandbytes as bnb
-
-    out_features, in_features = weight.shape
-    with torch.device("meta"):
-        linear = bnb.nn.Linear4bit(
-            in_features, out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
-        )
-    packed, state = bnb.functional.quantize_4bit(
-        weight.to(device), quant_type="nf4", compress_statistics=True)
-    linear.weight = bnb.nn.Params4bit(
-        packed, requires_grad=False, quant_type="nf4", quant_state=state, module=linear,
-        bnb_quantized=True)
-    linear.quant_state = state
-    state.dtype = dtype  # what dequantising gives; the 4 bits keep no dtype
-    # On the host for dequant.py, which must not wait; bitsandbytes' kernels read it on the device.
-    state.offset_number = None if weight.is_meta else float(state.offset)
-    linear.bias = bias
-    linear.support_avx512bf16_for_cpu = False
-    return linear
