@@ -135,7 +135,7 @@ def bf16_pair(adapted, **lora):
     reference._forward_pre_hooks.clear()
     for p in reference.parameters():
         if p.requires_grad:
-            del p.working
+            del p.compute_copy
     return model, adapters, reference, theirs
 
 
@@ -182,8 +182,8 @@ def test_the_next_forward_in_bf16_has_the_new_weights(adapted, grad, training):
     assert not torch.equal(first, second)
     for name, view in adapters.views:
         parameter = dict(model.named_parameters())[name]
-        assert torch.equal(parameter.working, view.bfloat16())
-        assert parameter.working.untyped_storage().data_ptr() \
+        assert torch.equal(parameter.compute_copy, view.bfloat16())
+        assert parameter.compute_copy.untyped_storage().data_ptr() \
             == adapters.working.untyped_storage().data_ptr()
 
 
@@ -202,7 +202,7 @@ def test_loaded_adapters_count_at_the_next_forward_in_bf16(adapted, tmp_path):
 def test_in_fp32_the_adapters_have_no_copy(adapted):
     model, adapters = adapted()
     assert adapters.working is None and not model._forward_pre_hooks
-    assert not any(hasattr(p, "working") for p in model.parameters())
+    assert not any(hasattr(p, "compute_copy") for p in model.parameters())
 
 
 def test_the_copy_is_no_part_of_what_is_saved(adapted, tmp_path):

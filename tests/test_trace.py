@@ -20,7 +20,7 @@ from traces import EFFICIENT, D, H, V, adapted_on_meta, empty, on_meta, recorded
 from phogpt_raw.data.batches import MicroBatch, Window
 from phogpt_raw.model import phogpt
 from phogpt_raw.model.attention import Bias, attend
-from phogpt_raw.model.lora import low_rank_linear
+from phogpt_raw.model.lora import lora_linear
 from phogpt_raw.model.nf4 import nf4_linear
 from phogpt_raw.simulate.allocator import Allocator
 from phogpt_raw.simulate.ledger import KINDS, Storage, kind_of
@@ -316,7 +316,7 @@ def test_flops_of_a_linear_with_adapters(kind):
     x = empty(2, N // 2, D, requires_grad=True)
     A, B = (empty(*shape, dtype=torch.float32, requires_grad=True) for shape in ((R, D), (OUT, R)))
     out = []
-    forward = recorded(lambda: out.append(low_rank_linear(x, linear, A, B, 2.0)))
+    forward = recorded(lambda: out.append(lora_linear(x, linear, A, B, 2.0)))
     backward = recorded(lambda: out[0].backward(torch.empty_like(out[0])))
     base, adapter = 2 * N * OUT * D, 2 * N * R * (D + OUT)
     assert sum(op.flops for op in forward) == base + adapter

@@ -3,7 +3,7 @@
 PEFT injects the LoRA layers, names them and fixes the file format, so that an adapter trained here
 is an adapter anywhere. What training touches is ours: every adapter weight is a view of one flat
 fp32 buffer, every gradient a view of another, so clipping and the optimizer handle one tensor
-instead of hundreds. And a layer that is plain LoRA runs `low_rank_linear` in place of PEFT's
+instead of hundreds. And a layer that is plain LoRA runs `lora_linear` in place of PEFT's
 forward; DoRA, dropout and the like run PEFT's.
 
 The surprise: a name that the model lacks (`q_proj`, from Llama recipes) is no error to PEFT as long
@@ -17,7 +17,7 @@ from types import MethodType
 import torch
 from torch import nn
 
-from phogpt_raw.model.lora import low_rank_linear
+from phogpt_raw.model.lora import lora_linear
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 
@@ -55,7 +55,7 @@ class Adapters:
             p.data = view.copy_(p.data)
             p.grad = self.flat.grad[piece].view_as(p)
             if self.working is not None:
-                p.working = self.working[piece].view_as(p)
+                p.compute_copy = self.working[piece].view_as(p)
             self.views.append((name, view))
         self.count = sum(p.numel() for _, p in named)
         self.cast()
@@ -203,7 +203,7 @@ def lora_forward(layer, x, *args, **kwargs):
     if name is None or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    return low_rank_linear(x, layer.base_layer, A, B, layer.scaling[name])
+    return lora_linear(x, layer.base_layer, A, B, layer.scaling[name])
 
 
 def plain_adapter(layer) -> str | None:
@@ -217,7 +217,7 @@ def plain_adapter(layer) -> str | None:
     name = active[0]
     plain = (
         name in layer.lora_A
-        and name not in layer.lora_variant  # DoRA and its kin
+        and name not in layer.lora_variant  # DoRA and other variants
         and not layer.lora_bias[name]
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and not any(p.requires_grad for p in layer.base_layer.parameters())  # bias="all"

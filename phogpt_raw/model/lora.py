@@ -3,11 +3,14 @@
     y = x Wᵀ + bias + s (x Aᵀ) Bᵀ                    Hu et al. 2021, arXiv:2106.09685
     dx = g W + (s g B) A      dA = (s g B)ᵀ x      dB = s gᵀ (x Aᵀ)
 
-PEFT composes the same sum from separate layers: in 16 bits it casts the activations to fp32 and
-back around every adapter and makes several tensors of the output's size on the way. Here the
-low-rank product is made first, in the compute dtype, and the base's adds itself to it; kept for
-backward are x and the narrow s x Aᵀ. The surprise: a 4-bit W exists in full for the length of one
-matmul only. Backward makes it from its 4 bits again; kept, it would take 13 GB on PhoGPT-7B5.
+`lora_linear_plain` is the first line, with autograd's gradients. `lora_linear` gives the same with
+the gradients written out. It differs from PEFT's layers in what it costs: in 16 bits these cast the
+activations to fp32 and back around every adapter, and make several tensors of the output's size.
+Here the adapter's product comes first, in the compute dtype, and the base's product is added to it
+in place. Kept for backward are x and the narrow s x Aᵀ.
+
+The surprise: a 4-bit W exists in full only for the length of one product. Backward dequantises it
+again; kept, it would take 13 GB on PhoGPT-7B5.
 
 N rows, D in, O out, R rank.
 """
@@ -21,34 +24,40 @@ from phogpt_raw.model.nf4 import dequantise
 from phogpt_raw.private_apis import nf4_state
 
 
-def low_rank_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
+def lora_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
     """x [..., D] -> [..., O] through `base` (nn.Linear or Linear4bit, frozen) and its adapter.
 
     x is in the compute dtype, which is W's. Gradients go to x, A and B alone. Without gradients
-    the base layer runs its own forward: bitsandbytes' kernels read the 4 bits of a decoding step's
-    few rows directly, where dequantising first would move nine times the bytes.
+    the base layer runs its own forward: for the few rows of a decoding step bitsandbytes' kernels
+    read the 4 bits directly, where dequantising first would move nine times the bytes.
     """
     if torch.is_grad_enabled():
-        return LowRankLinear.apply(x, base.weight, base.bias, A_RD, B_OR, scaling)
+        return LoraLinear.apply(x, base.weight, base.bias, A_RD, B_OR, scaling)
     y = base(x)
-    xa_NR = scaled_matmul(rows(x), working(A_RD, x.dtype).t(), scaling)
-    y.view(-1, y.shape[-1]).addmm_(xa_NR, working(B_OR, x.dtype).t())
+    xa_NR = scaled_matmul(rows(x), compute_copy(A_RD, x.dtype).t(), scaling)
+    y.view(-1, y.shape[-1]).addmm_(xa_NR, compute_copy(B_OR, x.dtype).t())
     return y
 
 
-class LowRankLinear(torch.autograd.Function):
-    """`low_rank_linear` with the gradients written out; A and B get theirs in their own dtype.
+def lora_linear_plain(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
+    """`lora_linear` by ordinary operations and autograd: to read, and to test against."""
+    xa = x @ A_RD.to(x.dtype).t()
+    return base(x) + scaling * (xa @ B_OR.to(x.dtype).t())
 
-    Also in 16 bits matmuls accumulate in fp32 inside the kernels, and the gradients of A and B
-    leave them so; s x Aᵀ and s g B are rounded to the compute dtype once, like every activation.
+
+class LoraLinear(torch.autograd.Function):
+    """`lora_linear` with the gradients written out; A and B get theirs in their own dtype.
+
+    In 16 bits too a matrix product sums in fp32 inside its kernel, and the gradients of A and B
+    stay fp32; s x Aᵀ and s g B are rounded once to the compute dtype, as every activation is.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, A_RD, B_OR, scaling):
-        x_ND, B_OR = rows(x), working(B_OR, x.dtype)
-        ctx.dtype, ctx.A_RD, ctx.B_OR = A_RD.dtype, working(A_RD, x.dtype), B_OR
+        x_ND, B_OR = rows(x), compute_copy(B_OR, x.dtype)
+        ctx.dtype, ctx.A_RD, ctx.B_OR = A_RD.dtype, compute_copy(A_RD, x.dtype), B_OR
         xa_NR = scaled_matmul(x_ND, ctx.A_RD.t(), scaling)
-        # The narrow product first: the wide one then adds it in passing.
+        # The adapter's product first: the base's product is then added to it by the same kernel.
         y_NO = xa_NR @ B_OR.t() if bias is None else torch.addmm(bias, xa_NR, B_OR.t())
         y_NO.addmm_(x_ND, dense(weight).t())
         ctx.save_for_backward(x, xa_NR)
@@ -69,9 +78,10 @@ class LowRankLinear(torch.autograd.Function):
         return dx, None, None, dA_RD, dB_OR, None
 
 
-def working(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An fp32 adapter weight in the compute dtype: its copy of this forward, where it has one."""
-    return getattr(adapter, "working", adapter).to(dtype)
+def compute_copy(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An fp32 adapter weight in the compute dtype: its copy in the flat buffer, where it has one,
+    else a cast."""
+    return getattr(adapter, "compute_copy", adapter).to(dtype)
 
 
 def rows(x) -> torch.Tensor:
@@ -80,5 +90,5 @@ def rows(x) -> torch.Tensor:
 
 
 def dense(weight) -> torch.Tensor:
-    """W [O, D]: of NF4 made for now, a plain weight as it is."""
+    """W [O, D]: an NF4 weight dequantised, any other as it is."""
     return weight if nf4_state(weight) is None else dequantise(weight)
