@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = load_base(base, nf4=options.nf4, dtype=dtype, device=card.device,
                                  revision=options.revision)
     if options.adapter:
-        load_adapters(model, options.adapter)
+        load_adapters(model, options.adapter, trainable=False)
     if options.max_new_tokens > model.config.max_seq_len:
         raise Refusal(f"--max-new-tokens {options.max_new_tokens}: the model was made for "
                       f"{model.config.max_seq_len} tokens at most")

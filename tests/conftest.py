@@ -50,6 +50,7 @@ def adapted(tiny):
             for name, view in adapters.views:
                 if "lora_B" in name:
                     view.normal_(std=0.02, generator=dice)
+        adapters.cast()
         return model.train(), adapters
 
     return load

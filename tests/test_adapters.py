@@ -1,4 +1,4 @@
-"""Adapters: one flat buffer, PEFT's files. Stock PEFT on the oracle is the judge of both ways."""
+"""Adapters in their flat buffer, and their files against stock PEFT on the oracle, both ways."""
 
 import json
 import shutil
@@ -10,8 +10,12 @@ import torch
 from oracle import lively_tensors, oracle, ours, random_ids, small_config
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from phogpt_raw.decode import answer
 from phogpt_raw.model.adapters import TARGETS, load_adapters, named_base, new_adapters
+from phogpt_raw.model.flat import FlatBuffer
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal
 
@@ -131,8 +135,6 @@ def bf16_pair(adapted, **lora):
     """Two models of the same weights: with the shared copy, and with a cast a layer and use."""
     model, adapters = adapted(dtype=torch.bfloat16, **lora)
     reference, theirs = adapted(dtype=torch.bfloat16, **lora)
-    theirs.working = None
-    reference._forward_pre_hooks.clear()
     for p in reference.parameters():
         if p.requires_grad:
             del p.compute_copy
@@ -148,10 +150,10 @@ def step(model, ids_BL):
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 @pytest.mark.parametrize("recompute", [0, 2])
-def test_one_cast_a_forward_gives_what_a_cast_a_layer_gives(adapted, nf4, recompute):
+def test_one_cast_an_update_gives_what_a_cast_a_layer_gives(adapted, nf4, recompute):
     """To the bit, as two micro-batches add up, as the weights change, and without gradients."""
     model, adapters, reference, theirs = bf16_pair(adapted, nf4=nf4)
-    assert adapters.working.dtype == torch.bfloat16 and adapters.flat.dtype == torch.float32
+    assert adapters.compute.dtype == torch.bfloat16 and adapters.flat.dtype == torch.float32
     dice = torch.Generator().manual_seed(7)
     for m in (model, reference):
         m.recompute = recompute
@@ -159,6 +161,7 @@ def test_one_cast_a_forward_gives_what_a_cast_a_layer_gives(adapted, nf4, recomp
         change = 0.01 * torch.randn(adapters.flat.shape, generator=dice)
         for a in (adapters, theirs):
             a.flat.data += change  # what an optimizer does
+            a.cast()
             a.flat.grad.zero_()
         for _ in range(2):
             ids_BL = torch.randint(4, 4096, (2, 9), generator=dice)
@@ -171,20 +174,20 @@ def test_one_cast_a_forward_gives_what_a_cast_a_layer_gives(adapted, nf4, recomp
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_the_next_forward_in_bf16_has_the_new_weights(adapted, grad, training):
+def test_new_weights_count_from_the_next_cast_on(adapted, grad, training):
     model, adapters = adapted(dtype=torch.bfloat16)
     model.train(training)
     ids_BL = torch.tensor([[5, 6, 7, 8]])
     with torch.set_grad_enabled(grad):
         first = model(ids_BL).detach().clone()
         adapters.flat.data.mul_(-3)
+        assert torch.equal(model(ids_BL), first)
+        adapters.cast()
         second = model(ids_BL).detach()
     assert not torch.equal(first, second)
     for name, view in adapters.views:
         parameter = dict(model.named_parameters())[name]
         assert torch.equal(parameter.compute_copy, view.bfloat16())
-        assert parameter.compute_copy.untyped_storage().data_ptr() \
-            == adapters.working.untyped_storage().data_ptr()
 
 
 def test_loaded_adapters_count_at_the_next_forward_in_bf16(adapted, tmp_path):
@@ -194,6 +197,7 @@ def test_loaded_adapters_count_at_the_next_forward_in_bf16(adapted, tmp_path):
         wanted = model(ids_BL).clone()
         adapters.save(tmp_path / "adapter")
         adapters.flat.data.zero_()
+        adapters.cast()
         assert not torch.equal(model(ids_BL), wanted)
         adapters.load(tmp_path / "adapter")
         assert torch.equal(model(ids_BL), wanted)
@@ -201,7 +205,7 @@ def test_loaded_adapters_count_at_the_next_forward_in_bf16(adapted, tmp_path):
 
 def test_in_fp32_the_adapters_have_no_copy(adapted):
     model, adapters = adapted()
-    assert adapters.working is None and not model._forward_pre_hooks
+    assert adapters.compute is None
     assert not any(hasattr(p, "compute_copy") for p in model.parameters())
 
 
@@ -211,6 +215,77 @@ def test_the_copy_is_no_part_of_what_is_saved(adapted, tmp_path):
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.float32}
     assert len(saved) == len(adapters.views)
+
+
+# -- adapters that are only read
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that take a tensor in the memory of `buffer`."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.memory, self.count = buffer.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        self.count += any(t.untyped_storage().data_ptr() == self.memory for t in given)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def loaded(adapted, tiny, tmp_path):
+    """A function that loads a saved adapter over tiny: (model, adapters)."""
+    adapted()[1].save(tmp_path / "adapter")
+
+    def load(dtype, trainable, nf4=True):
+        model, _ = load_base(str(tiny), nf4=nf4, dtype=dtype, device="cpu")
+        return model, load_adapters(model, tmp_path / "adapter", trainable=trainable)
+
+    return load
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
+def test_decoding_in_bf16_casts_no_adapter(monkeypatch, loaded, nf4):
+    """Neither all at once, by `cast`, nor one by one: nothing reads the fp32 buffer."""
+    model, adapters = loaded(torch.bfloat16, trainable=False, nf4=nf4)
+    casts = []
+    monkeypatch.setattr(FlatBuffer, "cast", casts.append)
+    with Reads(adapters.flat) as reads:
+        answer(model, [[5, 6, 7]], eos_id=2, pad_id=3, max_new_tokens=5)
+    assert casts == [] and reads.count == 0
+    with reads:
+        adapters.flat.sum()
+    assert reads.count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_adapters_that_are_not_trained_have_no_gradient_and_answer_the_same(loaded, dtype):
+    model, adapters = loaded(dtype, trainable=False)
+    trained_model, trained_adapters = loaded(dtype, trainable=True)
+    ids_BL = torch.tensor([[5, 6, 7, 8]])
+    assert not model(ids_BL).requires_grad
+    assert not adapters.flat.requires_grad and adapters.flat.grad is None
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    check_flat(trained_model, trained_adapters)
+    with torch.no_grad():
+        assert torch.equal(trained_model(ids_BL), model(ids_BL))
+    assert torch.equal(adapters.flat, trained_adapters.flat)
+
+
+def test_adapters_that_are_not_trained_can_be_saved_and_loaded_into(loaded, tmp_path):
+    _, adapters = loaded(torch.bfloat16, trainable=False)
+    adapters.save(tmp_path / "again")
+    before = adapters.compute.clone()
+    adapters.flat.data.zero_()
+    adapters.cast()
+    adapters.load(tmp_path / "again")
+    assert torch.equal(adapters.compute, before) and before.any()
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
+
+
+# -- fresh adapters
 
 
 def test_a_fresh_adapter_changes_nothing_and_follows_the_seed():

@@ -42,6 +42,20 @@ def expected(folder, tokens, adapter=None, template="4b-chat"):
     return tokenizer.decode(written.ids)
 
 
+def test_generating_allocates_no_gradients(ask, adapted, tiny, tmp_path, monkeypatch):
+    adapted()[1].save(tmp_path)
+    loaded = []
+
+    def noted(*args, **kwargs):
+        loaded.append(load_adapters(*args, **kwargs))
+        return loaded[-1]
+
+    monkeypatch.setattr(generate, "load_adapters", noted)
+    status, _, _ = ask("--model", tiny, "--adapter", tmp_path, "--max-new-tokens", 2, QUESTION)
+    assert status == 0 and len(loaded) == 1
+    assert loaded[0].flat.grad is None and not loaded[0].flat.requires_grad
+
+
 def test_the_answer_is_written_on_standard_output(ask, tiny):
     status, out, err = ask("--model", tiny, "--max-new-tokens", 6, QUESTION)
     assert status == 0

@@ -74,10 +74,7 @@ def run(forward, x, parameters, grad):
 
 
 def both(net, x):
-    """(fused, PEFT's own) [y, dx, dA, dB] of net's layer for the same x and the same incoming g.
-
-    Through net, whose forward begins with the adapters' copy in the compute dtype.
-    """
+    """(fused, PEFT's own) [y, dx, dA, dB] of net's layer for the same x and the same incoming g."""
     layer = net.linear
     parameters = [p for p in layer.parameters() if p.requires_grad]
     grad = random(*x.shape[:-1], layer.out_features, seed=3, dtype=x.dtype)
@@ -266,7 +263,7 @@ def test_only_x_and_its_product_with_A_are_kept(nf4, dtype):
     while not isinstance(node, LoraLinear._backward_cls):
         node = node.next_functions[0][0]
     held = [v for v in vars(node).values() if isinstance(v, torch.Tensor)]
-    whole = adapters.flat if adapters.working is None else adapters.working
+    whole = adapters.flat if adapters.compute is None else adapters.compute
     start, end = whole.data_ptr(), whole.data_ptr() + whole.nbytes
     shared = [v for v in held if start <= v.data_ptr() < end]
     assert {v.shape for v in shared} == {(4, 96), (64, 4)} and len(shared) == 2
@@ -472,6 +469,7 @@ def test_in_bf16_the_whole_models_gradient_is_as_exact_as_pefts(monkeypatch):
         dice = torch.Generator().manual_seed(4)
         for _, view in adapters.views:
             view.normal_(std=0.05, generator=dice)
+        adapters.cast()
         return gradients(model, adapters, ids_BL)
 
     exact = one(torch.float32)  # 2^-24 beside 2^-9

@@ -60,6 +60,7 @@ def lively_adapters(model, **lora):
     for name, view in adapters.views:
         if "lora_B" in name:
             view.normal_(std=0.02, generator=dice)
+    adapters.cast()
     return adapters
 
 

@@ -1,13 +1,12 @@
-"""LoRA adapters: PEFT decides what they are, one flat buffer holds them.
+"""LoRA adapters: PEFT decides what they are, a flat buffer holds them.
 
-PEFT injects the LoRA layers, names them and fixes the file format, so that an adapter trained here
-is an adapter anywhere. What training touches is ours: every adapter weight is a view of one flat
-fp32 buffer, every gradient a view of another, so clipping and the optimizer handle one tensor
-instead of hundreds. And a layer that is plain LoRA runs `lora_linear` in place of PEFT's
-forward; DoRA, dropout and the like run PEFT's.
+PEFT injects the LoRA layers, names them and fixes the file format, so an adapter trained here is an
+adapter anywhere. What training touches is ours: all adapter weights are views of one flat buffer
+(flat.py), and a layer that is plain LoRA runs `lora_linear` in place of PEFT's forward. DoRA,
+dropout and other variants run PEFT's forward.
 
-The surprise: a name that the model lacks (`q_proj`, from Llama recipes) is no error to PEFT as long
-as another one matches, and half the layers stay without adapters. Here it is one.
+The surprise: a target that the model lacks (`q_proj`, from Llama recipes) is no error to PEFT as
+long as another target matches; half the layers then stay without adapters. Here it is an error.
 """
 
 import copy
@@ -17,52 +16,26 @@ from types import MethodType
 import torch
 from torch import nn
 
+from phogpt_raw.model.flat import FlatBuffer
 from phogpt_raw.model.lora import lora_linear
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 
 TARGETS = ("Wqkv", "out_proj", "up_proj", "down_proj")
-ALIGNMENT = 256  # elements; the 8-bit optimizer's block, so that no block spans two adapters
 PREFIX = "base_model.model."  # stock PEFT applies no key without it, and only warns
 
 
-class Adapters:
-    """The adapters of a model: `flat` is the one trainable parameter, fp32, `flat.grad` its twin.
+class Adapters(FlatBuffer):
+    """The adapters of a model in a FlatBuffer, and their files in PEFT's format.
 
-    `views` are (name, view of flat); `count` is the number of adapter weights. Where the model
-    computes in 16 bits, `working` is a copy of `flat` in these, made anew as each forward begins:
-    one cast in place of one a layer and use.
+    All parameters of `model` that require a gradient are adapters. Where `trainable` is False they
+    no longer do, and no gradient buffer is allocated: enough to decode.
     """
 
-    def __init__(self, model: PhoGPT):
+    def __init__(self, model: PhoGPT, trainable: bool = True):
         self.model = model
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        starts, end = [], 0
-        for _, p in named:
-            starts.append(end)
-            end += -(-p.numel() // ALIGNMENT) * ALIGNMENT
-        device = named[0][1].device
-        self.flat = nn.Parameter(torch.zeros(end, device=device))
-        self.flat.grad = torch.zeros(end, device=device)
-        self.working = None
-        if model.head.dtype != torch.float32:
-            self.working = torch.empty_like(self.flat, dtype=model.head.dtype)
-            model.register_forward_pre_hook(self.cast)
-        self.views = []
-        for (name, p), start in zip(named, starts, strict=True):
-            piece = slice(start, start + p.numel())
-            view = self.flat.data[piece].view_as(p)
-            p.data = view.copy_(p.data)
-            p.grad = self.flat.grad[piece].view_as(p)
-            if self.working is not None:
-                p.compute_copy = self.working[piece].view_as(p)
-            self.views.append((name, view))
-        self.count = sum(p.numel() for _, p in named)
-        self.cast()
-
-    def cast(self, *_) -> None:
-        if self.working is not None:
-            self.working.copy_(self.flat.detach())
+        super().__init__(named, model.head.dtype, trainable)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The adapters under PEFT's names, fp32."""
@@ -72,12 +45,15 @@ class Adapters:
         return {PREFIX + name: tensor for name, tensor in state.items()}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor], where: str) -> None:
-        """Copy `tensors` (PEFT's names) into the views; every name and shape must agree."""
-        mine = self.tensors()
-        for name in sorted(mine.keys() ^ tensors.keys()):
-            word = "lacks" if name in mine else "holds an unknown"
-            raise Refusal(f"{where}: {word} {name}; it was made for another model")
-        for name, view in mine.items():
+        """Copy `tensors` (PEFT's names) into the views; every name and shape must agree.
+
+        Raises Refusal that begins with `where` and names the tensor that does not.
+        """
+        own = self.tensors()
+        for name in sorted(own.keys() ^ tensors.keys()):
+            problem = "lacks" if name in own else "holds an unknown"
+            raise Refusal(f"{where}: {problem} {name}; it was made for another model")
+        for name, view in own.items():
             if view.shape != tensors[name].shape:
                 raise Refusal(f"{where}: {name} has shape {list(tensors[name].shape)}, this model "
                               f"needs {list(view.shape)}")
@@ -98,7 +74,10 @@ class Adapters:
         config.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Take over the weights of an adapter folder of the same configuration."""
+        """Load the weights of an adapter folder of the same configuration.
+
+        Raises Refusal where the file is missing, damaged or of other shapes.
+        """
         from safetensors.torch import load_file
 
         file = Path(folder) / "adapter_model.safetensors"
@@ -135,15 +114,17 @@ def new_adapters(
     ))
 
 
-def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None) -> Adapters:
+def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
+                  trainable: bool = True) -> Adapters:
     """Inject the adapters of a folder, with its own rank, alpha and targets.
 
     `base`: what they name as the model below when saved again; None leaves what they name now.
+    trainable=False is for decoding: no gradients, and no memory for them.
     """
     config = read_config(Path(folder))
     config.inference_mode = False
     config.base_model_name_or_path = base or config.base_model_name_or_path
-    adapters = inject(model, config)
+    adapters = inject(model, config, trainable)
     adapters.load(folder)
     return adapters
 
@@ -172,7 +153,11 @@ def read_config(folder: Path):
     return config
 
 
-def inject(model: PhoGPT, config) -> Adapters:
+def inject(model: PhoGPT, config, trainable: bool = True) -> Adapters:
+    """Put the LoRA layers that PEFT's `config` describes into the model.
+
+    Raises Refusal where a target is not in the model, or a bias would be trained in 16 bits.
+    """
     from peft import inject_adapter_in_model
 
     check_targets(model, config.target_modules)
@@ -181,9 +166,9 @@ def inject(model: PhoGPT, config) -> Adapters:
                       f"here in {str(model.head.dtype).removeprefix('torch.')}; use an adapter "
                       f"with bias \"none\", or --dtype fp32")
     inject_adapter_in_model(config, model)
-    model.train(model.training)  # the new layers too: theirs would drop out in an eval model
+    model.train(model.training)  # the new layers too: they begin in training mode, with dropout
     fuse(model)
-    return Adapters(model)
+    return Adapters(model, trainable)
 
 
 def fuse(model: PhoGPT) -> None:
@@ -209,7 +194,7 @@ def lora_forward(layer, x, *args, **kwargs):
 def plain_adapter(layer) -> str | None:
     """The name of the one adapter that `layer` applies, if it is LoRA and nothing more; else None.
 
-    Asked at each call: PEFT can disable, merge, exchange and add adapters at any time.
+    Checked at each call: PEFT can disable, merge, exchange and add adapters at any time.
     """
     active = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(active) != 1:

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     model, tokenizer = load_base(options.base)
     if str(options.adapter) != "-":
-        load_adapters(model, options.adapter)
+        load_adapters(model, options.adapter, trainable=False)
     pairs = held_out_pairs()
     answers, stopped = greedy_answers(model, tokenizer, [pair["prompt"] for pair in pairs])
     for pair, text in zip(pairs, answers, strict=True):

@@ -1,0 +1,72 @@
+"""Many small parameters as views of one flat buffer, their gradients as views of another.
+
+Clipping, the optimizer and an all-reduce then handle one tensor instead of hundreds. Parameters and
+gradients are fp32. Where the model computes in 16 bits, a third buffer holds the parameters in that
+dtype, so that one cast serves all layers and micro-batches.
+
+The surprise: that copy does not follow by itself. Whoever changes the parameters calls `cast`
+afterwards, once: after loading, and after each update by the optimizer. No forward does it, so
+decoding casts nothing for its tokens.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+ALIGNMENT = 256  # elements; the 8-bit optimizer's block, so that no block spans two parameters
+
+
+class FlatBuffer:
+    """Moves `named_parameters` (fp32, on one device) into one buffer.
+
+    flat: the one parameter, fp32 [N]. Where trainable, flat.grad is allocated at once, zero, and
+        each parameter's gradient is a view of it, into which autograd adds. Where not, neither flat
+        nor any of the parameters requires a gradient, and there is no gradient buffer.
+    compute: flat in `compute_dtype` as of the last `cast`, None where that is fp32. Each
+        parameter's view of it is its attribute `compute_copy`.
+    views: (name, fp32 view of flat) of each parameter, in order.
+    count: elements of all parameters, without the gaps that alignment leaves.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]],
+                 compute_dtype: torch.dtype, trainable: bool = True):
+        named = list(named_parameters)
+        places, size = aligned_places([p for _, p in named])
+        zeros = torch.zeros(size, device=named[0][1].device)
+        self.flat = nn.Parameter(zeros, requires_grad=trainable)
+        if trainable:
+            self.flat.grad = torch.zeros_like(zeros)
+        self.compute = None
+        if compute_dtype != torch.float32:
+            self.compute = torch.empty_like(zeros, dtype=compute_dtype)
+        self.views = []
+        for (name, p), place in zip(named, places, strict=True):
+            view = self.flat.data[place].view_as(p)
+            p.data = view.copy_(p.data)
+            p.requires_grad_(trainable)
+            if trainable:
+                p.grad = self.flat.grad[place].view_as(p)
+            if self.compute is not None:
+                p.compute_copy = self.compute[place].view_as(p)
+            self.views.append((name, view))
+        self.count = sum(p.numel() for _, p in named)
+        self.cast()
+
+    def cast(self) -> None:
+        """Refresh `compute` from `flat`; to be called after every change of the parameters."""
+        if self.compute is not None:
+            self.compute.copy_(self.flat.detach())
+
+
+def aligned_places(tensors: list[torch.Tensor]) -> tuple[list[slice], int]:
+    """Where each tensor lies in a flat buffer, and the buffer's size, both in elements.
+
+    >>> aligned_places([torch.empty(3, 5), torch.empty(300), torch.empty(1)])
+    ([slice(0, 15, None), slice(256, 556, None), slice(768, 769, None)], 1024)
+    """
+    places, end = [], 0
+    for tensor in tensors:
+        places.append(slice(end, end + tensor.numel()))
+        end += -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
+    return places, end
