@@ -185,15 +185,12 @@ def make_scale_code() -> None:
     functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
 
 
-# -- bitsandbytes 0.50: paged optimizer state
+# -- bitsandbytes 0.50: optimizer state
 
 
-def copy_to_pages(optimizer, value: torch.Tensor) -> torch.Tensor:
-    """A copy of `value` in CUDA's managed memory, known to the optimizer's page manager
-   ."""
-    from bitsandbytes import functional
+def make_state(optimizer, parameter: torch.nn.Parameter) -> None:
+    """Allocate the state of a bitsandbytes optimizer now; its first step would do the same.
 
-    page = functional.get_paged(*value.shape, dtype=value.dtype, device=value.device)
-    page.copy_(value.cpu())
-    optimizer.page_mng.paged_tensors.append(page)
-    return page
+    On a GPU the moments of a paged optimizer lie in CUDA's managed memory.
+    """
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)

@@ -244,32 +244,29 @@ def test_the_code_of_scales_is_made_on_the_cpu(monkeypatch):
         assert dequantise(weight).abs().max() > 1
 
 
-@pytest.mark.gpu
-def test_state_is_copied_into_pages_that_the_optimizer_knows():
-    with without_it("leave restored state in plain device memory in training/optim.py: correct, "
-                    f"but it cannot move to the host when the card is full; else {PIN}"):
-        flat = torch.nn.Parameter(torch.zeros(200_192, device="cuda"))
-        optimizer = bitsandbytes.optim.PagedAdamW8bit([flat])
-        value = torch.arange(200_192, device="cuda").to(torch.uint8)
-        page = private_apis.copy_to_pages(optimizer, value)
-        torch.cuda.synchronize()
-        assert page.is_paged and torch.equal(page.cpu(), value.cpu())
-        assert any(known is page for known in optimizer.page_mng.paged_tensors)
-
-
-def test_the_page_manager_exists():
-    with without_it(f"leave restored state in plain device memory in training/optim.py; else {PIN}"
-                    ):
-        flat = torch.nn.Parameter(torch.zeros(8))
-        assert isinstance(bitsandbytes.optim.AdamW8bit([flat]).page_mng.paged_tensors, list)
-        assert callable(bitsandbytes.functional.get_paged)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_state_of_an_8_bit_optimizer_is_made_before_its_first_step(device):
+    with without_it("let the first step make the state in training/optim.py: correct, but a step "
+                    f"that runs out of memory there cannot be done again; else {PIN}"):
+        flat = torch.nn.Parameter(torch.zeros(200_192, device=device))
+        kind = bitsandbytes.optim.PagedAdamW8bit if device == "cuda" else \
+            bitsandbytes.optim.AdamW8bit
+        optimizer = kind([flat], lr=1.0)
+        private_apis.make_state(optimizer, flat)
+        made = dict(optimizer.state[flat])
+        assert {"step", "state1", "state2", "absmax1", "absmax2"} <= made.keys()
+        assert getattr(made["state1"], "is_paged", False) == (device == "cuda")
+        flat.grad = torch.ones_like(flat)
+        optimizer.step()
+        assert all(optimizer.state[flat][name] is made[name] for name in ("state1", "absmax1"))
+        assert optimizer.state[flat]["step"] == 1 and (flat < -0.9).all()
 
 
 # -- nobody else
 
 # Names without an underscore that are private all the same.
 UNDOCUMENTED = {"quant_state", "absmax", "state2", "support_avx512bf16_for_cpu", "page_mng",
-                "paged_tensors", "name2qmap", "create_dynamic_map", "get_paged", "flop_registry"}
+                "paged_tensors", "init_state", "name2qmap", "create_dynamic_map", "get_paged", "flop_registry"}
 # Keys of the 8-bit optimizer's state_dict are its file format, and public: "state1", "state2".
 KEYS = {"state2"}
 

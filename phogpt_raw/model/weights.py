@@ -201,16 +201,32 @@ def read_bin(file: Path) -> dict[str, torch.Tensor]:
 
 
 def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device):
-    """Put one tensor where its name says: a block's linear weight as NF4, the rest in `dtype`."""
+    """Put one tensor where its name says: a block's linear weight as NF4, the rest in `dtype`.
+
+    Raises Refusal where it holds inf or nan there: every loss and every gradient would be too.
+    """
     path, kind = name.rsplit(".", 1)
     module = phogpt.get_submodule(path)
     if nf4 and kind == "weight" and isinstance(module, nn.Linear):
-        linear = nf4_linear(tensor, dtype, device, bias=module.bias)
+        there = tensor.to(device)
+        check_finite(there, name)
         parent, child = path.rsplit(".", 1)
+        linear = nf4_linear(there, dtype, device, bias=module.bias)
         setattr(phogpt.get_submodule(parent), child, linear)
     else:
         there = tensor.to(device, copy=True).to(dtype)  # cast on the device, not on the host
+        check_finite(there, name)
         module.register_parameter(kind, nn.Parameter(there, requires_grad=False))
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    if tensor.is_meta:
+        return
+    # The sum first: it needs no memory, and is finite unless a value is not (or the sum overflows).
+    if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+        raise Refusal(f"tensor {name} holds values that are not finite in "
+                      f"{str(tensor.dtype).removeprefix('torch.')}; fetch the checkpoint again, or "
+                      f"use another --dtype")
 
 
 def frozen(phogpt: PhoGPT, *, nf4: bool, device) -> PhoGPT:

@@ -18,12 +18,12 @@ from functools import cache, partial
 
 import torch
 from torch.nn.attention import SDPBackend
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from phogpt_raw import private_apis
 from phogpt_raw.data.batches import Window
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import frozen, place
+from phogpt_raw.private_apis import TorchDispatchMode, flop_registry, schema_of, storage_key
 from phogpt_raw.simulate.ledger import Op, Storage, Trace
 from phogpt_raw.training.optim import paged_bytes
 from phogpt_raw.training.step import Training, train_step
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
         self.phase = phase
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is aten._fused_sdp_choice.default:
+        if private_apis.is_attention_choice(func):
             return self.kernel.value
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -62,7 +62,7 @@ class Recorder(TorchDispatchMode):
     def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
         """Note a tensor's storage, if it is new; `kind` says what it is for."""
         whole = tensor.untyped_storage()
-        key = whole._cdata
+        key = storage_key(whole)
         if key in self.alive:
             self.alive[key][0].kind = self.alive[key][0].kind or kind
             return
@@ -112,11 +112,11 @@ def is_view(func) -> bool:
     """Whether an operation only looks at memory, or at nothing: no kernel runs."""
     if func.is_view or func in LOOKS or func.namespace == "profiler":
         return True
-    returns = func._schema.returns
+    returns = schema_of(func).returns
     return bool(returns) and all(r.alias_info and not r.alias_info.is_write for r in returns)
 
 
-LOOKS = {aten._unsafe_view.default, aten.empty.memory_format, aten.empty_like.default,
+LOOKS = {private_apis.unsafe_view(), aten.empty.memory_format, aten.empty_like.default,
          aten.empty_strided.default, aten.new_empty.default, aten.detach.default}
 PICKS = {aten.embedding.default, aten.gather.default, aten.index_select.default,
          aten.scatter_.src}
@@ -139,9 +139,9 @@ def moved(func, args, kwargs, made: list[torch.Tensor]) -> int:
     if func in PICKS:  # rows of a large tensor: what is picked is read and written
         return 2 * sum(map(touched, made if func is not aten.scatter_.src else [args[3]]))
     read = [*tensors(args), *tensors(kwargs.values())]
-    if func._schema.is_mutable:  # the results are among the arguments
+    if schema_of(func).is_mutable:  # the results are among the arguments
         made = []
-        written = [a for a, s in zip(args, func._schema.arguments, strict=False)
+        written = [a for a, s in zip(args, schema_of(func).arguments, strict=False)
                    if s.is_write and isinstance(a, torch.Tensor)]
         read += [] if func in OVERWRITES else written
     return sum(map(touched, read + made))
@@ -157,10 +157,7 @@ def touched(tensor: torch.Tensor) -> int:
 
 def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) -> PhoGPT:
     """The module tree of a loaded checkpoint, without its values."""
-    from bitsandbytes import functional as bnb
-
-    # It keeps the map of the first device that it quantises on for all others; not a meta one.
-    bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
+    private_apis.make_scale_code()  # on the CPU, before the first weight on the meta device
     with META:
         phogpt = PhoGPT(shape)
     for name, p in dict(phogpt.named_parameters()).items():
@@ -202,11 +199,10 @@ def name_residents(recorder: Recorder, training: Training) -> None:
     recorder.see(model.head, "embedding")
     recorder.see(model.slopes_H, "attention bias")
     for p in model.parameters():
-        state = getattr(p, "quant_state", None)
+        state = private_apis.nf4_state(p)
         if state is None:
             recorder.see(p, "plain weights" if p.dim() > 1 else "norms and biases")
             continue
         recorder.see(p, "NF4 weights")
-        for tensor in (state.absmax, state.code, state.offset, state.state2.absmax,
-                       state.state2.code):
+        for tensor in private_apis.nf4_fields(state).tensors():
             recorder.see(tensor, "NF4 constants")

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from phogpt_raw.private_apis import make_state
+
 
 def make_optimizer(flat: torch.nn.Parameter, kind: str, lr: float, weight_decay: float):
     """`paged_adamw_8bit` (plain 8-bit on the CPU, which has no pages) or 32-bit `adamw`.
@@ -30,7 +32,7 @@ def make_optimizer(flat: torch.nn.Parameter, kind: str, lr: float, weight_decay:
 
     kind = bnb.optim.PagedAdamW8bit if device == "cuda" else bnb.optim.AdamW8bit
     optimizer = kind([flat], **settings)
-    optimizer.init_state(optimizer.param_groups[0], flat, 0, 0)
+    make_state(optimizer, flat)
     return optimizer
 
 

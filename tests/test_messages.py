@@ -1,0 +1,57 @@
+"""All that a run shows passes through one function, so that a catalogue is a second language."""
+
+import ast
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+from phogpt_raw import messages
+from phogpt_raw.messages import _
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_doctest():
+    assert doctest.testmod(messages).failed == 0
+
+
+def test_a_catalogue_gives_the_text_and_keeps_the_values(monkeypatch):
+    monkeypatch.setitem(messages.CATALOGUE, "{n:,} rows of {file}", "{file}: {n:,} dòng")
+    assert _("{n:,} rows of {file}", n=1200, file="a.jsonl") == "a.jsonl: 1,200 dòng"
+    assert _("no entry for {it}", it="this") == "no entry for this"
+
+
+def texts() -> set[str]:
+    """Every English text that the sources pass to `_`."""
+    found = set()
+    for file in [ROOT / "train.py", *(ROOT / "phogpt_raw").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) \
+                    and node.func.id == "_":
+                assert isinstance(node.args[0], ast.Constant), f"{file}:{node.lineno}"
+                found.add(node.args[0].value)
+    return found
+
+
+class Marked(dict):
+    """A catalogue of no language: each text between ‹ and ›."""
+
+    def get(self, text, default):
+        return f"‹{text}›"
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_nothing_that_a_run_shows_bypasses_it(train, tmp_path, monkeypatch, flags):
+    """What is left outside the marks is names, values, rows of the data and answers."""
+    assert len(texts()) > 40
+    monkeypatch.setattr(messages, "CATALOGUE", Marked())
+    status, said, _error = train("--out", tmp_path / "run", "--max-len", 24, *flags)
+    assert status == 0 and said.count("‹") == said.count("›") > 10
+    while re.search(r"‹[^‹›]*›", said):  # the innermost first: a text is filled with others
+        said = re.sub(r"‹[^‹›]*›", "", said)
+    said = said.replace(str(tmp_path), "")
+    left = set(re.findall(r"(?<![\w/.-])[a-z]{3,}(?![\w/.-])", said))
+    commands = {"python"}
+    assert left <= commands, left

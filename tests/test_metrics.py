@@ -1,0 +1,100 @@
+"""metrics.jsonl: each step's own time, memory and loss; the time that is left."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ragged_examples
+
+from phogpt_raw.config import Config
+from phogpt_raw.data.batches import Window
+from phogpt_raw.show.console import Display
+from phogpt_raw.training import metrics as module
+from phogpt_raw.training.evaluate import Score
+from phogpt_raw.training.metrics import Metrics, StepRow
+from phogpt_raw.training.run import Run, RunState
+from phogpt_raw.training.step import StepStats
+
+
+def stats(loss=2.0, applied=True):
+    return StepStats(torch.tensor(loss), torch.tensor(0.5), torch.tensor(4096.0),
+                     torch.tensor(applied))
+
+
+def test_a_row_is_of_its_own_step(tmp_path, monkeypatch):
+    """The peak of a step does not stand on all later ones, and its time begins with `begin`."""
+    window, peaks = Window(ragged_examples(3), 3), iter([3 * 2**30, 2**30])
+    resets = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
+    metrics = Metrics(tmp_path, 0, forward=None)
+    time.sleep(0.05)
+    rows = []
+    for step in (1, 2):
+        metrics.begin()
+        rows.append(metrics.step(RunState(step=step, skipped=1), stats(), window, lr=0.1))
+    assert [row.peak_gib for row in rows] == [3.0, 1.0] and len(resets) == 2
+    assert all(window.tokens / row.tokens_per_s < 0.05 for row in rows)
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == [vars(row) for row in rows]
+    assert written[0] == dict(
+        step=1, loss=2.0, lr=0.1, grad_norm=0.5, tokens=window.supervised,
+        tokens_per_s=rows[0].tokens_per_s, peak_gib=3.0, scale=4096.0, skipped=1)
+
+
+def test_the_peak_of_graphs_is_theirs(monkeypatch):
+    class Graphs:
+        def peak_bytes(self):
+            return 5
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 4)
+    monkeypatch.setattr(module, "GraphedModel", Graphs)
+    assert module.peak_bytes(Graphs()) == 5
+    assert module.peak_bytes(object()) == 4
+
+
+def test_rows_after_the_checkpoint_are_dropped_when_a_run_resumes(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    Metrics(tmp_path, 2, None)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    Metrics(tmp_path, 0, None)
+    assert file.read_text() == ""
+
+
+# -- the time that is left
+
+
+def run_of(tmp_path, steps, eval_every, step=0):
+    run = Run(Config(out=str(tmp_path / "run"), eval_every=eval_every), steps)
+    run.state.step = step
+    return run
+
+
+@pytest.mark.parametrize("every", [0, 1, 3, 4, 7, 30])
+@pytest.mark.parametrize("step", [0, 1, 3, 8, 11, 12])
+def test_evaluations_that_are_still_due_are_counted(tmp_path, every, step):
+    run = run_of(tmp_path, 12, every, step)
+    expected = 0
+    for n in range(step + 1, 13):
+        run.state.step = n
+        expected += run.due(every)
+    run.state.step = step
+    assert run.still_due(every) == expected
+
+
+def test_the_time_left_counts_steps_and_evaluations(tmp_path):
+    run = run_of(tmp_path, 10, eval_every=5)
+    display = Display(run)
+    window = SimpleNamespace(tokens=100)
+    display.evaluation(Score(1.0, None, [], seconds=30.0))  # before the first step
+    for step in (1, 2):
+        run.state.step = step
+        display.step(StepRow(step, 1.0, 0.1, 1.0, 10, 50.0, None, 1.0, 0), window)
+    assert display.seconds_left() == pytest.approx(8 * 2.0 + 2 * 30.0)
+    run.state.step = 10
+    assert display.seconds_left() == 0
