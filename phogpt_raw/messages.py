@@ -10,6 +10,6 @@ one dictionary and not a rewrite. Values are filled in after the look-up, by nam
 CATALOGUE: dict[str, str] = {}  # English text -> the same text in the language shown
 
 
-def _(text: str, **values) -> str:
+def _(text: str, /, **values) -> str:
     """`text` in the language shown, with its {fields} filled in by `values`."""
     return CATALOGUE.get(text, text).format(**values)

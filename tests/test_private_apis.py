@@ -266,7 +266,8 @@ def test_state_of_an_8_bit_optimizer_is_made_before_its_first_step(device):
 
 # Names without an underscore that are private all the same.
 UNDOCUMENTED = {"quant_state", "absmax", "state2", "support_avx512bf16_for_cpu", "page_mng",
-                "paged_tensors", "init_state", "name2qmap", "create_dynamic_map", "get_paged", "flop_registry"}
+                "paged_tensors", "init_state", "name2qmap", "create_dynamic_map", "get_paged",
+                "flop_registry"}
 # Keys of the 8-bit optimizer's state_dict are its file format, and public: "state1", "state2".
 KEYS = {"state2"}
 

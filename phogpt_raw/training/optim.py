@@ -60,13 +60,13 @@ def lr_at(step: int, steps: int, peak: float, warmup: int, floor: float) -> floa
 def load_state(optimizer, saved: dict) -> None:
     """Copy a saved state_dict into the optimizer's own tensors, which stay where they are."""
     own = {flat: dict(values) for flat, values in optimizer.state.items()}
-    settings = [{k: v for k, v in group.items() if k != "params"}
-                for group in optimizer.param_groups]
+    fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for flat, values in own.items():
         loaded = optimizer.state[flat]
         for name, tensor in values.items():
             if isinstance(tensor, torch.Tensor):
                 loaded[name] = tensor.copy_(loaded[name])
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
+    for group, kind in zip(optimizer.param_groups, fused, strict=True):
+        if kind is not None:  # an older checkpoint's was not, with temporaries of its own
+            group["fused"] = kind

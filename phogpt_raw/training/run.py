@@ -95,7 +95,9 @@ class Run:
         """
         state = self.state
         if state.step == 0:
-            state.first = dataclasses.asdict(score) if score else {}
+            if score:
+                state.first = dict(val_loss=score.val_loss, stops=score.stops,
+                                   answers=score.answers)
         elif score is None or score.val_loss < state.best_loss:
             state.best_loss = score.val_loss if score else math.inf
             state.best_step = state.step
