@@ -29,7 +29,7 @@ from phogpt_raw.model.attention import (
     kernel,
 )
 from phogpt_raw.model.phogpt import ModelConfig
-from phogpt_raw.model.recompute import remade
+from phogpt_raw.model.recompute import recomputed
 from phogpt_raw.refusal import Refusal
 
 # Documents of two rows of 7: right padding (document 9) behind two packed ones, left padding.
@@ -252,7 +252,7 @@ def test_blocks_need_no_gradient():
     assert torch.equal(out, attend(q, k, v, blocks, None))
 
 
-@pytest.mark.parametrize("around", ["checkpoint", "remade", "both"])
+@pytest.mark.parametrize("around", ["checkpoint", "recomputed", "both"])
 @PACKED
 def test_blocks_give_the_same_gradients_recomputed_and_under_hooks(around, packed):
     """To the bit: the same operations on the same numbers, only kept elsewhere."""
@@ -263,11 +263,11 @@ def test_blocks_give_the_same_gradients_recomputed_and_under_hooks(around, packe
         return attend(q.tanh(), k, v, bias, None)
 
     def hooked(q, k, v):
-        with remade(torch.tanh, q) as changed:
+        with recomputed(torch.tanh, q) as changed:
             return attend(changed, k, v, bias, None)
 
     inner = plain if around == "checkpoint" else hooked
-    outer = inner if around == "remade" else \
+    outer = inner if around == "recomputed" else \
         lambda *qkv: checkpoint(inner, *qkv, use_reentrant=False)
     expected = values_and_gradients(plain, q, k, v)
     for mine, wanted in zip(values_and_gradients(outer, q, k, v), expected, strict=True):
@@ -292,8 +292,7 @@ def test_a_model_of_blocks_is_the_model_of_whole_rows(monkeypatch, recompute, pa
 
     def gradients(depth):
         model.zero_grad()
-        model.recompute = depth
-        model.logits(model(ids_BL, doc_BL)).square().mean().backward()
+        model.logits(model(ids_BL, doc_BL, recompute=depth)).square().mean().backward()
         return [p.grad.clone() for p in model.parameters()]
 
     wanted = gradients(0)

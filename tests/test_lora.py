@@ -417,10 +417,10 @@ def test_linears_of_other_kinds_are_left_alone():
 # -- whole models
 
 
-def gradients(model, adapters, ids_BL):
+def gradients(model, adapters, ids_BL, recompute=0):
     """Logits, and the flat gradient of the text's own loss."""
     adapters.flat.grad.zero_()
-    logits_BLV = model.logits(model(ids_BL))
+    logits_BLV = model.logits(model(ids_BL, recompute=recompute))
     loss = nn.functional.cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(),
                                        ids_BL[:, 1:].flatten())
     loss.backward()
@@ -441,15 +441,15 @@ def test_nano_gives_what_it_gives_with_pefts_forward(monkeypatch, nf4, recompute
     enliven(model)
     adapters.flat.data.mul_(0.1)
     assert all(plain_adapter(m) for m in model.modules() if hasattr(m, "lora_A"))
-    model.train().recompute = recompute
+    model.train()
     text = "Phở bò là món nước có bánh phở, thịt bò và nước dùng ninh từ xương, ăn với rau thơm."
     ids_BL = torch.tensor([tokenizer(text)["input_ids"]])
     calls = calls_fused(monkeypatch)
-    logits, grad = gradients(model, adapters, ids_BL)
+    logits, grad = gradients(model, adapters, ids_BL, recompute)
     count = 4 * model.config.n_layers
     assert len(calls) == count + 4 * recompute
     own_logits, own_grad = with_pefts_own(
-        monkeypatch, lambda: gradients(model, adapters, ids_BL))
+        monkeypatch, lambda: gradients(model, adapters, ids_BL, recompute))
     assert len(calls) == count + 4 * recompute
     for got, wanted in ((logits, own_logits), (grad, own_grad)):
         assert (got - wanted).norm() <= 1e-5 * wanted.norm()

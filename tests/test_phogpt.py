@@ -169,11 +169,11 @@ def test_gradient_on_a_middle_activation_is_the_oracles(recompute):
     """
     config = small_config(6, 8, 3)
     model, other = (m.requires_grad_(False) for m in twins(config))
-    model.recompute = recompute
     ids_BL, doc_BL, real_BL = padded(config, "right")
     expected = middle_gradient(other, ids_BL, lambda: other(ids_BL, attention_mask=real_BL.long()
                                                             ).logits, real_BL)
-    got = middle_gradient(model, ids_BL, lambda: model.logits(model(ids_BL, doc_BL)), real_BL)
+    got = middle_gradient(model, ids_BL, lambda: model.logits(
+        model(ids_BL, doc_BL, recompute=recompute)), real_BL)
     # Relative to the largest entry: fp32 sums in two orders, through two blocks.
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
@@ -194,21 +194,20 @@ def middle_gradient(model, ids_BL, logits, real_BL):
 
 @pytest.mark.parametrize("recompute", [1, 2, 3])
 def test_gradients_are_the_same_however_much_is_recomputed(recompute):
-    """Bit for bit: the same operations on the same numbers, only later."""
+    """Bit for bit: the same operations on the same values, only later."""
     config = small_config(6, 8, 3)
     model = ours(config, lively_tensors(config)).train()
     ids_BL, doc_BL, _ = padded(config, "left")
 
     def gradients(depth):
-        model.recompute = depth
         model.zero_grad()
-        loss = next_token_loss(model.logits(model(ids_BL, doc_BL)), ids_BL)
+        loss = next_token_loss(model.logits(model(ids_BL, doc_BL, recompute=depth)), ids_BL)
         loss.backward()
         return loss.detach(), [p.grad.clone() for p in model.parameters()]
 
-    (loss, kept), (same_loss, remade) = gradients(0), gradients(recompute)
+    (loss, saved), (same_loss, recomputed) = gradients(0), gradients(recompute)
     assert torch.equal(loss, same_loss)
-    for a, b in zip(kept, remade, strict=True):
+    for a, b in zip(saved, recomputed, strict=True):
         assert torch.equal(a, b)
 
 
@@ -219,11 +218,10 @@ def test_recomputed_blocks_keep_less_for_backward():
 
     def kept_elements(depth):
         storages = {}
-        model.recompute = depth
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
         ):
-            hidden = model(ids_BL)
+            hidden = model(ids_BL, recompute=depth)
         assert hidden.requires_grad
         return sum(t.numel() for t in storages.values())
 

@@ -1,7 +1,7 @@
-"""Norms and GELU made again in backward: the same gradients to the bit, from fewer kept bytes.
+"""Norms and GELU recomputed in backward: the same gradients to the bit, from fewer saved bytes.
 
-The judge is the same model with `remade` replaced by a plain call; whatever autograd keeps then,
-and whatever it computes from it, is what a remake has to give.
+The reference is the same model with `recomputed` replaced by a plain call, whose output autograd
+saves.
 """
 
 import contextlib
@@ -22,27 +22,27 @@ from torch.utils.checkpoint import checkpoint
 
 from phogpt_raw.data.batches import make_window
 from phogpt_raw.model import attention, phogpt
-from phogpt_raw.model import recompute as remake
+from phogpt_raw.model import recompute as module
 from phogpt_raw.model.adapters import TARGETS, new_adapters
-from phogpt_raw.model.recompute import remade
+from phogpt_raw.model.recompute import recomputed
 from phogpt_raw.model.weights import load_base
-from phogpt_raw.training.step import make_micro_step, make_scaler
+from phogpt_raw.training.loss import summed_loss
 
 INPLACE = "modified by an inplace operation"
 
 
-def kept(function, *inputs):
-    """Instead of `remade`: a plain call, whose output autograd keeps."""
+def saved(function, *inputs):
+    """Instead of `recomputed`: a plain call, whose output autograd saves."""
     return contextlib.nullcontext(function(*inputs))
 
 
 @pytest.fixture
-def without_remake(monkeypatch):
-    """A function that runs another with every remake of the model replaced by a plain call."""
+def with_all_saved(monkeypatch):
+    """A function that runs another with `recomputed` in the model replaced by a plain call."""
 
-    def run(function, *args, instead=kept):
+    def run(function, *args, instead=saved):
         with monkeypatch.context() as patch:
-            patch.setattr(phogpt, "remade", instead)
+            patch.setattr(phogpt, "recomputed", instead)
             return function(*args)
 
     return run
@@ -70,12 +70,14 @@ def small(layers=2, **lora):
     return model, lively_adapters(model, **lora)
 
 
-def window_gradient(model, adapters, window):
+def window_gradient(model, adapters, window, recompute=0):
     """The flat gradient of a window, its micro-batches accumulated as the step does it."""
     adapters.flat.grad.zero_()
-    micro_step = make_micro_step(model, make_scaler(torch.float32, "cpu"), chunk=64)
     for batch in window.batches:
-        micro_step(batch, torch.tensor(float(window.supervised)))
+        hidden_BLD = model(batch.ids_BL, batch.doc_BL, recompute=recompute)
+        hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.rows_T)
+        loss = summed_loss(hidden_TD, model.head, batch.targets_T, chunk=64)
+        (loss / window.supervised).backward()
     return adapters.flat.grad.clone()
 
 
@@ -85,20 +87,19 @@ def window_gradient(model, adapters, window):
 @pytest.mark.parametrize("recompute", [0, 1, 99], ids=lambda n: f"recompute-{n}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
-def test_adapter_gradients_are_the_same_to_the_bit(without_remake, nf4, dtype, recompute):
+def test_adapter_gradients_are_the_same_to_the_bit(with_all_saved, nf4, dtype, recompute):
     model, adapters = nano(nf4, dtype)
-    model.recompute = recompute
     window = make_window(ragged_examples(3, longest=20), 2, pad_id=3)
     assert len(window.batches) == 2
-    expected = without_remake(window_gradient, model, adapters, window)
+    expected = with_all_saved(window_gradient, model, adapters, window, recompute)
     assert expected.norm() > 1e-3
-    assert torch.equal(window_gradient(model, adapters, window), expected)
+    assert torch.equal(window_gradient(model, adapters, window, recompute), expected)
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("Wqkv",), ("down_proj",), ("out_proj", "up_proj")],
                          ids="+".join)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_adapter_gradients_are_the_same_wherever_adapters_are(without_remake, targets, dropout):
+def test_adapter_gradients_are_the_same_wherever_adapters_are(with_all_saved, targets, dropout):
     model, adapters = small(targets=targets, dropout=dropout)
     ids_BL = random_ids(small_config(6), 2, 15)
 
@@ -108,15 +109,15 @@ def test_adapter_gradients_are_the_same_wherever_adapters_are(without_remake, ta
         model.logits(model(ids_BL)).square().mean().backward()
         return adapters.flat.grad.clone()
 
-    expected = without_remake(gradient)
+    expected = with_all_saved(gradient)
     assert expected.norm() > 0
     assert torch.equal(gradient(), expected)
 
 
-def all_gradients(model, ids_BL):
+def all_gradients(model, ids_BL, recompute=0):
     model.zero_grad()
-    F.cross_entropy(model.logits(model(ids_BL))[:, :-1].flatten(0, 1).float(),
-                    ids_BL[:, 1:].flatten()).backward()
+    logits_BLV = model.logits(model(ids_BL, recompute=recompute))
+    F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), ids_BL[:, 1:].flatten()).backward()
     return [p.grad for p in model.parameters()]
 
 
@@ -124,36 +125,34 @@ def all_gradients(model, ids_BL):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("fields", [{}, dict(no_bias=True, attn_config=dict(clip_qkv=0.3))],
                          ids=["biases", "clipped"])
-def test_every_parameters_gradient_is_the_same_to_the_bit(without_remake, fields, dtype, recompute):
-    """Here every linear keeps its input for its own weight, and the norms are trained too."""
+def test_every_parameters_gradient_is_the_same_to_the_bit(with_all_saved, fields, dtype, recompute):
+    """Here every linear saves its input for its own weight, and the norms are trained too."""
     config = small_config(6, 8, 3, **fields)
     model = ours(config, lively_tensors(config), dtype).train()
-    model.recompute = recompute
     ids_BL = random_ids(config, 3, 24)
-    expected = without_remake(all_gradients, model, ids_BL)
-    for a, b in zip(all_gradients(model, ids_BL), expected, strict=True):
+    expected = with_all_saved(all_gradients, model, ids_BL, recompute)
+    for a, b in zip(all_gradients(model, ids_BL, recompute), expected, strict=True):
         assert a.abs().max() > 0 and torch.equal(a, b)
 
 
-def test_a_block_used_twice_has_the_same_gradient(without_remake):
+def test_a_block_used_twice_has_the_same_gradient(with_all_saved):
     config = small_config(6, 8, 2)
     model = ours(config, lively_tensors(config)).train()
     model.transformer.blocks[1] = model.transformer.blocks[0]
     ids_BL = random_ids(config, 2, 12)
-    expected = without_remake(all_gradients, model, ids_BL)
+    expected = with_all_saved(all_gradients, model, ids_BL)
     for a, b in zip(all_gradients(model, ids_BL), expected, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])
-def test_backward_twice_over_one_graph(without_remake, recompute):
+def test_backward_twice_over_one_graph(with_all_saved, recompute):
     model, adapters = small()
-    model.recompute = recompute
     ids_BL = random_ids(small_config(6), 2, 15)
 
     def gradients():
         adapters.flat.grad.zero_()
-        loss = model.logits(model(ids_BL)).square().mean()
+        loss = model.logits(model(ids_BL, recompute=recompute)).square().mean()
         loss.backward(retain_graph=True)
         once = adapters.flat.grad.clone()
         loss.backward()
@@ -161,7 +160,7 @@ def test_backward_twice_over_one_graph(without_remake, recompute):
 
     once, twice = gradients()
     assert once.norm() > 0 and torch.equal(twice, 2 * once)
-    for a, b in zip((once, twice), without_remake(gradients), strict=True):
+    for a, b in zip((once, twice), with_all_saved(gradients), strict=True):
         assert torch.equal(a, b)
 
 
@@ -170,21 +169,21 @@ def test_backward_twice_over_one_graph(without_remake, recompute):
     lambda f, x: f(x) if f is F.gelu else F.layer_norm(x, x.shape[-1:], f.weight, f.bias, eps=1e-3),
     lambda f, x: f(x) if f is F.gelu else F.layer_norm(x, x.shape[-1:], f.weight, None, f.eps),
 ], ids=["tanh's GELU", "another epsilon", "no bias"])
-def test_a_wrong_remake_would_be_noticed(without_remake, wrong):
-    """The comparison to the bit is not of two gradients that a remake has no part in."""
+def test_a_wrong_recomputation_would_be_noticed(with_all_saved, wrong):
+    """The comparison to the bit is not of two gradients in which recomputation has no part."""
     model, adapters = small()
     window = make_window(ragged_examples(2, longest=20, vocabulary=256), 2, pad_id=3)
     expected = window_gradient(model, adapters, window)
 
     def planted(function, x):
-        return remade(
+        return recomputed(
             lambda x: function(x) if torch.is_grad_enabled() else wrong(function, x), x)
 
-    assert not torch.equal(without_remake(window_gradient, model, adapters, window,
+    assert not torch.equal(with_all_saved(window_gradient, model, adapters, window,
                                           instead=planted), expected)
 
 
-# -- what is kept
+# -- what is saved
 
 
 def storages(tree):
@@ -212,9 +211,9 @@ class Alive(TorchDispatchMode):
         return sum(size for ref, size in self.made.values() if not ref.expired())
 
 
-def bytes_kept(model, ids_BL):
+def bytes_saved(model, ids_BL, recompute=0):
     with Alive() as alive:
-        hidden_BLD = model(ids_BL)
+        hidden_BLD = model(ids_BL, recompute=recompute)
     assert hidden_BLD.requires_grad
     return alive.nbytes()
 
@@ -222,76 +221,76 @@ def bytes_kept(model, ids_BL):
 ROWS, LENGTH, HEADS, WIDTH, RANK = 3, 32, 6, 8, 4
 TOKENS, D = ROWS * LENGTH, HEADS * WIDTH
 ACTIVATION = TOKENS * D * 4  # bytes of u, one fp32 activation of width d
-# What a block keeps besides activations, fp32: mean and reciprocal deviation of two norms, the
+# What a block saves besides activations, fp32: mean and reciprocal deviation of two norms, the
 # softmax statistics of each head, and the four adapters' A x.
 BESIDES = 4 * (2 * 2 * TOKENS + HEADS * TOKENS + 4 * RANK * TOKENS)
 
 
-def test_a_block_keeps_ten_activations_instead_of_sixteen(without_remake):
+def test_a_block_saves_ten_activations_instead_of_sixteen(with_all_saved):
     """Both: two norms' inputs 2, qkv 3, attention's output 1, up-projection's output 4. A plain
-    block as well: two norms' outputs 2, GELU's output 4. Counted as what one block more keeps."""
+    block as well: two norms' outputs 2, GELU's output 4. Counted as what one more block saves."""
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
 
     def block_bytes():
-        three, two = (bytes_kept(small(layers, rank=RANK)[0], ids_BL) for layers in (3, 2))
+        three, two = (bytes_saved(small(layers, rank=RANK)[0], ids_BL) for layers in (3, 2))
         return three - two
 
-    assert without_remake(block_bytes) == 16 * ACTIVATION + BESIDES
+    assert with_all_saved(block_bytes) == 16 * ACTIVATION + BESIDES
     assert block_bytes() == 10 * ACTIVATION + BESIDES
 
 
-def test_the_first_block_keeps_its_norms_output_and_not_the_embedding(without_remake):
-    """A frozen embedding's rows are kept by nothing else: one activation for the other, and no
-    gain. So three blocks keep 17 activations less, not 18."""
+def test_the_first_block_saves_its_norms_output_and_not_the_embedding(with_all_saved):
+    """A frozen embedding's rows are saved by nothing else: one activation for the other, and no
+    gain. So three blocks save 17 activations less, not 18."""
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
     model, _ = small(3)
-    assert without_remake(bytes_kept, model, ids_BL) - bytes_kept(model, ids_BL) == 17 * ACTIVATION
+    plain = with_all_saved(bytes_saved, model, ids_BL)
+    assert plain - bytes_saved(model, ids_BL) == 17 * ACTIVATION
 
 
 @pytest.mark.parametrize("recompute", [1, 2, 3])
-def test_a_recomputed_block_keeps_no_more_than_without_remake(without_remake, recompute):
-    """Hooks inside a checkpoint hide tensors from it unless they hand them on."""
+def test_a_checkpointed_block_saves_no_more_than_a_plain_one(with_all_saved, recompute):
+    """Hooks inside a checkpoint hide tensors from it unless they pass them on."""
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
     model, _ = small(3)
-    model.recompute = recompute
-    plain, now = without_remake(bytes_kept, model, ids_BL), bytes_kept(model, ids_BL)
+    plain = with_all_saved(bytes_saved, model, ids_BL, recompute)
+    now = bytes_saved(model, ids_BL, recompute)
     assert plain - now == 6 * (3 - recompute) * ACTIVATION
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "checkpoint"])
-def test_a_forward_that_keeps_nothing_needs_no_more_on_its_way(without_remake, gradients):
+def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, gradients):
     """The GELU's input, four activations, goes before the down-projection, as in a plain call."""
     config = small_config(HEADS, WIDTH)
     ids_BL = random_ids(config, ROWS, LENGTH)
     model = ours(config, lively_tensors(config)).train()  # PEFT's own layers would need still more
-    model.recompute = 2
 
     def peak():
         with torch.set_grad_enabled(gradients), Alive() as alive:
-            model(ids_BL)
+            model(ids_BL, recompute=2)
         return alive.peak
 
-    plain = without_remake(peak)
+    plain = with_all_saved(peak)
     assert plain > 10 * ACTIVATION and peak() == plain
 
 
-def test_it_runs_on_fake_tensors(without_remake, monkeypatch):
+def test_it_runs_on_fake_tensors(with_all_saved, monkeypatch):
     """So nothing in it reads a value or depends on one: it can be captured as a CUDA graph."""
-    # Of fake tensors torch names no fused kernel; which one it is depends on no value either.
+    # For fake tensors torch names no fused kernel; which one it is depends on no value either.
     monkeypatch.setattr(attention, "kernel", lambda *_: SDPBackend.FLASH_ATTENTION)
     config = small_config(6)
     with FakeTensorMode():
         model = phogpt.PhoGPT(phogpt.ModelConfig.from_json(config)).train()
         ids_BL = torch.zeros(2, 7, dtype=torch.long)
         calls = []
-        for remake_or_not in (kept, remade):
-            def counted(function, *inputs, remake_or_not=remake_or_not):
+        for context in (saved, recomputed):
+            def counted(function, *inputs, context=context):
                 def call(*tensors):
-                    calls.append(remake_or_not)
+                    calls.append(context)
                     return function(*tensors)
-                return remake_or_not(call, *inputs)
-            without_remake(all_gradients, model, ids_BL, instead=counted)
-    assert calls.count(kept) == 6 and calls.count(remade) == 12
+                return context(call, *inputs)
+            with_all_saved(all_gradients, model, ids_BL, instead=counted)
+    assert calls.count(saved) == 6 and calls.count(recomputed) == 12
 
 
 @pytest.mark.parametrize("recompute", [0, 2])
@@ -299,13 +298,12 @@ def test_it_runs_on_fake_tensors(without_remake, monkeypatch):
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 def test_nothing_lives_on_and_no_cycle_holds_it(adapted, nf4, backward, recompute):
     model, adapters = adapted(nf4=nf4)
-    model.recompute = recompute
     adapters.flat.grad.zero_()
     gc.collect()
     gc.disable()
     try:
         with Alive() as alive:
-            loss = model(torch.tensor([[5, 6, 7, 8]])).square().sum()
+            loss = model(torch.tensor([[5, 6, 7, 8]]), recompute=recompute).square().sum()
             during = alive.nbytes()
             if backward:
                 loss.backward()
@@ -317,7 +315,7 @@ def test_nothing_lives_on_and_no_cycle_holds_it(adapted, nf4, backward, recomput
 
 def test_no_hooks_where_there_are_no_gradients(monkeypatch):
     model, _ = small()
-    monkeypatch.setattr(remake, "saved_tensors_hooks", None)
+    monkeypatch.setattr(module, "saved_tensors_hooks", None)
     with torch.no_grad():
         model(random_ids(small_config(6), 1, 5), cache=model.new_cache(1, 5))
         model(random_ids(small_config(6), 1, 5))
@@ -325,7 +323,7 @@ def test_no_hooks_where_there_are_no_gradients(monkeypatch):
         model(random_ids(small_config(6), 1, 5))
 
 
-# -- one remake, alone
+# -- `recomputed` alone
 
 
 class Double:
@@ -340,7 +338,7 @@ class Double:
 
 
 class SavesBoth(torch.autograd.Function):
-    """sum((x W) (x W)) / 2 by hand, keeping its input and a view of it."""
+    """sum((x W) (x W)) / 2 by hand, saving its input and a view of it."""
 
     @staticmethod
     def forward(ctx, x_BLD, w_DK):
@@ -366,9 +364,9 @@ def w_DK():
     return torch.randn(8, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
 
-def test_savers_of_the_output_and_its_views_share_one_call_a_backward(x_BLD, w_DK):
+def test_users_of_the_output_and_its_views_share_one_call_a_backward(x_BLD, w_DK):
     double = Double()
-    with Alive() as alive, remade(double, x_BLD) as y:
+    with Alive() as alive, recomputed(double, x_BLD) as y:
         loss = SavesBoth.apply(y, w_DK) + F.linear(y, w_DK.T).sum()
         loss = loss + (y[:, 1::2] * w_DK.sum()).square().sum()
         made = alive.made[y.untyped_storage()._cdata][0]
@@ -386,9 +384,9 @@ def test_savers_of_the_output_and_its_views_share_one_call_a_backward(x_BLD, w_D
 
 
 def test_a_partial_backward_leaves_the_next_one_right(x_BLD, w_DK):
-    """One saver of two asks, so the output waits for the other; then both ask."""
+    """One user of two asks, so the output waits for the other; then both ask."""
     double = Double()
-    with remade(double, x_BLD) as y:
+    with recomputed(double, x_BLD) as y:
         one, two = (y @ w_DK).sum(), (y * y).sum()
     torch.autograd.grad(one, w_DK, retain_graph=True)
     (gradient,) = torch.autograd.grad(one + two, x_BLD)
@@ -396,17 +394,17 @@ def test_a_partial_backward_leaves_the_next_one_right(x_BLD, w_DK):
 
 
 def test_second_derivatives_go_through(x_BLD):
-    with remade(torch.exp, x_BLD) as y:
+    with recomputed(torch.exp, x_BLD) as y:
         loss = (y * y).sum()
     (first,) = torch.autograd.grad(loss, x_BLD, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x_BLD)
     torch.testing.assert_close(second, 4 * (2 * x_BLD.detach()).exp())
 
 
-def test_only_the_very_tensor_is_remade(x_BLD, w_DK):
-    """Copies are kept, and so is the output once it was changed in place."""
+def test_only_the_very_tensor_is_recomputed(x_BLD, w_DK):
+    """Copies are saved, and so is the output once it was changed in place."""
     double = Double()
-    with remade(double, x_BLD) as y:
+    with recomputed(double, x_BLD) as y:
         loss = (y.clone() @ w_DK).sum() + (y.double() @ w_DK.double()).sum()
         y.add_(1)
         loss = loss + (y @ w_DK).sum()
@@ -417,16 +415,16 @@ def test_only_the_very_tensor_is_remade(x_BLD, w_DK):
 
 
 def test_a_change_to_the_output_after_it_was_saved_does_no_harm(x_BLD, w_DK):
-    with remade(Double(), x_BLD) as y:
+    with recomputed(Double(), x_BLD) as y:
         loss = (y @ w_DK).sum()
     y.zero_()
     loss.backward()
     torch.testing.assert_close(w_DK.grad, (2 * x_BLD.detach()).sum((0, 1))[:, None].expand(8, 3))
 
 
-def test_views_as_another_type_are_kept(x_BLD):
+def test_views_as_another_type_are_saved(x_BLD):
     double = Double()
-    with remade(double, x_BLD) as y:
+    with recomputed(double, x_BLD) as y:
         z = torch.view_as_complex(y.unflatten(-1, (4, 2)))
         loss = (z * z).real.sum()
     loss.backward()
@@ -435,21 +433,21 @@ def test_views_as_another_type_are_kept(x_BLD):
 
 
 @pytest.mark.parametrize("what", ["input", "a view of it", "norm's weight", "norm's bias",
-                                  "tensor let pass"])
+                                  "tensor passed on"])
 def test_a_change_in_place_before_backward_raises(x_BLD, w_DK, what):
     norm, given = nn.LayerNorm(8).requires_grad_(False), x_BLD * 1
-    with remade(norm, given) as y:
+    with recomputed(norm, given) as y:
         z = y @ w_DK
         loss = (z * z).sum()
     changed = {"input": given, "a view of it": given[1:], "norm's weight": norm.weight,
-               "norm's bias": norm.bias, "tensor let pass": z}[what]
+               "norm's bias": norm.bias, "tensor passed on": z}[what]
     with torch.no_grad():
         changed.add_(1)
     with pytest.raises(RuntimeError, match=INPLACE):
         loss.backward()
 
 
-def test_hooks_further_out_see_what_is_let_pass(x_BLD, w_DK):
+def test_hooks_outside_see_what_is_passed_on(x_BLD, w_DK):
     """A checkpoint's are such; here some that count, and give everything back negated twice."""
     seen = []
 
@@ -457,9 +455,10 @@ def test_hooks_further_out_see_what_is_let_pass(x_BLD, w_DK):
         seen.append(tuple(tensor.shape))
         return -tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, torch.neg), remade(Double(), x_BLD) as y:
+    outside = torch.autograd.graph.saved_tensors_hooks(pack, torch.neg)
+    with outside, recomputed(Double(), x_BLD) as y:
         loss = (y @ w_DK).exp().sum()
-    assert (2, 5, 3) in seen and (8, 3) in seen  # what exp and the product keep
+    assert (2, 5, 3) in seen and (8, 3) in seen  # what exp and the product save
     assert (10, 8) not in seen and seen.count((2, 5, 8)) == 1  # the input alone, not the output
     loss.backward()
     w = w_DK.detach().requires_grad_()
@@ -467,10 +466,10 @@ def test_hooks_further_out_see_what_is_let_pass(x_BLD, w_DK):
     assert torch.equal(w_DK.grad, w.grad)
 
 
-def test_inside_a_checkpoint_the_input_is_let_go(x_BLD, w_DK):
+def test_inside_a_checkpoint_the_input_is_freed(x_BLD, w_DK):
     def run(x):
-        x = x.exp()  # made inside, so the checkpoint should not keep it
-        with remade(Double(), x) as y:
+        x = x.exp()  # made inside, so the checkpoint should not save it
+        with recomputed(Double(), x) as y:
             return (y @ w_DK).square().sum()
 
     with Alive() as alive:

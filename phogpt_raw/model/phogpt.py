@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from phogpt_raw.model.attention import Bias, alibi_slopes, attend
 from phogpt_raw.model.cache import Cache
-from phogpt_raw.model.recompute import remade
+from phogpt_raw.model.recompute import recomputed
 from phogpt_raw.refusal import Refusal
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What of VinAI's config.json decides the numbers; the rest of it is checked by `from_json`."""
+    """The fields of VinAI's config.json that decide values; `from_json` checks all others."""
 
     d_model: int
     n_heads: int
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         qkv = self.Wqkv(x_BLD)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
-        # parted along an inner axis: backward then joins the gradients in qkv's own layout
+        # split along an inner axis: backward then joins the gradients in the layout of qkv
         parts = rearrange(qkv, "b l (three h k) -> b l three h k", three=3, h=self.heads).unbind(2)
         q, k, v = (rearrange(part, "b l h k -> b h l k") for part in parts)
         if cache is not None:
@@ -124,14 +124,14 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.expansion_ratio * d, d, bias=bias)
 
     def forward(self, x_BLD):
-        with remade(F.gelu, self.up_proj(x_BLD)) as wide:  # the exact GELU, not tanh's
+        with recomputed(F.gelu, self.up_proj(x_BLD)) as wide:  # the exact GELU, not tanh's
             return self.down_proj(wide)
 
 
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x)).
 
-    Backward makes the norms' and the GELU's outputs again, they are not kept (remake.py).
+    Backward recomputes the outputs of the norms and of the GELU; they are not saved (recompute.py).
     """
 
     def __init__(self, config: ModelConfig):
@@ -143,23 +143,18 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, x_BLD, bias, cache=None):
-        with remade(self.norm_1, x_BLD) as normed:
+        with recomputed(self.norm_1, x_BLD) as normed:
             x_BLD = x_BLD + self.attn(normed, bias, cache)
-        with remade(self.norm_2, x_BLD) as normed:
+        with recomputed(self.norm_2, x_BLD) as normed:
             return x_BLD + self.ffn(normed)
 
 
 class PhoGPT(nn.Module):
-    """`forward` gives hidden states, `logits` takes the rows that are wanted through the head.
-
-    `recompute` is the number of blocks, from the first, that keep only their input and run again in
-    backward: a third more arithmetic for them, about ten activations less each.
-    """
+    """`forward` gives hidden states, `logits` takes the rows that are wanted through the head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.recompute = 0
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.d_model),
@@ -172,12 +167,17 @@ class PhoGPT(nn.Module):
         slopes = alibi_slopes(config.n_heads, config.alibi_bias_max)
         self.register_buffer("slopes_H", slopes, persistent=False)
 
-    def forward(self, ids_BL, doc_BL=None, cache: Cache | None = None) -> torch.Tensor:
+    def forward(self, ids_BL, doc_BL=None, cache: Cache | None = None,
+                recompute: int = 0) -> torch.Tensor:
         """Hidden states [B, L, D] after the last norm.
 
-        doc_BL numbers each token's document: attention stays inside it, so padding (a document of
-        its own, on either side) and packing are one thing. None: one document a row. With a cache,
-        ids_BL are the next L tokens and attend to all that it holds.
+        doc_BL: the number of each token's document. Attention stays inside a document, so padding
+            (a document of its own, on either side) and packing are one case. None: one document a
+            row.
+        cache: ids_BL are the next L tokens and attend to all that it holds.
+        recompute: so many blocks, from the first, save only their input and run a second time in
+            backward. Each saves about ten activations less, for half more arithmetic: with frozen
+            weights a block of N parameters takes 4N FLOPs a token, recomputed 6N.
         """
         queries = keys = ids_BL.shape[1]
         doc_BS = doc_BL
@@ -186,7 +186,7 @@ class PhoGPT(nn.Module):
         x = self.transformer.wte(ids_BL)
         bias = Bias(self.slopes_H, queries, keys, x.dtype, doc_BS)
         for n, block in enumerate(self.transformer.blocks):
-            if cache is None and torch.is_grad_enabled() and n < self.recompute:
+            if cache is None and torch.is_grad_enabled() and n < recompute:
                 x = checkpoint(block, x, bias, use_reentrant=False)
             else:
                 x = block(x, bias, cache and cache.layers[n])

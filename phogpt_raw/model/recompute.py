@@ -1,12 +1,17 @@
-"""Made again in backward instead of kept: what is cheap to make from tensors that stay anyway.
+"""Activation recomputation of norms and GELU: backward recomputes their outputs, none is saved.
 
-A linear keeps its input for its adapter's gradient. Where that input is a norm's or a GELU's output
-it need not: both keep their own input for their own backward, and give the output again from it for
-a read and a write, with no matmul. In a block that is 6 of about 16 activations.
+A linear layer saves its input for the gradient of its adapter. Where that input is the output of a
+norm or of a GELU, it need not be saved. The norm or the GELU saves its own input in any case, and
+from that its output can be recomputed by reading and writing each value once, without a matrix
+product. Of about 16 activations that a block saves, 6 are such outputs.
 
-The surprise: of nested saved-tensor hooks torch calls only the innermost. Those of torch's
-checkpoint, which stand outside a recomputed block, would no longer see what these let pass, and the
-block would keep all of it; so what is not remade here is handed on to them.
+torch.utils.checkpoint is the coarse form of the same idea: it recomputes a whole block from the
+block's input. Both can be combined.
+
+The surprise: of nested saved-tensor hooks torch calls only the innermost. A checkpoint is made of
+such hooks too. Inside it, the hooks here would hide every tensor that they do not handle
+themselves, and the checkpointed block would save them all. So they pass such a tensor on to the
+hooks outside.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,77 +26,84 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from phogpt_raw.private_apis import base_of, current_saved_tensor_hooks, version_of
 
-Kept = Callable[[], Tensor]  # what backward has instead of a tensor: called, it gives the tensor
+Saved = Callable[[], Tensor]  # saved in place of a tensor; called, it gives the tensor
 
 
 @contextmanager
-def remade(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Tensor]:
-    """Gives function(*inputs); operations inside that would keep it keep how to make it again.
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Tensor]:
+    """Yields function(*inputs). Operations inside the context that would save this output for their
+    backward save how to recompute it.
 
-    `function` must be deterministic. The output is recognised as that very tensor or a view of it,
-    not changed in place since; a copy (a cast) is another tensor and is kept. An input that was
-    changed in place before backward raises as in autograd; a norm's weight and bias raise by
-    themselves, its own backward needs them.
+    `function` must be deterministic. The output is recognised as that tensor or a view of it, not
+    changed in place since; a copy or a cast of it is another tensor, and is saved. If an input is
+    changed in place before backward, backward raises a RuntimeError, as in plain autograd. Changing
+    a norm's weight or bias raises too, since the norm's own backward needs them.
     """
     output = function(*inputs)
-    # Without a gradient the function keeps no inputs either, so there is nothing to gain.
-    hooks = remaking(output, function, inputs) if output.requires_grad else nullcontext()
-    del inputs  # else they would stay where nothing keeps them: without gradients, in a checkpoint
+    # Where the output needs no gradient, `function` saves no input either: nothing can be gained.
+    hooks = recompute_hooks(output, function, inputs) if output.requires_grad else nullcontext()
+    del inputs  # where nothing is saved (no gradients, or a checkpoint) this frame would hold them
     with hooks:
         yield output
 
 
-def remaking(output: Tensor, function: Callable[..., Tensor], inputs) -> saved_tensors_hooks:
-    """The hooks that see `output`, just made by function(*inputs), when an operation keeps it."""
-    keep = keeper()
-    recipe = Recipe(function, [keep(x) for x in inputs])
-    # Weak: torch holds `pack` as long as what it packed. The caller holds the output meanwhile.
-    this, version = ref(output), version_of(output)
+def recompute_hooks(output: Tensor, function: Callable[..., Tensor],
+                    inputs: tuple[Tensor, ...]) -> saved_tensors_hooks:
+    """Hooks that save a Recomputation in place of `output`, which function(*inputs) has given."""
+    save = current_save()
+    recomputation = Recomputation(function, [save(x) for x in inputs])
+    # A weak reference: torch holds `pack` as long as what it packed. The caller holds the output
+    # while the context lasts.
+    output_ref, version = ref(output), version_of(output)
 
-    def pack(tensor: Tensor) -> Kept:
-        whole = base_of(tensor)
-        if whole is this() and version_of(tensor) == version and tensor.dtype == whole.dtype:
-            return recipe.saver(tensor)
-        return keep(tensor)
+    def pack(tensor: Tensor) -> Saved:
+        base = base_of(tensor)
+        is_output = base is output_ref() and version_of(tensor) == version
+        if is_output and tensor.dtype == base.dtype:
+            return recomputation.save(tensor)
+        return save(tensor)
 
     return saved_tensors_hooks(pack, call)
 
 
-class Recipe:
-    """function(*inputs), made when the first of its savers asks for it, dropped after the last."""
+class Recomputation:
+    """function(*inputs), computed when the first of its users in backward asks for it and freed
+    after the last: several operations may have saved the one output."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: list[Kept]):
+    def __init__(self, function: Callable[..., Tensor], inputs: list[Saved]):
         self.function, self.inputs = function, inputs
-        self.savers = self.to_come = 0
+        self.users = self.waiting = 0
         self.output = None
 
-    def saver(self, view: Tensor) -> Kept:
-        """What an operation keeps instead of `view`, which is the output or a view of it."""
-        self.savers += 1
-        return partial(self.give, view.shape, view.stride(), view.storage_offset())
+    def save(self, view: Tensor) -> Saved:
+        """What an operation saves in place of `view`, which is the output or a view of it."""
+        self.users += 1
+        return partial(self.load, view.shape, view.stride(), view.storage_offset())
 
-    def give(self, *geometry) -> Tensor:
+    def load(self, *geometry) -> Tensor:
+        """The view (shape, stride, offset) of the recomputed output."""
         if self.output is None:
             with torch.no_grad():
-                self.output = self.function(*(kept() for kept in self.inputs))
-            self.to_come = self.savers
+                self.output = self.function(*(load() for load in self.inputs))
+            self.waiting = self.users
         view = self.output.as_strided(*geometry)
-        self.to_come -= 1
-        if self.to_come == 0:
+        self.waiting -= 1
+        if self.waiting == 0:
             self.output = None
         return view
 
 
-def keeper() -> Callable[[Tensor], Kept]:
-    """How a tensor is kept: by the hooks further out, else as autograd itself does."""
-    outer = current_saved_tensor_hooks()
-    if outer is None:
+def current_save() -> Callable[[Tensor], Saved]:
+    """How a tensor is saved here: by the hooks outside if there are any, else as autograd does."""
+    outside = current_saved_tensor_hooks()
+    if outside is None:
         return lambda tensor: partial(unchanged, tensor.detach(), version_of(tensor))
-    pack, unpack = outer
+    pack, unpack = outside
     return lambda tensor: partial(unpack, pack(tensor))
 
 
 def unchanged(tensor: Tensor, version: int) -> Tensor:
+    """`tensor`; raises autograd's RuntimeError where it was changed in place since `version`."""
     if version_of(tensor) != version:
         raise RuntimeError(
             f"a tensor of shape {list(tensor.shape)} that backward needs was modified by an "
