@@ -20,13 +20,14 @@ from phogpt_raw.model.attention import (
     ALIGNMENT,
     BIAS_MIB,
     BLOCK,
+    AttentionChoice,
     Bias,
     BlockAttention,
     alibi_slopes,
     attend,
     block_size,
-    form,
-    kernel,
+    choose_attention,
+    choose_kernel,
 )
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.recompute import recomputed
@@ -255,7 +256,7 @@ def test_blocks_need_no_gradient():
 @pytest.mark.parametrize("around", ["checkpoint", "recomputed", "both"])
 @PACKED
 def test_blocks_give_the_same_gradients_recomputed_and_under_hooks(around, packed):
-    """To the bit: the same operations on the same numbers, only kept elsewhere."""
+    """To the bit: the same operations on the same values, only saved elsewhere."""
     (q, k, v), doc_BS = problem(11, 11, packed)
     bias = Bias(alibi_slopes(3), 11, 11, q.dtype, doc_BS, 4)
 
@@ -369,7 +370,7 @@ def test_attention_without_a_fused_kernel_is_refused(monkeypatch, block):
     no_fused_kernel(monkeypatch)
     q, k, v = heads_of((2, 7), heads=3, dtype=torch.bfloat16)
     bias = Bias(alibi_slopes(3), 7, 7, torch.bfloat16, None, block)
-    for ask in (lambda: kernel(q, k, v, bias), lambda: attend(q, k, v, bias, None)):
+    for ask in (lambda: choose_kernel(q, k, v, bias), lambda: attend(q, k, v, bias, None)):
         with pytest.raises(Refusal, match=r"no fused kernel on cpu for 3 heads of width 8 in bf"):
             ask()
 
@@ -381,19 +382,21 @@ def test_a_model_without_a_fused_kernel_refuses_instead_of_holding_the_scores(mo
     with pytest.raises(Refusal, match="no fused kernel"):
         model(random_ids(config, 1, 5))
     with pytest.raises(Refusal, match="no fused kernel"):
-        form(model.slopes_H, model.config, 5, torch.float32)
+        choose_attention(model.slopes_H, model.config, 5, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_form_names_the_kernel_of_torch_and_the_blocks(monkeypatch, dtype):
+def test_the_choice_is_the_fused_kernel_and_the_blocks_that_attention_runs(monkeypatch, dtype):
     config = ModelConfig(48, 6, 1, vocab_size=8, max_seq_len=64)
-    name, bias = form(alibi_slopes(6), config, 64, dtype).split(", ALiBi as ")
-    assert name.upper().replace(" ", "_") in SDPBackend.__members__
-    assert name not in ("error", "math")
-    assert bias == "a bias of 64 x 64"
+    slopes_H = alibi_slopes(6)
+    kernel = "FLASH_ATTENTION"  # the only fused one of the CPU
+    assert choose_attention(slopes_H, config, 64, dtype) == AttentionChoice(kernel, 64, 1, 64)
     monkeypatch.setattr(attention, "BLOCK", 16)
-    assert form(alibi_slopes(6), config, 40, dtype) == (
-        f"{name}, ALiBi as a bias of 16 x 40, 3 blocks of queries")
+    for length in (15, 16, 17, 32, 40):
+        choice = choose_attention(slopes_H, config, length, dtype)
+        bias = Bias(slopes_H, length, length, dtype)
+        assert choice == AttentionChoice(kernel, bias.block, len(list(bias.blocks())), length)
+    assert choice == AttentionChoice(kernel, 16, 3, 40)
 
 
 def test_one_bias_serves_all_layers(monkeypatch):

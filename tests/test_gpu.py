@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from phogpt_raw.data.batches import Window, collate
 from phogpt_raw.model import attention, lora
 from phogpt_raw.model.adapters import new_adapters
-from phogpt_raw.model.attention import Bias, alibi_slopes, attend, kernel
+from phogpt_raw.model.attention import Bias, alibi_slopes, attend, choose_kernel
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training import graphs
@@ -110,7 +110,7 @@ def test_long_rows_by_blocks_equal_the_formula_in_fp32(length, backend, dtype, p
     assert bias.block < length
     with sdpa_kernel(backend) if backend else nullcontext():
         try:
-            chosen = kernel(q, k, v, bias)
+            chosen = choose_kernel(q, k, v, bias)
         except Refusal:
             if backend != SDPBackend.CUDNN_ATTENTION:
                 raise

@@ -107,8 +107,8 @@ def test_the_choice_is_seen_and_answered_by_a_dispatch_mode():
                 return SDPBackend.CUDNN_ATTENTION.value
             return operation(*args, **(kwargs or {}))
 
-    with without_it("in simulate/trace.py replace model.attention.kernel while simulating, instead "
-                    "of answering the operation"):
+    with without_it("in simulate/trace.py replace model.attention.choose_kernel while simulating, "
+                    "instead of answering the operation"):
         q, k, v, bias, _ = attention_problem("meta", torch.float16)
         with Answering():
             chosen = private_apis.choose_attention_kernel(q, k, v, bias)

@@ -1,22 +1,26 @@
 """ALiBi causal attention between tokens of one document.
 
-ALiBi has no position embedding: head h adds `-slope_h * (i - j)` to the score of query i and key j
-(Press et al. 2022, arXiv:2108.12409). With the causal mask and the document mask that is one
-additive bias, in the compute dtype; the scores themselves never leave torch's fused kernels.
+ALiBi needs no position embedding: head h adds `-slope_h * (i - j)` to the score of query i and key
+j (Press et al. 2022, arXiv:2108.12409). Together with the causal mask and the document mask that is
+one additive bias, in the compute dtype. The scores themselves exist only inside torch's fused
+kernels.
 
 Two surprises. The bias is written as a distance, 0 on the diagonal. MPT's is `slope * (j - L + 1)`
-in fp32, which differs by a constant a row; softmax does not see it, but it is largest exactly where
-the weights are, and 16 bits would round it there. The distance is small where it matters.
+in fp32, which differs by a constant in each row, and softmax ignores such a constant. But MPT's is
+largest where the attention weights are largest, near the diagonal, and 16 bits would round it
+there. The distance is small where it matters.
 
-And a long row needs no bias of L x L (4 GiB for 8,192 tokens of PhoGPT-7B5): a distance does not
-know where it is, so the bias of one block of queries serves every block and every layer. A block
-whose keys end earlier takes its last columns. Nothing of the future is computed for whole blocks.
+And a long row needs no bias of L x L, which would be 4 GiB for 8,192 tokens of PhoGPT-7B5. Queries
+are taken in blocks. The keys of a block end at its own last query, and counted from that end all
+blocks have the same distances i - j. So one block's bias serves all blocks and all layers; a block
+with fewer keys takes its last columns. Keys in the future of a whole block are never computed.
 
 B micro-batch, L queries, S keys, H heads, K head width.
 """
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -25,8 +29,8 @@ from torch.nn.attention import SDPBackend
 from phogpt_raw import private_apis
 from phogpt_raw.refusal import Refusal
 
-BLOCK = 1024  # queries a bias has rows for, at most; a shorter row is one block
-BIAS_MIB = 512  # that a bias may take, at most: fewer queries a block for very long rows
+BLOCK = 1024  # queries in a block, at most; a shorter row is one block
+BIAS_MIB = 512  # memory of a bias, at most: very long rows have fewer queries in a block
 ALIGNMENT = 16  # elements; the kernels read the bias in vectors
 
 
@@ -41,7 +45,7 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
     [0.0625, 0.00390625, 0.25]
     """
     n = 2 ** math.ceil(math.log2(heads))
-    # on the CPU by name: real numbers, even while the model is being built on the meta device
+    # on the CPU by name: slopes have values even while the model is built on the meta device
     i = torch.arange(1, n + 1, dtype=torch.float64, device="cpu")
     slopes = 2.0 ** (-bias_max / n * i)
     if n != heads:
@@ -129,14 +133,14 @@ def attend(q_BHLK, k_BHSK, v_BHSK, bias: Bias, scale: float | None) -> torch.Ten
 
 
 class BlockAttention(torch.autograd.Function):
-    """`attend` a block of queries at a time; what the blocks give k and v is added up in place.
+    """`attend` a block of queries at a time; the blocks' gradients of k and v are added in place.
 
     Autograd over slices would make a tensor of the keys' full length, mostly zeros, for each block.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, bias, scale):
-        run, ctx.gradients = KERNELS[kernel(q, k, v, bias)]
+        run, ctx.gradients = KERNELS[choose_kernel(q, k, v, bias)]
         ctx.bias, ctx.scale, ctx.kept = bias, scale, []
         out, statistics = None if bias.whole else zeros_BLHK(q), []
         for rows, keys in bias.blocks():
@@ -185,13 +189,13 @@ KERNELS = {
 }
 
 
-def kernel(q, k, v, bias: Bias) -> SDPBackend:
+def choose_kernel(q, k, v, bias: Bias) -> SDPBackend:
     """The fused kernel that torch takes for a block; Refusal where it has none.
 
-    torch itself would fall back to separate operations that hold the scores, without a word.
+    torch itself would silently fall back to separate operations that hold all scores.
     """
     rows, keys = next(bias.blocks())
-    # The last block's bias as it is, not masked: the choice looks at shapes, not at numbers.
+    # The last block's bias before masking: the choice depends on shapes, not on values.
     choice = private_apis.choose_attention_kernel(
         q[:, :, rows], k[:, :, keys], v[:, :, keys], bias.last_1HLS)
     if choice not in KERNELS:
@@ -201,11 +205,28 @@ def kernel(q, k, v, bias: Bias) -> SDPBackend:
     return choice
 
 
-def form(slopes_H: torch.Tensor, config, length: int, dtype: torch.dtype) -> str:
-    """How rows of `length` attend, in words: the kernel as torch names it, and the bias."""
+@dataclass(frozen=True)
+class AttentionChoice:
+    """How rows of `length` tokens attend: by which kernel, in how many blocks of how many queries.
+
+    kernel: torch's name of it, such as EFFICIENT_ATTENTION.
+    block: queries in a block, so that the bias is block x length for each head.
+    """
+
+    kernel: str
+    block: int
+    blocks: int
+    length: int
+
+
+def choose_attention(slopes_H: torch.Tensor, config, length: int,
+                     dtype: torch.dtype) -> AttentionChoice:
+    """The choice for rows of `length` tokens on the device of slopes_H; `config`: the ModelConfig.
+
+    Raises Refusal where torch has no fused kernel.
+    """
     shape = (1, config.n_heads, length, config.d_model // config.n_heads)
     q = torch.empty(shape, dtype=dtype, device=slopes_H.device, requires_grad=True)
     bias = Bias(slopes_H, length, length, dtype)
-    name = kernel(q, q, q, bias).name.lower().replace("_", " ")
-    blocks = f", {-(-length // bias.block)} blocks of queries" if length > bias.block else ""
-    return f"{name}, ALiBi as a bias of {bias.block} x {length}{blocks}"
+    return AttentionChoice(choose_kernel(q, q, q, bias).name, bias.block,
+                           math.ceil(length / bias.block), length)
