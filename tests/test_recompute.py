@@ -20,13 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from phogpt_raw.data.batches import make_window
+from phogpt_raw.data.batches import Window
 from phogpt_raw.model import attention, phogpt
 from phogpt_raw.model import recompute as module
 from phogpt_raw.model.adapters import TARGETS, new_adapters
 from phogpt_raw.model.recompute import recomputed
 from phogpt_raw.model.weights import load_base
-from phogpt_raw.training.loss import summed_loss
+from phogpt_raw.training.loss import batch_loss
 
 INPLACE = "modified by an inplace operation"
 
@@ -73,10 +73,9 @@ def small(layers=2, **lora):
 def window_gradient(model, adapters, window, recompute=0):
     """The flat gradient of a window, its micro-batches accumulated as the step does it."""
     adapters.flat.grad.zero_()
-    for batch in window.batches:
+    for batch in window.micro_batches(2):
         hidden_BLD = model(batch.ids_BL, batch.doc_BL, recompute=recompute)
-        hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.rows_T)
-        loss = summed_loss(hidden_TD, model.head, batch.targets_T, chunk=64)
+        loss = batch_loss(hidden_BLD, model.head, batch, chunk=64)
         (loss / window.supervised).backward()
     return adapters.flat.grad.clone()
 
@@ -89,8 +88,8 @@ def window_gradient(model, adapters, window, recompute=0):
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 def test_adapter_gradients_are_the_same_to_the_bit(with_all_saved, nf4, dtype, recompute):
     model, adapters = nano(nf4, dtype)
-    window = make_window(ragged_examples(3, longest=20), 2, pad_id=3)
-    assert len(window.batches) == 2
+    window = Window(ragged_examples(3, longest=20), pad_id=3)
+    assert len(list(window.micro_batches(2))) == 2
     expected = with_all_saved(window_gradient, model, adapters, window, recompute)
     assert expected.norm() > 1e-3
     assert torch.equal(window_gradient(model, adapters, window, recompute), expected)
@@ -172,7 +171,7 @@ def test_backward_twice_over_one_graph(with_all_saved, recompute):
 def test_a_wrong_recomputation_would_be_noticed(with_all_saved, wrong):
     """The comparison to the bit is not of two gradients in which recomputation has no part."""
     model, adapters = small()
-    window = make_window(ragged_examples(2, longest=20, vocabulary=256), 2, pad_id=3)
+    window = Window(ragged_examples(2, longest=20, vocabulary=256), pad_id=3)
     expected = window_gradient(model, adapters, window)
 
     def planted(function, x):

@@ -82,8 +82,8 @@ def card_line(job: Job) -> str:
 
 def attention_line(job: Job, longest: int) -> str:
     found = choose_attention(job.model.slopes_H, job.model.config, longest, job.model.head.dtype)
-    text = _("{kernel}, ALiBi as a bias of {block} x {length}", kernel=found.kernel,
-             block=found.block, length=longest)
+    text = _("{kernel}, ALiBi as a bias of {block} x {length}",
+             kernel=found.kernel.lower().replace("_", " "), block=found.block, length=longest)
     return text + (_(", {n} blocks of queries", n=found.blocks) if found.blocks > 1 else "")
 
 
