@@ -1,4 +1,4 @@
-"""Products with their ends fused are the products; the judge is fp64 of the same numbers."""
+"""Products with a fused factor or dtype, against fp64 products of the same values."""
 
 import pytest
 import torch

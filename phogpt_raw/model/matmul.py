@@ -1,14 +1,14 @@
-"""Matrix products with their ends fused: no kernel of its own for a factor or a change of dtype.
+"""Matrix products that apply a factor or a change of dtype inside their kernel.
 
-The surprise: a product of 16-bit matrices is summed in fp32 inside the kernel in any case. Asking
-for that sum costs nothing; `(a @ b).float()` rounds it to 16 bits first, and reads it again.
+The surprise: the kernel of a product of 16-bit matrices sums in fp32 in any case. To write that sum
+costs nothing more; `(a @ b).float()` rounds it to 16 bits first, and needs a second kernel.
 """
 
 import torch
 
 
 def matmul_to(dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in `dtype`; on a GPU fp32 comes straight from the kernel's sums."""
+    """a @ b in `dtype`; on a GPU fp32 is the kernel's own sum, not rounded."""
     if not a.is_cpu and a.dtype != dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)

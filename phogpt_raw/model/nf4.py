@@ -1,7 +1,7 @@
-"""NF4: a frozen weight in 4 bits, and the same weight in 16 again for the length of one product.
+"""NF4: frozen weights in 4 bits, dequantised to the compute dtype for one matrix product at a time.
 
 A weight is cut into blocks of 64 values. A block is stored as its largest absolute value, the
-scale, and 4 bits for each value: the nearest of 16 fixed numbers times that scale. The scales are
+scale, and 4 bits for each value: the nearest of 16 fixed values times that scale. The scales are
 quantised in turn (double quantisation): less their mean, in blocks of 256, 8 bits each. Together
 that is 4.13 bits a weight (Dettmers et al. 2023, arXiv:2305.14314).
 
