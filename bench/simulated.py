@@ -39,8 +39,8 @@ class Traces:
         model = base_on_meta(self.shape, dtype)
         with META:
             adapters = new_adapters(model, rank=options.rank, alpha=32)
-            self.training = wire(model, adapters, optimizer=options.optimizer,
-                                 loss_mib=options.loss_mib)
+        self.training = wire(model, adapters, optimizer=options.optimizer,
+                             loss_mib=options.loss_mib)
         self.trace = cache(self.trace)
 
     def trace(self, setting: Setting, recompute: int, kernel) -> Trace:

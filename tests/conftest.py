@@ -13,6 +13,7 @@ import torch
 from phogpt_raw.data.prompt import Example, next_tokens
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import load_base, read_tokenizer
+from phogpt_raw.training.loss import summed_loss
 
 torch.set_num_threads(1)  # models this small: a second thread only waits, long when cores are taken
 
@@ -70,6 +71,13 @@ def lively(adapted):
 def example(ids: list[int], answer: int, where: str) -> Example:
     """A document of which the last `answer` tokens are supervised."""
     return Example(ids, next_tokens(ids, start=len(ids) - answer), where=where)
+
+
+def batch_loss(model, batch, chunk=16, **forward) -> torch.Tensor:
+    """The loss of a micro-batch's supervised rows, summed, as train_step has it."""
+    hidden_BLD = model(batch.ids_BL, batch.doc_BL, **forward)
+    hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.rows_T)
+    return summed_loss(hidden_TD, model.head, batch.targets_T, chunk)
 
 
 def ragged_examples(count: int, *, seed: int = 0, vocabulary: int = 4096, longest: int = 60):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import command_line as commandline
-from bench import compare, simulated, step_time
+from bench import compare, simulated
 from bench import results as results_module
 from bench.command_line import Setting
 
@@ -156,13 +156,12 @@ def test_the_readme_is_as_the_results_have_it(capsys):
 def test_the_saved_simulation_is_what_the_code_says_today():
     """Else `python bench/compare.py --simulate`; 1 % is for other versions of torch."""
     asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
-    [(card, rates, plans)] = simulated.cards(asked)
-    found = plans.on(card, Setting(512, 1, 1, "auto"))
+    [(card, rates, traces)] = simulated.cards(asked)
+    found = traces.on(card, Setting(512, 1, 1, "auto"))
     memory = compare.columns("memory")["4b", "T4, simulated"][512]
-    assert found.row()["device_gib"] == pytest.approx(memory["device_gib"], rel=0.01)
+    assert found.memory_row()["device_gib"] == pytest.approx(memory["device_gib"], rel=0.01)
     time = compare.columns("step_time")["4b", "T4, simulated"][512]
-    assert step_time.simulated_row(found, rates)["step_s"] == pytest.approx(time["step_s"],
-                                                                            rel=0.01)
+    assert found.time_row(rates)["step_s"] == pytest.approx(time["step_s"], rel=0.01)
 
 
 def test_every_column_of_the_readme_says_its_source():

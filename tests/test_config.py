@@ -21,7 +21,7 @@ FLAGS = [
     "--adapter", "--alpha", "--answer-tokens", "--batch-size", "--capture", "--clip",
     "--data", "--dropout", "--dry-run", "--dtype", "--epochs",
     "--eval-answers", "--eval-every", "--help", "--hold-out", "--loss-mib",
-    "--lr", "--lr-floor", "--max-len", "--micro-batch", "--model",
+    "--lr", "--lr-floor", "--max-len", "--max-skipped", "--micro-batch", "--model",
     "--nf4", "--no-capture", "--no-dry-run", "--no-nf4", "--optimizer", "--out",
     "--preset", "--rank", "--recompute", "--revision", "--save-every",
     "--seed", "--steps", "--targets", "--template", "--val",

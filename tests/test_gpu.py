@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import example, ragged_examples
+from conftest import batch_loss, example, ragged_examples
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phogpt_raw.data.batches import Window, collate
@@ -19,7 +19,7 @@ from phogpt_raw.training import graphs
 from phogpt_raw.training.evaluate import held_out_loss
 from phogpt_raw.training.graphs import why_not
 from phogpt_raw.training.limits import Limits
-from phogpt_raw.training.loss import batch_loss, summed_loss
+from phogpt_raw.training.loss import summed_loss
 from phogpt_raw.training.metrics import peak_bytes
 from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.setup import wire
@@ -51,8 +51,7 @@ def gradient(training, *batches, supervised=50.0):
     total = torch.zeros((), device=flat.device)
     for batch in batches:
         batch = batch.to(flat.device)
-        hidden_BLD = model(batch.ids_BL, batch.doc_BL, recompute=training.limits.recompute)
-        loss = batch_loss(hidden_BLD, model.head, batch, 64) / supervised
+        loss = batch_loss(model, batch, 64, recompute=training.limits.recompute) / supervised
         with torch.autograd.set_multithreading_enabled(False):
             training.scaler.scale(loss).backward()
         total += loss.detach()

@@ -10,7 +10,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ragged_examples
+from conftest import batch_loss, ragged_examples
 from oracle import lively_tensors, ours, random_ids, small_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,7 +26,6 @@ from phogpt_raw.model import recompute as module
 from phogpt_raw.model.adapters import TARGETS, new_adapters
 from phogpt_raw.model.recompute import recomputed
 from phogpt_raw.model.weights import load_base
-from phogpt_raw.training.loss import batch_loss
 
 INPLACE = "modified by an inplace operation"
 
@@ -74,8 +73,7 @@ def window_gradient(model, adapters, window, recompute=0):
     """The flat gradient of a window, its micro-batches accumulated as the step does it."""
     adapters.flat.grad.zero_()
     for batch in window.micro_batches(2):
-        hidden_BLD = model(batch.ids_BL, batch.doc_BL, recompute=recompute)
-        loss = batch_loss(hidden_BLD, model.head, batch, chunk=64)
+        loss = batch_loss(model, batch, chunk=64, recompute=recompute)
         (loss / window.supervised).backward()
     return adapters.flat.grad.clone()
 

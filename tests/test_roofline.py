@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from traces import planned
+from traces import traced
 
 from phogpt_raw.simulate.ledger import Op
 from phogpt_raw.simulate.rates import KNOWN, Rates
@@ -57,7 +57,7 @@ def test_an_eager_step_takes_as_long_as_the_card_or_the_host():
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_phases_add_up_to_the_step_on_every_card(name):
-    ops, rates = planned(recompute=1).ops, KNOWN[name].rates
+    ops, rates = traced(recompute=1).ops, KNOWN[name].rates
     whole, phases = step_seconds(ops, rates), by_phase(iter(ops), rates)
     assert list(phases) == ["zero", "forward", "backward", "clip", "optimizer"]
     assert sum(s.low for s in phases.values()) == pytest.approx(whole.low)

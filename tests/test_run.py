@@ -313,13 +313,13 @@ def overflowing_at(monkeypatch, steps):
         if next(calls) not in steps:
             return whole(job, window)
         with monkeypatch.context() as patch:
-            loss = step_module.batch_loss
+            loss = step_module.summed_loss
 
             def overflowing(*args):
                 job.adapters.flat.grad[0] = math.inf
                 return loss(*args)
 
-            patch.setattr(step_module, "batch_loss", overflowing)
+            patch.setattr(step_module, "summed_loss", overflowing)
             return whole(job, window)
 
     monkeypatch.setattr(script, "train_step", step)

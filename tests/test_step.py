@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ragged_examples
+from conftest import batch_loss, ragged_examples
 from oracle import oracle
 
 from phogpt_raw.command_line import from_command_line
@@ -16,7 +16,6 @@ from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import NANO, iterate, list_files, load_base
 from phogpt_raw.training import step as module
 from phogpt_raw.training.limits import retry_without_graphs
-from phogpt_raw.training.loss import batch_loss
 from phogpt_raw.training.optim import lr_at
 from phogpt_raw.training.setup import make_scaler, wire
 from phogpt_raw.training.step import train_step
@@ -76,8 +75,7 @@ def test_averages_of_averages_would_be_noticed(adapted):
         model, adapters = adapted()
         batches = list(window_of(examples).micro_batches(micro_batch))
         for b in batches:
-            total = batch_loss(model(b.ids_BL, b.doc_BL), model.head, b, 16)
-            (total / (b.targets_T >= 0).sum() / len(batches)).backward()
+            (batch_loss(model, b) / (b.targets_T >= 0).sum() / len(batches)).backward()
         gradients.append(adapters.flat.grad.clone())
     assert distance(gradients[1], gradients[0]) > 0.05
 
@@ -135,18 +133,18 @@ def test_the_limits_are_read_anew_by_each_step(adapted, monkeypatch):
     """A run that has run out of memory goes on with less, from the very next step."""
     model, adapters = adapted()
     training, window = parts(model, adapters, micro_batch=4), window_of(ragged_examples(4))
-    seen, forward, loss = [], model.forward, module.batch_loss
+    seen, forward, loss = [], model.forward, module.summed_loss
 
     def noted(ids_BL, doc_BL=None, cache=None, recompute=0):
         seen.append([len(ids_BL), recompute])
         return forward(ids_BL, doc_BL, cache, recompute)
 
-    def noted_loss(hidden_BLD, head_VD, batch, chunk):
+    def noted_loss(hidden_TD, head_VD, targets_T, chunk):
         seen[-1].append(chunk)
-        return loss(hidden_BLD, head_VD, batch, chunk)
+        return loss(hidden_TD, head_VD, targets_T, chunk)
 
     monkeypatch.setattr(model, "forward", noted)
-    monkeypatch.setattr(module, "batch_loss", noted_loss)
+    monkeypatch.setattr(module, "summed_loss", noted_loss)
     train_step(training, window)
     training.limits.micro_batch, training.limits.recompute, training.limits.loss_rows = 2, 1, 8
     train_step(training, window)
@@ -287,7 +285,7 @@ def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monk
             if disturbed:
                 place, name = {
                     "zero": (torch, "ones"), "forward": (model, "forward"),
-                    "loss": (module, "batch_loss"), "backward": (torch.Tensor, "backward"),
+                    "loss": (module, "summed_loss"), "backward": (torch.Tensor, "backward"),
                     "unscale": (training.scaler, "unscale_"), "clip": (module, "clip_grad_norm_"),
                     "update": (training.scaler, "step")}[phase]
                 full = Full(getattr(place, name), at)

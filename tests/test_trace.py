@@ -235,7 +235,7 @@ def test_a_trace_leaves_nothing_behind_for_models_that_have_values(monkeypatch):
 
 def test_what_is_no_longer_recomputed_shows(monkeypatch):
     before = on_arrival(traced())[1]
-    monkeypatch.setattr(phogpt, "remade", lambda f, x: contextlib.nullcontext(f(x)))
+    monkeypatch.setattr(phogpt, "recomputed", lambda f, x: contextlib.nullcontext(f(x)))
     after = on_arrival(traced())[1]
     x = saved_sizes(8, 1, 96)["x"]
     assert after["block 1"] - before["block 1"] == 6 * x  # two norms' outputs, four of the GELU

@@ -60,8 +60,8 @@ def choose_recompute(job: Job) -> RecomputeChoice:
         twin = base_on_meta(model.config, dtype, nf4=config.nf4)
         with META:
             adapters = inject(twin, copy.deepcopy(model.peft_config["default"]))
-            training = wire(twin, adapters, optimizer=config.optimizer,
-                            micro_batch=config.micro_batch, loss_mib=config.loss_mib)
+        training = wire(twin, adapters, optimizer=config.optimizer,
+                        micro_batch=config.micro_batch, loss_mib=config.loss_mib)
         window = longest(job.examples.train, config.micro_batch)
 
         def trace(recompute: int) -> Trace:

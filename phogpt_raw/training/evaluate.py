@@ -13,7 +13,7 @@ from phogpt_raw.decode import answer, evaluating
 from phogpt_raw.model.cache import rows_that_fit
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.limits import Limits
-from phogpt_raw.training.loss import batch_loss
+from phogpt_raw.training.loss import summed_loss
 
 CACHE_MIB = 512  # answers are written together as far as their keys and values fit into this
 
@@ -58,6 +58,7 @@ def held_out_loss(model: PhoGPT, examples: list[Example], limits: Limits, *, pad
     with evaluating(model):
         for batch in window.micro_batches(limits.micro_batch):
             batch = batch.to(device)
-            hidden_BLD = model(batch.ids_BL, batch.doc_BL)
-            total += batch_loss(hidden_BLD, model.head, batch, limits.loss_rows)
+            hidden = model(batch.ids_BL, batch.doc_BL)  # [B, L, D]
+            hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D]
+            total += summed_loss(hidden, model.head, batch.targets_T, limits.loss_rows)
     return float(total) / window.supervised

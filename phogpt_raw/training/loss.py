@@ -10,7 +10,6 @@ T supervised rows, C rows of a chunk, D hidden, V vocabulary.
 
 import torch
 
-from phogpt_raw.data.batches import MicroBatch
 from phogpt_raw.model.matmul import matmul_to
 
 BYTES_A_LOGIT = 8  # the logit and its log-probability in fp32
@@ -57,9 +56,3 @@ def summed_loss(hidden_TD, head_VD, targets_T, chunk: int) -> torch.Tensor:
     `chunk` rows at a time. The gradient reaches hidden_TD alone: the head must be frozen.
     """
     return HeadLoss.apply(hidden_TD, head_VD, targets_T, chunk)
-
-
-def batch_loss(hidden_BLD, head_VD, batch: MicroBatch, chunk: int) -> torch.Tensor:
-    """summed_loss of a micro-batch's supervised rows, from the hidden states of all its tokens."""
-    hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.rows_T)
-    return summed_loss(hidden_TD, head_VD, batch.targets_T, chunk)

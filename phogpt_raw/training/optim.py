@@ -21,10 +21,10 @@ def make_optimizer(flat: torch.nn.Parameter, kind: str, lr: float, weight_decay:
     settings = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     device = flat.device.type
     if kind == "adamw":
-        # fused: one kernel without temporaries. The meta device has none.
-        optimizer = torch.optim.AdamW([flat], **settings, fused=device != "meta")
+        fused = device != "meta"  # one kernel without temporaries; the meta device has none
+        optimizer = torch.optim.AdamW([flat], **settings, fused=fused)
         optimizer.state[flat] = {
-            "step": torch.zeros((), device=flat.device),
+            "step": torch.zeros((), device=flat.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat),
         }
         return optimizer

@@ -20,7 +20,7 @@ from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.graphs import GraphedModel
 from phogpt_raw.training.limits import Limits
-from phogpt_raw.training.loss import batch_loss
+from phogpt_raw.training.loss import summed_loss
 
 SMALLEST_SCALE = 1.0  # of the loss; each skipped step halves the scale, down to this
 
@@ -73,8 +73,10 @@ def train_step(training: Training, window: Window,
     for batch in window.micro_batches(limits.micro_batch):
         batch = batch.to(flat.device)
         mark("forward")
-        hidden_BLD = model(batch.ids_BL, batch.doc_BL, recompute=limits.recompute)
-        share = batch_loss(hidden_BLD, model.head, batch, limits.loss_rows) / supervised
+        hidden = model(batch.ids_BL, batch.doc_BL, recompute=limits.recompute)  # [B, L, D]
+        hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D], what carries loss
+        share = summed_loss(hidden, model.head, batch.targets_T, limits.loss_rows) / supervised
+        del hidden  # backward does not need it
         mark("backward")
         # On this thread: autograd's own would trade Python's lock with ours for each function of
         # ours, a third of a short step.
