@@ -71,8 +71,7 @@ class Job(Training):
         """The adapters' score on the held-out rows, None where there are none."""
         if not self.examples.held_out:
             return None
-        graphs = isinstance(self.forward, GraphedModel)
-        with self.forward.memory() if graphs else nullcontext():
+        with nullcontext() if self.forward is self.model else self.forward.memory():
             return evaluate(self.model, self.tokenizer, self.examples.held_out, self.config,
                             self.limits)
 
