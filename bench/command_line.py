@@ -99,13 +99,13 @@ def settings(options) -> list[Setting]:
         default = "256,512,1024,2048" if torch.cuda.is_available() else "64,128,256"
     return [
         Setting(length, micro_batch, options.accumulate, recompute.strip())
-        for length in numbers(options.seq_len or default, "--seq-len")
-        for micro_batch in numbers(options.micro_batch, "--micro-batch")
+        for length in whole_numbers(options.seq_len or default, "--seq-len")
+        for micro_batch in whole_numbers(options.micro_batch, "--micro-batch")
         for recompute in options.recompute.split(",")
     ]
 
 
-def numbers(text: str, flag: str) -> list[int]:
+def whole_numbers(text: str, flag: str) -> list[int]:
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:

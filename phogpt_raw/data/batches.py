@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
@@ -101,12 +102,17 @@ def collate(examples: list[Example], pad_id: int, multiple: int = 32,
     ids_BL = torch.full((len(examples), length), pad_id)
     targets_BL = torch.full_like(ids_BL, IGNORED)
     for n, example in enumerate(examples):
-        ids_BL[n, : len(example.ids)] = torch.tensor(example.ids)
-        targets_BL[n, : len(example.ids)] = torch.tensor(example.targets)
+        ids_BL[n, : len(example.ids)] = tensor(example.ids)
+        targets_BL[n, : len(example.ids)] = tensor(example.targets)
     rows_T = (targets_BL.flatten() != IGNORED).nonzero().flatten()
     targets_T = targets_BL.flatten()[rows_T]
     padding = (0, round_up(len(rows_T), rows_multiple) - len(rows_T))
     return MicroBatch(ids_BL, None, pad(rows_T, padding), pad(targets_T, padding, value=IGNORED))
+
+
+def tensor(ids: list[int]) -> torch.Tensor:
+    """By way of numpy, which reads a list five times faster than torch does."""
+    return torch.from_numpy(np.array(ids))
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -5,8 +5,8 @@ adapter anywhere. What training touches is ours: all adapter weights are views o
 (flat.py), and a layer that is plain LoRA runs `lora_linear` in place of PEFT's forward. DoRA,
 dropout and other variants run PEFT's forward.
 
-The surprise: a target that the model lacks (`q_proj`, from Llama recipes) is no error to PEFT as
-long as another target matches; half the layers then stay without adapters. Here it is an error.
+A target that the model lacks (`q_proj`, from Llama recipes) is no error to PEFT as long as another
+target matches; half the layers then stay without adapters. Here it is an error.
 """
 
 import copy

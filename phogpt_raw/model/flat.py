@@ -4,9 +4,8 @@ Clipping, the optimizer and an all-reduce then handle one tensor instead of hund
 gradients are fp32. Where the model computes in 16 bits, a third buffer holds the parameters in that
 dtype, so that one cast serves all layers and micro-batches.
 
-The surprise: that copy does not follow by itself. Whoever changes the parameters calls `cast`
-afterwards, once: after loading, and after each update by the optimizer. No forward does it, so
-decoding casts nothing for its tokens.
+That copy does not follow by itself. Code that changes the parameters calls `cast` afterwards: after
+loading, and after each update by the optimizer. No forward does, so decoding casts nothing.
 """
 
 from collections.abc import Iterable

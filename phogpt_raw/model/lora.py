@@ -9,8 +9,8 @@ activations to fp32 and back around every adapter, and make several tensors of t
 Here the adapter's product comes first, in the compute dtype, and the base's product is added to it
 in place. Kept for backward are x and the narrow s x Aᵀ.
 
-The surprise: a 4-bit W exists in full only for the length of one product. Backward dequantises it
-again; kept, it would take 13 GB on PhoGPT-7B5.
+A 4-bit W exists in full only for the length of one product. Backward dequantises it again; kept, it
+would take 13 GB on PhoGPT-7B5.
 
 N rows, D in, O out, R rank.
 """

@@ -1,7 +1,7 @@
 """Matrix products that apply a factor or a change of dtype inside their kernel.
 
-The surprise: the kernel of a product of 16-bit matrices sums in fp32 in any case. To write that sum
-costs nothing more; `(a @ b).float()` rounds it to 16 bits first, and needs a second kernel.
+The kernel of a product of 16-bit matrices sums in fp32 in any case, and writing that sum costs
+nothing more. `(a @ b).float()` rounds it to 16 bits first, and needs a second kernel.
 """
 
 import torch

@@ -10,8 +10,8 @@ bitsandbytes quantises. Dequantising exists three times, with results that are e
 does it in one, at twice the speed. `dequantise` takes the fused one where it works, else
 bitsandbytes'.
 
-The surprise is how much of a step dequantising takes: 2.5 bytes a weight and pass, 33 GB a step of
-PhoGPT-7B5 whatever the number of tokens. At 512 tokens on a fast card that is over a quarter of the
+Dequantising takes much of a step: it moves 2.5 bytes per weight and pass, 33 GB in a step of
+PhoGPT-7B5 whatever the number of tokens. At 512 tokens on a fast GPU that is over a quarter of the
 step.
 
 O out, D in.

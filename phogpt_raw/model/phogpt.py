@@ -1,10 +1,9 @@
 """PhoGPT's forward: MPT blocks with biases, ALiBi attention and a tied head.
 
-Names are llm-foundry's, so that a parameter's name is its name in the checkpoint. Three things
-surprise: every linear and every norm has a bias (transformers' own MPT has none and drops them
-without an error); there is no position embedding at all; and with a vocabulary of 250,880 the head,
-not the blocks, decides the memory, so `forward` ends at the hidden states and the loss takes only
-the rows it needs through `logits`.
+Names are llm-foundry's, so that a parameter's name is its name in the checkpoint. Every linear and
+every norm has a bias (transformers' own MPT has none and drops them without an error). There is no
+position embedding. With a vocabulary of 250,880 the head, not the blocks, decides the memory, so
+`forward` ends at the hidden states and the loss takes only the rows it needs through the head.
 
 B micro-batch, L length, S positions that attention sees, D hidden, H heads, K head width, V
 vocabulary.

@@ -8,7 +8,7 @@ product. Of about 16 activations that a block saves, 6 are such outputs.
 torch.utils.checkpoint is the coarse form of the same idea: it recomputes a whole block from the
 block's input. Both can be combined.
 
-The surprise: of nested saved-tensor hooks torch calls only the innermost. A checkpoint is made of
+Of nested saved-tensor hooks torch calls only the innermost. A checkpoint is made of
 such hooks too. Inside it, the hooks here would hide every tensor that they do not handle
 themselves, and the checkpointed block would save them all. So they pass such a tensor on to the
 hooks outside.

@@ -2,9 +2,8 @@
 
 Linear weights are quantised to NF4 with double quantisation (Dettmers et al. 2023,
 arXiv:2305.14314) from the dtype that they are stored in; embedding, norms and biases are cast to
-the compute dtype. The surprise is what others do here: transformers' MPT loads PhoGPT without its
-193 biases and reports it in passing. Here a key that is missing, left over or misshapen is an error
-that names it.
+the compute dtype. transformers' MPT loads PhoGPT without its 193 biases and only reports it; here a
+key that is missing, left over or of another shape is an error that names it.
 
 Files are memory-mapped, so what a load holds in anonymous host memory is one tensor, not a shard.
 """

@@ -109,15 +109,15 @@ def tensors(found) -> Iterator[torch.Tensor]:
 
 @cache
 def is_view(func) -> bool:
-    """Whether an operation only looks at memory, or at nothing: no kernel runs."""
-    if func.is_view or func in LOOKS or func.namespace == "profiler":
+    """Whether an operation runs no kernel: it returns a view, or memory without values."""
+    if func.is_view or func in NO_KERNEL or func.namespace == "profiler":
         return True
     returns = schema_of(func).returns
     return bool(returns) and all(r.alias_info and not r.alias_info.is_write for r in returns)
 
 
-LOOKS = {private_apis.unsafe_view(), aten.empty.memory_format, aten.empty_like.default,
-         aten.empty_strided.default, aten.new_empty.default, aten.detach.default}
+NO_KERNEL = {private_apis.unsafe_view(), aten.empty.memory_format, aten.empty_like.default,
+             aten.empty_strided.default, aten.new_empty.default, aten.detach.default}
 PICKS = {aten.embedding.default, aten.gather.default, aten.index_select.default,
          aten.scatter_.src}
 OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}  # unread
@@ -149,10 +149,10 @@ def moved(func, args, kwargs, made: list[torch.Tensor]) -> int:
 
 def touched(tensor: torch.Tensor) -> int:
     """Bytes of a tensor that a kernel reads or writes; what is expanded lies in memory once."""
-    numbers = 1
+    elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        numbers *= size if stride else 1
-    return numbers * tensor.element_size()
+        elements *= size if stride else 1
+    return elements * tensor.element_size()
 
 
 def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) -> PhoGPT:
