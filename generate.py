@@ -17,8 +17,9 @@ from phogpt_raw.cards import DTYPES, this_card, training_dtype
 from phogpt_raw.command_line import Parser
 from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
 from phogpt_raw.decode import answer
-from phogpt_raw.model.adapters import load_adapters, named_base
-from phogpt_raw.model.weights import load_base
+from phogpt_raw.messages import _
+from phogpt_raw.model.adapters import load_adapters, named_base, read_adapter_config
+from phogpt_raw.model.weights import find_folder, load_base, read_config, read_tokenizer
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
 
@@ -56,16 +57,20 @@ def main(arguments: list[str] | None = None) -> None:
     if options.max_new_tokens < 1:
         raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     card = this_card()
-    dtype, _ = training_dtype(card, options.dtype)
+    dtype, _reason = training_dtype(card, options.dtype)
+    if options.adapter:
+        read_adapter_config(options.adapter)
     base = options.model or (named_base(options.adapter) if options.adapter else "nano")
+    folder = find_folder(base, options.revision, files=["*.json"])
+    shape = read_config(folder)
+    if options.max_new_tokens > shape.max_seq_len:
+        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: the model was made for "
+                      f"{shape.max_seq_len} tokens at most")
+    template, _reason = choose_template(read_tokenizer(folder, shape), options.template)
     model, tokenizer = load_base(base, nf4=options.nf4, dtype=dtype, device=card.device,
                                  revision=options.revision)
     if options.adapter:
         load_adapters(model, options.adapter, trainable=False)
-    if options.max_new_tokens > model.config.max_seq_len:
-        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: the model was made for "
-                      f"{model.config.max_seq_len} tokens at most")
-    template, _ = choose_template(tokenizer, options.template)
     prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
     streamer = Streamer(tokenizer)
     [written] = answer(
@@ -75,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     streamer.end()
     if not written.stopped:
-        print(f"(cut after {options.max_new_tokens} tokens; --max-new-tokens writes on)",
+        print(_("(cut after {n} tokens; --max-new-tokens writes on)", n=options.max_new_tokens),
               file=sys.stderr)
 
 

@@ -20,14 +20,23 @@ def main(arguments: list[str] | None = None) -> None:
     config = from_command_line(arguments, __doc__)
     job = set_up(config)  # model, adapters, optimizer, data: everything, wired once
     run, state = job.run, job.run.state
-    choice = choose_recompute(job)
+    choice = choose_recompute(job)  # how many blocks backward computes again
+    job.limits.recompute = choice.recompute
     startcard.show(job, choice)
     if config.dry_run:
         return startcard.example(job.tokenizer, job.examples.train[0])
 
     run.begin(job)
     metrics = Metrics(run.folder, state.step, job.forward)
-    show = console.Display(run)
+    with console.Display(run) as show:
+        loss, score = train(job, metrics, show)
+    run.check_result(loss, score)
+    console.summary(run, job.examples.questions, score, show)
+
+
+def train(job, metrics, show):
+    """The loop, from where the run stands to its last step; returns the last loss and score."""
+    config, run, state = job.config, job.run, job.run.state
     step = retry_without_graphs(train_step, job, console.say)
     evaluate = retry_without_graphs(job.evaluate, job, console.say)
 
@@ -48,18 +57,16 @@ def main(arguments: list[str] | None = None) -> None:
 
         metrics.begin()
         stats = step(job, window)
-        state.count(applied=bool(stats.applied))
+        state.count(skipped=bool(stats.skipped))
         row = metrics.step(state, stats, window, lr)
-        show.step(row, window)
+        show.step(row, metrics.seconds)
 
         run.stop_if_stuck()
         if run.due(config.eval_every):
             score = evaluation()
         if run.due(config.eval_every) or run.due(config.save_every):
             run.save(job)
-
-    run.check_result(row.loss, score)
-    console.summary(run, job.examples.questions, score, show)
+    return row.loss, score
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from phogpt_raw.private_apis import free_matmul_workspaces
 
 from bench.command_line import ATTENTION, Setting
 from bench.gpu_kernels import kernels
@@ -20,10 +19,11 @@ from phogpt_raw.data.batches import Window
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, PhoGPT
 from phogpt_raw.model.weights import find_folder, read_model
+from phogpt_raw.private_apis import free_matmul_workspaces
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.training.graphs import GraphedModel, why_not
+from phogpt_raw.training.graphs import why_not
 from phogpt_raw.training.optim import paged_bytes
-from phogpt_raw.training.setup import wire
+from phogpt_raw.training.setup import forward_of, wire
 from phogpt_raw.training.step import StepStats, train_step, unmarked
 
 LR = 1e-4
@@ -37,6 +37,8 @@ class Bench:
         self.dtype, _ = training_dtype(self.card, options.dtype)
         self.model = self.load(options.model)
         self.adapters = new_adapters(self.model, rank=options.rank, alpha=32)
+        # before the optimizer: its pages are counted apart, wherever they lie
+        self.context_gib = context_gib() if self.card.device == "cuda" else 0.0
         self.restart()
         self.cap_for_torch = self.cap()
 
@@ -49,7 +51,7 @@ class Bench:
     def restart(self) -> None:
         """A fresh optimizer and loss scale over the adapters as they are."""
         self.training = wire(self.model, self.adapters, optimizer=self.options.optimizer, lr=LR,
-                             weight_decay=0.0, loss_mib=self.options.loss_mib)
+                             loss_mib=self.options.loss_mib)
 
     def window(self, setting: Setting) -> Window:
         rows = setting.micro_batch * setting.accumulate
@@ -66,7 +68,7 @@ class Bench:
         if not self.options.cap or self.card.device == "cpu":
             return None
         pages = paged_bytes(self.training.optimizer) / 2**30
-        left = self.options.cap - context_gib() - pages
+        left = self.options.cap - self.context_gib - pages
         if not 0 < self.options.cap <= self.card.memory_gib or left <= 0:
             raise Refusal(f"--cap {self.options.cap:g}: {self.card.name} has "
                           f"{self.card.memory_gib:.1f} GiB, and CUDA and the pages take "
@@ -80,8 +82,7 @@ class Bench:
         limits.micro_batch = setting.micro_batch
         limits.recompute = depth.blocks_to_recompute(self.model.config.n_layers)
         limits.graphs = why_not(self.model, self.card.device, capture) is None
-        self.training.forward = (
-            GraphedModel(self.model, self.adapters.flat, limits) if limits.graphs else self.model)
+        self.training.forward = forward_of(self.model, self.adapters, limits)
 
     def run(self, window: Window, mark=unmarked) -> StepStats:
         """One optimizer step; raises torch.OutOfMemoryError where memory is too small."""

@@ -61,6 +61,7 @@ class Ours:
     def __init__(self, options):
         self.bench = Bench(options)
         self.bench.model.train()
+        self.context_gib = self.bench.context_gib
         adapters = self.bench.adapters
         self.first = adapters.flat.detach().clone()
         start = Path(options.model) / "adapters"
@@ -102,6 +103,7 @@ class Peer:
                 bnb_4bit_compute_dtype=self.dtype))
         model.config.use_cache = False
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+        self.context_gib = context_gib()
         self.model = PeftModel.from_pretrained(model, self.folder / "adapters", is_trainable=True)
         self.first = {n: p.detach().clone() for n, p in self.model.named_parameters()
                       if p.requires_grad}
@@ -161,7 +163,7 @@ def serve(options) -> None:
     """A JSON order a line on standard input, its answer on standard output."""
     answers, sys.stdout = sys.stdout, sys.stderr
     side = {"ours": Ours, "peer": Peer}[options.side](options)
-    print(json.dumps({"beside_gib": context_gib()}), file=answers, flush=True)
+    print(json.dumps({"beside_gib": side.context_gib}), file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         limit_torch_to(order.pop("cap_gib"))

@@ -41,7 +41,7 @@ def this_card() -> Card:
         properties.name,
         "cuda",
         (properties.major, properties.minor),
-        properties.total_memory / 2**30,
+        properties.total_memory / GIB,
     )
 
 
@@ -53,7 +53,7 @@ def runs_on(built: str, arch: str) -> bool:
 
 
 def training_dtype(card: Card, asked: str = "auto") -> tuple[torch.dtype, str]:
-    """The compute dtype on `card`, with the reason that the start card prints."""
+    """The compute dtype on `card`, and the reason for it, which is shown."""
     bf16 = card.capability >= (8, 0)
     if asked != "auto":
         if asked == "bf16" and card.device == "cuda" and not bf16:

@@ -23,7 +23,7 @@ class Config:
     template: str = "auto"  # auto, 7b5-instruct or 4b-chat: how a row becomes a prompt
     out: str | None = None  # run folder; default runs/<model>-NNN, a new number each time
     adapter: str | None = None  # go on from this adapter (its rank and targets) with new data
-    dry_run: bool = False  # print the whole plan and train nothing
+    dry_run: bool = False  # print what the run would do, and train nothing
     # how long
     steps: int | None = None  # optimizer steps; or --epochs
     epochs: float | None = None  # passes over the data; or --steps (default: 3 epochs)

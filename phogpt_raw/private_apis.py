@@ -101,6 +101,18 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+# -- torch 2.10: loss scaling
+
+
+def found_inf(scaler: torch.amp.GradScaler, optimizer) -> torch.Tensor | None:
+    """The flag (1.0 or 0.0, on the device) by which GradScaler skips the optimizer's update, once
+    `unscale_` has looked for inf and nan; None where the scaler is disabled."""
+    if not scaler.is_enabled():
+        return None
+    [flag] = scaler._found_inf_per_device(optimizer).values()
+    return flag
+
+
 # -- torch 2.10: operations and memory
 
 

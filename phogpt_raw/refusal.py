@@ -9,6 +9,8 @@ import functools
 import os
 import sys
 
+from phogpt_raw.messages import _
+
 
 class Refusal(ValueError):
     """One sentence: what is wrong, where (file and line, flag, tensor), and what to do."""
@@ -29,7 +31,7 @@ def exits_cleanly(main):
         try:
             return main(*args, **kwargs)
         except (Refusal, RunFailed) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(_("error: {text}", text=" ".join(str(error).split())), file=sys.stderr)
             sys.exit(2 if isinstance(error, Refusal) else 1)
         except BrokenPipeError:  # the reader of the output has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,13 +39,13 @@ def exits_cleanly(main):
         except Exception as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            print("error: the GPU's memory is full; train.py: --micro-batch 1, --recompute all or "
-                  "--no-capture, then go on with the same --out; generate.py: fewer "
-                  "--max-new-tokens", file=sys.stderr)
+            print(_("error: the GPU's memory is full; train.py: --micro-batch 1, --recompute all "
+                    "or --no-capture, then go on with the same --out; generate.py: fewer "
+                    "--max-new-tokens"), file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("stopped by hand; with the same --out train.py goes on from its last checkpoint",
-                  file=sys.stderr)
+            print(_("stopped by hand; with the same --out train.py goes on from its last "
+                    "checkpoint"), file=sys.stderr)
             sys.exit(130)
 
     return command

@@ -390,13 +390,13 @@ def test_the_choice_is_the_fused_kernel_and_the_blocks_that_attention_runs(monke
     config = ModelConfig(48, 6, 1, vocab_size=8, max_seq_len=64)
     slopes_H = alibi_slopes(6)
     kernel = "FLASH_ATTENTION"  # the only fused one of the CPU
-    assert choose_attention(slopes_H, config, 64, dtype) == AttentionChoice(kernel, 64, 1, 64)
+    assert choose_attention(slopes_H, config, 64, dtype) == AttentionChoice(kernel, 64, 1)
     monkeypatch.setattr(attention, "BLOCK", 16)
     for length in (15, 16, 17, 32, 40):
         choice = choose_attention(slopes_H, config, length, dtype)
         bias = Bias(slopes_H, length, length, dtype)
-        assert choice == AttentionChoice(kernel, bias.block, len(list(bias.blocks())), length)
-    assert choice == AttentionChoice(kernel, 16, 3, 40)
+        assert choice == AttentionChoice(kernel, bias.block, len(list(bias.blocks())))
+    assert choice == AttentionChoice(kernel, 16, 3)
 
 
 def test_one_bias_serves_all_layers(monkeypatch):

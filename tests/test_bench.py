@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from bench import command_line as commandline
-from bench import compare, gpu_kernels, items, measure, memory, results, simulated, step_time
+from bench import (
+    command_line,
+    compare,
+    gpu_kernels,
+    items,
+    measure,
+    memory,
+    results,
+    simulated,
+    step_time,
+)
 from bench.command_line import Setting
 from bench.meter import MemoryMeter, Stopwatch
 
@@ -69,7 +78,7 @@ def test_out_of_memory_is_a_row_and_the_next_one_is_measured(bench, monkeypatch,
 
 
 def test_the_bench_changes_the_adapters_as_training_does():
-    bench = measure.Bench(commandline.parse(commandline.parser(""), HERE))
+    bench = measure.Bench(command_line.parse(command_line.parser(""), HERE))
     before = bench.adapters.flat.detach().clone()
     setting = Setting(seq_len=32, micro_batch=2, accumulate=2, recompute="none")
     window = bench.window(setting)
@@ -82,8 +91,8 @@ def test_the_bench_changes_the_adapters_as_training_does():
 
 @pytest.mark.parametrize("recompute, blocks", [("none", 0), ("3", 3), ("all", 8)])
 def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, blocks):
-    """Its FLOPs are the plan's, less what adapters and attention do: little in so short a row."""
-    options = commandline.parse(commandline.parser(""), [*HERE, "--rank", "1"])
+    """Its FLOPs are the trace's, less what adapters and attention do: little in so short a row."""
+    options = command_line.parse(command_line.parser(""), [*HERE, "--rank", "1"])
     bench = measure.Bench(options)
     setting = Setting(seq_len=32, micro_batch=2, accumulate=1, recompute=recompute)
     bench.begin(setting, capture=False)

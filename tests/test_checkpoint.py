@@ -175,7 +175,7 @@ def test_what_is_saved_is_what_is_loaded(adapted, tmp_path):
         assert mine.data_ptr() != was.data_ptr()
     assert same(other.optimizer.state_dict(), state)
     assert other.scaler.get_scale() == 512.0
-    assert checkpoint.read_progress(folder) == {"step": 4, "first": {}}
+    assert checkpoint.read_state(folder) == {"step": 4, "first": {}}
     # the model computes with what was loaded, and the optimizer moves the same buffer
     start = other.adapters.flat.untyped_storage().data_ptr()
     assert all(view.untyped_storage().data_ptr() == start for _, view in other.adapters.views)

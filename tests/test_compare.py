@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from bench import command_line as commandline
-from bench import compare, simulated
+from bench import command_line, compare, simulated
 from bench import results as results_module
 from bench.command_line import Setting
 
@@ -155,7 +154,7 @@ def test_the_readme_is_as_the_results_have_it(capsys):
 
 def test_the_saved_simulation_is_what_the_code_says_today():
     """Else `python bench/compare.py --simulate`; 1 % is for other versions of torch."""
-    asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
+    asked = command_line.parse(command_line.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, rates, traces)] = simulated.cards(asked)
     found = traces.on(card, Setting(512, 1, 1, "auto"))
     memory = compare.columns("memory")["4b", "T4, simulated"][512]

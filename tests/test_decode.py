@@ -76,12 +76,12 @@ def test_the_limit_cuts(lively):
 
 
 def test_tokens_are_told_one_by_one_as_they_are_written(lively):
-    asked, told = prompts(3, 17), []
-    first, _ = write(lively, asked, on_token=told.append)
-    assert told == first.ids
-    end, told = first.ids[5], []
-    write(lively, asked, eos_id=end, on_token=told.append)
-    assert told == first.ids[: first.ids.index(end)]  # the end itself is not
+    asked, streamed = prompts(3, 17), []
+    first, _ = write(lively, asked, on_token=streamed.append)
+    assert streamed == first.ids
+    end, streamed = first.ids[5], []
+    write(lively, asked, eos_id=end, on_token=streamed.append)
+    assert streamed == first.ids[: first.ids.index(end)]  # the end itself is not
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -40,7 +40,7 @@ def nano_training(dtype, recompute=0, nf4=True, graphs=False):
     model, _ = load_base("nano", nf4=nf4, dtype=dtype, device="cuda")
     training = wire(model.train(), new_adapters(model, rank=16, alpha=32), lr=1e-3,
                     weight_decay=0.0, micro_batch=2, recompute=recompute, graphs=graphs)
-    training.limits.loss_rows = 64
+    training.limits.chunk_rows = 64
     return training
 
 
@@ -425,7 +425,7 @@ def test_the_peak_of_a_captured_step_is_that_of_the_eager_one(dtype):
     peaks = {}
     for graphs_on in (False, True):
         training = nano_training(dtype, graphs=graphs_on)
-        training.limits.loss_rows = 4096
+        training.limits.chunk_rows = 4096
         windows = [Window([example([5] * n, n - 1, "row")] * 2, pad_id=3) for n in (512, 64)]
         for window in [*windows * 3]:
             torch.cuda.synchronize()

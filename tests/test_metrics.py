@@ -2,7 +2,6 @@
 
 import json
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +17,9 @@ from phogpt_raw.training.run import Run, RunState
 from phogpt_raw.training.step import StepStats
 
 
-def stats(loss=2.0, applied=True):
+def stats(loss=2.0, skipped=False):
     return StepStats(torch.tensor(loss), torch.tensor(0.5), torch.tensor(4096.0),
-                     torch.tensor(applied))
+                     torch.tensor(float(skipped)))
 
 
 def test_a_row_is_of_its_own_step(tmp_path, monkeypatch):
@@ -76,11 +75,11 @@ def run_of(tmp_path, steps, eval_every, step=0):
 
 
 @pytest.mark.parametrize("every", [0, 1, 3, 4, 7, 30])
-@pytest.mark.parametrize("step", [0, 1, 3, 8, 11, 12])
+@pytest.mark.parametrize("step", [1, 3, 4, 8, 11, 12])
 def test_evaluations_that_are_still_due_are_counted(tmp_path, every, step):
     run = run_of(tmp_path, 12, every, step)
     expected = 0
-    for n in range(step + 1, 13):
+    for n in range(step, 13):
         run.state.step = n
         expected += run.due(every)
     run.state.step = step
@@ -90,11 +89,12 @@ def test_evaluations_that_are_still_due_are_counted(tmp_path, every, step):
 def test_the_time_left_counts_steps_and_evaluations(tmp_path):
     run = run_of(tmp_path, 10, eval_every=5)
     display = Display(run)
-    window = SimpleNamespace(tokens=100)
     display.evaluation(Score(1.0, None, [], seconds=30.0))  # before the first step
     for step in (1, 2):
         run.state.step = step
-        display.step(StepRow(step, 1.0, 0.1, 1.0, 10, 50.0, None, 1.0, 0), window)
+        display.step(StepRow(step, 1.0, 0.1, 1.0, 10, 50.0, None, 1.0, 0), seconds=2.0)
     assert display.seconds_left() == pytest.approx(8 * 2.0 + 2 * 30.0)
+    run.state.step = 5  # shown before its own evaluation
+    assert display.seconds_left() == pytest.approx(5 * 2.0 + 2 * 30.0)
     run.state.step = 10
-    assert display.seconds_left() == 0
+    assert display.seconds_left() == pytest.approx(30.0)

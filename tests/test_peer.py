@@ -4,8 +4,7 @@
 import pytest
 import torch
 
-from bench import command_line as commandline
-from bench import peer, sides
+from bench import command_line, peer, sides
 from bench.random_data import random_rows
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import ModelConfig
@@ -61,19 +60,19 @@ def test_a_ratio_is_the_median_over_pairs_and_not_of_medians():
     pairs = [{"peer": found(p), "ours": found(o), "eager": found(1.0)}
              for p, o in ((6.0, 1.0), (4.0, 2.0), (9.0, 3.0))]
     losses = {"captured": [1.0, 2.0], "eager": [1.0, 2.5], "peer": [1.25, 2.5]}
-    told = peer.summary({"pairs": pairs, "losses": losses})
-    assert told["ours_times_faster"] == 3.0
-    assert (told["peer_step_s"], told["ours_step_s"]) == (6.0, 2.0)
-    assert (told["captured_loss_apart"], told["peer_loss_apart"]) == (0.5, 0.25)
+    found = peer.summary({"pairs": pairs, "losses": losses})
+    assert found["ours_times_faster"] == 3.0
+    assert (found["peer_step_s"], found["ours_step_s"]) == (6.0, 2.0)
+    assert (found["captured_loss_apart"], found["peer_loss_apart"]) == (0.5, 0.25)
 
 
 def test_a_side_out_of_memory_has_no_figure():
     full = {"out_of_memory": True}
     fits = {"step_s": 1.0, "allocated_gib": 1.0, "reserved_gib": 2.0}
-    told = peer.summary({"pairs": [{"peer": full, "ours": fits, "eager": fits}],
+    found = peer.summary({"pairs": [{"peer": full, "ours": fits, "eager": fits}],
                          "losses": {"captured": [1.0], "eager": [1.0], "peer": None}})
-    assert "peer_step_s" not in told and "ours_times_faster" not in told
-    assert told["ours_step_s"] == 1.0 and "peer_loss_apart" not in told
+    assert "peer_step_s" not in found and "ours_times_faster" not in found
+    assert found["ours_step_s"] == 1.0 and "peer_loss_apart" not in found
 
 
 class Answering:
@@ -108,7 +107,7 @@ def test_sides_take_turns_and_each_path_is_what_its_name_says(full):
 
 def test_ours_begins_from_the_same_adapters_each_time(folder, monkeypatch):
     monkeypatch.setattr(sides, "now", lambda: 0.0)
-    options = commandline.parse(commandline.parser(""), ["--measured", "--model", str(folder)])
+    options = command_line.parse(command_line.parser(""), ["--measured", "--model", str(folder)])
     ours = sides.Ours(options)
     first, second = ([float(loss) for loss, _ in ours.steps(2, 24, 3, path="eager",
                                                             recompute="none")] for _ in range(2))

@@ -262,6 +262,25 @@ def test_state_of_an_8_bit_optimizer_is_made_before_its_first_step(device):
         assert optimizer.state[flat]["step"] == 1 and (flat < -0.9).all()
 
 
+@pytest.mark.parametrize("value, flag", [(1.0, 0.0), (1e20, 0.0), (float("inf"), 1.0),
+                                         (float("nan"), 1.0)])
+def test_the_flag_is_that_by_which_the_update_is_skipped(value, flag):
+    """Also where each gradient is finite and only their norm is not (1e20 squared)."""
+    with without_it("compare scaler.get_scale() before and after scaler.update() in "
+                    f"training/step.py, which waits for the GPU; else {PIN}"):
+        flat = torch.nn.Parameter(torch.zeros(8))
+        optimizer = torch.optim.SGD([flat], lr=1.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+        scaler.scale(torch.ones(()))
+        flat.grad = torch.full((8,), value)
+        scaler.unscale_(optimizer)
+        assert float(private_apis.found_inf(scaler, optimizer)) == flag
+        scaler.step(optimizer)
+        assert bool((flat != 0).any()) == (flag == 0.0)
+        disabled = torch.amp.GradScaler("cpu", enabled=False)
+        assert private_apis.found_inf(disabled, optimizer) is None
+
+
 # -- nobody else
 
 # Names without an underscore that are private all the same.

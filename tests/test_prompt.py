@@ -73,9 +73,9 @@ def test_a_training_prompt_is_what_the_chat_template_asks_at_generation(tokenize
     asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     prompt = encode_prompt(tokenizer, TEMPLATES["4b-chat"], "Phở bò là gì?")
     assert tokenizer.decode(prompt) == asked
-    told = [*turn, {"role": "assistant", "content": "Dạ, phở bò là món nước ạ."}]
+    whole_chat = [*turn, {"role": "assistant", "content": "Dạ, phở bò là món nước ạ."}]
     whole = encode_row(tokenizer, TEMPLATES["4b-chat"], row(), 1024)
-    assert tokenizer.decode(whole.ids) == tokenizer.apply_chat_template(told, tokenize=False)
+    assert tokenizer.decode(whole.ids) == tokenizer.apply_chat_template(whole_chat, tokenize=False)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

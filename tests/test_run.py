@@ -278,7 +278,9 @@ def test_a_question_too_long_is_refused_with_its_line(train, rows):
     (["--targets", "q_proj,v_proj"], "no linear layer q_proj"),
     (["--recompute", 3], "the model has 2 blocks"),
 ])
-def test_what_cannot_be_is_one_line(train, tmp_path, flags, said):
+def test_what_cannot_be_is_one_line_before_any_weight_is_read(train, tmp_path, monkeypatch, flags,
+                                                              said):
+    monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
     status, _, line = train("--out", tmp_path / "run", *flags)
     assert status == 2
     assert said in line
@@ -348,14 +350,18 @@ def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_p
 # -- a run that produces nothing usable is no success
 
 
+@pytest.mark.parametrize("hold_out, good", [(3, 3), (0, 2)])
 def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
-        train, tmp_path, monkeypatch):
+        train, tmp_path, monkeypatch, hold_out, good):
+    """The best one; where nothing is held out, one before the last update, of step 3 here."""
     overflowing_at(monkeypatch, {2, *range(4, 100)})
     out = tmp_path / "run"
-    status, said, error = train("--out", out, "--steps", 30, "--save-every", 1, "--max-skipped", 4)
+    status, said, error = train("--out", out, "--steps", 30, "--save-every", 1, "--max-skipped", 4,
+                                "--eval-every", 3, "--hold-out", hold_out)
     assert status == 1 and "python generate.py" not in said
     assert error.startswith(f"error: {out}: steps 4 to 7 were skipped") and error.count("\n") == 1
-    assert f"the last good checkpoint is {out}/checkpoint-3; go on from it with --adapter" in error
+    assert (f"the last good checkpoint is {out}/checkpoint-{good}; go on from it with --adapter "
+            f"{out}/checkpoint-{good}, a lower --lr") in error
     assert [row["skipped"] for row in metrics(out)[0]] == [0, 1, 1, 2, 3, 4, 5]
 
 
@@ -374,21 +380,38 @@ def test_a_run_of_skipped_steps_alone_ends_as_a_failure(train, tmp_path, monkeyp
     overflowing_at(monkeypatch, set(range(1, 100)))
     status, said, error = train("--out", tmp_path / "run", "--hold-out", hold_out)
     assert status == 1 and "generate.py" not in said
-    assert "every step was skipped, no gradient was finite" in error
+    assert "7 of 7 steps were skipped, their gradients are not finite" in error
+
+
+def test_a_run_that_skips_most_of_its_steps_is_no_success(train, tmp_path, monkeypatch):
+    """Its loss may be finite all the same."""
+    overflowing_at(monkeypatch, {2, 4, 5, 7})
+    status, said, error = train("--out", tmp_path / "run")
+    assert status == 1 and "generate.py" not in said and "4 of 7 steps were skipped" in error
+
+
+def test_a_base_that_gives_nan_before_the_first_step_is_to_blame(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda *_, **__: math.nan)
+    status, _, error = train("--out", tmp_path / "run")
+    assert status == 1 and "not finite before the first step" in error
+    assert "does not compute in fp32" in error and not metrics(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize("hold_out", [0, 3])
 def test_a_diverging_run_ends_as_a_failure_that_says_so(train, tmp_path, hold_out):
-    """No adapter is named that is not there, and a score that is not finite is never the best."""
+    """No adapter is named that is not there, nor a checkpoint whose weights did the harm; and the
+    same command again does not call the run complete."""
     out = tmp_path / "run"
-    status, said, error = train("--out", out, "--lr", 1e25, "--hold-out", hold_out)
+    flags = ["--out", out, "--lr", 1e25, "--hold-out", hold_out, "--save-every", 1]
+    status, said, error = train(*flags)
     assert status == 1 and "generate.py" not in said
-    assert "is not finite" in error and error.count("\n") == 1
-    _, scores = metrics(out)
-    finite = [row["step"] for row in scores if row["step"] and row["val_loss"] is not None]
-    assert (out / "adapter_model.safetensors").is_file() == (not hold_out or bool(finite))
-    if hold_out and not finite:
-        assert "holds the adapter" not in error
+    assert "6 of 7 steps were skipped" in error and error.count("\n") == 1
+    assert "no good checkpoint was saved" in error
+    if hold_out:
+        assert not (out / "adapter_model.safetensors").exists()
+        status, _, again = train(*flags)
+        assert status == 1 and "this run took its 7 steps and found no usable adapter" in again
+        assert "no good checkpoint was saved" in again
 
 
 def test_a_base_that_holds_inf_is_refused_when_it_is_loaded(train, tmp_path):
@@ -398,7 +421,7 @@ def test_a_base_that_holds_inf_is_refused_when_it_is_loaded(train, tmp_path):
     write_checkpoint(base, tensors=tensors)
     status, _, error = train("--model", base, "--out", tmp_path / "run")
     assert status == 2 and error.count("\n") == 1
-    assert "transformer.blocks.1.ffn.down_proj.bias holds values that are not finite" in error
+    assert "transformer.blocks.1.ffn.down_proj.bias holds values from" in error
 
 
 def test_a_full_gpu_is_one_line_that_says_what_to_turn(train, tmp_path):

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import example
 
-from bench import command_line as commandline
-from bench import figures, items, memory, results, simulated, step_time
+from bench import command_line, figures, items, memory, results, simulated, step_time
 from bench.command_line import Setting
 from bench.simulated import Traces, cards
 from phogpt_raw import cards as known
@@ -32,12 +31,12 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def options(*flags):
-    return commandline.parse(commandline.parser(""), [*NANO, *flags])
+    return command_line.parse(command_line.parser(""), [*NANO, *flags])
 
 
 def a_4b_on_a_t4():
     """(card, traces) of a model whose long rows fill it."""
-    asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
+    asked = command_line.parse(command_line.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, _, traces)] = cards(asked)
     return card, traces
 
@@ -126,8 +125,8 @@ def test_each_flag_is_simulated(flags):
 
     def step(*more):
         [(card, _, traces)] = cards(options("--card", "h200", *more))
-        plan = traces.on(card, setting).trace
-        return [op.name for op in plan.ops], plan.replay().peak_allocated, plan.pages
+        trace = traces.on(card, setting).trace
+        return [op.name for op in trace.ops], trace.replay().peak_allocated, trace.pages
 
     assert step() != step(*flags)
 
@@ -145,7 +144,7 @@ def test_each_card_is_simulated_in_the_dtype_that_it_trains_in():
 
 
 def test_a_file_is_fitted_with_as_many_rows_at_once_as_asked_for():
-    asked = commandline.parse(commandline.parser(""), ["--model", "4b", "--card", "t4"])
+    asked = command_line.parse(command_line.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, _, traces)] = cards(asked)
     rows = [example(list(range(4, 4 + 4096)), 9, "x")] * 2
     single = traces.recompute_for(rows, card)
@@ -240,12 +239,12 @@ def test_items_are_an_even_choice_by_length():
         seen.append(batch.ids_BL.shape)
         return window.tokens / 1000, window.tokens / 500
 
-    told = items.estimate(asked, examples, "nano", seconds)
+    found = items.estimate(asked, examples, "nano", seconds)
     assert len(seen) == items.STRATA and all(rows == 2 for rows, _ in seen)
     mean = sum(len(e.ids) for e in examples) / len(examples)
-    assert told["item_s"] == pytest.approx([mean / 1000, mean / 500], rel=0.02)
-    assert told["hours"] == pytest.approx([s * 400 * 3 / 3600 for s in told["item_s"]])
-    assert (told["items"], told["tokens_longest"]) == (400, 409)
+    assert found["item_s"] == pytest.approx([mean / 1000, mean / 500], rel=0.02)
+    assert found["hours"] == pytest.approx([s * 400 * 3 / 3600 for s in found["item_s"]])
+    assert (found["items"], found["tokens_longest"]) == (400, 409)
 
 
 def test_a_file_gives_seconds_an_item_and_hours(tmp_path, capsys):

@@ -286,7 +286,7 @@ def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, 
     for both in ((model, adapters), (twin, its)):
         training = wire(*both, micro_batch=2, recompute=recompute)
         training.scaler = torch.amp.GradScaler("cpu", enabled=False)  # as on the meta device
-        training.limits.loss_rows = 16
+        training.limits.chunk_rows = 16
         found = trace_step(training, window, SDPBackend.FLASH_ATTENTION)  # the CPU's
         # but the clipping, for which torch has other operations on a CPU
         ops = [op for op in found.ops if op.phase != "clip"]

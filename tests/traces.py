@@ -34,7 +34,7 @@ def step_of(model: PhoGPT, adapters, *, rows: int = 1, length: int = 96, answer:
             recompute: int = 0, chunk: int = 16, optimizer: str = "paged_adamw_8bit",
             kernel: SDPBackend = EFFICIENT) -> Trace:
     training = wire(model, adapters, optimizer=optimizer, micro_batch=rows, recompute=recompute)
-    training.limits.loss_rows = chunk
+    training.limits.chunk_rows = chunk
     window = Window([example([5] * length, answer, "row")] * rows, pad_id=3)
     return trace_step(training, window, kernel)
 

@@ -121,7 +121,7 @@ def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
     `base`: what they name as the model below when saved again; None leaves what they name now.
     trainable=False is for decoding: no gradients, and no memory for them.
     """
-    config = read_config(Path(folder))
+    config = read_adapter_config(Path(folder))
     config.inference_mode = False
     config.base_model_name_or_path = base or config.base_model_name_or_path
     adapters = inject(model, config, trainable)
@@ -131,13 +131,13 @@ def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
 
 def named_base(folder: Path) -> str:
     """The base that an adapter folder names."""
-    base = read_config(Path(folder)).base_model_name_or_path
+    base = read_adapter_config(Path(folder)).base_model_name_or_path
     if not base:
         raise Refusal(f"{folder}: names no base model; say which with --model")
     return base
 
 
-def read_config(folder: Path):
+def read_adapter_config(folder: Path):
     from peft import LoraConfig, PeftConfig
 
     file = folder / "adapter_config.json"

@@ -207,7 +207,7 @@ def choose_kernel(q, k, v, bias: Bias) -> SDPBackend:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """How rows of `length` tokens attend: by which kernel, in how many blocks of how many queries.
+    """How rows of some length attend: by which kernel, in how many blocks of how many queries.
 
     kernel: torch's name of it, such as EFFICIENT_ATTENTION.
     block: queries in a block, so that the bias is block x length for each head.
@@ -216,7 +216,6 @@ class AttentionChoice:
     kernel: str
     block: int
     blocks: int
-    length: int
 
 
 def choose_attention(slopes_H: torch.Tensor, config, length: int,
@@ -229,4 +228,4 @@ def choose_attention(slopes_H: torch.Tensor, config, length: int,
     q = torch.empty(shape, dtype=dtype, device=slopes_H.device, requires_grad=True)
     bias = Bias(slopes_H, length, length, dtype)
     return AttentionChoice(choose_kernel(q, q, q, bias).name, bias.block,
-                           math.ceil(length / bias.block), length)
+                           math.ceil(length / bias.block))

@@ -139,7 +139,10 @@ def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.dev
         if tensor.shape != shape:
             raise Refusal(f"{file}: tensor {name} has shape {list(tensor.shape)}, config.json "
                           f"asks for {list(shape)}")
-        place(phogpt, name, tensor, nf4=nf4, dtype=dtype, device=device)
+        try:
+            place(phogpt, name, tensor, nf4=nf4, dtype=dtype, device=device)
+        except Refusal as refusal:
+            raise Refusal(f"{file}: {refusal}") from None
     if wanted:
         biases = sum(name.endswith(".bias") for name in wanted)
         hint = "; PhoGPT has biases: was it saved by transformers' own MPT?" if biases else ""
@@ -202,30 +205,30 @@ def read_bin(file: Path) -> dict[str, torch.Tensor]:
 def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device):
     """Put one tensor where its name says: a block's linear weight as NF4, the rest in `dtype`.
 
-    Raises Refusal where it holds inf or nan there: every loss and every gradient would be too.
+    Raises Refusal where it holds inf, nan or what `dtype` cannot hold: every loss would be nan.
     """
     path, kind = name.rsplit(".", 1)
     module = phogpt.get_submodule(path)
+    there = tensor.to(device)  # checked and cast on the device, not on the host
+    check_finite(there, name, dtype)
     if nf4 and kind == "weight" and isinstance(module, nn.Linear):
-        there = tensor.to(device)
-        check_finite(there, name)
         parent, child = path.rsplit(".", 1)
         linear = nf4_linear(there, dtype, device, bias=module.bias)
         setattr(phogpt.get_submodule(parent), child, linear)
     else:
-        there = tensor.to(device, copy=True).to(dtype)  # cast on the device, not on the host
-        check_finite(there, name)
+        there = there.to(dtype, copy=there is tensor)  # not a view of the mapped file
         module.register_parameter(kind, nn.Parameter(there, requires_grad=False))
 
 
-def check_finite(tensor: torch.Tensor, name: str) -> None:
+def check_finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> None:
     if tensor.is_meta:
         return
-    # The sum first: it needs no memory, and is finite unless a value is not (or the sum overflows).
-    if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-        raise Refusal(f"tensor {name} holds values that are not finite in "
-                      f"{str(tensor.dtype).removeprefix('torch.')}; fetch the checkpoint again, or "
-                      f"use another --dtype")
+    low, high = (float(end) for end in tensor.aminmax())
+    limit = torch.finfo(dtype).max
+    if not -limit <= low <= high <= limit:  # nan is not, either
+        raise Refusal(f"tensor {name} holds values from {low:.3g} to {high:.3g}, which "
+                      f"{str(dtype).removeprefix('torch.')} cannot hold; fetch the checkpoint "
+                      f"again, or use another --dtype")
 
 
 def frozen(phogpt: PhoGPT, *, nf4: bool, device) -> PhoGPT:

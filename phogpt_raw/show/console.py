@@ -11,7 +11,6 @@ from rich.console import Console as Rich
 from rich.table import Table
 from tqdm import tqdm
 
-from phogpt_raw.data.batches import Window
 from phogpt_raw.messages import _
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.metrics import StepRow
@@ -45,23 +44,31 @@ class Display:
         self.run = run
         self.live = sys.stderr.isatty()
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
-                        dynamic_ncols=True, unit="step", desc=_("training"))
+                        dynamic_ncols=True, desc=_("training"),
+                        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
         self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 
-    def step(self, row: StepRow, window: Window) -> None:
-        """Show a finished step."""
-        self.step_seconds.add(window.tokens / row.tokens_per_s)
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.bar.close()
+
+    def step(self, row: StepRow, seconds: float) -> None:
+        """Show a finished step, before the evaluation that may follow it."""
+        self.step_seconds.add(seconds)
         memory = _("CPU") if row.peak_gib is None else f"{row.peak_gib:.2f} GiB"
         text = _("loss {loss:.3f}, {speed:,.0f} tokens/s, {memory}", loss=row.loss,
                  speed=row.tokens_per_s, memory=memory)
         if row.skipped:
             text += _(", {n} skipped", n=row.skipped)
+        text += _(", {time} left", time=clock(self.seconds_left()))
         self.bar.set_postfix_str(text)
         self.bar.update()
         steps = self.run.steps
         if not self.live and (row.step % max(1, steps // 10) == 0 or row.step in (1, steps)):
-            print(_("step {step}/{steps}: {text}, {time} left", step=row.step, steps=steps,
-                    text=text, time=clock(self.seconds_left())), flush=True)
+            print(_("step {step}/{steps}: {text}", step=row.step, steps=steps, text=text),
+                  flush=True)
 
     def seconds_left(self) -> float:
         """Of the steps that are left and of the evaluations among them."""
@@ -112,7 +119,6 @@ def clock(seconds: float) -> str:
 
 def summary(run: Run, questions: list[str], last: Score | None, display: Display) -> None:
     """What the run came to: losses, two held-out answers before and after, the next command."""
-    display.bar.close()
     state, first = run.state, run.state.first
     steps = _("{n}, {seconds:.2f} s each", n=state.step, seconds=display.step_seconds.value)
     if state.skipped:

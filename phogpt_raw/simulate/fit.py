@@ -46,31 +46,25 @@ class RecomputeChoice:
 
 
 def choose_recompute(job: Job) -> RecomputeChoice:
-    """--recompute as given, or by simulation of the run's longest rows on its GPU.
-
-    Sets job.limits.recompute.
-    """
+    """--recompute as given, or by simulation of the run's longest rows on its GPU."""
     config, model, blocks = job.config, job.model, job.model.config.n_layers
     if config.recompute != "auto":
-        choice = RecomputeChoice(config.blocks_to_recompute(blocks), blocks)
-    elif not job.card.memory_gib:
-        choice = RecomputeChoice(0, blocks)  # the host's memory is not what is scarce
-    else:
-        dtype = model.head.dtype
-        twin = base_on_meta(model.config, dtype, nf4=config.nf4)
-        with META:
-            adapters = inject(twin, copy.deepcopy(model.peft_config["default"]))
-        training = wire(twin, adapters, optimizer=config.optimizer,
-                        micro_batch=config.micro_batch, loss_mib=config.loss_mib)
-        window = longest(job.examples.train, config.micro_batch)
+        return RecomputeChoice(config.blocks_to_recompute(blocks), blocks)
+    if not job.card.memory_gib:
+        return RecomputeChoice(0, blocks)  # the host's memory is not what is scarce
+    dtype = model.head.dtype
+    twin = base_on_meta(model.config, dtype, nf4=config.nf4)
+    with META:
+        adapters = inject(twin, copy.deepcopy(model.peft_config["default"]))
+    training = wire(twin, adapters, optimizer=config.optimizer, micro_batch=config.micro_batch,
+                    loss_mib=config.loss_mib)
+    window = longest(job.examples.train, config.micro_batch)
 
-        def trace(recompute: int) -> Trace:
-            training.limits.recompute = recompute
-            return trace_step(training, window, attention_kernel(job.card, dtype))
+    def trace(recompute: int) -> Trace:
+        training.limits.recompute = recompute
+        return trace_step(training, window, attention_kernel(job.card, dtype))
 
-        choice = least_recompute(trace, blocks, job.card)
-    job.limits.recompute = choice.recompute
-    return choice
+    return least_recompute(trace, blocks, job.card)
 
 
 def least_recompute(trace: Callable[[int], Trace], blocks: int, card: Card) -> RecomputeChoice:

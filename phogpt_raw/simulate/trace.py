@@ -5,7 +5,8 @@ device, and runs `train_step` itself. A dispatch mode sees every operation with 
 reads and writes, and every storage from its first tensor to its last. Change the step, and its
 trace changes.
 
-Two things must be given from outside: the kernel that attention takes on the GPU in question, and
+32-bit AdamW is one fused kernel on a GPU and several operations here; it is never at the peak. Two
+things must be given from outside: the kernel that attention takes on the GPU in question, and
 the workspace that torch keeps for cuBLAS there. Memory that a kernel takes only while it runs is
 not seen; it is not at the peak. Meta tensors are used because fake tensors of device cuda abort the
 process where torch is built without CUDA.

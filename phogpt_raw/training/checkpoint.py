@@ -22,16 +22,16 @@ from phogpt_raw.training.step import Training
 UNFINISHED = ".unfinished"
 
 
-def save(run: Path, step: int, training: Training, progress: dict) -> Path:
-    """Write run/checkpoint-<step>; `progress` is what `read_progress` returns."""
+def save(run: Path, step: int, training: Training, state: dict) -> Path:
+    """Write run/checkpoint-<step>; `state` (of the run) is what `read_state` returns."""
     final = run / f"checkpoint-{step}"
     folder = final.with_name(final.name + UNFINISHED)
     shutil.rmtree(folder, ignore_errors=True)
     training.adapters.save(folder)
-    state = {"optimizer": training.optimizer.state_dict(),
-             "scaler": training.scaler.state_dict(), "random": random_state()}
-    torch.save(state, folder / "training_state.pt")
-    text = json.dumps(progress, indent=2, ensure_ascii=False)
+    tensors = {"optimizer": training.optimizer.state_dict(),
+               "scaler": training.scaler.state_dict(), "random": random_state()}
+    torch.save(tensors, folder / "training_state.pt")
+    text = json.dumps(state, indent=2, ensure_ascii=False)
     (folder / "progress.json").write_text(text + "\n", "utf-8")
     for file in folder.iterdir():
         with file.open("rb") as written:
@@ -49,7 +49,7 @@ def newest(run: Path, up_to: float = math.inf) -> Path | None:
     return found[max(steps)] if steps else None
 
 
-def read_progress(folder: Path) -> dict:
+def read_state(folder: Path) -> dict:
     return readable(folder, lambda: json.loads((folder / "progress.json").read_text("utf-8")))
 
 

@@ -60,5 +60,5 @@ def held_out_loss(model: PhoGPT, examples: list[Example], limits: Limits, *, pad
             batch = batch.to(device)
             hidden = model(batch.ids_BL, batch.doc_BL)  # [B, L, D]
             hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D]
-            total += summed_loss(hidden, model.head, batch.targets_T, limits.loss_rows)
+            total += summed_loss(hidden, model.head, batch.targets_T, limits.chunk_rows)
     return float(total) / window.supervised

@@ -16,7 +16,7 @@ class Limits:
     """Mutable on purpose; none of the values changes what a step computes, only how."""
 
     micro_batch: int  # examples that go through the model at once
-    loss_rows: int  # supervised rows whose logits exist at once
+    chunk_rows: int  # supervised rows whose logits exist at once
     recompute: int = 0  # blocks, from the first, that backward computes again
     graphs: bool = False  # forward and backward run as CUDA graphs
 

@@ -5,7 +5,7 @@ cross-entropy holds three such tensors. But the head is frozen, so all that back
 gradient of the hidden rows, (softmax - one-hot) times the head, and that can be computed chunk by
 chunk in the same pass. Nothing of size V survives a chunk and nothing is computed twice.
 
-T supervised rows, C rows of a chunk, D hidden, V vocabulary.
+T supervised rows, C rows of a chunk_rows, D hidden, V vocabulary.
 """
 
 import torch
@@ -23,11 +23,11 @@ def chunk_rows(vocabulary: int, limit_mib: int) -> int:
 
 class HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, head_VD, targets_T, chunk):
+    def forward(ctx, hidden_TD, head_VD, targets_T, chunk_rows):
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets_T), chunk):
-            rows = slice(start, start + chunk)
+        for start in range(0, len(targets_T), chunk_rows):
+            rows = slice(start, start + chunk_rows)
             counts_C1 = (targets_T[rows] >= 0)[:, None]
             targets_C1 = targets_T[rows].clamp(min=0)[:, None]
             log_p_CV = matmul_to(torch.float32, hidden_TD[rows], head_VD.T).log_softmax(1)
@@ -50,9 +50,9 @@ class HeadLoss(torch.autograd.Function):
         return (gradient_TD.float() * upstream).to(gradient_TD.dtype), None, None, None
 
 
-def summed_loss(hidden_TD, head_VD, targets_T, chunk: int) -> torch.Tensor:
+def summed_loss(hidden_TD, head_VD, targets_T, chunk_rows: int) -> torch.Tensor:
     """Sum over rows of -log softmax(hidden @ head.T)[target], nats, fp32; targets < 0 are ignored.
 
-    `chunk` rows at a time. The gradient reaches hidden_TD alone: the head must be frozen.
+    `chunk_rows` rows at a time. The gradient reaches hidden_TD alone: the head must be frozen.
     """
-    return HeadLoss.apply(hidden_TD, head_VD, targets_T, chunk)
+    return HeadLoss.apply(hidden_TD, head_VD, targets_T, chunk_rows)

@@ -36,7 +36,7 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, forward):
         self.file, self.forward = folder / "metrics.jsonl", forward
-        self.started = 0.0
+        self.started = self.seconds = 0.0  # of the step: its beginning, its duration
         kept = []
         if step and self.file.is_file():  # a row torn by a power cut is of a later step
             kept = [row for row in self.file.read_text("utf-8").splitlines()
@@ -52,11 +52,12 @@ class Metrics:
     def step(self, state: RunState, stats: StepStats, window: Window, lr: float) -> StepRow:
         """Write a finished step; reading its loss waits for the GPU."""
         loss, grad_norm, scale = torch.stack((stats.loss, stats.grad_norm, stats.scale)).tolist()
-        seconds = time.perf_counter() - self.started
+        self.seconds = time.perf_counter() - self.started
         peak = peak_bytes(self.forward)
-        row = StepRow(state.step, loss, lr, grad_norm, window.supervised,
-                      round(window.tokens / seconds, 1), peak and round(peak / 2**30, 3), scale,
-                      state.skipped)
+        row = StepRow(
+            step=state.step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=window.supervised,
+            tokens_per_s=round(window.tokens / self.seconds, 1),
+            peak_gib=peak and round(peak / 2**30, 3), scale=scale, skipped=state.skipped)
         self.write(asdict(row))
         return row
 

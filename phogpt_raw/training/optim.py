@@ -58,15 +58,20 @@ def lr_at(step: int, steps: int, peak: float, warmup: int, floor: float) -> floa
 
 
 def load_state(optimizer, saved: dict) -> None:
-    """Copy a saved state_dict into the optimizer's own tensors, which stay where they are."""
+    """Copy a saved state_dict into the optimizer's own tensors, which stay where they are.
+
+    Older checkpoints have no state before the first applied step, and an AdamW that is not fused.
+    """
     own = {flat: dict(values) for flat, values in optimizer.state.items()}
     fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for flat, values in own.items():
         loaded = optimizer.state[flat]
-        for name, tensor in values.items():
-            if isinstance(tensor, torch.Tensor):
-                loaded[name] = tensor.copy_(loaded[name])
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                loaded[name] = value.copy_(loaded[name]) if name in loaded else value
+            else:
+                loaded.setdefault(name, value)
     for group, kind in zip(optimizer.param_groups, fused, strict=True):
-        if kind is not None:  # an older checkpoint's was not, with temporaries of its own
+        if kind is not None:
             group["fused"] = kind

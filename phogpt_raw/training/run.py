@@ -13,6 +13,7 @@ from pathlib import Path
 
 from phogpt_raw import config as configuration
 from phogpt_raw.config import Config
+from phogpt_raw.messages import _
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.refusal import Refusal, RunFailed
 from phogpt_raw.training import checkpoint
@@ -39,10 +40,10 @@ class RunState:
     def applied(self) -> int:
         return self.step - self.skipped
 
-    def count(self, *, applied: bool) -> None:
+    def count(self, *, skipped: bool) -> None:
         self.step += 1
-        self.skipped += not applied
-        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
+        self.skipped += skipped
+        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
 
 
 class Run:
@@ -55,8 +56,9 @@ class Run:
         self.checkpoint = checkpoint.newest(self.folder)
         if self.checkpoint:
             self.check_same()
-            self.state = RunState(**checkpoint.read_progress(self.checkpoint))
+            self.state = RunState(**checkpoint.read_state(self.checkpoint))
             if self.state.step >= steps:
+                self.check_adapter()
                 raise Refusal(
                     f"{self.folder}: this run is complete ({self.state.step} steps). Ask it: "
                     f'python generate.py --adapter {self.folder} "…" ; more of the same: a larger '
@@ -79,26 +81,30 @@ class Run:
                     f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
                 )
 
-    def begin(self, training: Training) -> RunState:
-        """Make the folder, or restore the newest checkpoint; returns where the run stands."""
+    def begin(self, training: Training) -> None:
+        """Make the folder, or restore the newest checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         configuration.save(self.config, self.folder / "config.json")
         if self.checkpoint:
             checkpoint.load(self.checkpoint, training)
-        return self.state
 
     def keep_if_best(self, adapters: Adapters, score: Score | None) -> None:
         """Keep the adapter as the result if its score is the best, or if nothing is held out.
 
-        The score before the first step is only remembered: it is of an adapter not yet trained. A
-        loss that is not finite is never the best.
+        Before the first update the score is only remembered: it is of an adapter not yet trained.
+        A loss that is not finite is never the best.
         """
         state = self.state
         if state.step == 0:
+            if score and not math.isfinite(score.val_loss):
+                raise RunFailed(_("{folder}: the validation loss is not finite before the first "
+                                  "step: the base does not compute in {dtype}; use another "
+                                  "--dtype, or fetch the base again", folder=self.folder,
+                                  dtype=self.config.dtype))
             if score:
                 state.first = dict(val_loss=score.val_loss, stops=score.stops,
                                    answers=score.answers)
-        elif score is None or score.val_loss < state.best_loss:
+        elif state.applied and (score is None or score.val_loss < state.best_loss):
             state.best_loss = score.val_loss if score else math.inf
             state.best_step = state.step
             adapters.save(self.folder)
@@ -112,44 +118,52 @@ class Run:
         return step == self.steps or (every > 0 and step % every == 0)
 
     def still_due(self, every: int) -> int:
-        """How often something is due in the steps that are left."""
-        if self.state.step == self.steps:
-            return 0
-        if every <= 0:
-            return 1
-        return -(-self.steps // every) - self.state.step // every
+        """How often something is due from this step on, this one included."""
+        return 1 if every <= 0 else -(-self.steps // every) - (self.state.step - 1) // every
 
     def stop_if_stuck(self) -> None:
         """Raise RunFailed after --max-skipped skipped steps in a row: nothing is learned."""
         state = self.state
         if state.skipped_in_row >= self.config.max_skipped:
-            raise RunFailed(f"{self.folder}: steps {state.step - state.skipped_in_row + 1} to "
-                            f"{state.step} were skipped, their gradients are not finite; "
-                            f"{self.way_on(state.step - state.skipped_in_row)}")
+            raise RunFailed(_(
+                "{folder}: steps {first} to {last} were skipped, their gradients are not finite; "
+                "{advice}", folder=self.folder, first=state.step - state.skipped_in_row + 1,
+                last=state.step, advice=self.advice()))
 
     def check_result(self, loss: float, score: Score | None) -> None:
-        """Raise RunFailed where the run has ended and has nothing to show: no step was applied, or
-        its last losses are not finite."""
-        state, faults = self.state, []
-        if not state.applied:
-            faults.append("every step was skipped, no gradient was finite")
-        if not math.isfinite(loss):
-            faults.append("the last loss is not finite")
-        if score and not math.isfinite(score.val_loss):
-            faults.append("the last validation loss is not finite")
-        if faults:
-            if (self.folder / "adapter_model.safetensors").is_file():
-                faults.append(f"{self.folder} holds the adapter of step {state.best_step}")
-            good = state.best_step if score else state.step - state.skipped_in_row
-            raise RunFailed(f"{self.folder}: {'; '.join(faults)}; {self.way_on(good)}")
+        """Raise RunFailed where the run has ended with nothing to show: most steps were skipped, or
+        its last loss (the validation loss, where there is one) is not finite."""
+        state = self.state
+        if 2 * state.skipped > state.step:
+            fault = _("{n} of {steps} steps were skipped, their gradients are not finite",
+                      n=state.skipped, steps=state.step)
+        elif score and not math.isfinite(score.val_loss):
+            fault = _("the last validation loss is not finite")
+        elif not score and not math.isfinite(loss):
+            fault = _("the last loss is not finite")
+        else:
+            return
+        raise RunFailed(_("{folder}: {fault}; {advice}", folder=self.folder, fault=fault,
+                          advice=self.advice()))
 
-    def way_on(self, last_good_step: int) -> str:
-        good = checkpoint.newest(self.folder, last_good_step)
-        if good is None:
-            return ("no good checkpoint was saved; begin anew with a lower --lr, or --dtype bf16 "
-                    "or fp32, and another --out")
-        return (f"the last good checkpoint is {good}; go on from it with --adapter {good}, a "
-                f"lower --lr and another --out")
+    def check_adapter(self) -> None:
+        """Raise RunFailed where a run that took all its steps has left no adapter."""
+        if not (self.folder / "adapter_model.safetensors").is_file():
+            raise RunFailed(_("{folder}: this run took its {n} steps and found no usable adapter; "
+                              "{advice}", folder=self.folder, n=self.state.step,
+                              advice=self.advice()))
+
+    def advice(self) -> str:
+        """From where a failed run can go on: the best checkpoint; where nothing is held out, the
+        newest before the last update, which may be what did the harm."""
+        state = self.state
+        last_applied = state.step - state.skipped_in_row
+        good = checkpoint.newest(self.folder, state.best_step if state.first else last_applied - 1)
+        if good is None or not state.applied:
+            return _("no good checkpoint was saved; begin anew with a lower --lr, or --dtype bf16 "
+                     "or fp32, and another --out")
+        return _("the last good checkpoint is {good}; go on from it with --adapter {good}, a "
+                 "lower --lr and another --out", good=good)
 
 
 def next_number(model: str) -> Path:

@@ -1,12 +1,13 @@
 """Everything wired once: `wire` for a step (train.py, bench/ and simulate/ alike), `set_up` for a
 run of train.py.
 
-What can be wrong is found in the order of its cost: tokenizer and rows, the run's folder, and only
-then the base's weights.
+What can be wrong is found before anything slow: tokenizer and rows, the run's folder, what the
+adapters ask for, and only then are the base's weights read.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -14,8 +15,14 @@ from phogpt_raw.cards import Card, dtype_name, this_card, training_dtype
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Stream
 from phogpt_raw.data.examples import Examples, load_examples
-from phogpt_raw.model.adapters import Adapters, load_adapters, new_adapters
-from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.model.adapters import (
+    Adapters,
+    check_targets,
+    load_adapters,
+    new_adapters,
+    read_adapter_config,
+)
+from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import find_folder, read_config, read_model, read_tokenizer
 from phogpt_raw.training.evaluate import Score, evaluate
 from phogpt_raw.training.graphs import GraphedModel, why_not
@@ -44,14 +51,18 @@ def wire(model: PhoGPT, adapters: Adapters, *, optimizer: str = Config.optimizer
          clip: float = Config.clip, micro_batch: int = 1, loss_mib: int = Config.loss_mib,
          recompute: int = 0, graphs: bool = False) -> Training:
     """The parts of a step over a model with adapters; the model's head gives device and dtype."""
-    device = model.head.device.type
     limits = Limits(micro_batch, chunk_rows(model.config.vocab_size, loss_mib), recompute, graphs)
     return Training(
         model=model, adapters=adapters,
         optimizer=make_optimizer(adapters.flat, optimizer, lr, weight_decay),
-        scaler=make_scaler(model.head.dtype, device), limits=limits, clip=clip,
-        forward=GraphedModel(model, adapters.flat, limits) if graphs else model,
+        scaler=make_scaler(model.head.dtype, model.head.device.type), limits=limits, clip=clip,
+        forward=forward_of(model, adapters, limits),
     )
+
+
+def forward_of(model: PhoGPT, adapters: Adapters, limits: Limits) -> PhoGPT | GraphedModel:
+    """What a step calls: the model, or its CUDA graphs where the limits have them."""
+    return GraphedModel(model, adapters.flat, limits) if limits.graphs else model
 
 
 @dataclass
@@ -76,6 +87,17 @@ class Job(Training):
                             self.limits)
 
 
+def check_asked(config: Config, shape: ModelConfig) -> None:
+    """Raise Refusal where the base lacks what --adapter, --targets or --recompute name."""
+    with torch.device("meta"):
+        model = PhoGPT(shape)
+    targets = (read_adapter_config(Path(config.adapter)).target_modules if config.adapter
+               else config.target_names())
+    check_targets(model, targets)
+    if config.recompute != "auto":
+        config.blocks_to_recompute(shape.n_layers)
+
+
 def set_up(config: Config) -> Job:
     """Everything of a run that a Config describes; raises Refusal for what cannot be.
 
@@ -91,6 +113,7 @@ def set_up(config: Config) -> Job:
                     seed=config.seed)
     steps = config.steps or stream.steps(config.epochs or 3)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps)
+    check_asked(config, shape)
 
     model = read_model(find_folder(config.model, config.revision), nf4=config.nf4, dtype=dtype,
                        device=torch.device(card.device))

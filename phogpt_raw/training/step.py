@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from phogpt_raw.data.batches import Window
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.private_apis import found_inf
 from phogpt_raw.training.graphs import GraphedModel
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import summed_loss
@@ -41,12 +42,12 @@ class Training:
 @dataclass(frozen=True)
 class StepStats:
     """Scalars on the device: loss (nats per token), gradient norm before clipping, loss scale, and
-    whether the update was applied (it is not where a gradient is inf or nan)."""
+    1.0 where the update was skipped (None in a simulation, which has no values)."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
     scale: torch.Tensor
-    applied: torch.Tensor
+    skipped: torch.Tensor | None
 
 
 def unmarked(phase: str) -> None:
@@ -58,7 +59,7 @@ def train_step(training: Training, window: Window,
     """Accumulate the window's gradient in flat.grad, clip its true norm, update the adapters.
 
     Can be called again after torch.OutOfMemoryError: nothing has changed until the update, which
-    allocates nothing.
+    allocates no more than a scalar.
     """
     model, limits = training.forward, training.limits
     flat, optimizer, scaler = training.adapters.flat, training.optimizer, training.scaler
@@ -75,7 +76,7 @@ def train_step(training: Training, window: Window,
         mark("forward")
         hidden = model(batch.ids_BL, batch.doc_BL, recompute=limits.recompute)  # [B, L, D]
         hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D], what carries loss
-        share = summed_loss(hidden, model.head, batch.targets_T, limits.loss_rows) / supervised
+        share = summed_loss(hidden, model.head, batch.targets_T, limits.chunk_rows) / supervised
         del hidden  # backward does not need it
         mark("backward")
         # On this thread: autograd's own would trade Python's lock with ours for each function of
@@ -86,11 +87,11 @@ def train_step(training: Training, window: Window,
 
     mark("clip")
     scaler.unscale_(optimizer)
+    skipped = found_inf(scaler, optimizer)  # a flag on the device: a gradient is inf or nan
     grad_norm = clip_grad_norm_([flat], training.clip)
-    stats = StepStats(loss, grad_norm, scale, applied=grad_norm.isfinite())
 
     mark("optimizer")
-    scaler.step(optimizer)  # skipped where a gradient is not finite
+    scaler.step(optimizer)
     scaler.update()
     training.adapters.cast()
-    return stats
+    return StepStats(loss, grad_norm, scale, skipped)
