@@ -221,7 +221,7 @@ def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device
 
 
 def check_finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> None:
-    if tensor.is_meta:
+    if tensor.is_meta or not tensor.is_floating_point():
         return
     low, high = (float(end) for end in tensor.aminmax())
     limit = torch.finfo(dtype).max
