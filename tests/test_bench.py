@@ -89,6 +89,20 @@ def test_the_bench_changes_the_adapters_as_training_does():
     assert not torch.equal(bench.adapters.flat.detach(), before)
 
 
+@pytest.mark.gpu
+def test_each_kind_of_kernel_is_found_in_a_step():
+    """The kinds are found by the kernels' names: one that is renamed falls among the others."""
+    bench = measure.Bench(command_line.parse(command_line.parser(""), [*HERE, "--dtype", "fp16"]))
+    setting = Setting(seq_len=512, micro_batch=1, accumulate=1, recompute="none")
+    bench.begin(setting, capture=False)
+    window = bench.window(setting)
+    bench.run(window)  # kernels are compiled, cuBLAS sets itself up
+    seconds, count = gpu_kernels.kernels(bench, window)
+    assert set(gpu_kernels.FAMILIES) <= set(seconds), seconds
+    assert seconds.get("other", 0.0) < 0.05 * sum(seconds.values()), seconds
+    assert count > 100
+
+
 @pytest.mark.parametrize("recompute, blocks", [("none", 0), ("3", 3), ("all", 8)])
 def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, blocks):
     """Its FLOPs are the trace's, less what adapters and attention do: little in so short a row."""

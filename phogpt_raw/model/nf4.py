@@ -6,7 +6,7 @@ quantised in turn (double quantisation): less their mean, in blocks of 256, 8 bi
 that is 4.13 bits a weight (Dettmers et al. 2023, arXiv:2305.14314).
 
 bitsandbytes quantises. Dequantising exists three times, with results that are equal to the bit:
-`dequantise_plain` shows the arithmetic; bitsandbytes does it in three kernels; `fused_kernel` below
+`dequantise_plain` shows the arithmetic; bitsandbytes does it in three kernels; `nf4_kernel` below
 does it in one, at twice the speed. `dequantise` takes the fused one where it works, else
 bitsandbytes'.
 
@@ -120,7 +120,7 @@ def dequantise_fused(packed: torch.Tensor, fields: NF4Fields, offset: float) -> 
     """
     dense = torch.empty(fields.shape, dtype=fields.dtype, device=packed.device)
     # Without fusing a multiplication and an addition, so that both round as bitsandbytes' do.
-    fused_kernel[(dense.numel() // (WEIGHTS * ROWS),)](
+    nf4_kernel[(dense.numel() // (WEIGHTS * ROWS),)](
         packed, fields.code, fields.scales, fields.scale_code, fields.scale_scales,
         offset, dense, ROWS, num_warps=4, enable_fp_fusion=False)
     return dense
@@ -129,8 +129,8 @@ def dequantise_fused(packed: torch.Tensor, fields: NF4Fields, offset: float) -> 
 if triton is not None:
 
     @triton.jit
-    def fused_kernel(packed, code, scales, scale_code, scale_scales, offset, out,
-                     ROWS: tl.constexpr):
+    def nf4_kernel(packed, code, scales, scale_code, scale_scales, offset, out,
+                   ROWS: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         coded = tl.load(scale_code + tl.load(scales + row).to(tl.int32))
         scale = (coded * tl.load(scale_scales + row // 256) + offset)[:, None]
