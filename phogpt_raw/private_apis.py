@@ -67,17 +67,60 @@ def cpu_attention_backward(g, q, k, v, bias, out, lse, scale):
         g, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
 
 
+CAUSAL = 1  # custom_mask_type: query i sees the keys up to i, counted from each document's start
+
+
+def efficient_documents(q, k, v, starts, longest: int, scale):
+    """The memory-efficient kernel over [1, T, H, K], causal within each document: (output, then
+    what its backward takes after `out`). `starts` [documents + 1], none longer than `longest`."""
+    return aten._efficient_attention_forward(q, k, v, None, starts, starts, longest, longest, 0.0,
+                                             CAUSAL, True, scale=scale)[:4]
+
+
+def efficient_documents_backward(g, q, k, v, out, lse, seed, offset, starts, longest: int, scale):
+    """(dq, dk, dv) of efficient_documents."""
+    # torch's function for the meta device has no `out` among its arguments (to 2.13), so one more
+    # there would be one too many; the scale changes no shape.
+    more = {} if g.is_meta else {"scale": scale}
+    return aten._efficient_attention_backward(
+        g, q, k, v, None, out, starts, starts, longest, longest, lse, 0.0, seed, offset, CAUSAL,
+        False, **more)[:3]
+
+
+def flash_documents(q, k, v, starts, longest: int, scale):
+    """The flash kernel over [T, H, K], causal within each document: (output, then what its backward
+    takes after `out`)."""
+    return aten._flash_attention_forward(q, k, v, starts, starts, longest, longest, 0.0, True,
+                                         False, scale=scale)[:4]
+
+
+def flash_documents_backward(g, q, k, v, out, lse, state, unused, starts, longest: int, scale):
+    """(dq, dk, dv) of flash_documents."""
+    return aten._flash_attention_backward(g, q, k, v, out, lse, starts, starts, longest, longest,
+                                          0.0, True, state, unused, scale=scale)
+
+
 def choose_attention_kernel(q, k, v, bias) -> SDPBackend:
-    """The kernel that F.scaled_dot_product_attention would take for these tensors.
+    """The kernel that F.scaled_dot_product_attention would take for these tensors, with a bias or,
+    where it is None, causal.
 
     The choice depends on shapes, dtypes and devices, not on values.
     """
-    return SDPBackend(torch._fused_sdp_choice(q, k, v, attn_mask=bias))
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, attn_mask=bias, is_causal=bias is None))
 
 
 def is_attention_choice(operation) -> bool:
-    """Whether a dispatched operation is the one behind choose_attention_kernel."""
+    """Whether a dispatched operation is the one behind choose_attention_kernel; its bias is the
+    fourth argument or `attn_mask`."""
     return operation is aten._fused_sdp_choice.default
+
+
+def is_document_attention(operation) -> bool:
+    """Whether a dispatched operation is one of the four above, whose first argument is [1, T, H, K]
+    or [T, H, K]."""
+    return operation in (
+        aten._efficient_attention_forward.default, aten._efficient_attention_backward.default,
+        aten._flash_attention_forward.default, aten._flash_attention_backward.default)
 
 
 # -- torch 2.10: autograd

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from phogpt_raw.model import attention, phogpt
+from phogpt_raw.model import attention
+from phogpt_raw.model import documents as variable_length
 from phogpt_raw.model.attention import (
     ALIGNMENT,
     BIAS_MIB,
@@ -407,7 +408,7 @@ def test_one_bias_serves_all_layers(monkeypatch):
             made.append(args)
             super().__init__(*args)
 
-    monkeypatch.setattr(phogpt, "Bias", Counted)
+    monkeypatch.setattr(variable_length, "Bias", Counted)
     config = small_config(6, 8, 3)
     ours(config, lively_tensors(config))(random_ids(config, 2, 9))
     assert len(made) == 1

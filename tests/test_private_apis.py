@@ -91,6 +91,60 @@ def test_the_attention_of_cuda_cards_is_the_public_one(kernel):
             assert (mine.cpu().float() - exact).norm() < 4e-3 * exact.norm()
 
 
+DOCUMENT_KERNELS = {
+    "efficient": (private_apis.efficient_documents, private_apis.efficient_documents_backward, 1),
+    "flash": (private_apis.flash_documents, private_apis.flash_documents_backward, 0)}
+MASKED_BIAS = ("let model/documents.py's choose_kernel return None: documents are then hidden by a "
+               "masked bias, slower on long rows, the same result")
+
+
+def documents_through(kernel, device):
+    """([out, dq, dk, dv] of documents of 10, 0 and 6 tokens, the operations that ran)."""
+    forward, backward, rows = DOCUMENT_KERNELS[kernel]
+    torch.manual_seed(0)
+    shape = (*[1] * rows, 16, 3, 64)
+    q, k, v, g = (torch.randn(shape).to(device, torch.float16) for _ in range(4))
+    starts = torch.tensor([0, 10, 10, 16], dtype=torch.int32).to(device)
+    operations = []
+
+    class Watching(private_apis.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            operations.append(operation)
+            return operation(*args, **(kwargs or {}))
+
+    with Watching():
+        out, *kept = forward(q, k, v, starts, 10, 0.2)
+        gradients = backward(g, q, k, v, out, *kept, starts, 10, 0.2)
+    wanted = []
+    for part in (slice(0, 10), slice(10, 16)):
+        heads = [x.reshape(16, 3, 64)[part].transpose(0, 1)[None].float().requires_grad_()
+                 for x in (q, k, v)]
+        alone = F.scaled_dot_product_attention(*heads, is_causal=True, scale=0.2)
+        g_alone = g.reshape(16, 3, 64)[part].transpose(0, 1)[None].float()
+        wanted.append([alone, *torch.autograd.grad(alone, heads, g_alone)])
+    wanted = [torch.cat([x[0].transpose(0, 1) for x in pair]) for pair in zip(*wanted, strict=True)]
+    return [out, *gradients], wanted, operations
+
+
+@pytest.mark.parametrize("kernel", DOCUMENT_KERNELS)
+def test_the_variable_length_kernels_take_our_arguments(kernel):
+    with without_it(MASKED_BIAS):
+        found, _, operations = documents_through(kernel, "meta")
+        assert [x.shape for x in found] == 4 * [found[0].shape]
+        assert [op for op in operations if private_apis.is_document_attention(op)] == operations[
+            ::len(operations) - 1] and len(operations) >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", DOCUMENT_KERNELS)
+def test_the_variable_length_kernels_are_the_public_one_on_each_document(kernel):
+    """fp16: a few roundings of eps / 2 = 2^-11 each, in the norm."""
+    with without_it(MASKED_BIAS):
+        found, wanted, _ = documents_through(kernel, "cuda")
+        for mine, exact in zip(found, wanted, strict=True):
+            assert (mine.float().reshape(exact.shape) - exact).norm() < 4e-3 * exact.norm()
+
+
 def test_torch_says_which_attention_kernel_it_would_take():
     with without_it("name the kernels in a with sdpa_kernel([…]) around the public function in "
                     "model/attention.py; it raises where none of them fits"):
@@ -98,6 +152,7 @@ def test_torch_says_which_attention_kernel_it_would_take():
         assert private_apis.choose_attention_kernel(q, k, v, bias) == SDPBackend.FLASH_ATTENTION
         unfused = private_apis.choose_attention_kernel(q.int(), k.int(), v.int(), bias)
         assert unfused == SDPBackend.MATH
+        assert private_apis.choose_attention_kernel(q, k, v, None) == SDPBackend.FLASH_ATTENTION
 
 
 def test_the_choice_is_seen_and_answered_by_a_dispatch_mode():

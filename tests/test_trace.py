@@ -24,7 +24,7 @@ from phogpt_raw.model.lora import lora_linear
 from phogpt_raw.model.nf4 import nf4_linear
 from phogpt_raw.simulate.allocator import Allocator
 from phogpt_raw.simulate.ledger import KINDS, Storage, kind_of
-from phogpt_raw.simulate.trace import META, trace_step
+from phogpt_raw.simulate.trace import META, Kernels, trace_step
 from phogpt_raw.training.setup import wire
 
 aten = torch.ops.aten
@@ -287,7 +287,8 @@ def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, 
         training = wire(*both, micro_batch=2, recompute=recompute)
         training.scaler = torch.amp.GradScaler("cpu", enabled=False)  # as on the meta device
         training.limits.chunk_rows = 16
-        found = trace_step(training, window, SDPBackend.FLASH_ATTENTION)  # the CPU's
+        cpu = SDPBackend.FLASH_ATTENTION
+        found = trace_step(training, window, Kernels(cpu, cpu))
         # but the clipping, for which torch has other operations on a CPU
         ops = [op for op in found.ops if op.phase != "clip"]
         lives = [(s.nbytes, s.born, s.died, s.scope, kind_of(s), taken)

@@ -9,7 +9,7 @@ from phogpt_raw.data.batches import Window
 from phogpt_raw.model.adapters import TARGETS, inject
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.simulate.ledger import Op, Trace
-from phogpt_raw.simulate.trace import META, Recorder, base_on_meta, trace_step
+from phogpt_raw.simulate.trace import META, Kernels, Recorder, base_on_meta, trace_step
 from phogpt_raw.training.setup import wire
 
 EFFICIENT = SDPBackend.EFFICIENT_ATTENTION
@@ -36,7 +36,7 @@ def step_of(model: PhoGPT, adapters, *, rows: int = 1, length: int = 96, answer:
     training = wire(model, adapters, optimizer=optimizer, micro_batch=rows, recompute=recompute)
     training.limits.chunk_rows = chunk
     window = Window([example([5] * length, answer, "row")] * rows, pad_id=3)
-    return trace_step(training, window, kernel)
+    return trace_step(training, window, Kernels(kernel, kernel))
 
 
 def traced(layers: int = 2, *, rank: int = 8, vocabulary: int = V, dtype=torch.float16,
@@ -46,7 +46,7 @@ def traced(layers: int = 2, *, rank: int = 8, vocabulary: int = V, dtype=torch.f
 
 def recorded(run, kernel: SDPBackend = EFFICIENT) -> list[Op]:
     """The operations of run()."""
-    recorder = Recorder(kernel)
+    recorder = Recorder(Kernels(kernel, kernel))
     with recorder:
         run()
     return recorder.ops

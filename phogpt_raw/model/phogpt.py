@@ -17,8 +17,10 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from phogpt_raw.model.attention import Bias, alibi_slopes, attend
+from phogpt_raw.data.packing import DocumentBounds
+from phogpt_raw.model.attention import alibi_slopes, attend
 from phogpt_raw.model.cache import Cache
+from phogpt_raw.model.documents import Documents, attend_documents, visible
 from phogpt_raw.model.recompute import recomputed
 from phogpt_raw.refusal import Refusal
 
@@ -103,16 +105,19 @@ class Attention(nn.Module):
         self.Wqkv = nn.Linear(d, 3 * d, bias=bias)
         self.out_proj = nn.Linear(d, d, bias=bias)
 
-    def forward(self, x_BLD, bias, cache=None):
+    def forward(self, x_BLD, seen, cache=None):
         qkv = self.Wqkv(x_BLD)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
+        qkv = rearrange(qkv, "b l (three h k) -> b l three h k", three=3, h=self.heads)
+        if isinstance(seen, Documents):
+            out = attend_documents(qkv, seen, self.scale)
+            return self.out_proj(rearrange(out, "b l h k -> b l (h k)"))
         # split along an inner axis: backward then joins the gradients in the layout of qkv
-        parts = rearrange(qkv, "b l (three h k) -> b l three h k", three=3, h=self.heads).unbind(2)
-        q, k, v = (rearrange(part, "b l h k -> b h l k") for part in parts)
+        q, k, v = (rearrange(part, "b l h k -> b h l k") for part in qkv.unbind(2))
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.out_proj(rearrange(attend(q, k, v, bias, self.scale), "b h l k -> b l (h k)"))
+        return self.out_proj(rearrange(attend(q, k, v, seen, self.scale), "b h l k -> b l (h k)"))
 
 
 class FeedForward(nn.Module):
@@ -141,9 +146,9 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(config.d_model, **norm)
         self.ffn = FeedForward(config)
 
-    def forward(self, x_BLD, bias, cache=None):
+    def forward(self, x_BLD, seen, cache=None):
         with recomputed(self.norm_1, x_BLD) as normed:
-            x_BLD = x_BLD + self.attn(normed, bias, cache)
+            x_BLD = x_BLD + self.attn(normed, seen, cache)
         with recomputed(self.norm_2, x_BLD) as normed:
             return x_BLD + self.ffn(normed)
 
@@ -167,7 +172,7 @@ class PhoGPT(nn.Module):
         self.register_buffer("slopes_H", slopes, persistent=False)
 
     def forward(self, ids_BL, doc_BL=None, cache: Cache | None = None,
-                recompute: int = 0) -> torch.Tensor:
+                recompute: int = 0, bounds: DocumentBounds | None = None) -> torch.Tensor:
         """Hidden states [B, L, D] after the last norm.
 
         doc_BL: the number of each token's document. Attention stays inside a document, so padding
@@ -177,18 +182,20 @@ class PhoGPT(nn.Module):
         recompute: so many blocks, from the first, save only their input and run a second time in
             backward. Each saves about ten activations less, for half more arithmetic: with frozen
             weights a block of N parameters takes 4N FLOPs a token, recomputed 6N.
+        bounds: of the documents of doc_BL; with them attention costs less (documents.py).
         """
         queries = keys = ids_BL.shape[1]
         doc_BS = doc_BL
         if cache is not None:
             keys, doc_BS = cache.advance(queries, doc_BL)
         x = self.transformer.wte(ids_BL)
-        bias = Bias(self.slopes_H, queries, keys, x.dtype, doc_BS)
+        seen = visible(self.slopes_H, self.config.d_model // self.config.n_heads, queries, keys,
+                       x.dtype, doc_BS, bounds)
         for n, block in enumerate(self.transformer.blocks):
             if cache is None and torch.is_grad_enabled() and n < recompute:
-                x = checkpoint(block, x, bias, use_reentrant=False)
+                x = checkpoint(block, x, seen, use_reentrant=False)
             else:
-                x = block(x, bias, cache and cache.layers[n])
+                x = block(x, seen, cache and cache.layers[n])
         return self.transformer.norm_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

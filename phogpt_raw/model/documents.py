@@ -1,0 +1,188 @@
+"""Attention of packed rows by torch's variable-length kernels: each document for itself.
+
+The bias of attention.py hides other documents by a mask, so a row of 8,192 tokens computes the
+scores of 8,192 keys for documents of a hundred tokens. The kernels here are given where each
+document begins, and their work is the sum of the squares of the documents' lengths.
+
+They take no bias, so ALiBi is put into the product of queries and keys. Softmax ignores what is
+constant along a row, so that of -slope * (i - j) only slope * j matters, j counted from the
+beginning of the document. Three more columns of a key hold slope * j / (scale * COLUMN), split into
+parts that the compute dtype holds exactly; the same columns of each query hold COLUMN. Five columns
+more are zero, since the kernels read eight elements at once.
+
+`plain` is the same function, a document at a time, to read and to test against.
+
+B micro-batch, L length, T = B * L tokens, H heads, K head width.
+"""
+
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
+
+from phogpt_raw import private_apis
+from phogpt_raw.data.packing import DocumentBounds
+from phogpt_raw.model.attention import Bias
+
+COLUMN = 16.0  # a power of two, so that it is exact; of the scores' size, so that no part overflows
+PARTS, COLUMNS = 3, 8
+# The memory-efficient kernel for heads wider than 128 takes about four times as long per key as the
+# one that the bias form uses (measured on an H100), so longer documents are left to that.
+LONGEST_SHARE = 3 / 8
+
+
+class Documents:
+    """What attention needs to know of the documents of a micro-batch; all layers share it."""
+
+    def __init__(self, slopes_H: torch.Tensor, doc_BL: torch.Tensor, bounds: DocumentBounds,
+                 kernel: SDPBackend):
+        self.slopes_H, self.longest, self.kernel = slopes_H, bounds.longest, KERNELS[kernel]
+        self.starts, self.place_T = starts_of(doc_BL, bounds.count)
+        self.made = None  # the columns, once the first layer has asked for them
+
+    def columns(self, dtype: torch.dtype, scale: float) -> torch.Tensor:
+        """Of queries, keys and values, [T, 3, H, 8]."""
+        if self.made is None:
+            self.made = columns(self.slopes_H, self.place_T, dtype, scale)
+        return self.made
+
+
+def columns(slopes_H: torch.Tensor, place_T: torch.Tensor, dtype: torch.dtype,
+            scale: float) -> torch.Tensor:
+    """[T, 3, H, 8]: those of queries and keys have products that sum to slope * place / scale;
+    those of values are zero."""
+    rest_TH = slopes_H.double() * place_T[:, None] / (scale * COLUMN)
+    tokens, heads = rest_TH.shape
+    made = torch.zeros(tokens, 3, heads, COLUMNS, dtype=dtype, device=place_T.device)
+    made[:, 0, :, :PARTS] = COLUMN
+    for n in range(PARTS):
+        made[:, 1, :, n] = rest_TH
+        rest_TH = rest_TH - made[:, 1, :, n].double()
+    return made
+
+
+def starts_of(doc_BL: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each of B * count documents begins, [B * count + 1] int32 (those that are not there
+    are empty), and the place of each token in its document, [T].
+
+    Shapes do not depend on values, and nothing waits for the GPU.
+    """
+    rows, length = doc_BL.shape
+    row_B1 = torch.arange(rows, device=doc_BL.device)[:, None]
+    doc_T = (doc_BL + count * row_B1).flatten()
+    sizes = torch.zeros(rows * count + 1, dtype=torch.int32, device=doc_BL.device)
+    sizes.scatter_add_(0, doc_T + 1, torch.ones_like(doc_T, dtype=torch.int32))
+    starts = sizes.cumsum(0, dtype=torch.int32)
+    return starts, torch.arange(rows * length, device=doc_BL.device) - starts[doc_T]
+
+
+def visible(slopes_H: torch.Tensor, width: int, queries: int, keys: int, dtype: torch.dtype,
+            doc_BS: torch.Tensor | None, bounds: DocumentBounds | None) -> Bias | Documents:
+    """Which keys each query sees, in the form that suits the device; `width` of a head.
+
+    Without bounds, with a cache (more keys than queries) and on a CPU it is the masked bias.
+    """
+    if bounds is not None and doc_BS is not None and keys == queries:
+        kernel = choose_kernel(slopes_H, width, queries, dtype, bounds)
+        if kernel is not None:
+            return Documents(slopes_H, doc_BS, bounds, kernel)
+    return Bias(slopes_H, queries, keys, dtype, doc_BS)
+
+
+def attend_documents(qkv_BL3HK: torch.Tensor, documents: Documents,
+                     scale: float | None) -> torch.Tensor:
+    """Softmax within each document, with ALiBi -> [B, L, H, K]."""
+    return DocumentAttention.apply(qkv_BL3HK, documents,
+                                   scale or 1 / math.sqrt(qkv_BL3HK.shape[-1]))
+
+
+class DocumentAttention(torch.autograd.Function):
+    """Queries, keys and values stay together, as the linear before gives them, so that all get
+    their columns in one copy, and saved with them: a sixteenth more memory for heads of 128."""
+
+    @staticmethod
+    def forward(ctx, qkv, documents, scale):
+        *rows, _three, _heads, width = qkv.shape
+        made = documents.columns(qkv.dtype, scale)
+        wide = torch.cat([qkv.flatten(0, 1), made], -1)  # [T, 3, H, K + 8]
+        q, k, v = wide.unbind(1)
+        out, *kept = documents.kernel.forward(q, k, v, documents, scale)
+        out = out[..., :width].contiguous()  # [T, H, K]
+        ctx.documents, ctx.scale, ctx.rows = documents, scale, rows
+        ctx.save_for_backward(wide, out, *kept)
+        return out.unflatten(0, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        wide, out, *kept = ctx.saved_tensors
+        width, zeros = out.shape[-1], ctx.documents.made[:, 2].contiguous()
+        g, out = (torch.cat([x, zeros], -1) for x in (g.flatten(0, 1), out))
+        gradients = ctx.documents.kernel.backward(g, *wide.unbind(1), out, *kept, ctx.documents,
+                                                  ctx.scale)
+        together = torch.stack([x[..., :width] for x in gradients], 1)  # [T, 3, H, K]
+        return together.unflatten(0, ctx.rows), None, None
+
+
+class Efficient:
+    """The memory-efficient kernel, on every CUDA card. It takes [1, T, H, K]."""
+
+    @staticmethod
+    def forward(q, k, v, documents, scale):
+        out, *kept = private_apis.efficient_documents(
+            q[None], k[None], v[None], documents.starts, documents.longest, scale)
+        return out[0], *kept
+
+    @staticmethod
+    def backward(g, q, k, v, out, lse, seed, offset, documents, scale):
+        gradients = private_apis.efficient_documents_backward(
+            g[None], q[None], k[None], v[None], out[None], lse, seed, offset, documents.starts,
+            documents.longest, scale)
+        return [x[0] for x in gradients]
+
+
+class Flash:
+    """The flash kernel, in 16 bits from compute capability 8.0 on. It takes [T, H, K]."""
+
+    @staticmethod
+    def forward(q, k, v, documents, scale):
+        return private_apis.flash_documents(q, k, v, documents.starts, documents.longest, scale)
+
+    @staticmethod
+    def backward(g, q, k, v, out, lse, state, unused, documents, scale):
+        return private_apis.flash_documents_backward(
+            g, q, k, v, out, lse, state, unused, documents.starts, documents.longest, scale)
+
+
+KERNELS = {SDPBackend.EFFICIENT_ATTENTION: Efficient, SDPBackend.FLASH_ATTENTION: Flash}
+
+
+def choose_kernel(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.dtype,
+                  bounds: DocumentBounds) -> SDPBackend | None:
+    """The variable-length kernel for rows of `length` tokens on the device of slopes_H, heads of
+    this width; None where the masked bias serves better."""
+    if slopes_H.device.type == "cpu" or dtype.itemsize > 2:
+        return None  # the CPU's kernels know no documents; in fp32 large scores would be rounded
+    q = torch.empty(1, len(slopes_H), 1, width, dtype=dtype, device=slopes_H.device)
+    q = q.expand(-1, -1, length, -1)
+    kernel = private_apis.choose_attention_kernel(q, q, q, None)
+    if kernel == SDPBackend.CUDNN_ATTENTION:  # torch has no variable-length form of it; flash runs
+        kernel = SDPBackend.FLASH_ATTENTION
+    is_long = bounds.longest > LONGEST_SHARE * length
+    if kernel not in KERNELS or (kernel == SDPBackend.EFFICIENT_ATTENTION and is_long):
+        return None
+    return kernel
+
+
+def plain(q_LHK, k_LHK, v_LHK, slopes_H: torch.Tensor, lengths: list[int], scale: float):
+    """[L, H, K] of one row: ALiBi's attention of each document alone."""
+    outputs, start = [], 0
+    for length in lengths:
+        q, k, v = (x[start : start + length].transpose(0, 1) for x in (q_LHK, k_LHK, v_LHK))
+        distance_LL = torch.arange(length)[:, None] - torch.arange(length)
+        scores_HLL = scale * q @ k.mT - slopes_H[:, None, None] * distance_LL
+        scores_HLL = scores_HLL.masked_fill(distance_LL < 0, -math.inf)
+        outputs.append((scores_HLL.softmax(-1) @ v).transpose(0, 1))
+        start += length
+    return torch.cat(outputs)
