@@ -7,7 +7,7 @@
 from phogpt_raw.command_line import from_command_line
 from phogpt_raw.refusal import exits_cleanly
 from phogpt_raw.show import console, startcard
-from phogpt_raw.simulate.fit import choose_recompute
+from phogpt_raw.simulate.fit import choose
 from phogpt_raw.training.limits import retry_without_graphs
 from phogpt_raw.training.metrics import Metrics
 from phogpt_raw.training.optim import lr_at
@@ -20,14 +20,15 @@ def main(arguments: list[str] | None = None) -> None:
     config = from_command_line(arguments, __doc__)
     job = set_up(config)  # model, adapters, optimizer, data: everything, wired once
     run, state = job.run, job.run.state
-    choice = choose_recompute(job)  # how many blocks backward computes again
+    choice = choose(job)  # simulated: how rows are packed, how many blocks backward recomputes
+    job.pack(choice.packing)
     job.limits.recompute = choice.recompute
     startcard.show(job, choice)
     if config.dry_run:
         return startcard.example(job.tokenizer, job.examples.train[0])
 
     run.begin(job)
-    metrics = Metrics(run.folder, state.step, job.forward)
+    metrics = Metrics(run.folder, state.step, job)
     with console.Display(run) as show:
         loss, score = train(job, metrics, show)
     run.check_result(loss, score)

@@ -28,9 +28,12 @@ class Config:
     steps: int | None = None  # optimizer steps; or --epochs
     epochs: float | None = None  # passes over the data; or --steps (default: 3 epochs)
     # one optimizer step
-    batch_size: int = 8  # rows an optimizer step sees
+    batch_size: int = 8  # examples an optimizer step sees
+    batch_tokens: int | None = None  # or: tokens that it sees, at most
     micro_batch: int = 1  # rows that go through the model at once
-    max_len: int = 1024  # tokens a row may have; a longer answer is cut, and said
+    max_len: int = 1024  # tokens an example may have; a longer answer is cut, and said
+    packing: bool = True  # the examples of a step share rows; the result is the same, but sooner
+    pack_len: int | None = None  # tokens of such a row, at most (default: by the card and the rows)
     lr: float = 2e-4  # peak learning rate
     warmup: int = 10  # steps of linear warm-up
     lr_floor: float = 0.1  # where the cosine ends, as a share of the peak
@@ -77,6 +80,8 @@ class Config:
             raise Refusal(f"--epochs {self.epochs}: must be positive")
         if not re.fullmatch(r"auto|all|none|\d+", self.recompute):
             raise Refusal(f"--recompute {self.recompute}: auto, all, none or a number of blocks")
+        if self.pack_len is not None and not self.packing:
+            raise Refusal("--pack-len and --no-packing: give one of them")
         if self.val is not None and self.hold_out:
             raise Refusal("--val and --hold-out: give one of them")
 
@@ -92,9 +97,9 @@ class Config:
         return int(self.recompute)
 
 
-LOWEST = dict(steps=1, batch_size=1, micro_batch=1, max_len=8, warmup=0, rank=1, loss_mib=1,
-              eval_every=0, eval_answers=0, answer_tokens=1, save_every=0, hold_out=0, seed=0,
-              weight_decay=0, max_skipped=1)
+LOWEST = dict(steps=1, batch_size=1, batch_tokens=1, micro_batch=1, max_len=8, pack_len=1,
+              warmup=0, rank=1, loss_mib=1, eval_every=0, eval_answers=0, answer_tokens=1,
+              save_every=0, hold_out=0, seed=0, weight_decay=0, max_skipped=1)
 CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))
 

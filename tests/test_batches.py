@@ -1,6 +1,7 @@
 """Windows of micro-batches: who is in, who sees whom, and what predicts what."""
 
 import doctest
+import math
 from collections import Counter
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from conftest import example, ragged_examples
 
 from phogpt_raw.data import batches as module
-from phogpt_raw.data.batches import MicroBatch, Stream, Window, collate
+from phogpt_raw.data.batches import MicroBatch, Stream, TokenStream, Window, collate
+from phogpt_raw.data.packing import Packing
 from phogpt_raw.data.prompt import IGNORED, Example, next_tokens
 
 PAD = 3
@@ -48,8 +50,8 @@ def test_doctest():
 
 
 def test_targets_are_the_next_tokens_of_the_rows_named():
-    batch = collate([example([10, 11, 12, 13, 14], 3, "a:1"), example([20, 21, 22], 1, "a:2")],
-                    PAD, multiple=8, rows_multiple=6)
+    batch = collate([[example([10, 11, 12, 13, 14], 3, "a:1")], [example([20, 21, 22], 1, "a:2")]],
+                    8, PAD, rows_multiple=6)
     assert batch.ids_BL.tolist() == [[10, 11, 12, 13, 14, 3, 3, 3], [20, 21, 22, 3, 3, 3, 3, 3]]
     # 11 predicts 12, 12 predicts 13, 13 predicts 14; in row 1 (places 8…15) 21 predicts 22
     assert batch.rows_T.tolist() == [1, 2, 3, 9, 0, 0]
@@ -58,7 +60,7 @@ def test_targets_are_the_next_tokens_of_the_rows_named():
 
 
 def test_padding_is_behind_and_needs_no_documents():
-    batch = collate([example([PAD, 5, PAD], 1, "a:1"), example([6, 7], 1, "a:2")], PAD, multiple=4)
+    batch = collate([[example([PAD, 5, PAD], 1, "a:1")], [example([6, 7], 1, "a:2")]], 4, PAD)
     assert batch.doc_BL is None
     assert batch.ids_BL.tolist() == [[PAD, 5, PAD, PAD], [6, 7, PAD, PAD]]
 
@@ -79,7 +81,7 @@ def test_a_padded_row_gives_the_hidden_states_that_it_gives_alone(adapted):
     model, _ = adapted()
     examples = [*ragged_examples(3), example([5, PAD, 7, PAD, PAD, 9], 2, "a:1")]
     with torch.no_grad():
-        batch = collate(examples, PAD)
+        batch = collate([[e] for e in examples], 64, PAD)
         together = model(batch.ids_BL, batch.doc_BL)
         for hidden, e in zip(together, examples, strict=True):
             alone = model(torch.tensor([e.ids]))[0]
@@ -88,7 +90,7 @@ def test_a_padded_row_gives_the_hidden_states_that_it_gives_alone(adapted):
 
 def test_shapes_are_a_few_sizes_only():
     for n in range(20):
-        batch = collate(ragged_examples(3, seed=n), PAD)
+        [batch] = Window(ragged_examples(3, seed=n), PAD).micro_batches(3)
         assert batch.ids_BL.shape[1] % 32 == 0
         assert len(batch.rows_T) == len(batch.targets_T)
         assert len(batch.rows_T) % 64 == 0
@@ -99,9 +101,8 @@ def test_micro_batches_only_regroup_a_window(micro_batch):
     examples = ragged_examples(11)
     for step in range(4):
         window = stream(examples, batch_size=7).window(step)
-        order = stream(examples, batch_size=7)
         batches = list(window.micro_batches(micro_batch))
-        picked = [examples[order.row(p)] for p in range(7 * step, 7 * step + 7)]
+        picked = stream(examples, batch_size=7).picked(step)
         assert supervised_pairs(batches) == expected_pairs(picked)
         assert Counter(rows_of(window)) == Counter(tuple(e.ids) for e in picked)
         assert window.supervised == sum(e.supervised for e in picked)
@@ -126,7 +127,7 @@ def test_a_window_is_the_same_whether_or_not_earlier_ones_were_asked_for():
 def test_a_pass_covers_every_row_once_and_the_next_in_another_order(batch_size):
     examples = ragged_examples(10)
     order = stream(examples, batch_size=batch_size)
-    passes = [[order.row(10 * epoch + n) for n in range(10)] for epoch in range(3)]
+    passes = [order.order(epoch) for epoch in range(3)]
     assert all(sorted(one) == list(range(10)) for one in passes)
     assert passes[0] != passes[1] != passes[2]
     seen = Counter(row for step in range(10) for row in rows_of(order.window(step)))
@@ -136,10 +137,11 @@ def test_a_pass_covers_every_row_once_and_the_next_in_another_order(batch_size):
 
 def test_the_seed_decides_the_order():
     examples = ragged_examples(30)
-    orders = [[stream(examples, seed=seed).row(p) for p in range(60)] for seed in (0, 1, 0)]
-    assert orders[0] == orders[2]
-    assert orders[0][:30] != orders[1][:30]
-    assert orders[0][30:] != orders[1][:30]  # the second pass of one seed is not another seed's
+    first, other, again = ([stream(examples, seed=seed).order(epoch) for epoch in (0, 1)]
+                           for seed in (0, 1, 0))
+    assert first == again
+    assert first[0] != other[0]
+    assert first[1] != other[0]  # the second pass of one seed is not another seed's
 
 
 @pytest.mark.parametrize("rows, batch_size, epochs, steps", [
@@ -158,7 +160,7 @@ def test_a_window_without_supervised_tokens_has_no_loss_and_is_never_made():
 def test_a_fully_supervised_row_predicts_all_but_its_first_token():
     """Not the token before the row, nor the last of the row before."""
     text = Example([5, 6, 7], next_tokens([5, 6, 7], start=0))
-    batch = collate([text, text], PAD, multiple=4, rows_multiple=4)
+    batch = collate([[text], [text]], 4, PAD, rows_multiple=4)
     assert batch.rows_T.tolist() == [0, 1, 4, 5]
     assert batch.targets_T.tolist() == [6, 7, 6, 7]
 
@@ -173,3 +175,91 @@ def test_several_supervised_spans_are_one_case():
     assert supervised_pairs(window.micro_batches(2)) == Counter({
         ((10, 11), 12): 1, ((10, 11, 12), 13): 1, (tuple(ids[:6]), 16): 1, (tuple(ids[:7]), 17): 1,
         ((20, 21), 22): 1})
+
+
+PACKINGS = [Packing((32, 64, 96), longest=64, most=3), Packing((64,), longest=64, most=16)]
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=["three lengths", "one length"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 100])
+def test_packing_only_lays_a_window_out_otherwise(packing, micro_batch):
+    """No token is lost or doubled, and each is predicted from its own document alone."""
+    examples = ragged_examples(11)
+    window = Window(examples, PAD, packing)
+    batches = list(window.micro_batches(micro_batch))
+    assert document_pairs(batches) == expected_pairs(examples)
+    assert [tuple(b.ids_BL.shape) for b in batches] == window.shapes(micro_batch)
+    assert all(len(b.ids_BL) <= micro_batch for b in batches)
+    assert all(b.ids_BL.shape[1] in packing.lengths for b in batches)
+    plain = Window(examples, PAD)
+    assert (window.supervised, window.tokens) == (plain.supervised, plain.tokens)
+    assert len(window.shapes(100)) <= len(packing.lengths)
+
+
+def test_documents_ascend_in_their_row_within_the_bounds_and_padding_is_documents_too():
+    packing = Packing((64, 128), longest=60, most=5)
+    for batch in Window(ragged_examples(9), PAD, packing).micro_batches(2):
+        assert batch.bounds == packing.bounds(batch.ids_BL.shape[1])
+        steps = batch.doc_BL.diff(dim=1)
+        assert set(steps.flatten().tolist()) <= {0, 1} and (batch.doc_BL[:, 0] == 0).all()
+        assert batch.doc_BL.max() < batch.bounds.count
+        for row in batch.doc_BL:
+            assert row.bincount().max() <= batch.bounds.longest
+
+
+def test_a_packed_row_never_predicts_across_a_border():
+    """Plain text supervises all its tokens, and still not the first of the next document."""
+    texts = [Example(ids, next_tokens(ids, start=0)) for ids in ([5, 6, 7], [8, 9], [10, 11, 12])]
+    [batch] = Window(texts, PAD, Packing((8,), longest=3, most=5)).micro_batches(1)
+    assert document_pairs([batch]) == expected_pairs(texts)
+    borders = {row for row in range(7) if batch.doc_BL[0, row] != batch.doc_BL[0, row + 1]}
+    supervised = batch.rows_T[batch.targets_T != IGNORED].tolist()
+    assert len(borders) == 2 and not borders & set(supervised)
+
+
+def document_pairs(batches):
+    """(what came before in its document, what is predicted) of every supervised token."""
+    pairs = Counter()
+    for batch in batches:
+        length = batch.ids_BL.shape[1]
+        for place, target in zip(batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
+            if target != IGNORED:
+                row, column = divmod(place, length)
+                own = batch.doc_BL[row, : column + 1] == batch.doc_BL[row, column]
+                pairs[tuple(batch.ids_BL[row, : column + 1][own].tolist()), target] += 1
+    return pairs
+
+
+def token_stream(examples, tokens=160, seed=0):
+    return TokenStream(examples, batch_tokens=tokens, pad_id=PAD, seed=seed)
+
+
+@pytest.mark.parametrize("tokens", [60, 100, 160, 5000])
+def test_windows_by_tokens_hold_each_example_once_an_epoch_and_are_alike(tokens):
+    examples = ragged_examples(40)
+    order = token_stream(examples, tokens)
+    for epoch in range(6):
+        windows = [order.picked(epoch * order.windows + n) for n in range(order.windows)]
+        assert Counter(e.where for w in windows for e in w) == Counter(e.where for e in examples)
+        sizes = [sum(len(e.ids) for e in w) for w in windows]
+        assert max(sizes) <= order.capacity <= tokens
+        assert min(sizes) > 0
+    total = sum(len(e.ids) for e in examples)
+    assert order.windows <= 1.15 * total / tokens + 1
+    assert order.capacity <= total / order.windows + 60  # none is a small rest
+
+
+def test_windows_by_tokens_follow_from_seed_epoch_and_data():
+    examples = ragged_examples(40)
+    straight = token_stream(examples)
+    for step in range(3 * straight.windows):
+        assert rows_of(straight.window(step)) == rows_of(token_stream(examples).window(step))
+    epochs = [{frozenset(w) for w in straight.order(epoch)} for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]  # other windows, not only in another order
+    assert token_stream(examples, seed=1).order(0) != token_stream(examples).order(0)
+
+
+@pytest.mark.parametrize("epochs, share", [(1, 1), (2, 2), (0.5, 0.5)])
+def test_epochs_of_windows_by_tokens(epochs, share):
+    order = token_stream(ragged_examples(40))
+    assert order.steps(epochs) == math.ceil(share * order.windows)

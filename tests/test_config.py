@@ -18,11 +18,13 @@ from phogpt_raw.refusal import Refusal
 ROOT = Path(__file__).parents[1]
 
 FLAGS = [
-    "--adapter", "--alpha", "--answer-tokens", "--batch-size", "--capture", "--clip",
+    "--adapter", "--alpha", "--answer-tokens", "--batch-size", "--batch-tokens",
+    "--capture", "--clip",
     "--data", "--dropout", "--dry-run", "--dtype", "--epochs",
     "--eval-answers", "--eval-every", "--help", "--hold-out", "--loss-mib",
     "--lr", "--lr-floor", "--max-len", "--max-skipped", "--micro-batch", "--model",
-    "--nf4", "--no-capture", "--no-dry-run", "--no-nf4", "--optimizer", "--out",
+    "--nf4", "--no-capture", "--no-dry-run", "--no-nf4", "--no-packing", "--optimizer", "--out",
+    "--pack-len", "--packing",
     "--preset", "--rank", "--recompute", "--revision", "--save-every",
     "--seed", "--steps", "--targets", "--template", "--val",
     "--warmup", "--weight-decay",

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from conftest import ragged_examples
 
 from phogpt_raw.config import Config
+from phogpt_raw.data.batches import Window
+from phogpt_raw.data.packing import Packing
 from phogpt_raw.decode import answer
 from phogpt_raw.training.evaluate import Score, evaluate, held_out_loss
 from phogpt_raw.training.limits import Limits
@@ -30,15 +32,25 @@ def test_loss_is_plain_cross_entropy_over_all_supervised_tokens(adapted):
     assert abs(means - expected) > 1e-3  # an average of rows would be another number
     for micro_batch in (1, 2, 3, 7, 50):
         for chunk in (1, 1000):
-            loss = held_out_loss(model, examples, Limits(micro_batch, chunk), pad_id=PAD)
+            loss = held_out_loss(model, Window(examples, PAD), Limits(micro_batch, chunk))
             assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_packing_gives_the_same_loss(adapted):
+    """fp32: sums in another order."""
+    model, _ = adapted()
+    examples, limits = ragged_examples(7), Limits(1, 16)
+    packed = Window(examples, PAD, Packing((64, 160), longest=64, most=16))
+    assert len(packed.shapes(1)) < 7
+    assert held_out_loss(model, packed, limits) == pytest.approx(
+        held_out_loss(model, Window(examples, PAD), limits), rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_evaluation_leaves_the_model_as_it_was_and_without_gradients(adapted, training):
     model, adapters = adapted(dropout=0.5)
     model.train(training)
-    one, other = (held_out_loss(model, ragged_examples(4), Limits(2, 16), pad_id=PAD)
+    one, other = (held_out_loss(model, Window(ragged_examples(4), PAD), Limits(2, 16))
                   for _ in range(2))
     assert one == other  # dropout is off
     assert model.training is training
@@ -68,7 +80,7 @@ def test_stops_counts_the_answers_that_end_by_themselves(lively, tokenizer):
     assert score.stops == stopped / 6
     assert score.answers == [tokenizer.decode(a.ids).strip() for a in alone]
     assert score.val_loss == pytest.approx(
-        held_out_loss(model, examples, Limits(4, 16), pad_id=PAD), rel=1e-6)
+        held_out_loss(model, Window(examples, PAD), Limits(4, 16)), rel=1e-6)
     assert score.seconds > 0
 
 

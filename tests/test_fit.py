@@ -13,12 +13,15 @@ from traces import on_meta, step_of
 
 from phogpt_raw.cards import Card
 from phogpt_raw.config import Config
+from phogpt_raw.data.batches import Stream, Window
+from phogpt_raw.data.packing import choose_packing
 from phogpt_raw.show.startcard import recompute_line
 from phogpt_raw.simulate import fit as module
 from phogpt_raw.simulate.fit import (
-    RecomputeChoice,
-    attention_kernel,
-    choose_recompute,
+    Choice,
+    attention_kernels,
+    choose,
+    largest,
     least_recompute,
     longest,
     needed,
@@ -26,6 +29,7 @@ from phogpt_raw.simulate.fit import (
 from phogpt_raw.simulate.rates import matmul_workspace
 
 BLOCKS = 6
+EFFICIENT, FLASH = SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION
 CARD = Card("a card", "cuda", (7, 5), 100.0)
 TINY, LARGE = replace(CARD, memory_gib=0.01), CARD
 
@@ -60,7 +64,7 @@ def test_what_fits_is_not_recomputed_and_one_simulation_says_so(traces, no_answe
     asked = []
     memory = needed(traces[0], CARD)
     found = least_recompute(lambda n: asked.append(n) or traces[n], BLOCKS, of(memory))
-    assert found == RecomputeChoice(0, BLOCKS, memory, None, memory)
+    assert found == Choice(0, BLOCKS, memory, None, memory)
     assert asked == [0]
 
 
@@ -114,10 +118,10 @@ def test_where_nothing_fits_all_are_recomputed_and_it_says_what_helps(traces):
 
 
 def test_in_words_it_says_how_many_and_the_margins():
-    assert recompute_line(RecomputeChoice(3, 6)) == "3 of 6 blocks in backward"
-    assert recompute_line(RecomputeChoice(0, 6, 8.04, None, 14.56)) == (
+    assert recompute_line(Choice(3, 6)) == "3 of 6 blocks in backward"
+    assert recompute_line(Choice(0, 6, 8.04, None, 14.56)) == (
         "0 of 6 blocks in backward (auto): 8.0 of 14.6 GiB with margins")
-    half = recompute_line(RecomputeChoice(3, 6, 8.0, 7.0, 14.56))
+    half = recompute_line(Choice(3, 6, 8.0, 7.0, 14.56))
     assert re.search("for 25% more arithmetic in the blocks$", half)
 
 
@@ -138,13 +142,16 @@ def test_what_is_needed_is_the_peak_with_a_share_and_the_graphs_context_and_page
 
 
 def asked_for(model, card, *, examples=None, **settings):
-    """choose_recompute for a run of these settings; the model's values are fp16, as on a card."""
+    """What is chosen for a run of these settings, its rows unpacked unless it says otherwise; the
+    model's values are fp16, as on a card."""
     train = examples or ragged_examples(6)
     stand_in = SimpleNamespace(config=model.config, peft_config=model.peft_config,
                                head=torch.empty(0, dtype=torch.float16))
-    job = SimpleNamespace(config=Config(**settings), card=card, model=stand_in,
-                          examples=SimpleNamespace(train=train))
-    return choose_recompute(job)
+    config = Config(**{"packing": False, "batch_size": 4, **settings})
+    job = SimpleNamespace(config=config, card=card, model=stand_in, planned=lambda: range(9),
+                          examples=SimpleNamespace(train=train, held_out=[]),
+                          stream=Stream(train, batch_size=config.batch_size, pad_id=3))
+    return choose(job)
 
 
 @pytest.mark.parametrize("recompute, blocks", [("none", 0), ("0", 0), ("1", 1), ("2", 2),
@@ -153,13 +160,13 @@ def asked_for(model, card, *, examples=None, **settings):
 def test_what_is_asked_for_is_kept_whatever_the_card(adapted, monkeypatch, recompute, blocks, card):
     monkeypatch.delattr(module, "trace_step")
     model, _ = adapted(nf4=True)
-    assert asked_for(model, card, recompute=recompute) == RecomputeChoice(blocks, 2)
+    assert asked_for(model, card, recompute=recompute) == Choice(blocks, 2)
 
 
 def test_on_the_cpu_nothing_is_recomputed(adapted, monkeypatch):
     monkeypatch.delattr(module, "trace_step")
     model, _ = adapted(nf4=True)
-    assert asked_for(model, Card("CPU", "cpu")) == RecomputeChoice(0, 2)
+    assert asked_for(model, Card("CPU", "cpu")) == Choice(0, 2)
 
 
 @pytest.mark.parametrize("more", [dict(optimizer="adamw"), dict(loss_mib=4), dict(nf4=False)],
@@ -227,11 +234,55 @@ def test_the_window_that_is_simulated_holds_the_longest_rows_and_of_these_the_lo
     assert longest(examples, 99).tokens == sum(len(e.ids) for e in examples)
 
 
+# -- how long packed rows are
+
+
+SHORT = [example([5] * n, 4, f"row:{n}") for n in (20, 30, 40, 50, 60, 70)]
+
+
+def test_rows_hold_a_whole_window_where_memory_allows(adapted, no_answers):
+    model, _ = adapted(nf4=True)
+    for card in (LARGE, Card("CPU", "cpu")):
+        packing = asked_for(model, card, examples=SHORT, packing=True).packing
+        stream = Stream(SHORT, batch_size=4, pad_id=3)
+        most = max(sum(len(e.ids) for e in stream.picked(n)) for n in range(9))
+        assert most <= packing.lengths[-1] < most + 16
+        assert packing.longest == 80  # 70 tokens, rounded up
+
+
+def test_rows_are_shorter_where_memory_is_short_before_anything_is_recomputed(adapted, no_answers):
+    model, _ = adapted(nf4=True)
+    whole = asked_for(model, LARGE, examples=SHORT, packing=True)
+    one = asked_for(model, LARGE, examples=SHORT, packing=True, pack_len=70)
+    assert one.gib < whole.gib
+    between = asked_for(model, of((one.gib + whole.gib) / 2), examples=SHORT, packing=True)
+    assert one.packing.lengths[-1] <= between.packing.lengths[-1] < whole.packing.lengths[-1]
+    assert between.recompute == 0 and between.gib <= between.of
+    tiny = asked_for(model, TINY, examples=SHORT, packing=True)
+    assert tiny.packing.lengths[-1] == 80 and tiny.recompute == 2  # not less than the longest
+
+
+@pytest.mark.parametrize("card", [TINY, LARGE, Card("CPU", "cpu")], ids=lambda c: c.name)
+def test_a_row_length_that_is_asked_for_is_kept(adapted, card):
+    packing = asked_for(adapted(nf4=True)[0], card, examples=SHORT, packing=True,
+                        pack_len=100).packing
+    assert 80 <= packing.lengths[-1] <= 112
+
+
+def test_the_packed_micro_batch_that_is_simulated_is_the_largest_of_the_run():
+    windows = [SHORT[:3], SHORT[2:], SHORT[::2]]
+    packing = choose_packing(windows, 70, 150)
+    batches = [b for w in windows for b in Window(w, 3, packing).micro_batches(2)]
+    [found] = largest(windows, packing, 2).micro_batches(2)
+    assert found.ids_BL.numel() == max(b.ids_BL.numel() for b in batches)
+    assert found.bounds in [b.bounds for b in batches]
+
+
 @pytest.mark.parametrize("capability, kernel", [
-    ((7, 0), SDPBackend.EFFICIENT_ATTENTION), ((7, 5), SDPBackend.EFFICIENT_ATTENTION),
-    ((8, 9), SDPBackend.EFFICIENT_ATTENTION), ((9, 0), SDPBackend.CUDNN_ATTENTION),
-    ((10, 0), SDPBackend.CUDNN_ATTENTION), ((12, 0), SDPBackend.EFFICIENT_ATTENTION)])
+    ((7, 0), (EFFICIENT, EFFICIENT)), ((7, 5), (EFFICIENT, EFFICIENT)),
+    ((8, 9), (EFFICIENT, FLASH)), ((9, 0), (SDPBackend.CUDNN_ATTENTION, FLASH)),
+    ((10, 0), (SDPBackend.CUDNN_ATTENTION, FLASH)), ((12, 0), (EFFICIENT, FLASH))])
 def test_the_kernel_follows_the_capability(capability, kernel):
-    assert attention_kernel(replace(CARD, capability=capability), torch.float16) == kernel
-    assert attention_kernel(replace(CARD, capability=capability), torch.float32) \
-        == SDPBackend.EFFICIENT_ATTENTION
+    card = replace(CARD, capability=capability)
+    assert attention_kernels(card, torch.float16) == kernel
+    assert attention_kernels(card, torch.float32) == (EFFICIENT, EFFICIENT)

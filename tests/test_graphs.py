@@ -3,12 +3,14 @@
 Here the twin's bookkeeping alone, with stand-ins for graphs; test_gpu.py has the real ones.
 """
 
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from phogpt_raw.data.packing import DocumentBounds
 from phogpt_raw.training import graphs
 from phogpt_raw.training.graphs import GraphedModel, why_not
 from phogpt_raw.training.limits import Limits, retry_without_graphs
@@ -23,7 +25,7 @@ class Twin(GraphedModel):
         super().__init__(model, flat, Limits(1, 16, graphs=True))
         self.room, self.tries = room, []
 
-    def capture(self, ids_BL, doc_BL, recompute):
+    def capture(self, ids_BL, doc_BL, how):
         self.tries.append((*ids_BL.shape, doc_BL is not None))
         return object() if ids_BL.shape[1] <= self.room else None
 
@@ -38,7 +40,7 @@ def twin(adapted, monkeypatch):
         made = Twin(model, adapters.flat, **settings)
         made.ran, made.replayed_shapes = [], []
         monkeypatch.setattr(
-            made, "model", lambda ids, doc, recompute: made.ran.append(tuple(ids.shape)))
+            made, "model", lambda ids, doc, **how: made.ran.append(tuple(ids.shape)))
         monkeypatch.setattr(made, "memory", nullcontext)
         monkeypatch.setattr(graphs.Replay, "apply",
                             lambda flat, _, ids, doc: made.replayed_shapes.append(tuple(ids.shape)))
@@ -68,6 +70,24 @@ def test_another_recompute_depth_is_another_graph(twin):
         made(ids(1, 64), recompute=depth)
     assert sorted(shape[-1] for shape in made.graphs) == [0, 2]
     assert len(made.ran) == 2 and len(made.replayed_shapes) == 3
+
+
+def test_a_shape_with_too_few_micro_batches_to_come_is_not_captured(twin):
+    made = twin()
+    made.expected = Counter({(1, 64): 12, (1, 96): 11})
+    for _ in range(4):
+        made(ids(1, 64))
+        made(ids(1, 96))
+        made(ids(1, 32))  # not foreseen
+    assert [shape[1] for shape in made.tries] == [64]
+    assert made.replayed_shapes == 3 * [(1, 64)]
+
+
+def test_other_bounds_of_documents_are_another_graph(twin):
+    made = twin()
+    for longest in (32, 64, 32, 64):
+        made(ids(1, 64), ids(1, 64), bounds=DocumentBounds(4, longest))
+    assert len(made.graphs) == 2 and len(made.ran) == 2
 
 
 def test_a_shape_that_finds_no_room_stays_eager_without_another_try(twin):
@@ -112,6 +132,11 @@ def test_the_peak_of_a_step_counts_the_activations_of_its_replays(twin, monkeypa
     made.replayed = {graphs.Graphs(*[None] * 6, size) for size in saved}
     assert made.peak_bytes() == peak
     assert made.peak_bytes() == 70  # the next step begins anew
+    captured = graphs.Graphs(*[None] * 6, 30)
+    made.replayed, made.new = {captured}, {captured}
+    assert made.peak_bytes() == 70  # torch saw its activations while it was captured
+    made.replayed = {captured}
+    assert made.peak_bytes() == 100
 
 
 # -- the policy of trying again

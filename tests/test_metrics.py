@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from phogpt_raw.data.batches import Window
 from phogpt_raw.show.console import Display
 from phogpt_raw.training import metrics as module
 from phogpt_raw.training.evaluate import Score
+from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.metrics import Metrics, StepRow
 from phogpt_raw.training.run import Run, RunState
 from phogpt_raw.training.step import StepStats
+
+TRAINING = SimpleNamespace(forward=None, limits=Limits(micro_batch=4, chunk_rows=1))
 
 
 def stats(loss=2.0, skipped=False):
@@ -29,7 +33,7 @@ def test_a_row_is_of_its_own_step(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
-    metrics = Metrics(tmp_path, 0, forward=None)
+    metrics = Metrics(tmp_path, 0, TRAINING)
     time.sleep(0.05)
     rows = []
     for step in (1, 2):
@@ -41,7 +45,8 @@ def test_a_row_is_of_its_own_step(tmp_path, monkeypatch):
     assert written == [vars(row) for row in rows]
     assert written[0] == dict(
         step=1, loss=2.0, lr=0.1, grad_norm=0.5, tokens=window.supervised,
-        tokens_per_s=rows[0].tokens_per_s, peak_gib=3.0, scale=4096.0, skipped=1)
+        tokens_per_s=rows[0].tokens_per_s, peak_gib=3.0, scale=4096.0, skipped=1,
+        rows=3, fill=round(window.tokens / (3 * 32), 4))
 
 
 def test_the_peak_of_graphs_is_theirs(monkeypatch):
@@ -59,9 +64,9 @@ def test_the_peak_of_graphs_is_theirs(monkeypatch):
 def test_rows_after_the_checkpoint_are_dropped_when_a_run_resumes(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    Metrics(tmp_path, 2, None)
+    Metrics(tmp_path, 2, TRAINING)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
-    Metrics(tmp_path, 0, None)
+    Metrics(tmp_path, 0, TRAINING)
     assert file.read_text() == ""
 
 
@@ -92,7 +97,7 @@ def test_the_time_left_counts_steps_and_evaluations(tmp_path):
     display.evaluation(Score(1.0, None, [], seconds=30.0))  # before the first step
     for step in (1, 2):
         run.state.step = step
-        display.step(StepRow(step, 1.0, 0.1, 1.0, 10, 50.0, None, 1.0, 0), seconds=2.0)
+        display.step(StepRow(step, 1.0, 0.1, 1.0, 10, 50.0, None, 1.0, 0, 1, 1.0), seconds=2.0)
     assert display.seconds_left() == pytest.approx(8 * 2.0 + 2 * 30.0)
     run.state.step = 5  # shown before its own evaluation
     assert display.seconds_left() == pytest.approx(5 * 2.0 + 2 * 30.0)

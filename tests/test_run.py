@@ -16,7 +16,7 @@ from phogpt_raw.training import step as step_module
 from phogpt_raw.training.metrics import Metrics
 
 STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_gib", "scale",
-             "skipped"]
+             "skipped", "rows", "fill"]
 SCORE_KEYS = ["step", "val_loss", "val_ppl", "stops"]
 
 
@@ -226,7 +226,8 @@ def test_dry_run_shows_the_plan_and_an_example_and_trains_nothing(train, tmp_pat
         "0.1 M parameters in NF4, 0.3 M in",
         "0.0 M parameters in fp32: LoRA rank 4, alpha 32, on Wqkv, down_proj, out_proj, up_proj",
         "ALiBi as a bias", "9 rows of rows.jsonl", "3 held out",
-        "4b-chat: the tokenizer's chat template", "7 of 4 rows, 2 at a time (3.1 epochs)",
+        "4b-chat: the tokenizer's chat template", "7 of 4 examples (3.1 epochs)",
+        "examples a row", "% full; rows of", "2 at a time",
         "AdamW, 8-bit state", "0 of 2 blocks in backward", "capture o",
     ):
         assert part in plan, part
@@ -248,6 +249,16 @@ def test_dry_run_shows_where_the_loss_is(train, rows):
     assert f"### Câu hỏi: {question}\n### Trả lời:⟦ {answer}</s>⟧" in marked
     line = QUESTIONS.index((question, answer)) + 1
     assert f"{rows}:{line}" in marked
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--batch-tokens", 20], "more than --batch-tokens 20"),
+    (["--pack-len", 20], "more than --pack-len 20"),
+    (["--pack-len", 200, "--no-packing"], "--pack-len and --no-packing")])
+def test_a_row_that_is_too_short_for_an_example_is_refused(train, monkeypatch, flags, said):
+    monkeypatch.setattr("phogpt_raw.training.setup.read_model", None)  # not even the weights
+    status, _, error = train(*flags)
+    assert status == 2 and said in error and len(error.splitlines()) == 1
 
 
 def test_brackets_in_an_answer_are_shown_as_they_are(train, tmp_path):
@@ -494,6 +505,32 @@ def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path
     train("--out", out, "--steps", 3)
     status, _, said = train("--out", out, "--micro-batch", 1, "--recompute", 1)
     assert (status, said) == (0, "")
+
+
+def test_a_run_goes_on_packed_or_not_and_in_rows_of_another_length(train, tmp_path):
+    """The losses are those of the straight run, to fp32's rounding."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert train("--out", straight, "--steps", 6, "--optimizer", "adamw")[0] == 0
+    for steps, how in ((2, ["--no-packing"]), (4, ["--pack-len", 100]), (6, [])):
+        assert train("--out", broken, "--steps", steps, "--optimizer", "adamw", *how)[0] == 0
+    one, other = (metrics(out)[0] for out in (straight, broken))
+    assert [row["rows"] for row in one[:2]] != [row["rows"] for row in other[:2]] == [4, 4]
+    # another number of steps is another cosine, so only the first two have the same learning rates
+    assert [row["loss"] for row in other[:2]] == pytest.approx([r["loss"] for r in one[:2]], 1e-5)
+    assert all(row["fill"] <= 1 for row in one + other)
+
+
+def test_a_run_by_tokens_is_resumed_to_the_bit(train, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    how = ["--batch-tokens", 120, "--steps", 6]
+    assert train("--out", straight, *how)[0] == 0
+    assert train("--out", broken, *how, at=(4, KeyboardInterrupt()))[0] not in (0, 2)
+    assert train("--out", broken, *how)[0] == 0
+    one, other = ([(row["loss"], row["tokens"], row["rows"]) for row in metrics(out)[0]]
+                  for out in (straight, broken))
+    assert one == other
+    assert (straight / "adapter_model.safetensors").read_bytes() == (
+        broken / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_run_goes_on_with_or_without_capturing(train, tmp_path):

@@ -1,9 +1,10 @@
 """Examples become windows of micro-batches; any step's window, without replaying those before.
 
 A window is the accumulation window: all that one optimizer step sees. Which examples it holds
-follows from the step's number alone (one permutation for each epoch, seeded by seed and epoch), so
-a resumed run reads on where it stopped. How many of them go through the model at once is decided
-when the step asks for micro-batches, and can change between steps.
+follows from the step's number alone (an order for each epoch, seeded by seed and epoch), so a
+resumed run reads on where it stopped. How its examples are laid out in rows, and how many rows go
+through the model at once, is decided when the step asks for micro-batches: it changes the speed of
+the step and not its result.
 
 A MicroBatch says which tokens may attend to each other by `doc_BL`: each token's document in its
 row, ascending; None where a row is one document and its padding stands behind it, where causal
@@ -13,11 +14,14 @@ positions, because with a vocabulary of 250,880 every row through the head is ex
 B micro-batch, L length, T supervised rows (padded to a few sizes; padding has target -100).
 
 >>> a, b = Example([5, 6, 7], [IGNORED, 7, IGNORED]), Example([8, 9], [9, IGNORED])
->>> batch = collate([a, b], pad_id=3, multiple=4, rows_multiple=4)
+>>> batch = collate([[a], [b]], length=4, pad_id=3, rows_multiple=4)
 >>> batch.ids_BL.tolist()
 [[5, 6, 7, 3], [8, 9, 3, 3]]
 >>> batch.rows_T.tolist(), batch.targets_T.tolist()     # row 1 predicts 7, row 4 predicts 9
 ([1, 4, 0, 0], [7, 9, -100, -100])
+>>> packed = collate([[a, b]], length=8, pad_id=3, bounds=DocumentBounds(4, longest=3))
+>>> packed.ids_BL.tolist(), packed.doc_BL.tolist()
+([[5, 6, 7, 8, 9, 3, 3, 3]], [[0, 0, 0, 1, 1, 2, 2, 2]])
 """
 
 import math
@@ -26,54 +30,80 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 
+from phogpt_raw.data.packing import DocumentBounds, Packing, best_fit, in_order, round_up
 from phogpt_raw.data.prompt import IGNORED, Example
+
+PADDED = 32  # tokens; the length of rows that are not packed is a multiple of it
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """rows_T index the hidden states flattened to [B*L], targets_T are what they predict."""
+    """rows_T index the hidden states flattened to [B*L], targets_T are what they predict.
+
+    `bounds`: of the documents, where there are several in a row.
+    """
 
     ids_BL: torch.Tensor
     doc_BL: torch.Tensor | None
     rows_T: torch.Tensor
     targets_T: torch.Tensor
+    bounds: DocumentBounds | None = None
 
     def to(self, device) -> "MicroBatch":
         pin = torch.device(device).type == "cuda"
         return MicroBatch(*(
             t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=True)
             for t in (self.ids_BL, self.doc_BL, self.rows_T, self.targets_T)
-        ))
+        ), self.bounds)
 
 
 class Window:
-    """The examples of one optimizer step, shortest first, so that little of a batch is padding.
+    """The examples of one optimizer step, laid out one to a row, or as `packing` says.
 
     `supervised` counts the tokens that carry loss (at least one), `tokens` all tokens.
     """
 
-    def __init__(self, examples: list[Example], pad_id: int):
+    def __init__(self, examples: list[Example], pad_id: int, packing: Packing | None = None):
         self.examples = sorted(examples, key=lambda e: len(e.ids))
-        self.pad_id = pad_id
+        self.pad_id, self.packing = pad_id, packing
         self.supervised = sum(e.supervised for e in examples)
         self.tokens = sum(len(e.ids) for e in examples)
         assert self.supervised, "a window without supervised tokens has no loss"
 
+    def layout(self, size: int) -> Iterator[tuple[list[list[Example]], int]]:
+        """(examples of each row, tokens of a row) of each micro-batch of at most `size` rows.
+
+        Rows of a micro-batch have one length. The shortest come first, so that little is padding.
+        """
+        if self.packing is None:
+            for start in range(0, len(self.examples), size):
+                part = self.examples[start : start + size]
+                yield [[e] for e in part], round_up(len(part[-1].ids), PADDED)
+            return
+        rows = self.packing.rows(self.examples)
+        for length in self.packing.lengths:
+            alike = [examples for examples, found in rows if found == length]
+            for start in range(0, len(alike), size):
+                yield alike[start : start + size], length
+
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
-        """At most `size` examples at a time."""
-        for start in range(0, len(self.examples), size):
-            yield collate(self.examples[start : start + size], self.pad_id)
+        for rows, length in self.layout(size):
+            yield collate(rows, length, self.pad_id, self.packing and self.packing.bounds(length))
+
+    def shapes(self, size: int) -> list[tuple[int, int]]:
+        """(rows, tokens of a row) of each micro-batch."""
+        return [(len(rows), length) for rows, length in self.layout(size)]
 
 
 class Stream:
-    """The windows of a run, `batch_size` examples each."""
+    """The windows of a run, `batch_size` examples each; `packing` may be set before the first."""
 
     def __init__(self, examples: list[Example], *, batch_size: int, pad_id: int, seed: int = 0):
         self.examples, self.pad_id, self.seed = examples, pad_id, seed
         self.batch_size = batch_size
-        self.permutations: dict[int, list[int]] = {}
+        self.packing: Packing | None = None
+        self.orders: dict[int, list] = {}  # of the epochs in use
 
     def steps(self, epochs: float) -> int:
         """Windows that cover so many epochs; the last one reads on into the next epoch."""
@@ -81,39 +111,90 @@ class Stream:
 
     def window(self, step: int) -> Window:
         """The window of step 0, 1, 2, …"""
+        return Window(self.picked(step), self.pad_id, self.packing)
+
+    def picked(self, step: int) -> list[Example]:
+        """The examples of a step: the next ones of an endless order, each epoch a permutation."""
         first = step * self.batch_size
-        picked = [self.examples[self.row(p)] for p in range(first, first + self.batch_size)]
-        return Window(picked, self.pad_id)
+        places = (divmod(p, len(self.examples)) for p in range(first, first + self.batch_size))
+        return [self.examples[self.order(epoch)[place]] for epoch, place in places]
 
-    def row(self, position: int) -> int:
-        """The example at a place of the endless order, each epoch a permutation of its own."""
-        epoch, place = divmod(position, len(self.examples))
-        if epoch not in self.permutations:
-            dice = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.permutations[epoch] = torch.randperm(len(self.examples), generator=dice).tolist()
-            self.permutations.pop(epoch - 2, None)
-        return self.permutations[epoch][place]
+    def order(self, epoch: int) -> list:
+        """The order of an epoch: a pure function of seed, epoch and data."""
+        if epoch not in self.orders:
+            self.orders[epoch] = self.shuffled(self.dice(epoch))
+            self.orders.pop(epoch - 2, None)
+        return self.orders[epoch]
 
+    def dice(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
 
-def collate(examples: list[Example], pad_id: int, multiple: int = 32,
-            rows_multiple: int = 64) -> MicroBatch:
-    """Right-pad the examples to a multiple: a few shapes instead of one for each batch."""
-    length = round_up(max(len(e.ids) for e in examples), multiple)
-    ids_BL = torch.full((len(examples), length), pad_id)
-    targets_BL = torch.full_like(ids_BL, IGNORED)
-    for n, example in enumerate(examples):
-        ids_BL[n, : len(example.ids)] = tensor(example.ids)
-        targets_BL[n, : len(example.ids)] = tensor(example.targets)
-    rows_T = (targets_BL.flatten() != IGNORED).nonzero().flatten()
-    targets_T = targets_BL.flatten()[rows_T]
-    padding = (0, round_up(len(rows_T), rows_multiple) - len(rows_T))
-    return MicroBatch(ids_BL, None, pad(rows_T, padding), pad(targets_T, padding, value=IGNORED))
+    def shuffled(self, dice: torch.Generator) -> list[int]:
+        return torch.randperm(len(self.examples), generator=dice).tolist()
 
 
-def tensor(ids: list[int]) -> torch.Tensor:
-    """By way of numpy, which reads a list five times faster than torch does."""
-    return torch.from_numpy(np.array(ids))
+class TokenStream(Stream):
+    """Windows of at most `batch_tokens` tokens, as equal as they can be; each epoch has the same
+    number of them and holds each example once.
+
+    Best fit decreasing on all examples gives the number. Within an epoch the lengths that order
+    the examples are blurred by chance, so that each epoch has other windows.
+    """
+
+    def __init__(self, examples: list[Example], *, batch_tokens: int, pad_id: int, seed: int = 0):
+        super().__init__(examples, batch_size=0, pad_id=pad_id, seed=seed)
+        self.sizes = [len(e.ids) for e in examples]
+        self.windows = len(best_fit(self.sizes, batch_tokens))
+        self.capacity = next(
+            capacity for capacity in range(-(-sum(self.sizes) // self.windows), batch_tokens + 1)
+            if capacity >= max(self.sizes)
+            and len(best_fit(self.sizes, capacity)) == self.windows)
+
+    def steps(self, epochs: float) -> int:
+        return max(1, math.ceil(epochs * self.windows))
+
+    def picked(self, step: int) -> list[Example]:
+        epoch, place = divmod(step, self.windows)
+        return [self.examples[i] for i in self.order(epoch)[place]]
+
+    def shuffled(self, dice: torch.Generator) -> list[list[int]]:
+        """The windows of an epoch, as indices of examples."""
+        any_order = super().shuffled(dice)
+        blur = torch.rand(len(self.sizes), generator=dice).tolist()
+        spread = max(self.sizes)
+        found = in_order(sorted(any_order, key=lambda i: -self.sizes[i] - spread * blur[i]),
+                         self.sizes, self.capacity)
+        if len(found) != self.windows:  # chance can need one more than the exact order does
+            found = in_order(sorted(any_order, key=lambda i: -self.sizes[i]), self.sizes,
+                             self.capacity)
+        return [found[i] for i in torch.randperm(self.windows, generator=dice).tolist()]
 
 
-def round_up(n: int, multiple: int) -> int:
-    return max(1, -(-n // multiple)) * multiple
+def collate(rows: list[list[Example]], length: int, pad_id: int,
+            bounds: DocumentBounds | None = None, rows_multiple: int = 64) -> MicroBatch:
+    """Rows of `length` tokens, each with its examples one after the other and padding behind.
+
+    With `bounds` each example is a document, and so is each bounds.longest of the padding; without,
+    a row is one document.
+    """
+    ids_BL = np.full((len(rows), length), pad_id)
+    targets_BL = np.full_like(ids_BL, IGNORED)
+    doc_BL = np.zeros_like(ids_BL)
+    for n, examples in enumerate(rows):
+        start = 0
+        for document, example in enumerate(examples):
+            stop = start + len(example.ids)
+            ids_BL[n, start:stop] = example.ids
+            targets_BL[n, start:stop] = example.targets
+            doc_BL[n, start:stop] = document
+            start = stop
+        if bounds:
+            doc_BL[n, start:] = len(examples) + np.arange(length - start) // bounds.longest
+    assert not bounds or doc_BL.max() < bounds.count
+    [found] = (targets_BL.ravel() != IGNORED).nonzero()
+    rows_T = np.zeros(round_up(len(found), rows_multiple), dtype=np.int64)
+    rows_T[: len(found)] = found
+    targets_T = np.full_like(rows_T, IGNORED)
+    targets_T[: len(found)] = targets_BL.ravel()[found]
+    ids_BL, doc_BL, rows_T, targets_T = map(torch.from_numpy, (ids_BL, doc_BL, rows_T, targets_T))
+    return MicroBatch(ids_BL, doc_BL if bounds else None, rows_T, targets_T, bounds)

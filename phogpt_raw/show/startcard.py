@@ -9,12 +9,13 @@ from phogpt_raw.cards import capability, dtype_name
 from phogpt_raw.data.prompt import IGNORED, Example
 from phogpt_raw.messages import _
 from phogpt_raw.model.attention import choose_attention
+from phogpt_raw.model.documents import choose_kernel
 from phogpt_raw.show.console import heading, listing, out, say
-from phogpt_raw.simulate.fit import RecomputeChoice
+from phogpt_raw.simulate.fit import Choice
 from phogpt_raw.training.setup import Job
 
 
-def show(job: Job, choice: RecomputeChoice) -> None:
+def show(job: Job, choice: Choice) -> None:
     config, shape, run = job.config, job.model.config, job.run
     lengths = [len(e.ids) for e in job.examples.train]
     longest, dtype = max(lengths), job.model.head.dtype
@@ -23,16 +24,14 @@ def show(job: Job, choice: RecomputeChoice) -> None:
         _("adapters"): adapters_line(job),
         _("card"): card_line(job),
         _("dtype"): f"{dtype_name(dtype)}: {job.dtype_reason}",
-        _("attention"): attention_line(job, longest),
+        _("attention"): attention_line(job),
         _("data"): _(
             "{n:,} rows of {file}, median {median} tokens, longest {longest}; {held} held out",
             n=len(lengths), file=job.examples.source, median=int(statistics.median(lengths)),
             longest=longest, held=len(job.examples.held_out)),
         _("template"): f"{job.examples.template}: {job.examples.template_reason}",
-        _("steps"): _(
-            "{steps} of {batch} rows, {micro} at a time ({epochs:.1f} epochs)", steps=run.steps,
-            batch=config.batch_size, micro=config.micro_batch,
-            epochs=run.steps * config.batch_size / len(lengths)),
+        _("steps"): steps_line(job),
+        _("packing"): packing_line(job),
         _("optimizer"): optimizer_line(job),
         _("recompute"): recompute_line(choice),
         _("capture"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
@@ -80,11 +79,49 @@ def card_line(job: Job) -> str:
              gib=card.memory_gib, capability=capability(card))
 
 
-def attention_line(job: Job, longest: int) -> str:
-    found = choose_attention(job.model.slopes_H, job.model.config, longest, job.model.head.dtype)
-    text = _("{kernel}, ALiBi as a bias of {block} x {length}",
-             kernel=found.kernel.lower().replace("_", " "), block=found.block, length=longest)
+def steps_line(job: Job) -> str:
+    config, steps = job.config, job.run.steps
+    epochs = _("{epochs:.1f} epochs", epochs=steps / job.stream.steps(1))
+    if config.batch_tokens:
+        return _("{steps} of at most {n:,} tokens ({epochs})", steps=steps, n=config.batch_tokens,
+                 epochs=epochs)
+    epochs = _("{epochs:.1f} epochs", epochs=steps * config.batch_size / len(job.examples.train))
+    return _("{steps} of {n} examples ({epochs})", steps=steps, n=config.batch_size, epochs=epochs)
+
+
+def packing_line(job: Job) -> str:
+    packing, micro_batch = job.stream.packing, job.config.micro_batch
+    if packing is None:
+        return _("off (--no-packing); {n} rows at a time", n=micro_batch)
+    windows = [job.stream.window(step) for step in job.planned()]
+    shapes = [shape for window in windows for shape in window.shapes(micro_batch)]
+    rows = sum(rows for rows, _length in shapes)
+    return _("{each:.1f} examples a row, {fill:.0%} full; rows of {lengths} tokens, {n} at a time",
+             each=sum(len(window.examples) for window in windows) / rows,
+             fill=sum(window.tokens for window in windows) / sum(b * n for b, n in shapes),
+             lengths=", ".join(f"{length:,}" for length in packing.lengths), n=micro_batch)
+
+
+def attention_line(job: Job) -> str:
+    model, packing, dtype = job.model, job.stream.packing, job.model.head.dtype
+    length = (packing.lengths[-1] if packing
+              else max(len(e.ids) for e in job.examples.train))
+    if packing:
+        kernel = choose_kernel(model.slopes_H, model.config.d_model // model.config.n_heads, length,
+                               dtype, packing.bounds(length))
+        if kernel is not None:
+            return _("{kernel}, each example for itself, ALiBi as columns of the keys",
+                     kernel=in_words(kernel.name))
+    found = choose_attention(model.slopes_H, model.config, length, dtype)
+    text = _("{kernel}, ALiBi as a bias of {block} x {length}", kernel=in_words(found.kernel),
+             block=found.block, length=length)
+    if packing:
+        text += _(", which hides other examples of the row")
     return text + (_(", {n} blocks of queries", n=found.blocks) if found.blocks > 1 else "")
+
+
+def in_words(kernel: str) -> str:
+    return kernel.lower().replace("_", " ")
 
 
 def optimizer_line(job: Job) -> str:
@@ -100,7 +137,7 @@ def optimizer_line(job: Job) -> str:
                     end=config.lr * config.lr_floor, clip=config.clip)
 
 
-def recompute_line(choice: RecomputeChoice) -> str:
+def recompute_line(choice: Choice) -> str:
     text = _("{n} of {blocks} blocks in backward", n=choice.recompute, blocks=choice.blocks)
     if choice.gib is None:
         return text

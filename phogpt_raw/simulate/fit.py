@@ -1,9 +1,10 @@
-"""How many blocks a GPU forces to be recomputed: `--recompute auto`.
+"""What a GPU's memory decides: how long packed rows may be, how many blocks are recomputed.
 
-Two simulated steps answer (trace.py). With N of n blocks recomputed the others keep what backward
+Simulated steps answer (trace.py). With N of n blocks recomputed the others keep what backward
 needs, so the peak falls along a straight line from N = 0 to n - 1; the last block is recomputed
 beside nothing but itself, so N = n saves no more than n - 1 does. The rest of the line is
-arithmetic, and the choice is the least N below what the GPU has.
+arithmetic, and `--recompute auto` is the least N below what the GPU has. Packed rows are as long as
+the GPU holds without any.
 
 The memory that happens to be free is not asked for: two runs of the same command would then choose
 differently. The GPU's whole memory decides, less the margins stated here.
@@ -12,71 +13,120 @@ differently. The GPU's whole memory decides, less the margins stated here.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch.nn.attention import SDPBackend
 
 from phogpt_raw.cards import GIB, Card
+from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
+from phogpt_raw.data.packing import Packing, choose_packing
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.adapters import inject
 from phogpt_raw.simulate.ledger import Trace
 from phogpt_raw.simulate.rates import CONTEXT, matmul_workspace
-from phogpt_raw.simulate.trace import META, base_on_meta, trace_step
+from phogpt_raw.simulate.trace import META, Kernels, base_on_meta, trace_step
 from phogpt_raw.training.evaluate import CACHE_MIB
 from phogpt_raw.training.setup import Job, wire
+from phogpt_raw.training.step import Training
 
 # What CUDA graphs reserve above an eager step's peak, with its fragmentation: enough in 33 of 36
 # measured settings (LOG.md). The others are micro-batches of 16,000 tokens and more, which run
 # eagerly where memory is too full for graphs, and lose next to nothing by it.
 GRAPHS, SHARE = 0.6 * GIB, 1.05
+ROW = 2048  # tokens of a packed row, at most; a longer one is hardly faster
+SHORTER = 0.75  # the next row to try where one is too long
 
 
 @dataclass(frozen=True)
-class RecomputeChoice:
+class Choice:
     """`recompute` blocks of `blocks`; `gib` on the GPU at the peak, margins included, of `of`.
-    `least`: with all blocks recomputed. None of these where nothing forces any."""
+    `least`: with all blocks recomputed. None of these where nothing forces any.
+    `packing`: how the rows of a run are packed; None: not at all."""
 
     recompute: int
     blocks: int
     gib: float | None = None
     least: float | None = None
     of: float | None = None
+    packing: Packing | None = None
 
 
-def choose_recompute(job: Job) -> RecomputeChoice:
-    """--recompute as given, or by simulation of the run's longest rows on its GPU."""
-    config, model, blocks = job.config, job.model, job.model.config.n_layers
+def choose(job: Job) -> Choice:
+    """--pack-len and --recompute as given, or by simulation of the run's rows on its GPU."""
+    windows = [job.stream.picked(step) for step in job.planned()]
+    longest = max(len(e.ids) for e in job.examples.train + job.examples.held_out)
+    return choose_for(job.card, job.config, job.model.config.n_layers, windows, longest,
+                      simulated(job))
+
+
+def choose_for(card: Card, config: Config, blocks: int, windows: list[list[Example]], longest: int,
+               trace: Callable[[Packing | None, int], Trace]) -> Choice:
+    """The same for windows of examples of at most `longest` tokens on any card.
+
+    trace(packing, recompute): their largest micro-batch in a simulated step of `blocks` blocks.
+    """
+    trace, packing = cache(trace), None
+    if config.packing:
+        most = max(sum(len(e.ids) for e in window) for window in windows)
+        capacity = config.pack_len or max(longest, min(ROW, most))
+        packing = choose_packing(windows, longest, capacity)
+        while (config.pack_len is None and card.memory_gib and capacity > longest
+               and needed(trace(packing, least_asked(config, blocks)), card) > card.memory_gib):
+            capacity = max(longest, int(SHORTER * packing.lengths[-1]))
+            packing = choose_packing(windows, longest, capacity)
+    return replace(choose_recompute(card, config, blocks, partial(trace, packing)),
+                   packing=packing)
+
+
+def least_asked(config: Config, blocks: int) -> int:
+    """The least number of recomputed blocks that --recompute allows."""
+    return 0 if config.recompute == "auto" else config.blocks_to_recompute(blocks)
+
+
+def choose_recompute(card: Card, config: Config, blocks: int,
+                     trace: Callable[[int], Trace]) -> Choice:
     if config.recompute != "auto":
-        return RecomputeChoice(config.blocks_to_recompute(blocks), blocks)
-    if not job.card.memory_gib:
-        return RecomputeChoice(0, blocks)  # the host's memory is not what is scarce
-    dtype = model.head.dtype
-    twin = base_on_meta(model.config, dtype, nf4=config.nf4)
-    with META:
-        adapters = inject(twin, copy.deepcopy(model.peft_config["default"]))
-    training = wire(twin, adapters, optimizer=config.optimizer, micro_batch=config.micro_batch,
+        return Choice(config.blocks_to_recompute(blocks), blocks)
+    if not card.memory_gib:
+        return Choice(0, blocks)  # the host's memory is not what is scarce
+    return least_recompute(trace, blocks, card)
+
+
+def simulated(job: Job) -> Callable[[Packing | None, int], Trace]:
+    """trace(packing, recompute): the run's largest micro-batch in a step on the meta device."""
+    @cache
+    def twin() -> Training:
+        config, dtype = job.config, job.model.head.dtype
+        model = base_on_meta(job.model.config, dtype, nf4=config.nf4)
+        with META:
+            adapters = inject(model, copy.deepcopy(job.model.peft_config["default"]))
+        return wire(model, adapters, optimizer=config.optimizer, micro_batch=config.micro_batch,
                     loss_mib=config.loss_mib)
-    window = longest(job.examples.train, config.micro_batch)
 
-    def trace(recompute: int) -> Trace:
+    def trace(packing: Packing | None, recompute: int) -> Trace:
+        training = twin()
         training.limits.recompute = recompute
-        return trace_step(training, window, attention_kernel(job.card, dtype))
+        windows = [job.stream.picked(step) for step in job.planned()]
+        window = (longest(job.examples.train, job.config.micro_batch) if packing is None
+                  else largest(windows, packing, job.config.micro_batch))
+        return trace_step(training, window, attention_kernels(job.card, job.model.head.dtype))
 
-    return least_recompute(trace, blocks, job.card)
+    return trace
 
 
-def least_recompute(trace: Callable[[int], Trace], blocks: int, card: Card) -> RecomputeChoice:
+def least_recompute(trace: Callable[[int], Trace], blocks: int, card: Card) -> Choice:
     """The least recompute whose step fits `card`; trace(N): a step with N blocks recomputed."""
     none = needed(trace(0), card)
     if none <= card.memory_gib:
-        return RecomputeChoice(0, blocks, none, None, card.memory_gib)
+        return Choice(0, blocks, none, None, card.memory_gib)
     least = needed(trace(blocks - 1), card)
     slope = (none - least) / max(1, blocks - 1)
     depth = math.ceil((none - card.memory_gib) / slope) if slope > 0 else blocks
     depth = min(depth, blocks - 1) if least <= card.memory_gib else blocks
-    return RecomputeChoice(depth, blocks, max(least, none - depth * slope), least, card.memory_gib)
+    return Choice(depth, blocks, max(least, none - depth * slope), least, card.memory_gib)
 
 
 def needed(trace: Trace, card: Card) -> float:
@@ -87,14 +137,28 @@ def needed(trace: Trace, card: Card) -> float:
     return (SHARE * peak + GRAPHS + CONTEXT + trace.pages) / GIB
 
 
+def largest(windows: list[list[Example]], packing: Packing, micro_batch: int) -> Window:
+    """The micro-batch of these windows that takes most memory: the most tokens, then the most of
+    them supervised."""
+    batches = (batch for examples in windows
+               for batch in Window(examples, 0, packing).layout(micro_batch))
+    rows, length = max(batches, key=lambda batch: (
+        len(batch[0]) * batch[1], sum(e.supervised for row in batch[0] for e in row)))
+    return Window([e for row in rows for e in row], 0, replace(packing, lengths=(length,)))
+
+
 def longest(examples: list[Example], micro_batch: int) -> Window:
     """The micro-batch that takes most memory: the longest rows together."""
     ordered = sorted(examples, key=lambda e: (len(e.ids), e.supervised))
     return Window(ordered[-micro_batch:], pad_id=0)
 
 
-def attention_kernel(card: Card, dtype: torch.dtype) -> SDPBackend:
-    """What torch takes with a bias: in 16 bits cuDNN's on a Hopper and the large Blackwell, else
-    the memory-efficient one (check_prefer_cudnn_attention in its sdp_utils.cpp)."""
-    preferred = card.capability in ((9, 0), (10, 0)) and dtype.itemsize == 2
-    return SDPBackend.CUDNN_ATTENTION if preferred else SDPBackend.EFFICIENT_ATTENTION
+def attention_kernels(card: Card, dtype: torch.dtype) -> Kernels:
+    """What torch takes: in 16 bits cuDNN's on a Hopper and the large Blackwell, without a bias the
+    flash kernel from compute capability 8.0 on, else the memory-efficient one
+    (check_prefer_cudnn_attention and the priorities in its sdp_utils.cpp)."""
+    efficient, short = SDPBackend.EFFICIENT_ATTENTION, dtype.itemsize == 2
+    cudnn = short and card.capability in ((9, 0), (10, 0))
+    flash = short and card.capability >= (8, 0)
+    return Kernels(SDPBackend.CUDNN_ATTENTION if cudnn else efficient,
+                   SDPBackend.FLASH_ATTENTION if flash else efficient)

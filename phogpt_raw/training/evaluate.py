@@ -8,6 +8,7 @@ import torch
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
+from phogpt_raw.data.packing import Packing
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.decode import answer, evaluating
 from phogpt_raw.model.cache import rows_that_fit
@@ -33,11 +34,11 @@ class Score:
         return math.exp(min(self.val_loss, 700))
 
 
-def evaluate(model: PhoGPT, tokenizer, examples: list[Example], config: Config,
-             limits: Limits) -> Score:
+def evaluate(model: PhoGPT, tokenizer, examples: list[Example], config: Config, limits: Limits,
+             packing: Packing | None = None) -> Score:
     """Loss on all examples, greedy answers to the first --eval-answers of them."""
     started = time.perf_counter()
-    loss = held_out_loss(model, examples, limits, pad_id=tokenizer.pad_token_id)
+    loss = held_out_loss(model, Window(examples, tokenizer.pad_token_id, packing), limits)
     prompts = [e.prompt for e in examples[: config.eval_answers]]
     longest = max(map(len, prompts), default=0)
     rows = rows_that_fit(model.config.n_layers, model.config.d_model,
@@ -51,14 +52,14 @@ def evaluate(model: PhoGPT, tokenizer, examples: list[Example], config: Config,
     return Score(loss, stops, texts, time.perf_counter() - started)
 
 
-def held_out_loss(model: PhoGPT, examples: list[Example], limits: Limits, *, pad_id: int) -> float:
+def held_out_loss(model: PhoGPT, window: Window, limits: Limits) -> float:
     """Mean loss in nats over all supervised tokens: long answers weigh by their length."""
-    window, device = Window(examples, pad_id), model.head.device
+    device = model.head.device
     total = torch.zeros((), device=device)
     with evaluating(model):
         for batch in window.micro_batches(limits.micro_batch):
             batch = batch.to(device)
-            hidden = model(batch.ids_BL, batch.doc_BL)  # [B, L, D]
+            hidden = model(batch.ids_BL, batch.doc_BL, bounds=batch.bounds)  # [B, L, D]
             hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D]
             total += summed_loss(hidden, model.head, batch.targets_T, limits.chunk_rows)
     return float(total) / window.supervised

@@ -20,17 +20,20 @@ B micro-batch, L length, D hidden.
 """
 
 import gc
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from phogpt_raw.data.packing import DocumentBounds
 from phogpt_raw.messages import _
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.limits import Limits
 
-SHAPES = 64  # captured at most; each graph costs the driver some memory, and capturing a second
+SHAPES = 64  # captured at most; each graph costs the driver some memory
+WORTH = 10  # micro-batches that must still come; capturing takes about as long as these save
 
 
 class GraphedModel:
@@ -45,24 +48,36 @@ class GraphedModel:
         self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
         self.seen: set[tuple] = set()
         self.graphs: dict[tuple, Graphs | None] = {}
-        self.replayed: set[Graphs] = set()
+        self.expected: Counter | None = None  # micro-batches of each (B, L) to come; None: unknown
+        self.replayed: set[Graphs] = set()  # in this step; and those captured in it
+        self.new: set[Graphs | None] = set()
 
     def __call__(self, ids_BL: torch.Tensor, doc_BL: torch.Tensor | None = None,
-                 recompute: int = 0) -> torch.Tensor:
+                 recompute: int = 0, bounds: DocumentBounds | None = None) -> torch.Tensor:
         """Hidden states [B, L, D]; those of a replay are overwritten by the next one."""
+        how = {"recompute": recompute, "bounds": bounds}
         if not self.limits.graphs:
-            return self.model(ids_BL, doc_BL, recompute=recompute)
-        shape = (*ids_BL.shape, doc_BL is not None, recompute)
+            return self.model(ids_BL, doc_BL, **how)
+        shape = (*ids_BL.shape, doc_BL is not None, bounds, recompute)
+        worth = self.is_worth(ids_BL.shape)
         if shape not in self.seen:
             self.seen.add(shape)
-        elif shape not in self.graphs and len(self.graphs) < SHAPES:
-            self.graphs[shape] = self.capture(ids_BL, doc_BL, recompute)
+        elif worth and shape not in self.graphs and len(self.graphs) < SHAPES:
+            self.graphs[shape] = self.capture(ids_BL, doc_BL, how)
+            self.new.add(self.graphs[shape])
         graphs = self.graphs.get(shape)
         if graphs is None:
             with self.memory():
-                return self.model(ids_BL, doc_BL, recompute=recompute)
+                return self.model(ids_BL, doc_BL, **how)
         self.replayed.add(graphs)
         return Replay.apply(self.flat, graphs, ids_BL, doc_BL)
+
+    def is_worth(self, shape: torch.Size) -> bool:
+        """Whether a capture pays: enough micro-batches of this shape are still to come."""
+        if self.expected is None:
+            return True
+        self.expected[tuple(shape)] -= 1
+        return self.expected[tuple(shape)] >= WORTH
 
     @contextmanager
     def memory(self):
@@ -76,7 +91,7 @@ class GraphedModel:
             yield
         outside.wait_stream(self.stream)
 
-    def capture(self, ids_BL, doc_BL, recompute: int) -> "Graphs | None":
+    def capture(self, ids_BL, doc_BL, how: dict) -> "Graphs | None":
         """Record forward, and backward into the adapters' gradients; neither is run.
 
         None where memory is too full for it; the shape stays eager then.
@@ -87,7 +102,7 @@ class GraphedModel:
         into = {"pool": self.pool.id, "stream": self.stream}
         try:
             with torch.cuda.graph(forward, **into):
-                hidden_BLD = self.model(ids_BL, doc_BL, recompute=recompute)
+                hidden_BLD = self.model(ids_BL, doc_BL, **how)
             gradient_BLD = torch.empty_like(hidden_BLD)
             saved = torch.cuda.memory_allocated()
             with torch.cuda.graph(backward, **into), \
@@ -103,7 +118,7 @@ class GraphedModel:
     def release(self) -> None:
         """Give the graphs' memory back; nothing that lies in it may be used afterwards."""
         torch.cuda.synchronize()
-        self.graphs, self.replayed = {}, set()
+        self.graphs, self.replayed, self.new = {}, set(), set()
         gc.collect()
         self.pool = None
         torch.cuda.empty_cache()
@@ -112,10 +127,11 @@ class GraphedModel:
         """The most memory in use since torch's peak was reset and this was last asked.
 
         torch counts a graph's own memory as free once it is captured, so the saved activations of
-        a replay do not show in `torch.cuda.max_memory_allocated`; the loss beside them does.
+        a replay do not show in `torch.cuda.max_memory_allocated`; the loss beside them does. While
+        it is captured they do.
         """
-        saved = max((graphs.saved for graphs in self.replayed), default=0)
-        self.replayed = set()
+        saved = max((graphs.saved for graphs in self.replayed - self.new), default=0)
+        self.replayed, self.new = set(), set()
         return torch.cuda.max_memory_allocated() + saved
 
 

@@ -12,13 +12,14 @@ from phogpt_raw.data.batches import Window
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.graphs import GraphedModel
 from phogpt_raw.training.run import RunState
-from phogpt_raw.training.step import StepStats
+from phogpt_raw.training.step import StepStats, Training
 
 
 @dataclass(frozen=True)
 class StepRow:
     """A step's row: `tokens` carry loss, `tokens_per_s` counts all; `peak_gib` is None on a CPU;
-    `skipped` counts the run's skipped steps so far."""
+    `skipped` counts the run's skipped steps so far; `rows` went through the model, `fill` is the
+    share of them that is not padding."""
 
     step: int
     loss: float
@@ -29,13 +30,15 @@ class StepRow:
     peak_gib: float | None
     scale: float
     skipped: int
+    rows: int
+    fill: float
 
 
 class Metrics:
     """The file of a run; rows after `step` are dropped (a resumed run writes them again)."""
 
-    def __init__(self, folder: Path, step: int, forward):
-        self.file, self.forward = folder / "metrics.jsonl", forward
+    def __init__(self, folder: Path, step: int, training: Training):
+        self.file, self.training = folder / "metrics.jsonl", training
         self.started = self.seconds = 0.0  # of the step: its beginning, its duration
         kept = []
         if step and self.file.is_file():  # a row torn by a power cut is of a later step
@@ -53,11 +56,14 @@ class Metrics:
         """Write a finished step; reading its loss waits for the GPU."""
         loss, grad_norm, scale = torch.stack((stats.loss, stats.grad_norm, stats.scale)).tolist()
         self.seconds = time.perf_counter() - self.started
-        peak = peak_bytes(self.forward)
+        peak = peak_bytes(self.training.forward)
+        shapes = window.shapes(self.training.limits.micro_batch)
         row = StepRow(
             step=state.step, loss=loss, lr=lr, grad_norm=grad_norm, tokens=window.supervised,
             tokens_per_s=round(window.tokens / self.seconds, 1),
-            peak_gib=peak and round(peak / 2**30, 3), scale=scale, skipped=state.skipped)
+            peak_gib=peak and round(peak / 2**30, 3), scale=scale, skipped=state.skipped,
+            rows=sum(rows for rows, _ in shapes),
+            fill=round(window.tokens / sum(rows * length for rows, length in shapes), 4))
         self.write(asdict(row))
         return row
 

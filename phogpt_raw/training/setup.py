@@ -5,6 +5,7 @@ What can be wrong is found before anything slow: tokenizer and rows, the run's f
 adapters ask for, and only then are the base's weights read.
 """
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from pathlib import Path
 import torch
 
 from phogpt_raw.cards import Card, dtype_name, this_card, training_dtype
-from phogpt_raw.config import Config
-from phogpt_raw.data.batches import Stream
+from phogpt_raw.config import Config, flag
+from phogpt_raw.data.batches import Stream, TokenStream
 from phogpt_raw.data.examples import Examples, load_examples
+from phogpt_raw.data.packing import Packing
 from phogpt_raw.model.adapters import (
     Adapters,
     check_targets,
@@ -24,6 +26,7 @@ from phogpt_raw.model.adapters import (
 )
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import find_folder, read_config, read_model, read_tokenizer
+from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.evaluate import Score, evaluate
 from phogpt_raw.training.graphs import GraphedModel, why_not
 from phogpt_raw.training.limits import Limits
@@ -31,6 +34,8 @@ from phogpt_raw.training.loss import chunk_rows
 from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.run import Run
 from phogpt_raw.training.step import Training
+
+PLANNED = 512  # steps whose rows decide the row lengths and what is captured
 
 
 def make_scaler(dtype: torch.dtype, device: str) -> torch.amp.GradScaler:
@@ -84,7 +89,19 @@ class Job(Training):
             return None
         with nullcontext() if self.forward is self.model else self.forward.memory():
             return evaluate(self.model, self.tokenizer, self.examples.held_out, self.config,
-                            self.limits)
+                            self.limits, self.stream.packing)
+
+    def planned(self, start: int = 0) -> range:
+        """The steps from `start` on, as far as it is worth to look ahead."""
+        return range(start, min(self.run.steps, start + PLANNED))
+
+    def pack(self, packing: Packing | None) -> None:
+        """Lay out the rows so; only shapes that come often enough become CUDA graphs."""
+        self.stream.packing = packing
+        if self.limits.graphs:
+            self.forward.expected = Counter(
+                shape for step in self.planned(self.run.state.step)
+                for shape in self.stream.window(step).shapes(self.limits.micro_batch))
 
 
 def check_asked(config: Config, shape: ModelConfig) -> None:
@@ -98,19 +115,34 @@ def check_asked(config: Config, shape: ModelConfig) -> None:
         config.blocks_to_recompute(shape.n_layers)
 
 
-def set_up(config: Config) -> Job:
+def make_stream(examples: Examples, config: Config, pad_id: int) -> Stream:
+    """Windows of --batch-size examples or of --batch-tokens tokens; Refusal where an example is
+    longer than a window or than --pack-len."""
+    for name, among in (("batch_tokens", examples.train),
+                        ("pack_len", examples.train + examples.held_out)):
+        longest, limit = max(among, key=lambda e: len(e.ids)), getattr(config, name)
+        if limit is not None and limit < len(longest.ids):
+            raise Refusal(f"{longest.where}: {len(longest.ids)} tokens are more than "
+                          f"--{flag(name)} {limit}; raise it or lower --max-len")
+    if config.batch_tokens:
+        return TokenStream(examples.train, batch_tokens=config.batch_tokens, pad_id=pad_id,
+                           seed=config.seed)
+    return Stream(examples.train, batch_size=config.batch_size, pad_id=pad_id, seed=config.seed)
+
+
+def set_up(config: Config, examples: Examples | None = None) -> Job:
     """Everything of a run that a Config describes; raises Refusal for what cannot be.
 
-    --recompute auto is not decided here: it needs a simulated step (simulate/fit.py).
+    `examples` take the place of the config's files. How rows are packed and --recompute auto are
+    not decided here: they need a simulated step (simulate/fit.py).
     """
     card = this_card()
     dtype, dtype_reason = training_dtype(card, config.dtype)
     folder = find_folder(config.model, config.revision, files=["*.json"])
     shape = read_config(folder)
     tokenizer = read_tokenizer(folder, shape)
-    examples = load_examples(tokenizer, config)
-    stream = Stream(examples.train, batch_size=config.batch_size, pad_id=tokenizer.pad_token_id,
-                    seed=config.seed)
+    examples = examples or load_examples(tokenizer, config)
+    stream = make_stream(examples, config, tokenizer.pad_token_id)
     steps = config.steps or stream.steps(config.epochs or 3)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps)
     check_asked(config, shape)

@@ -74,7 +74,8 @@ def train_step(training: Training, window: Window,
     for batch in window.micro_batches(limits.micro_batch):
         batch = batch.to(flat.device)
         mark("forward")
-        hidden = model(batch.ids_BL, batch.doc_BL, recompute=limits.recompute)  # [B, L, D]
+        hidden = model(batch.ids_BL, batch.doc_BL, bounds=batch.bounds,
+                       recompute=limits.recompute)  # [B, L, D]
         hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D], what carries loss
         share = summed_loss(hidden, model.head, batch.targets_T, limits.chunk_rows) / supervised
         del hidden  # backward does not need it
