@@ -43,6 +43,8 @@ def parser(description: str) -> Parser:
     built.add_argument("--seq-len", "--seq_len", default="", metavar="N,N,…")
     built.add_argument("--micro-batch", "--micro_batch", default="1", metavar="N,N,…")
     built.add_argument("--accumulate", type=count, default=1, help="micro-batches a step")
+    built.add_argument("--documents", type=count, default=1, help="packed into each row, of equal "
+                       "length")
     built.add_argument("--recompute", default="auto", metavar="auto,all,none,N,…",
                        help="blocks; auto: the least that the card forces")
     built.add_argument("--rank", type=count, default=16)

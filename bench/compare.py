@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench import items, results
+from bench import epoch, items, results
 from phogpt_raw.cards import Card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -127,6 +127,37 @@ def held_time() -> list[str]:
     return lines
 
 
+def epochs() -> list[str]:
+    """An epoch of the 256 pairs by this loop and by the Trainer, newest results of each card."""
+    newest = {}
+    for result in results.load("epoch"):
+        if result["data"] is None and result["rank"] == Config.rank and result["model"] in NAMES:
+            kind = tuple(result[key] for key in ("model", "source", "dtype", "label"))
+            newest[kind, result["card"]["name"]] = result
+    order = list(NAMES)
+    found = sorted(newest.values(), key=lambda r: (
+        order.index(r["model"]), r["source"], card_of(r), r["dtype"], r["label"] or ""))
+    return ["| card | model | who | rows | s per example, steady | whole run | GiB allocated | "
+            "times faster |", "|---" * 8 + "|",
+            *("| " + " | ".join([
+                f"{card_of(result)}, {result['source']}",
+                NAMES[result["model"]] + ("" if result["dtype"] == "fp16"
+                                          else f", {result['dtype']}"),
+                *epoch_cells(row, result.get("cap_gib"))]) + " |"
+              for result in found for row in result["rows"])]
+
+
+def epoch_cells(row: dict, cap: float | None) -> list[str]:
+    """What one side came to."""
+    if "steady_s" not in row:
+        return [epoch.who(row), *["out of memory"] * 2, *[""] * 3]
+    return [epoch.who(row) + ("" if row["fits"] or not cap else f", over {cap:g} GiB"),
+            f"{row['rows']:,}", epoch.seconds_of(row["steady_s"]),
+            epoch.seconds_of(row["whole_s"]) if "whole_s" in row else "",
+            f"{row['allocated_gib']:.2f}",
+            f"{row['times_faster']:.1f}" if "times_faster" in row else ""]
+
+
 def purpose(label: str) -> str:
     return next((what for part, what in (
         ("tuned", "tuning"), ("judged", "judging"), ("eager", "bound by the host, eager"),
@@ -140,6 +171,7 @@ def card_of(result: dict) -> str:
 TABLES = {
     "memory": lambda: across("memory", memory_cell),
     "time": lambda: across("step_time", time_cell),
+    "epoch": epochs,
     "held-memory": held_memory,
     "held-time": held_time,
 }
@@ -155,7 +187,7 @@ def simulate() -> None:
         out.print(line)
 
     commands = [[f"bench/{bench}.py", "--card", ",".join(SIMULATED), "--model", model, "--save"]
-                for model in NAMES for bench in ("memory", "step_time")]
+                for model in NAMES for bench in ("memory", "step_time", "epoch")]
     begun = time.time()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, commands))

@@ -2,7 +2,9 @@
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from bench.windows import Epoch, layout
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.examples import load_examples
@@ -12,16 +14,32 @@ from phogpt_raw.model.weights import find_folder
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import clock
 
-STRATA = 8  # micro-batches that stand for all: the middle one of each eighth, by length
+MEASURED, SIMULATED = 8, 64  # windows that stand for all
 
 
-def read(options) -> tuple[list[Example], str]:
-    """The examples of --data, and the tokenizer that made them."""
-    named = options.tokenizer or ("nano" if options.model in PUBLISHED else options.model)
+@dataclass(frozen=True)
+class Items:
+    """The examples of --data, the tokenizer that made them, and the run over them."""
+
+    examples: list[Example]
+    tokenizer: str
+    config: Config
+
+
+def read(options) -> Items:
+    """The examples of --data; Refusal for a file or a run that cannot be."""
     if "," in options.micro_batch + options.recompute:
         raise Refusal("--data is timed at one --micro-batch and one --recompute")
     config = Config(model=options.model, data=options.data, max_len=options.max_len,
-                    epochs=options.epochs)
+                    epochs=options.epochs, micro_batch=int(options.micro_batch),
+                    packing=options.packing, recompute=options.recompute)
+    return Items(*read_file(options, config), config)
+
+
+def read_file(options, config: Config) -> tuple[list[Example], str]:
+    """The examples of a file, and the name of the tokenizer that made them: --tokenizer, or the
+    model's, or nano's for a shape with random weights."""
+    named = options.tokenizer or ("nano" if options.model in PUBLISHED else options.model)
     return load_examples(tokenizer(named), config).train, named
 
 
@@ -41,24 +59,24 @@ def tokenizer(name: str):
     return found
 
 
-def estimate(options, examples: list[Example], named: str,
+def estimate(options, items: Items, epoch: Epoch, most: int,
              seconds: Callable[[Window], tuple[float, ...] | None]) -> dict:
-    """The estimate for a file: `seconds(window)` of a step over one micro-batch, of an even choice
-    by length, stand for all its rows; None where one of them does not fit the card."""
-    size = int(options.micro_batch)
-    ordered = sorted(examples, key=lambda e: len(e.ids))
-    every = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    strata = min(STRATA, len(every))
-    picked = [every[int((n + 0.5) * len(every) / strata)] for n in range(strata)]
-    taken = [seconds(Window(part, pad_id=3)) for part in picked]
-    rows = sum(map(len, picked))
-    item_s = None if None in taken else [sum(column) / rows for column in zip(*taken, strict=True)]
-    lengths = [len(e.ids) for e in ordered]
+    """The estimate for a file: `seconds(window)` of at most so many of its windows stand for all;
+    None where one of them does not fit the card."""
+    picked = epoch.some(most)
+    taken = [seconds(window) for window in picked]
+    examples = sum(len(window.examples) for window in picked)
+    item_s = None if None in taken else [sum(column) / examples
+                                         for column in zip(*taken, strict=True)]
+    lengths = [len(e.ids) for e in items.examples]
     return {
-        "data": options.data, "tokenizer": named, "items": len(ordered), "micro_batch": size,
-        "epochs": options.epochs, "tokens_median": statistics.median(lengths),
-        "tokens_longest": lengths[-1], "item_s": item_s,
-        "hours": item_s and [s * len(ordered) * options.epochs / 3600 for s in item_s],
+        "data": options.data, "tokenizer": items.tokenizer, "items": len(lengths),
+        "micro_batch": epoch.micro_batch, "packing": items.config.packing,
+        "batch_size": items.config.batch_size, "epochs": options.epochs,
+        "layout": layout(epoch.windows, epoch.micro_batch),
+        "tokens_median": statistics.median(lengths),
+        "tokens_longest": max(lengths), "item_s": item_s,
+        "hours": item_s and [s * len(lengths) * options.epochs / 3600 for s in item_s],
     }
 
 
@@ -66,7 +84,8 @@ def line(estimate: dict) -> str:
     """An estimate in words."""
     file = (f"{estimate['data']}: {estimate['items']:,} examples, median "
             f"{estimate['tokens_median']:g} tokens, longest {estimate['tokens_longest']:,} "
-            f"({estimate['tokenizer']}'s tokenizer): ")
+            f"({estimate['tokenizer']}'s tokenizer), {estimate['batch_size']} a step in "
+            f"{estimate['layout']['rows'] / estimate['layout']['steps']:.3g} rows: ")
     if estimate["item_s"] is None:
         return file + "out of memory; a shorter --max-len or a smaller --micro-batch fits"
     run = " to ".join(dict.fromkeys(clock(3600 * hours) for hours in estimate["hours"]))

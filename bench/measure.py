@@ -55,11 +55,13 @@ class Bench:
 
     def window(self, setting: Setting) -> Window:
         rows = setting.micro_batch * setting.accumulate
-        return window_of(random_rows(self.model.config.vocab_size, rows, setting.seq_len))
+        return window_of(random_rows(self.model.config.vocab_size, rows, setting.seq_len),
+                         self.options.documents)
 
     def described(self) -> dict:
         """What a result says beside its rows: the kernel asked for, the cap and what it leaves."""
-        return {"attention": self.options.attention, "loss_mib": self.options.loss_mib,
+        several = {"documents": self.options.documents} if self.options.documents > 1 else {}
+        return {"attention": self.options.attention, **several, "loss_mib": self.options.loss_mib,
                 "cap_gib": self.options.cap or None, "cap_for_torch_gib": self.cap_for_torch}
 
     def cap(self) -> float | None:

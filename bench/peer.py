@@ -22,7 +22,8 @@ import torch
 
 from bench import report, results
 from bench.command_line import count
-from bench.sides import Side, write_random_checkpoint
+from bench.process import Side
+from bench.sides import start, write_random_checkpoint
 from phogpt_raw.cards import DTYPES, this_card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         out.print(f"writing random weights of {options.model}")
         write_random_checkpoint(folder, PUBLISHED[options.model])
         torch.cuda.empty_cache()
-        sides = {name: Side(name, folder, options) for name in ("ours", "peer")}
+        sides = {name: start(name, folder, options) for name in ("ours", "peer")}
         pages = 2 * adapter_weights(PUBLISHED[options.model], options.rank) / 2**30
         beside = sides["ours"].context_gib + pages
         cap = options.cap and options.cap - beside

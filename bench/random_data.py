@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from phogpt_raw.data.batches import Window
+from phogpt_raw.data.packing import Packing
 from phogpt_raw.data.prompt import Example, next_tokens
 from phogpt_raw.model.checkpoint_format import parameter_shapes
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
@@ -59,6 +60,12 @@ def random_rows(vocabulary: int, rows: int, length: int, seed: int = 0) -> list[
     return torch.randint(4, vocabulary, (rows, length), generator=dice).tolist()
 
 
-def window_of(rows: list[list[int]]) -> Window:
-    """A window of rows of token ids, all of which but the first of each row carry loss."""
-    return Window([Example(ids, next_tokens(ids, start=1)) for ids in rows], pad_id=3)
+def window_of(rows: list[list[int]], documents: int = 1) -> Window:
+    """A window of rows of token ids, all of which but the first of each document carry loss.
+
+    Each row is cut into so many documents of one length; what is left over is padding.
+    """
+    length = len(rows[0]) // documents
+    pieces = [ids[n * length : (n + 1) * length] for ids in rows for n in range(documents)]
+    packing = Packing((len(rows[0]),), longest=length, most=documents) if documents > 1 else None
+    return Window([Example(ids, next_tokens(ids, start=1)) for ids in pieces], 3, packing)

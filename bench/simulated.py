@@ -10,12 +10,11 @@ from bench.command_line import Setting, known_cards
 from bench.random_data import random_rows, window_of
 from phogpt_raw.cards import GIB, Card, training_dtype
 from phogpt_raw.config import Config
-from phogpt_raw.data.batches import Window
-from phogpt_raw.data.prompt import Example
+from phogpt_raw.data.batches import MicroBatch, Window
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
 from phogpt_raw.model.weights import find_folder, read_config
-from phogpt_raw.simulate.fit import RecomputeChoice, attention_kernel, least_recompute, longest
+from phogpt_raw.simulate.fit import Choice, attention_kernels, least_recompute
 from phogpt_raw.simulate.ledger import Trace
 from phogpt_raw.simulate.rates import CONTEXT, Rates, matmul_workspace
 from phogpt_raw.simulate.roofline import Seconds, by_phase, step_seconds
@@ -31,6 +30,22 @@ def shape_of(model: str) -> ModelConfig:
     return read_config(find_folder(model, files=["config.json"]))  # not gigabytes of weights
 
 
+@dataclass(frozen=True)
+class GivenBatch:
+    """A window of one micro-batch, which is given: all that a simulated step asks of a window."""
+
+    batch: MicroBatch
+    supervised: int = 1  # what a loss is divided by; it has no value here
+
+    def micro_batches(self, _size: int):
+        yield self.batch
+
+
+def shape_key(batch: MicroBatch) -> tuple:
+    """Micro-batches of one key are one to a simulated step, which has no values."""
+    return (*batch.ids_BL.shape, len(batch.rows_T), batch.bounds)
+
+
 class Traces:
     """Traces of settings of one model; GPUs with the same attention kernel share them."""
 
@@ -42,10 +57,12 @@ class Traces:
         self.training = wire(model, adapters, optimizer=options.optimizer,
                              loss_mib=options.loss_mib)
         self.trace = cache(self.trace)
+        self.batches: dict[tuple, Trace] = {}
 
     def trace(self, setting: Setting, recompute: int, kernel) -> Trace:
         rows = setting.micro_batch * setting.accumulate
-        window = window_of(random_rows(self.shape.vocab_size, rows, setting.seq_len))
+        window = window_of(random_rows(self.shape.vocab_size, rows, setting.seq_len),
+                           self.options.documents)
         return self.trace_window(window, setting.micro_batch, recompute, kernel)
 
     def trace_window(self, window: Window, micro_batch: int, recompute: int, kernel) -> Trace:
@@ -53,9 +70,17 @@ class Traces:
         self.training.limits.recompute = recompute
         return trace_step(self.training, window, kernel)
 
+    def trace_batch(self, batch: MicroBatch, recompute: int, kernel) -> Trace:
+        """A step over one micro-batch."""
+        key = (shape_key(batch), recompute, kernel)
+        if key not in self.batches:
+            self.batches[key] = self.trace_window(GivenBatch(batch), len(batch.ids_BL), recompute,
+                                                  kernel)
+        return self.batches[key]
+
     def kernel(self, card: Card):
         card = EFFICIENT if self.options.attention == "efficient" else card
-        return attention_kernel(card, self.dtype)
+        return attention_kernels(card, self.dtype)
 
     def recompute(self, setting: Setting, card: Card) -> int:
         """The setting's recompute as a number of blocks; for auto what the GPU forces."""
@@ -63,30 +88,12 @@ class Traces:
             return Config(recompute=setting.recompute).blocks_to_recompute(self.shape.n_layers)
         return self.least(lambda n: self.trace(setting, n, self.kernel(card)), card).recompute
 
-    def recompute_for(self, examples: list[Example], card: Card) -> int:
-        """The same for the longest of these examples, --micro-batch of them at once."""
-        size, asked = int(self.options.micro_batch), self.options.recompute
-        if asked != "auto":
-            return self.recompute(Setting(0, size, 1, asked), card)
-        window, kernel = longest(examples, size), self.kernel(card)
-        return self.least(lambda n: self.trace_window(window, size, n, kernel), card).recompute
-
-    def least(self, trace, card: Card) -> RecomputeChoice:
+    def least(self, trace, card: Card) -> Choice:
         return least_recompute(trace, self.shape.n_layers, card)
 
     def on(self, card: Card, setting: Setting) -> "OnCard":
         depth = self.recompute(setting, card)
         return OnCard(card, setting, depth, self.trace(setting, depth, self.kernel(card)))
-
-    def window_seconds(self, card: Card, rates: Rates, examples: list[Example]):
-        """What gives (low, high) seconds of a step over a window of these examples on a GPU."""
-        size, depth = int(self.options.micro_batch), self.recompute_for(examples, card)
-
-        def seconds(window: Window) -> tuple[float, float]:
-            trace = self.trace_window(window, size, depth, self.kernel(card))
-            return both_ends(step_seconds(trace.ops, rates))
-
-        return seconds
 
 
 def resolved(traces: Traces | None, setting: Setting, card: Card) -> Setting:

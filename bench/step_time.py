@@ -10,6 +10,7 @@ there, by phase and by kind of kernel, after warm-up, and simulated beside it. A
 not fit is a row that says so.
 """
 
+import argparse
 import statistics
 from dataclasses import asdict, replace
 
@@ -20,6 +21,7 @@ from bench.command_line import Setting, count
 from bench.gpu_kernels import ceiling
 from bench.measure import Bench, Times, median_step, step_times, times
 from bench.simulated import Traces, cards, resolved
+from bench.windows import Epoch, Simulation, plan
 from phogpt_raw.cards import dtype_name
 from phogpt_raw.data.batches import Window
 from phogpt_raw.refusal import Refusal, exits_cleanly
@@ -56,8 +58,9 @@ def measure(options) -> None:
         out.print(table)
     more = {}
     if examples:
-        depth = str(traces.recompute_for(examples[0], card)) if gpu else options.recompute
-        more["items"] = items.estimate(options, *examples, window_seconds(bench, depth))
+        epoch = plan(examples.examples, examples.config, card, bench.model.config.n_layers, traces)
+        more["items"] = items.estimate(options, examples, epoch, items.MEASURED,
+                                       window_seconds(bench, epoch))
         out.print(items.line(more["items"]))
     if options.save:
         file = results.save("step_time", bench.card, options, bench.dtype, rows,
@@ -76,11 +79,11 @@ def measured_row(setting: Setting, found: Times, limit: dict | None) -> dict:
     return row
 
 
-def window_seconds(bench: Bench, recompute: str):
+def window_seconds(bench: Bench, epoch: Epoch):
     """What gives the median seconds of a step over a window here, None where it does not fit."""
     def seconds(window: Window) -> tuple[float] | None:
-        rows, length = len(window.examples), max(len(e.ids) for e in window.examples)
-        setting = resolved(None, Setting(length, rows, 1, recompute), bench.card)
+        length = max(length for _, length in window.shapes(epoch.micro_batch))
+        setting = Setting(length, epoch.micro_batch, 1, str(epoch.choice.recompute))
         median = median_step(bench, setting, window)
         return median and (median,)
 
@@ -101,8 +104,9 @@ def simulate(options) -> None:
         out.print(report.simulated_time(rows, rates))
         more = {}
         if examples:
-            seconds = traces.window_seconds(card, rates, examples[0])
-            more["items"] = items.estimate(options, *examples, seconds)
+            epoch = plan(examples.examples, examples.config, card, traces.shape.n_layers, traces)
+            more["items"] = items.estimate(options, examples, epoch, items.SIMULATED,
+                                           Simulation(traces, epoch, card, rates).seconds)
             out.print(items.line(more["items"]))
         if options.save:
             file = results.save("step_time", card, options, traces.dtype, rows,
@@ -125,6 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--data", help="a file of rows: seconds per example, hours of a run")
     parser.add_argument("--epochs", type=float, default=3, help="epochs over --data")
+    parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
+                        help="the examples of a step share rows, as in train.py")
     parser.add_argument("--max-len", "--max_len", type=count, default=1024)
     parser.add_argument("--tokenizer", help="that of --data's lengths: nano, a folder, a hub id "
                         "(default the model's; for 7b5 and 4b nano's)")

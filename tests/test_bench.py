@@ -22,6 +22,7 @@ from bench import (
 )
 from bench.command_line import Setting
 from bench.meter import MemoryMeter, Stopwatch
+from phogpt_raw.simulate.trace import Kernels
 
 HERE = ["--measured", "--model", "nano"]
 SMALL = [*HERE, "--seq-len", "32,64", "--recompute", "all,none"]
@@ -112,7 +113,7 @@ def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, block
     bench.begin(setting, capture=False)
     assert bench.training.limits.recompute == blocks
     trace = simulated.Traces(options, torch.float32).trace(
-        setting, blocks, SDPBackend.EFFICIENT_ATTENTION)
+        setting, blocks, Kernels(SDPBackend.EFFICIENT_ATTENTION, SDPBackend.EFFICIENT_ATTENTION))
     counted = measure.flops(bench, setting, bench.window(setting))
     assert counted == pytest.approx(sum(op.flops for op in trace.ops), rel=0.07)
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import example
 
-from bench import command_line, figures, items, memory, results, simulated, step_time
+from bench import command_line, figures, items, memory, results, simulated, step_time, windows
 from bench.command_line import Setting
 from bench.simulated import Traces, cards
 from phogpt_raw import cards as known
+from phogpt_raw.config import Config
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.simulate import rates as known_rates
 from phogpt_raw.simulate.ledger import KINDS
@@ -75,8 +76,8 @@ def test_auto_recomputes_as_much_as_the_card_forces_for_a_grid_and_for_a_file():
     assert 0 < found.recompute < 32 and found.fits
     assert not traces.on(card, replace(setting, recompute="none")).fits
     rows = [example(list(range(4, 4 + n)), n - 1, "x") for n in (30, 8192, 60)]
-    assert traces.recompute_for(rows, card) == found.recompute
-    assert traces.recompute_for(rows[::2], card) == 0
+    assert chosen(rows, card, traces, packing=False).recompute == found.recompute
+    assert chosen(rows[::2], card, traces, packing=False).recompute == 0
 
 
 def test_what_does_not_fit_says_so_and_the_longest_row_is_found(monkeypatch, capsys):
@@ -144,12 +145,16 @@ def test_each_card_is_simulated_in_the_dtype_that_it_trains_in():
 
 
 def test_a_file_is_fitted_with_as_many_rows_at_once_as_asked_for():
-    asked = command_line.parse(command_line.parser(""), ["--model", "4b", "--card", "t4"])
-    [(card, _, traces)] = cards(asked)
+    card, traces = a_4b_on_a_t4()
     rows = [example(list(range(4, 4 + 4096)), 9, "x")] * 2
-    single = traces.recompute_for(rows, card)
-    asked.micro_batch = "2"
-    assert single < traces.recompute_for(rows, card)
+    single, double = (chosen(rows, card, traces, micro_batch=n).recompute for n in (1, 2))
+    assert single < double
+
+
+def chosen(examples, card, traces, **more):
+    """What a run over these examples chooses on a card."""
+    config = Config(**{"batch_size": len(examples), "epochs": 1, "max_len": 16_384, **more})
+    return windows.plan(examples, config, card, traces.shape.n_layers, traces).choice
 
 
 def test_the_ledger_adds_up_to_what_is_on_the_card(capsys):
@@ -229,22 +234,26 @@ def test_without_matplotlib_the_tables_come_and_a_line_says_so(monkeypatch, caps
 # -- a file's items
 
 
-def test_items_are_an_even_choice_by_length():
+@pytest.mark.parametrize("packing", [True, False])
+def test_items_are_an_even_choice_of_a_runs_windows_packed_as_it_packs_them(packing):
     examples = [example(list(range(n)), n // 2, "x") for n in range(10, 410)]
-    asked = argparse.Namespace(micro_batch="2", data="x.jsonl", epochs=3)
+    asked = argparse.Namespace(data="x.jsonl", epochs=3)
+    config = Config(epochs=3, batch_size=8, packing=packing)
+    epoch = windows.plan(examples, config, known.Card("CPU", "cpu"), 8, None)
     seen = []
 
     def seconds(window):
-        [batch] = window.micro_batches(2)
-        seen.append(batch.ids_BL.shape)
+        seen.append((window.packing, len(window.examples)))
         return window.tokens / 1000, window.tokens / 500
 
-    found = items.estimate(asked, examples, "nano", seconds)
-    assert len(seen) == items.STRATA and all(rows == 2 for rows, _ in seen)
+    found = items.estimate(asked, items.Items(examples, "nano", config), epoch, 8, seconds)
+    assert seen == [(epoch.choice.packing, 8)] * 8 and (epoch.choice.packing is None) != packing
     mean = sum(len(e.ids) for e in examples) / len(examples)
-    assert found["item_s"] == pytest.approx([mean / 1000, mean / 500], rel=0.02)
+    assert found["item_s"] == pytest.approx([mean / 1000, mean / 500], rel=0.03)
     assert found["hours"] == pytest.approx([s * 400 * 3 / 3600 for s in found["item_s"]])
     assert (found["items"], found["tokens_longest"]) == (400, 409)
+    assert found["layout"]["steps"] == 50
+    assert (found["layout"]["rows"] == 400) != packing
 
 
 def test_a_file_gives_seconds_an_item_and_hours(tmp_path, capsys):
@@ -254,7 +263,7 @@ def test_a_file_gives_seconds_an_item_and_hours(tmp_path, capsys):
     step_time.main([*NANO, "--card", "t4", "--data", str(file), "--epochs", "5"])
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"rows.jsonl: 11 examples, median \d+ tokens, longest \d+ "
-                     r"\(nano's tokenizer\): "
+                     r"\(nano's tokenizer\), 8 a step in 1 rows: "
                      r"[\d.]+ to [\d.]+ s per example, \d s( to \d s)? for 5 epochs", said)
 
 

@@ -1,0 +1,77 @@
+"""A side of a comparison in a process of its own: orders and answers as lines of JSON.
+
+The bench starts `python -m <module> …` as a `Side`; that module ends in `serve`. The time to start
+a process and to load its weights is therefore in no measurement, and no side's memory in another's.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench.measure import limit_torch_to
+from bench.meter import device_gib
+from phogpt_raw.refusal import Refusal
+
+ROOT = Path(__file__).parents[1]
+
+
+class Side:
+    """A side's process; `context_gib`: GPU memory that it holds outside torch's allocator."""
+
+    def __init__(self, name: str, module: str, *arguments: str, **environment: str):
+        self.name = name
+        before = device_gib()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment)
+        self.context_gib = self.read()["beside_gib"] - before
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise Refusal(f"the process of {self.name} ended; its error stands above")
+        return json.loads(line)
+
+    def run(self, **order) -> dict:
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(make: Callable, run: Callable[..., dict]) -> None:
+    """Answer each order on standard input with run(side, **order) and its peaks on standard output.
+
+    `make` makes the side. The order's `cap_gib` is what torch may allocate, 0: all there is.
+    """
+    answers, sys.stdout = sys.stdout, sys.stderr
+    side = make()
+    print(json.dumps({"beside_gib": side.context_gib}), file=answers, flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        limit_torch_to(order.pop("cap_gib"))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            found = run(side, **order)
+            answer = {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+                      "reserved_gib": torch.cuda.max_memory_reserved() / 2**30} | found
+        except torch.OutOfMemoryError:
+            answer = {"out_of_memory": True}
+        side.release()
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def now() -> float:
+    """Seconds of the host's clock, once the GPU has done all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,121 @@
+"""The windows of an epoch, laid out for a card as train.py lays them out, and simulated there.
+
+A window's time is the sum over its micro-batches, whose shapes come again and again: each shape is
+traced once. What a step does once (clip, update) is counted once for each window.
+"""
+
+from dataclasses import dataclass
+
+from bench.command_line import Setting
+from bench.simulated import OnCard, Traces, both_ends, shape_key
+from phogpt_raw.cards import Card
+from phogpt_raw.config import Config
+from phogpt_raw.data.batches import MicroBatch, Window
+from phogpt_raw.data.examples import Examples
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.model.weights import PINNED_IDS
+from phogpt_raw.simulate.fit import Choice, choose_for, largest, longest
+from phogpt_raw.simulate.rates import Rates
+from phogpt_raw.simulate.roofline import by_phase
+from phogpt_raw.training.setup import PLANNED, make_stream
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The windows of a run's first epoch on a card, and what was chosen for it."""
+
+    windows: list[Window]
+    micro_batch: int
+    choice: Choice
+
+    def some(self, most: int) -> list[Window]:
+        """At most so many windows that stand for all: an even choice by their tokens."""
+        ordered = sorted(self.windows, key=lambda window: window.tokens)
+        count = min(most, len(ordered))
+        return [ordered[int((n + 0.5) * len(ordered) / count)] for n in range(count)]
+
+
+def plan(examples: list[Example], config: Config, card: Card, blocks: int,
+         traces: Traces | None) -> Epoch:
+    """The first epoch of a run over these examples on a card; a GPU needs `traces` to choose by.
+
+    Raises Refusal for an example that is longer than a window may be.
+    """
+    stream = stream_of(examples, config)
+    planned = range(min(PLANNED, config.steps or stream.steps(config.epochs)))
+    windows = [stream.picked(step) for step in planned]
+
+    def trace(packing, recompute):
+        window = (longest(examples, config.micro_batch) if packing is None
+                  else largest(windows, packing, config.micro_batch))
+        return traces.trace_window(window, config.micro_batch, recompute, traces.kernel(card))
+
+    choice = choose_for(card, config, blocks, windows, max(len(e.ids) for e in examples), trace)
+    stream.packing = choice.packing
+    return Epoch([stream.window(step) for step in range(stream.steps(1))], config.micro_batch,
+                 choice)
+
+
+def stream_of(examples: list[Example], config: Config):
+    """train.py's windows of these examples; Refusal for one that is too long for them."""
+    return make_stream(all_train(examples), config, PINNED_IDS["pad"])
+
+
+def all_train(examples: list[Example]) -> Examples:
+    """Examples to train on, none held out, as set_up takes them."""
+    return Examples(examples, [], [], "none", "the ids are given", "ids")
+
+
+def layout(windows: list[Window], micro_batch: int) -> dict:
+    """How an epoch goes through the model: `fill` is the share of its tokens that is not padding,
+    `row_lengths` are the tokens of its rows, padding included."""
+    shapes = [shape for window in windows for shape in window.shapes(micro_batch)]
+    rows = sum(rows for rows, _ in shapes)
+    examples = sum(len(window.examples) for window in windows)
+    return {
+        "steps": len(windows), "examples": examples, "rows": rows,
+        "examples_a_row": examples / rows,
+        "fill": (sum(window.tokens for window in windows)
+                 / sum(rows * length for rows, length in shapes)),
+        "row_lengths": sorted({length for _, length in shapes}),
+    }
+
+
+class Simulation:
+    """Steps over windows on a simulated card, `choice.recompute` blocks recomputed."""
+
+    def __init__(self, traces: Traces, epoch: Epoch, card: Card, rates: Rates):
+        self.traces, self.epoch, self.card, self.rates = traces, epoch, card, rates
+        self.shapes: dict[tuple, OnCard] = {}
+        self.seconds_of: dict[tuple, tuple] = {}  # (of the micro-batch, of the rest of a step)
+
+    def seconds(self, window: Window) -> tuple[float, float]:
+        """Of a step over the window, at the card's better and worse rates."""
+        found = [self.batch_seconds(batch)
+                 for batch in window.micro_batches(self.epoch.micro_batch)]
+        _, once = found[0]
+        return tuple(once[at] + sum(each[at] for each, _ in found) for at in (0, 1))
+
+    def batch_seconds(self, batch: MicroBatch) -> tuple:
+        shape = shape_key(batch)
+        if shape not in self.shapes:
+            self.shapes[shape] = found = self.trace(batch)
+            ends = {phase: both_ends(seconds)
+                    for phase, seconds in by_phase(found.trace.ops, self.rates).items()}
+            each = {phase: ends.pop(phase) for phase in ("forward", "backward")}
+            self.seconds_of[shape] = tuple(
+                tuple(map(sum, zip(*part.values(), strict=True))) for part in (each, ends))
+        return self.seconds_of[shape]
+
+    def trace(self, batch: MicroBatch) -> OnCard:
+        (rows, length), depth = batch.ids_BL.shape, self.epoch.choice.recompute
+        trace = self.traces.trace_batch(batch, depth, self.traces.kernel(self.card))
+        return OnCard(self.card, Setting(length, rows, 1, str(depth)), depth, trace)
+
+    def memory_row(self) -> dict:
+        """The peak over all shapes seen: GiB that torch allocates, and of the whole device."""
+        found = list(self.shapes.values())
+        rows = [on_card.memory_row() for on_card in found]
+        return {"blocks_recomputed": self.epoch.choice.recompute,
+                "fits": all(on_card.fits for on_card in found),
+                **{key: max(row[key] for row in rows) for key in ("allocated_gib", "device_gib")}}
