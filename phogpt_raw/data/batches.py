@@ -25,6 +25,7 @@ B micro-batch, L length, T supervised rows (padded to a few sizes; padding has t
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -145,10 +146,12 @@ class TokenStream(Stream):
         super().__init__(examples, batch_size=0, pad_id=pad_id, seed=seed)
         self.sizes = [len(e.ids) for e in examples]
         self.windows = len(best_fit(self.sizes, batch_tokens))
-        self.capacity = next(
-            capacity for capacity in range(-(-sum(self.sizes) // self.windows), batch_tokens + 1)
-            if capacity >= max(self.sizes)
-            and len(best_fit(self.sizes, capacity)) == self.windows)
+        least = max(max(self.sizes), -(-sum(self.sizes) // self.windows))
+        # the least that needs no more windows, so that none is a small rest
+        self.capacity = least + bisect_left(
+            range(least, batch_tokens), True,
+            key=lambda capacity: len(best_fit(self.sizes, capacity)) <= self.windows)
+        self.windows = len(best_fit(self.sizes, self.capacity))
 
     def steps(self, epochs: float) -> int:
         return max(1, math.ceil(epochs * self.windows))
