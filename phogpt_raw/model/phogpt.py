@@ -182,12 +182,14 @@ class PhoGPT(nn.Module):
         recompute: so many blocks, from the first, save only their input and run a second time in
             backward. Each saves about ten activations less, for half more arithmetic: with frozen
             weights a block of N parameters takes 4N FLOPs a token, recomputed 6N.
-        bounds: of the documents of doc_BL; with them attention costs less (documents.py).
+        bounds: of the documents of doc_BL; with them attention costs less (documents.py). A cache
+            makes no use of them.
         """
         queries = keys = ids_BL.shape[1]
         doc_BS = doc_BL
         if cache is not None:
             keys, doc_BS = cache.advance(queries, doc_BL)
+            bounds = None
         x = self.transformer.wte(ids_BL)
         seen = visible(self.slopes_H, self.config.d_model // self.config.n_heads, queries, keys,
                        x.dtype, doc_BS, bounds)
