@@ -148,8 +148,11 @@ def flops(func, args, kwargs, out) -> float:
 
 def document_flops(func, args) -> float:
     """FLOPs of the two products forward, or of the five backward, of variable-length attention, as
-    if each document were as long as the longest, and twice that: per key these kernels for wide
-    heads take 1.1 to 2.4 times as long as the kernel with a bias (measured on an H100)."""
+    if each document were as long as the longest, and twice that.
+
+    Twice, because the memory-efficient kernel for heads wider than 128 took 1.1 to 2.4 times as
+    long per key as the same kernel with a bias (on an H100; keys counted alike, causal or not).
+    """
     named = dict(zip((a.name for a in schema_of(func).arguments), args, strict=False))
     tokens, heads, width = named["query"].shape[-3:]
     longest = named.get("max_seqlen_q", named.get("max_q"))
