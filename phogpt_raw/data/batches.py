@@ -193,7 +193,9 @@ def collate(rows: list[list[Example]], length: int, pad_id: int,
             start = stop
         if bounds:
             doc_BL[n, start:] = len(examples) + np.arange(length - start) // bounds.longest
-    assert not bounds or doc_BL.max() < bounds.count
+    if bounds:
+        assert doc_BL.max() < bounds.count
+        assert max(len(e.ids) for examples in rows for e in examples) <= bounds.longest
     [found] = (targets_BL.ravel() != IGNORED).nonzero()
     rows_T = np.zeros(round_up(len(found), rows_multiple), dtype=np.int64)
     rows_T[: len(found)] = found
