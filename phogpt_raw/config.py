@@ -80,8 +80,6 @@ class Config:
             raise Refusal(f"--epochs {self.epochs}: must be positive")
         if not re.fullmatch(r"auto|all|none|\d+", self.recompute):
             raise Refusal(f"--recompute {self.recompute}: auto, all, none or a number of blocks")
-        if self.pack_len is not None and not self.packing:
-            raise Refusal("--pack-len and --no-packing: give one of them")
         if self.val is not None and self.hold_out:
             raise Refusal("--val and --hold-out: give one of them")
 

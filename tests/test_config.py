@@ -61,6 +61,10 @@ def test_nano_brings_its_own_preset_and_another_model_none():
     assert read("--preset", "t4").lr == Config.lr  # nano with t4's numbers, because asked for
 
 
+def test_without_packing_the_row_length_of_a_preset_is_no_matter():
+    assert read("--no-packing").packing is False and read().pack_len
+
+
 def test_hyphens_and_underscores_are_the_same_flag():
     hyphens = ["--micro-batch", "2", "--lr-floor", "0.5", "--no-nf4", "--dry-run", "--hold-out=3"]
     underscores = [h.replace("-", "_").replace("__", "--", 1) for h in hyphens]

@@ -118,8 +118,10 @@ def check_asked(config: Config, shape: ModelConfig) -> None:
 def make_stream(examples: Examples, config: Config, pad_id: int) -> Stream:
     """Windows of --batch-size examples or of --batch-tokens tokens; Refusal where an example is
     longer than a window or than --pack-len."""
-    for name, among in (("batch_tokens", examples.train),
-                        ("pack_len", examples.train + examples.held_out)):
+    packed = examples.train + examples.held_out if config.packing else []
+    for name, among in (("batch_tokens", examples.train), ("pack_len", packed)):
+        if not among:
+            continue
         longest, limit = max(among, key=lambda e: len(e.ids)), getattr(config, name)
         if limit is not None and limit < len(longest.ids):
             raise Refusal(f"{longest.where}: {len(longest.ids)} tokens are more than "
