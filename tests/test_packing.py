@@ -98,6 +98,14 @@ def test_no_example_is_lost_or_doubled_in_rows(lengths, capacity, window):
             assert len(row) + -(-length // packing.longest) <= packing.bounds(length).count
 
 
+@given(SIZES, st.integers(1, 200))
+def test_an_example_longer_than_all_that_were_looked_at_has_a_row(lengths, longest):
+    """A held-out one, or one of a step too far ahead."""
+    packing = choose_packing([examples_of(lengths)], max(longest, *lengths), 200)
+    [(row, length)] = packing.rows(examples_of([max(longest, *lengths)]))
+    assert len(row) == 1 and max(longest, *lengths) <= length in packing.lengths
+
+
 def fill(stream, epochs, capacity):
     """The share of tokens that are not padding, over the run."""
     steps = stream.steps(epochs)

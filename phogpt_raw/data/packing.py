@@ -122,7 +122,8 @@ def packed(windows: list[list[Example]], longest: int, capacity: int) -> Packing
     """
     whole = Packing((capacity,), longest, most=max(16, 8 * -(-capacity // longest)))
     totals = [sum(len(e.ids) for e in row) for window in windows for row, _ in whole.rows(window)]
-    return replace(whole, lengths=choose_lengths(totals))
+    # The longest example may stand in none of these windows, and still must have a row.
+    return replace(whole, lengths=choose_lengths([*totals, longest]))
 
 
 def cost(packing: Packing, windows: list[list[Example]]) -> float:

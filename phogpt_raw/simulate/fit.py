@@ -71,7 +71,7 @@ def choose_for(card: Card, config: Config, blocks: int, windows: list[list[Examp
     trace, packing = cache(trace), None
     if config.packing:
         most = max(sum(len(e.ids) for e in window) for window in windows)
-        capacity = config.pack_len or max(longest, min(ROW, most))
+        capacity = max(longest, min(config.pack_len or ROW, most))
         packing = choose_packing(windows, longest, capacity)
         while (config.pack_len is None and card.memory_gib and capacity > longest
                and needed(trace(packing, least_asked(config, blocks)), card) > card.memory_gib):
