@@ -532,6 +532,17 @@ def test_a_run_by_tokens_is_resumed_to_the_bit(train, tmp_path):
         broken / "adapter_model.safetensors").read_bytes()
 
 
+def test_a_run_of_before_a_setting_existed_has_its_default(train, tmp_path):
+    out = tmp_path / "run"
+    assert train("--out", out, "--steps", 2)[0] == 0
+    file = out / "config.json"
+    config = {k: v for k, v in strict(file.read_text()).items() if k != "batch_tokens"}
+    file.write_text(json.dumps(config))
+    status, _, error = train("--out", out, "--steps", 4, "--batch-tokens", 200)
+    assert status == 2 and "this run has --batch-tokens None, not 200" in error
+    assert train("--out", out, "--steps", 4)[0] == 0
+
+
 def test_a_run_goes_on_with_or_without_capturing(train, tmp_path):
     out = tmp_path / "run"
     train("--out", out, "--steps", 3)

@@ -74,9 +74,11 @@ class Run:
         file = self.folder / "config.json"
         if not file.is_file():
             raise Refusal(f"{file}: missing, so this run cannot go on; name another --out")
-        before, now = json.loads(file.read_text("utf-8")), dataclasses.asdict(self.config)
-        for name in sorted(before.keys() - FREE):
-            if name in now and before[name] != now[name]:
+        # A run of before a setting existed has its default.
+        before = dataclasses.asdict(Config()) | json.loads(file.read_text("utf-8"))
+        now = dataclasses.asdict(self.config)
+        for name in sorted(now.keys() - FREE):
+            if before[name] != now[name]:
                 raise Refusal(
                     f"--out {self.folder}: this run has --{configuration.flag(name)} "
                     f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
