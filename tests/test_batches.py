@@ -21,14 +21,19 @@ def stream(examples, **how):
 
 
 def supervised_pairs(batches):
-    """(what came before, what is predicted) of every supervised token: independent of padding."""
+    """(what came before in its document, what is predicted) of every supervised token: independent
+    of padding and of other documents in the row."""
     pairs = Counter()
     for batch in batches:
         length = batch.ids_BL.shape[1]
         for place, target in zip(batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
             if target != IGNORED:
                 row, column = divmod(place, length)
-                pairs[tuple(batch.ids_BL[row, : column + 1].tolist()), target] += 1
+                before = batch.ids_BL[row, : column + 1]
+                if batch.doc_BL is not None:
+                    documents = batch.doc_BL[row, : column + 1]
+                    before = before[documents == documents[-1]]
+                pairs[tuple(before.tolist()), target] += 1
     return pairs
 
 
@@ -187,7 +192,7 @@ def test_packing_only_lays_a_window_out_otherwise(packing, micro_batch):
     examples = ragged_examples(11)
     window = Window(examples, PAD, packing)
     batches = list(window.micro_batches(micro_batch))
-    assert document_pairs(batches) == expected_pairs(examples)
+    assert supervised_pairs(batches) == expected_pairs(examples)
     assert [tuple(b.ids_BL.shape) for b in batches] == window.shapes(micro_batch)
     assert all(len(b.ids_BL) <= micro_batch for b in batches)
     assert all(b.ids_BL.shape[1] in packing.lengths for b in batches)
@@ -211,23 +216,10 @@ def test_a_packed_row_never_predicts_across_a_border():
     """Plain text supervises all its tokens, and still not the first of the next document."""
     texts = [Example(ids, next_tokens(ids, start=0)) for ids in ([5, 6, 7], [8, 9], [10, 11, 12])]
     [batch] = Window(texts, PAD, Packing((8,), longest=3, most=5)).micro_batches(1)
-    assert document_pairs([batch]) == expected_pairs(texts)
+    assert supervised_pairs([batch]) == expected_pairs(texts)
     borders = {row for row in range(7) if batch.doc_BL[0, row] != batch.doc_BL[0, row + 1]}
     supervised = batch.rows_T[batch.targets_T != IGNORED].tolist()
     assert len(borders) == 2 and not borders & set(supervised)
-
-
-def document_pairs(batches):
-    """(what came before in its document, what is predicted) of every supervised token."""
-    pairs = Counter()
-    for batch in batches:
-        length = batch.ids_BL.shape[1]
-        for place, target in zip(batch.rows_T.tolist(), batch.targets_T.tolist(), strict=True):
-            if target != IGNORED:
-                row, column = divmod(place, length)
-                own = batch.doc_BL[row, : column + 1] == batch.doc_BL[row, column]
-                pairs[tuple(batch.ids_BL[row, : column + 1][own].tolist()), target] += 1
-    return pairs
 
 
 def token_stream(examples, tokens=160, seed=0):
