@@ -3,10 +3,13 @@
 import doctest
 import math
 from collections import Counter
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from conftest import example, ragged_examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from phogpt_raw.data import batches as module
 from phogpt_raw.data.batches import MicroBatch, Stream, TokenStream, Window, collate
@@ -230,15 +233,43 @@ def token_stream(examples, tokens=160, seed=0):
 def test_windows_by_tokens_hold_each_example_once_an_epoch_and_are_alike(tokens):
     examples = ragged_examples(40)
     order = token_stream(examples, tokens)
+    longest = max(len(e.ids) for e in examples)
     for epoch in range(6):
         windows = [order.picked(epoch * order.windows + n) for n in range(order.windows)]
         assert Counter(e.where for w in windows for e in w) == Counter(e.where for e in examples)
         sizes = [sum(len(e.ids) for e in w) for w in windows]
-        assert max(sizes) <= order.capacity <= tokens
-        assert min(sizes) > 0
-    total = sum(len(e.ids) for e in examples)
-    assert order.windows <= 1.15 * total / tokens + 1
-    assert order.capacity <= total / order.windows + 60  # none is a small rest
+        assert min(sizes) > 0 and max(sizes) <= tokens
+        assert max(sizes) - min(sizes) <= longest
+    assert order.windows <= 1.15 * sum(len(e.ids) for e in examples) / tokens + 1
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300))
+@settings(max_examples=50)
+def test_windows_by_tokens_are_no_more_than_their_like_needs(sizes, tokens):
+    """None is empty or too full, whatever the lengths; with one example in each it always ends."""
+    order = token_stream([example([7] * n, max(1, n // 2), f"row:{i}")
+                          for i, n in enumerate(sizes)], tokens)
+    for epoch in range(3):
+        totals = [sum(len(e.ids) for e in order.picked(epoch * order.windows + n))
+                  for n in range(order.windows)]
+        assert min(totals) > 0 and max(totals) <= tokens and sum(totals) == sum(sizes)
+
+
+def test_lengths_that_fill_a_window_exactly_take_no_more_windows():
+    """Answers cut at --max-len: the room that chance would like is not worth half as many again."""
+    order = token_stream([example([7] * 100, 50, f"row:{i}") for i in range(99)], 300)
+    assert order.windows == 33
+
+
+@pytest.mark.parametrize("tokens", [1024, 2048, 4096])
+def test_which_examples_meet_in_a_window_is_chance(tokens):
+    """Two that met meet again as often as any two; 1,000 examples of even lengths are the hard
+    case, since nothing small is left to fill windows with."""
+    order = token_stream([example([7] * n, n // 2, f"row:{n}") for n in range(21, 1001)], tokens)
+    epochs = [{pair for w in order.order(epoch) for pair in combinations(sorted(w), 2)}
+              for epoch in range(4)]
+    for one, other in pairwise(epochs):
+        assert len(one & other) / len(one) < 1 / order.windows + 0.1
 
 
 def test_windows_by_tokens_follow_from_seed_epoch_and_data():

@@ -106,6 +106,22 @@ def test_an_example_longer_than_all_that_were_looked_at_has_a_row(lengths, longe
     assert len(row) == 1 and max(longest, *lengths) <= length in packing.lengths
 
 
+@pytest.mark.parametrize("shorts", [500, 2000])
+def test_one_long_example_leaves_other_rows_full(shorts):
+    made = examples_of([20] * shorts + [2000])
+    packing = choose_packing([made], 2000, 2048)
+    rows = packing.rows(made)
+    assert sum(length for _, length in rows) * 0.8 < sum(len(e.ids) for e in made)
+    assert packing.most <= 128 and packing.bounds(packing.lengths[-1]).count <= 130
+
+
+def test_rows_are_bounded_by_the_examples_that_they_have(capacity=2048):
+    """The kernels' statistics of a row of 8 are not those of a row of 64."""
+    made = examples_of([100] * 24)
+    packing = choose_packing([made[:8], made[8:16], made[16:]], 100, capacity)
+    assert packing.most == 8 and len(packing.rows(made)) == 3
+
+
 def fill(stream, epochs, capacity):
     """The share of tokens that are not padding, over the run."""
     steps = stream.steps(epochs)

@@ -25,17 +25,18 @@ B micro-batch, L length, T supervised rows (padded to a few sizes; padding has t
 """
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from phogpt_raw.data.packing import DocumentBounds, Packing, best_fit, in_order, round_up
+from phogpt_raw.data.packing import DocumentBounds, Packing, best_fit, round_up, spread
 from phogpt_raw.data.prompt import IGNORED, Example
 
 PADDED = 32  # tokens; the length of rows that are not packed is a multiple of it
+ROOMY, ENOUGH = 0.99, 1.02  # windows filled to 0.99 leave room for chance, at 0.02 more of them
+BLURS = (1, 1 / 4, 1 / 16, 1 / 64, 0)  # of the longest example
 
 
 @dataclass(frozen=True)
@@ -138,20 +139,24 @@ class TokenStream(Stream):
     """Windows of at most `batch_tokens` tokens, as equal as they can be; each epoch has the same
     number of them and holds each example once.
 
-    Best fit decreasing on all examples gives the number. Within an epoch the lengths that order
-    the examples are blurred by chance, so that each epoch has other windows.
+    The longest examples are dealt first, each to the window that has fewest tokens. The lengths
+    that order them are blurred by chance, so that each epoch has other windows.
     """
 
     def __init__(self, examples: list[Example], *, batch_tokens: int, pad_id: int, seed: int = 0):
         super().__init__(examples, batch_size=0, pad_id=pad_id, seed=seed)
-        self.sizes = [len(e.ids) for e in examples]
-        self.windows = len(best_fit(self.sizes, batch_tokens))
-        least = max(max(self.sizes), -(-sum(self.sizes) // self.windows))
-        # the least that needs no more windows, so that none is a small rest
-        self.capacity = least + bisect_left(
-            range(least, batch_tokens), True,
-            key=lambda capacity: len(best_fit(self.sizes, capacity)) <= self.windows)
-        self.windows = len(best_fit(self.sizes, self.capacity))
+        self.batch_tokens, self.sizes = batch_tokens, [len(e.ids) for e in examples]
+        least = self.count(batch_tokens)
+        roomy = self.count(max(max(self.sizes), int(ROOMY * batch_tokens)))
+        self.windows = roomy if roomy <= 1 + ENOUGH * least else least
+
+    def count(self, tokens: int) -> int:
+        """Windows of at most so many tokens that hold all examples."""
+        exact = sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i])
+        windows = len(best_fit(self.sizes, tokens))
+        while self.fullest(spread(exact, self.sizes, windows)) > tokens:
+            windows = min(len(exact), windows + 1 + windows // 100)
+        return windows
 
     def steps(self, epochs: float) -> int:
         return max(1, math.ceil(epochs * self.windows))
@@ -160,16 +165,19 @@ class TokenStream(Stream):
         epoch, place = divmod(step, self.windows)
         return [self.examples[i] for i in self.order(epoch)[place]]
 
+    def fullest(self, windows: list[list[int]]) -> int:
+        return max(sum(self.sizes[i] for i in window) for window in windows)
+
     def shuffled(self, dice: torch.Generator) -> list[list[int]]:
         """The windows of an epoch, as indices of examples."""
         any_order = super().shuffled(dice)
-        blur = torch.rand(len(self.sizes), generator=dice).tolist()
-        spread = max(self.sizes)
-        found = in_order(sorted(any_order, key=lambda i: -self.sizes[i] - spread * blur[i]),
-                         self.sizes, self.capacity)
-        if len(found) != self.windows:  # chance can need one more than the exact order does
-            found = in_order(sorted(any_order, key=lambda i: -self.sizes[i]), self.sizes,
-                             self.capacity)
+        chance = torch.rand(len(self.sizes), generator=dice).tolist()
+        for blur in BLURS:  # without any they fit, by the choice of their number
+            tokens = blur * max(self.sizes)
+            order = sorted(any_order, key=lambda i: -self.sizes[i] - tokens * chance[i])
+            found = spread(order, self.sizes, self.windows)
+            if self.fullest(found) <= self.batch_tokens:
+                break
         return [found[i] for i in torch.randperm(self.windows, generator=dice).tolist()]
 
 

@@ -17,6 +17,7 @@ import math
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, replace
+from heapq import heapreplace
 
 from phogpt_raw.data.prompt import Example
 
@@ -26,6 +27,7 @@ ALIGNED = 16  # tokens; row lengths are multiples of it
 STEPS = 128  # and of so much that at most so many candidates remain
 TRIED = 24  # capacities
 ENOUGH = 8192  # examples by which they are compared
+MOST = 64  # examples in a row where one may fill it; where rows are longer, so many in four
 TILE = 128  # tokens; matrix products compute whole tiles of them
 IN_TILES = 0.4  # share of a row's cost that counts whole tiles (products are 0.6 of a step; with
 # 0.4 the time is within 0.3 % of the least, and rows are fuller)
@@ -75,16 +77,9 @@ def best_fit(sizes: list[int], capacity: int, most: int | None = None) -> list[l
     Best fit decreasing; sizes that are equal keep their order. Raises ValueError where one is
     larger than the capacity.
     """
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    return in_order(order, sizes, capacity, most)
-
-
-def in_order(order: list[int], sizes: list[int], capacity: int,
-             most: int | None = None) -> list[list[int]]:
-    """Best fit of the items in this order."""
     bins: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin) of the bins that are open, ascending
-    for item in order:
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size = sizes[item]
         if size > capacity:
             raise ValueError(f"item {item} of size {size} is larger than {capacity}")
@@ -100,15 +95,31 @@ def in_order(order: list[int], sizes: list[int], capacity: int,
     return bins
 
 
+def spread(order: list[int], sizes: list[int], count: int) -> list[list[int]]:
+    """The items in `count` bins of nearly equal sums: in this order, each into the emptiest.
+
+    >>> spread([0, 1, 2, 3], sizes=[50, 40, 30, 25], count=2)
+    [[0, 3], [1, 2]]
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    sums = [(0, which) for which in range(count)]  # a heap
+    for item in order:
+        total, which = sums[0]
+        bins[which].append(item)
+        heapreplace(sums, (total + sizes[item], which))
+    return bins
+
+
 def choose_packing(windows: list[list[Example]], longest: int, capacity: int) -> Packing:
-    """The packing of windows of examples into rows of at most `capacity` tokens, and of at least
-    `longest`, the tokens of the longest example.
+    """The packing of windows of examples into rows of at most `capacity` tokens, or of `longest`,
+    the tokens of the longest example, where that is more.
 
     The capacity that is best for these windows may be smaller: a few windows of many tokens had
     better take two rows than that all rows be padded.
     """
     windows = windows[:: -(-sum(map(len, windows)) // ENOUGH)]
-    longest, capacity = round_up(longest, ALIGNED), round_up(capacity, ALIGNED)
+    longest = round_up(longest, ALIGNED)
+    capacity = max(longest, capacity // ALIGNED * ALIGNED)
     step = max(ALIGNED, round_up((capacity - longest) // TRIED, ALIGNED))
     return min((packed(windows, longest, tried) for tried in range(capacity, longest - 1, -step)),
                key=lambda packing: cost(packing, windows))
@@ -117,13 +128,14 @@ def choose_packing(windows: list[list[Example]], longest: int, capacity: int) ->
 def packed(windows: list[list[Example]], longest: int, capacity: int) -> Packing:
     """The packing into rows of at most `capacity` tokens, and into few lengths below it.
 
-    Examples in a row are bounded, since the variable-length kernels keep statistics of `longest`
-    tokens for each, whatever its own length.
+    Rows hold as many examples as they have room for, within reason: the variable-length kernels
+    keep statistics of `longest` tokens for each example of a row, whatever its own length.
     """
-    whole = Packing((capacity,), longest, most=max(16, 8 * -(-capacity // longest)))
-    totals = [sum(len(e.ids) for e in row) for window in windows for row, _ in whole.rows(window)]
+    whole = Packing((capacity,), longest, most=max(MOST, MOST // 4 * -(-capacity // longest)))
+    rows = [row for window in windows for row, _ in whole.rows(window)]
     # The longest example may stand in none of these windows, and still must have a row.
-    return replace(whole, lengths=choose_lengths([*totals, longest]))
+    totals = [longest, *(sum(len(e.ids) for e in row) for row in rows)]
+    return replace(whole, lengths=choose_lengths(totals), most=max(map(len, rows)))
 
 
 def cost(packing: Packing, windows: list[list[Example]]) -> float:
