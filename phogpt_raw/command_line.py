@@ -17,6 +17,8 @@ from phogpt_raw.config import Config, flag
 from phogpt_raw.refusal import Refusal
 
 PRESETS = Path(__file__).parent / "presets"
+# Of these one is given; a flag takes the place of either in a preset.
+EITHER = (("steps", "epochs"), ("batch_size", "batch_tokens"), ("val", "hold_out"))
 
 
 def comments() -> dict[str, str]:
@@ -63,7 +65,13 @@ def from_command_line(arguments: list[str] | None, description: str) -> Config:
     preset = given.pop("preset", None)
     if preset is None and given.get("model", Config.model) == "nano":
         preset = "nano"  # the embedded base wants another learning rate than a 7B does
-    return Config(**{**(read_preset(preset) if preset else {}), **given})
+    values = read_preset(preset) if preset else {}
+    if any({"batch_size", "batch_tokens"} <= set(source) for source in (given, values)):
+        raise Refusal("--batch-size and --batch-tokens: give one of them")
+    for pair in EITHER:
+        if set(pair) & set(given):
+            values = {name: value for name, value in values.items() if name not in pair}
+    return Config(**{**values, **given})
 
 
 def preset_names() -> list[str]:

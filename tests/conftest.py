@@ -149,7 +149,8 @@ SMALL = {"--steps": 7, "--batch-size": 4, "--micro-batch": 2, "--rank": 4, "--lr
 
 def command_line(settings: dict, flags) -> list[str]:
     """`settings` as arguments, those that `flags` (--a 1 --b) name again left out."""
-    named = {"--steps" if flag == "--epochs" else flag for flag in flags}
+    either = {"--epochs": "--steps", "--batch-tokens": "--batch-size"}
+    named = {either.get(flag, flag) for flag in flags}
     kept = [(name, value) for name, value in settings.items() if name not in named]
     return [str(part) for part in (*(part for pair in kept for part in pair), *flags)]
 

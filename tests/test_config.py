@@ -61,6 +61,22 @@ def test_nano_brings_its_own_preset_and_another_model_none():
     assert read("--preset", "t4").lr == Config.lr  # nano with t4's numbers, because asked for
 
 
+def test_a_flag_takes_the_place_of_its_other_in_a_preset(tmp_path):
+    both = preset(tmp_path, "batch_tokens = 4096\nepochs = 3.0\nhold_out = 5\n")
+    read_one = read("--preset", both, "--batch-size", "4", "--steps", "7", "--val", "v.jsonl")
+    assert (read_one.batch_size, read_one.batch_tokens) == (4, None)
+    assert (read_one.steps, read_one.epochs) == (7, None)
+    assert (read_one.val, read_one.hold_out) == ("v.jsonl", 0)
+    assert read("--preset", "t4", "--batch-tokens", "512").batch_tokens == 512
+
+
+def test_a_step_is_counted_in_examples_or_in_tokens(tmp_path):
+    with pytest.raises(Refusal, match="--batch-size and --batch-tokens: give one of them"):
+        read("--batch-size", "8", "--batch-tokens", "512")
+    with pytest.raises(Refusal, match="--batch-size and --batch-tokens: give one of them"):
+        read("--preset", preset(tmp_path, "batch_size = 8\nbatch_tokens = 512\n"))
+
+
 def test_without_packing_the_row_length_of_a_preset_is_no_matter():
     assert read("--no-packing").packing is False and read().pack_len
 
