@@ -14,7 +14,8 @@ from phogpt_raw.data.batches import MicroBatch, Window
 from phogpt_raw.data.examples import Examples
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.weights import PINNED_IDS
-from phogpt_raw.simulate.fit import Choice, choose_for, largest, longest
+from phogpt_raw.simulate.fit import Choice, choose_for
+from phogpt_raw.simulate.ledger import Trace
 from phogpt_raw.simulate.rates import Rates
 from phogpt_raw.simulate.roofline import by_phase
 from phogpt_raw.training.setup import PLANNED, make_stream
@@ -43,14 +44,12 @@ def plan(examples: list[Example], config: Config, card: Card, blocks: int,
     """
     stream = stream_of(examples, config)
     planned = range(min(PLANNED, config.steps or stream.steps(config.epochs)))
-    windows = [stream.picked(step) for step in planned]
 
-    def trace(packing, recompute):
-        window = (longest(examples, config.micro_batch) if packing is None
-                  else largest(windows, packing, config.micro_batch))
+    def trace(window: Window, recompute: int) -> Trace:
         return traces.trace_window(window, config.micro_batch, recompute, traces.kernel(card))
 
-    choice = choose_for(card, config, blocks, windows, max(len(e.ids) for e in examples), trace)
+    choice = choose_for(card, config, blocks, stream, planned, max(len(e.ids) for e in examples),
+                        trace)
     stream.packing = choice.packing
     return Epoch([stream.window(step) for step in range(stream.steps(1))], config.micro_batch,
                  choice)

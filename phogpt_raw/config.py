@@ -29,11 +29,11 @@ class Config:
     epochs: float | None = None  # passes over the data; or --steps (default: 3 epochs)
     # one optimizer step
     batch_size: int = 8  # examples an optimizer step sees
-    batch_tokens: int | None = None  # or: tokens that it sees, at most
+    batch_tokens: int | None = None  # or, in place of --batch-size: tokens that it sees, at most
     micro_batch: int = 1  # rows that go through the model at once
     max_len: int = 1024  # tokens an example may have; a longer answer is cut, and said
-    packing: bool = True  # the examples of a step share rows; the result is the same, but sooner
-    pack_len: int | None = None  # tokens of such a row, at most (default: by the card and the rows)
+    packing: bool = True  # the examples of a step share rows; same result, less time
+    pack_len: int | None = None  # its tokens, at most; a longer example has a row of its own
     lr: float = 2e-4  # peak learning rate
     warmup: int = 10  # steps of linear warm-up
     lr_floor: float = 0.1  # where the cosine ends, as a share of the peak

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend
 
 from phogpt_raw.cards import GIB, Card
 from phogpt_raw.config import Config
-from phogpt_raw.data.batches import Window
-from phogpt_raw.data.packing import Packing, choose_packing
+from phogpt_raw.data.batches import Stream, Window
+from phogpt_raw.data.packing import ALIGNED, Packing, choose_packing, round_up
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.adapters import inject
 from phogpt_raw.simulate.ledger import Trace
@@ -56,28 +56,39 @@ class Choice:
 
 def choose(job: Job) -> Choice:
     """--pack-len and --recompute as given, or by simulation of the run's rows on its GPU."""
-    windows = [job.stream.picked(step) for step in job.planned()]
     longest = max(len(e.ids) for e in job.examples.train + job.examples.held_out)
-    return choose_for(job.card, job.config, job.model.config.n_layers, windows, longest,
-                      simulated(job))
+    return choose_for(job.card, job.config, job.model.config.n_layers, job.stream,
+                      job.planned(), longest, simulated(job))
 
 
-def choose_for(card: Card, config: Config, blocks: int, windows: list[list[Example]], longest: int,
-               trace: Callable[[Packing | None, int], Trace]) -> Choice:
-    """The same for windows of examples of at most `longest` tokens on any card.
+def choose_for(card: Card, config: Config, blocks: int, stream: Stream, planned: range,
+               longest: int, trace: Callable[[Window, int], Trace]) -> Choice:
+    """The same for a stream of examples on any card, by its windows of the steps `planned` and its
+    longest example, which may stand in a later one.
 
-    trace(packing, recompute): their largest micro-batch in a simulated step of `blocks` blocks.
+    longest: tokens of the longest example, held-out ones included. trace(window, recompute): the
+    window as one micro-batch in a simulated step of `blocks` blocks.
     """
-    trace, packing = cache(trace), None
+    windows = [stream.picked(step) for step in planned]
+    windows.append([max(stream.examples, key=lambda e: len(e.ids))])
+
+    @cache
+    def largest_trace(packing: Packing | None, recompute: int) -> Trace:
+        window = (largest(windows, packing, config.micro_batch) if packing
+                  else longest_rows(stream.examples, config.micro_batch))
+        return trace(window, recompute)
+
+    packing = None
     if config.packing:
-        most = max(sum(len(e.ids) for e in window) for window in windows)
-        capacity = max(longest, min(config.pack_len or ROW, most))
+        fullest = max(sum(len(e.ids) for e in window) for window in windows)
+        capacity = min(config.pack_len or ROW, round_up(fullest, ALIGNED))
         packing = choose_packing(windows, longest, capacity)
         while (config.pack_len is None and card.memory_gib and capacity > longest
-               and needed(trace(packing, least_asked(config, blocks)), card) > card.memory_gib):
+               and needed(largest_trace(packing, least_asked(config, blocks)), card)
+               > card.memory_gib):
             capacity = max(longest, int(SHORTER * packing.lengths[-1]))
             packing = choose_packing(windows, longest, capacity)
-    return replace(choose_recompute(card, config, blocks, partial(trace, packing)),
+    return replace(choose_recompute(card, config, blocks, partial(largest_trace, packing)),
                    packing=packing)
 
 
@@ -95,8 +106,8 @@ def choose_recompute(card: Card, config: Config, blocks: int,
     return least_recompute(trace, blocks, card)
 
 
-def simulated(job: Job) -> Callable[[Packing | None, int], Trace]:
-    """trace(packing, recompute): the run's largest micro-batch in a step on the meta device."""
+def simulated(job: Job) -> Callable[[Window, int], Trace]:
+    """trace(window, recompute): a step of the run on the meta device."""
     @cache
     def twin() -> Training:
         config, dtype = job.config, job.model.head.dtype
@@ -106,12 +117,9 @@ def simulated(job: Job) -> Callable[[Packing | None, int], Trace]:
         return wire(model, adapters, optimizer=config.optimizer, micro_batch=config.micro_batch,
                     loss_mib=config.loss_mib)
 
-    def trace(packing: Packing | None, recompute: int) -> Trace:
+    def trace(window: Window, recompute: int) -> Trace:
         training = twin()
         training.limits.recompute = recompute
-        windows = [job.stream.picked(step) for step in job.planned()]
-        window = (longest(job.examples.train, job.config.micro_batch) if packing is None
-                  else largest(windows, packing, job.config.micro_batch))
         return trace_step(training, window, attention_kernels(job.card, job.model.head.dtype))
 
     return trace
@@ -147,7 +155,7 @@ def largest(windows: list[list[Example]], packing: Packing, micro_batch: int) ->
     return Window([e for row in rows for e in row], 0, replace(packing, lengths=(length,)))
 
 
-def longest(examples: list[Example], micro_batch: int) -> Window:
+def longest_rows(examples: list[Example], micro_batch: int) -> Window:
     """The micro-batch that takes most memory: the longest rows together."""
     ordered = sorted(examples, key=lambda e: (len(e.ids), e.supervised))
     return Window(ordered[-micro_batch:], pad_id=0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from phogpt_raw.cards import Card, dtype_name, this_card, training_dtype
-from phogpt_raw.config import Config, flag
+from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Stream, TokenStream
 from phogpt_raw.data.examples import Examples, load_examples
 from phogpt_raw.data.packing import Packing
@@ -117,15 +117,11 @@ def check_asked(config: Config, shape: ModelConfig) -> None:
 
 def make_stream(examples: Examples, config: Config, pad_id: int) -> Stream:
     """Windows of --batch-size examples or of --batch-tokens tokens; Refusal where an example is
-    longer than a window or than --pack-len."""
-    packed = examples.train + examples.held_out if config.packing else []
-    for name, among in (("batch_tokens", examples.train), ("pack_len", packed)):
-        if not among:
-            continue
-        longest, limit = max(among, key=lambda e: len(e.ids)), getattr(config, name)
-        if limit is not None and limit < len(longest.ids):
-            raise Refusal(f"{longest.where}: {len(longest.ids)} tokens are more than "
-                          f"--{flag(name)} {limit}; raise it or lower --max-len")
+    longer than such a window."""
+    longest = max(examples.train, key=lambda e: len(e.ids))
+    if config.batch_tokens and config.batch_tokens < len(longest.ids):
+        raise Refusal(f"{longest.where}: {len(longest.ids)} tokens are more than --batch-tokens "
+                      f"{config.batch_tokens}; raise it or lower --max-len")
     if config.batch_tokens:
         return TokenStream(examples.train, batch_tokens=config.batch_tokens, pad_id=pad_id,
                            seed=config.seed)
