@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench import epoch, items, results
+from bench import items, report, results
 from phogpt_raw.cards import Card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -150,10 +150,10 @@ def epochs() -> list[str]:
 def epoch_cells(row: dict, cap: float | None) -> list[str]:
     """What one side came to."""
     if "steady_s" not in row:
-        return [epoch.who(row), *["out of memory"] * 2, *[""] * 3]
-    return [epoch.who(row) + ("" if row["fits"] or not cap else f", over {cap:g} GiB"),
-            f"{row['rows']:,}", epoch.seconds_of(row["steady_s"]),
-            epoch.seconds_of(row["whole_s"]) if "whole_s" in row else "",
+        return [report.who(row), *["out of memory"] * 2, *[""] * 3]
+    return [report.who(row) + ("" if row["fits"] or not cap else f", over {cap:g} GiB"),
+            f"{row['rows']:,}", report.seconds_of(row["steady_s"]),
+            report.seconds_of(row["whole_s"]) if "whole_s" in row else "",
             f"{row['allocated_gib']:.2f}",
             f"{row['times_faster']:.1f}" if "times_faster" in row else ""]
 

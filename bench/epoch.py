@@ -17,18 +17,13 @@ another run of ours; of the Trainer's one epoch it is the steps after the first 
 
 import argparse
 import json
-import statistics
 import tempfile
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from bench import items, report, results
+from bench import items, report, results, turns
 from bench.command_line import count, known_cards, whole_numbers
-from bench.epoch_sides import write_examples
-from bench.peer import adapter_weights
-from bench.process import Side
 from bench.random_data import random_rows
 from bench.sides import write_random_checkpoint
 from bench.simulated import cards, shape_of
@@ -43,7 +38,6 @@ from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
 
 LENGTHS = Path(__file__).parent / "lengths.json"
-WARM = 4  # the Trainer's steady steps are those after the first of so many parts
 
 
 def random_examples(vocabulary: int) -> list[Example]:
@@ -80,9 +74,6 @@ def examples_of(options, config: Config) -> list[Example]:
     return examples
 
 
-# -- simulated
-
-
 def simulate(options, config: Config, examples: list[Example]) -> None:
     for card, rates, traces in cards(options):
         epoch = plan(examples, config, card, traces.shape.n_layers, traces)
@@ -94,8 +85,8 @@ def simulate(options, config: Config, examples: list[Example]) -> None:
                **layout(epoch.windows, epoch.micro_batch),
                "steady_s": [sum(ends) / seen for ends in zip(*taken, strict=True)],
                **simulation.memory_row()}
-        out.print(table([row], f"simulated for {card.name}: {options.model}, {options.dtype}, rank "
-                               f"{options.rank}, as CUDA graphs"))
+        out.print(report.epoch([row], f"simulated for {card.name}: {options.model}, "
+                                      f"{options.dtype}, rank {options.rank}, as CUDA graphs"))
         if options.save:
             file = results.save("epoch", card, options, traces.dtype, [row], source="simulated",
                                 data=options.data, sources=rates.source)
@@ -105,116 +96,6 @@ def simulate(options, config: Config, examples: list[Example]) -> None:
 def described(options, config: Config) -> dict:
     return {"packing": config.packing, "batch_size": config.batch_size,
             "batch_tokens": config.batch_tokens, "rank": options.rank}
-
-
-# -- measured
-
-
-class Turns:
-    """The runs of both sides over one checkpoint in a temporary folder, one at a time."""
-
-    def __init__(self, options, config: Config, folder: Path, examples: list[Example]):
-        self.options, self.folder, self.made = options, folder, 0
-        self.config = replace(config, model=str(folder / "model"))
-        self.pages = 2 * adapter_weights(PUBLISHED[options.model], options.rank) / 2**30
-        write_examples(folder / "examples.json", examples)
-        self.trainers: Side | None = None
-
-    def start(self, name: str, config: Config) -> Side:
-        """A process whose kernels are compiled anew."""
-        self.made += 1
-        return Side(name, "bench.epoch_sides", name, json.dumps(asdict(config)),
-                    str(self.folder / "examples.json"),
-                    TRITON_CACHE_DIR=str(self.folder / f"triton-{self.made}"))
-
-    def cap(self, side: Side) -> float:
-        """GiB for torch: --cap less CUDA's context and the optimizer's pages."""
-        return self.options.cap and self.options.cap - side.context_gib - self.pages
-
-    def ours(self) -> dict:
-        """A run of one epoch and a run of --epochs, each in a new process."""
-        whole, steady = (self.run_ours(epochs) for epochs in (1.0, self.options.epochs))
-        if "seconds" not in whole or "seconds" not in steady:
-            return {"fits": False}
-        return steady | {
-            "fits": True, "whole_s": item_seconds(whole), "whole_seconds": whole["seconds"],
-            "steady_s": item_seconds(steady, after=len(steady["seconds"]) - steady["steps"]),
-            "allocated_gib": max(run["allocated_gib"] for run in (whole, steady)),
-            "reserved_gib": max(run["reserved_gib"] for run in (whole, steady))}
-
-    def run_ours(self, epochs: float) -> dict:
-        run = self.folder / f"run-{self.made + 1}"
-        side = self.start("ours", replace(self.config, out=str(run), epochs=epochs))
-        found = side.run(cap_gib=self.cap(side), memory_gib=self.options.cap)
-        side.close()
-        return found
-
-    def trainer(self, micro_batch: int) -> dict:
-        """An epoch of the Trainer; one row at a time under the cap, if that is enough."""
-        self.trainers = self.trainers or self.start("trainer", self.config)
-        cap = self.cap(self.trainers) if micro_batch == 1 else 0
-        found = self.trainers.run(cap_gib=cap, micro_batch=micro_batch)
-        if cap and "out_of_memory" in found:
-            found, cap = self.trainers.run(cap_gib=0, micro_batch=micro_batch), 0
-        if "seconds" not in found:
-            return {"fits": False}
-        return found | {
-            "fits": bool(cap) or not self.options.cap, "whole_s": item_seconds(found),
-            "steady_s": item_seconds(found, after=len(found["seconds"]) // WARM)}
-
-    def close(self) -> None:
-        if self.trainers:
-            self.trainers.close()
-
-
-def item_seconds(run: dict, after: int = 0) -> float:
-    """Mean seconds an example over the steps after the first `after`."""
-    return sum(run["seconds"][after:]) / sum(run["step_examples"][after:])
-
-
-def take_turns(turns, trainers: list[int], pairs: int) -> dict[str, list[dict]]:
-    """Runs of each side, ours before each of the Trainer's; ours alone where there is none."""
-    runs: dict[str, list[dict]] = {}
-    for _ in range(pairs):
-        for micro_batch in trainers or [None]:
-            runs.setdefault("ours", []).append(turns.ours())
-            say("ours", runs["ours"][-1])
-            if micro_batch:
-                name = f"trainer {micro_batch}"
-                runs.setdefault(name, []).append(turns.trainer(micro_batch))
-                say(name, runs[name][-1])
-    return runs
-
-
-def say(name: str, run: dict) -> None:
-    out.print(f"{name}: " + (f"{run['steady_s']:.4g} s an example, whole {run['whole_s']:.4g}"
-                             if "steady_s" in run else "out of memory"))
-
-
-EACH_STEP = ("seconds", "whole_seconds", "step_examples")  # of a run, not of a row
-
-
-def summary(runs: dict[str, list[dict]]) -> list[dict]:
-    """A row for each side: medians of its runs' seconds, the most memory, and how many times less
-    time it took than the Trainer with one row at a time."""
-    rows = []
-    for name, those in runs.items():
-        row = {"who": name.split()[0], "micro_batch": int(name.partition(" ")[2] or 1)}
-        done = [run for run in those if "steady_s" in run]
-        if done:
-            row |= {k: v for k, v in done[-1].items() if k not in EACH_STEP}
-            row |= {key: statistics.median(run[key] for run in done)
-                    for key in ("whole_s", "steady_s")}
-            row |= {key: max(run[key] for run in done)
-                    for key in ("allocated_gib", "reserved_gib")}
-        row["fits"] = all(run["fits"] for run in those)
-        rows.append(row | {"runs": those})
-    base = next((row.get("steady_s") for row in rows
-                 if (row["who"], row["micro_batch"]) == ("trainer", 1)), None)
-    for row in rows:
-        if base and "steady_s" in row:
-            row["times_faster"] = base / row["steady_s"]
-    return rows
 
 
 def measure(options, config: Config, examples: list[Example]) -> None:
@@ -227,58 +108,20 @@ def measure(options, config: Config, examples: list[Example]) -> None:
     if not 0 <= options.cap <= card.memory_gib:
         raise Refusal(f"--cap {options.cap:g}: {card.name} has {card.memory_gib:.1f} GiB")
     with tempfile.TemporaryDirectory() as temporary:
-        turns = Turns(options, config, Path(temporary), examples)
+        runs = turns.Runs(options, config, Path(temporary), examples)
         out.print(f"writing random weights of {options.model}")
-        write_random_checkpoint(Path(turns.config.model), PUBLISHED[options.model])
+        write_random_checkpoint(Path(runs.config.model), PUBLISHED[options.model])
         torch.cuda.empty_cache()
-        rows = summary(take_turns(turns, options.trainers, options.pairs))
-        turns.close()
+        rows = turns.summary(turns.take(runs, options.trainers, options.pairs))
+        runs.close()
     rows = [described(options, config) | row if row["who"] == "ours" else row for row in rows]
-    out.print(table(rows, f"measured on {card.name}: {options.model}, {options.dtype}, rank "
-                          f"{options.rank}", options.cap))
+    out.print(report.epoch(rows, f"measured on {card.name}: {options.model}, {options.dtype}, "
+                                 f"rank {options.rank}", options.cap))
     if options.save:
         file = results.save("epoch", card, options, DTYPES[options.dtype], rows, data=options.data,
                             cap_gib=options.cap or None, epochs=options.epochs,
                             pairs=options.pairs)
         out.print(f"saved {file}")
-
-
-# -- shown
-
-
-def who(row: dict) -> str:
-    """
-    >>> who({"who": "ours", "packing": False}), who({"who": "trainer", "micro_batch": 8})
-    ('this loop, not packed', 'Trainer, 8 at once')
-    """
-    if row["who"] == "trainer":
-        return f"Trainer, {row['micro_batch']} at once"
-    return "this loop" + ("" if row["packing"] else ", not packed") + (
-        f", {row['batch_tokens']:,} tokens a step" if row.get("batch_tokens") else "")
-
-
-def seconds_of(value) -> str:
-    """A measured time to three digits, a simulated one as a range."""
-    return items.span(value) if isinstance(value, list) else f"{value:.3g}"
-
-
-def table(rows: list[dict], title: str, cap: float = 0):
-    made = report.table(title, ["", "rows", "examples", "fill", "steady", "whole", "GiB", "times"],
-                        caption="rows: through the model in an epoch; examples: in a row; fill: "
-                        "what is not padding; seconds an example, GiB allocated; times: faster "
-                        "than the Trainer with 1 at once"
-                        + (f". *: not under {cap:g} GiB" if cap else ""))
-    for row in rows:
-        name = who(row) + ("" if row["fits"] else "*")
-        if "steady_s" not in row:
-            made.add_row(name, *["-"] * 3, "out of", "memory")
-            continue
-        made.add_row(name, f"{row['rows']:,}", f"{row['examples_a_row']:.2f}", f"{row['fill']:.0%}",
-                     seconds_of(row["steady_s"]),
-                     seconds_of(row["whole_s"]) if "whole_s" in row else "",
-                     f"{row['allocated_gib']:.2f}",
-                     f"{row['times_faster']:.2f}" if "times_faster" in row else "")
-    return made
 
 
 def parse(arguments):

@@ -32,7 +32,8 @@ def read(options) -> Items:
         raise Refusal("--data is timed at one --micro-batch and one --recompute")
     config = Config(model=options.model, data=options.data, max_len=options.max_len,
                     epochs=options.epochs, micro_batch=int(options.micro_batch),
-                    packing=options.packing, recompute=options.recompute)
+                    packing=options.packing, batch_tokens=options.batch_tokens,
+                    recompute=options.recompute)
     return Items(*read_file(options, config), config)
 
 
@@ -72,7 +73,8 @@ def estimate(options, items: Items, epoch: Epoch, most: int,
     return {
         "data": options.data, "tokenizer": items.tokenizer, "items": len(lengths),
         "micro_batch": epoch.micro_batch, "packing": items.config.packing,
-        "batch_size": items.config.batch_size, "epochs": options.epochs,
+        "batch_size": items.config.batch_size, "batch_tokens": items.config.batch_tokens,
+        "epochs": options.epochs,
         "layout": layout(epoch.windows, epoch.micro_batch),
         "tokens_median": statistics.median(lengths),
         "tokens_longest": max(lengths), "item_s": item_s,
@@ -82,10 +84,11 @@ def estimate(options, items: Items, epoch: Epoch, most: int,
 
 def line(estimate: dict) -> str:
     """An estimate in words."""
+    how = estimate["layout"]
     file = (f"{estimate['data']}: {estimate['items']:,} examples, median "
             f"{estimate['tokens_median']:g} tokens, longest {estimate['tokens_longest']:,} "
-            f"({estimate['tokenizer']}'s tokenizer), {estimate['batch_size']} a step in "
-            f"{estimate['layout']['rows'] / estimate['layout']['steps']:.3g} rows: ")
+            f"({estimate['tokenizer']}'s tokenizer), {how['examples'] / how['steps']:.3g} a "
+            f"step in {how['rows'] / how['steps']:.3g} rows: ")
     if estimate["item_s"] is None:
         return file + "out of memory; a shorter --max-len or a smaller --micro-batch fits"
     run = " to ".join(dict.fromkeys(clock(3600 * hours) for hours in estimate["hours"]))

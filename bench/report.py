@@ -149,3 +149,42 @@ def simulated_time(rows: list[dict], rates: Rates) -> Table:
             span(row["step_s"]) + "*" * row["host_bound_eager"], span(row["tokens_per_s"]),
             span(row["item_s"]))
     return made
+
+
+# -- an epoch
+
+
+def who(row: dict) -> str:
+    """
+    >>> who({"who": "ours", "packing": False}), who({"who": "trainer", "micro_batch": 8})
+    ('this loop, not packed', 'Trainer, 8 at once')
+    """
+    if row["who"] == "trainer":
+        return f"Trainer, {row['micro_batch']} at once"
+    return "this loop" + ("" if row["packing"] else ", not packed") + (
+        f", {row['batch_tokens']:,} tokens a step" if row.get("batch_tokens") else "")
+
+
+def seconds_of(value) -> str:
+    """A measured time to three digits, a simulated one as a range."""
+    return span(value) if isinstance(value, list) else f"{value:.3g}"
+
+
+def epoch(rows: list[dict], title: str, cap: float = 0) -> Table:
+    """A row for each side; `cap`: GiB that a run had to keep under."""
+    made = table(title, ["", "rows", "examples", "fill", "steady", "whole", "GiB", "times"],
+                 caption="rows: through the model in an epoch; examples: in a row; fill: what is "
+                 "not padding; seconds an example, GiB allocated; times: faster than the Trainer "
+                 "with 1 at once" + (f". *: not under {cap:g} GiB" if cap else ""))
+    made.columns[0].no_wrap = False  # its names can be long
+    for row in rows:
+        name = who(row) + ("" if row["fits"] else "*")
+        if "steady_s" not in row:
+            made.add_row(name, *["-"] * 3, "out of", "memory")
+            continue
+        made.add_row(name, f"{row['rows']:,}", f"{row['examples_a_row']:.2f}", f"{row['fill']:.0%}",
+                     seconds_of(row["steady_s"]),
+                     seconds_of(row["whole_s"]) if "whole_s" in row else "",
+                     f"{row['allocated_gib']:.2f}",
+                     f"{row['times_faster']:.2f}" if "times_faster" in row else "")
+    return made

@@ -131,6 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=float, default=3, help="epochs over --data")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
                         help="the examples of a step share rows, as in train.py")
+    parser.add_argument("--batch-tokens", "--batch_tokens", type=count, metavar="N",
+                        help="a step: at most so many tokens, in place of 8 examples")
     parser.add_argument("--max-len", "--max_len", type=count, default=1024)
     parser.add_argument("--tokenizer", help="that of --data's lengths: nano, a folder, a hub id "
                         "(default the model's; for 7b5 and 4b nano's)")

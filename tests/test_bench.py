@@ -16,6 +16,7 @@ from bench import (
     items,
     measure,
     memory,
+    report,
     results,
     simulated,
     step_time,
@@ -118,7 +119,8 @@ def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, block
     assert counted == pytest.approx(sum(op.flops for op in trace.ops), rel=0.07)
 
 
-@pytest.mark.parametrize("module", [compare, gpu_kernels, items], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [compare, gpu_kernels, items, report],
+                         ids=lambda m: m.__name__)
 def test_doctest(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed

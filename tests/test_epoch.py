@@ -1,6 +1,5 @@
 """bench/epoch.py: real lengths, train.py's own loop, what is padding, what a card would take."""
 
-import doctest
 import json
 import re
 import statistics
@@ -11,8 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ragged_examples
+from rich.console import Console
 
-from bench import compare, epoch, epoch_sides, results, sides, simulated, windows
+from bench import compare, epoch, epoch_sides, report, results, sides, simulated, turns, windows
 from bench.sides import write_random_checkpoint
 from phogpt_raw.cards import Card
 from phogpt_raw.config import Config
@@ -183,7 +183,7 @@ def test_the_trainer_takes_an_epoch(folder, micro_batch, steps, sizes):
 # -- turns
 
 
-class Turns:
+class Sides:
     """Both sides, in the order in which they run."""
 
     def __init__(self):
@@ -203,25 +203,35 @@ class Turns:
 
 
 def test_sides_take_turns_and_a_row_is_the_median_of_its_runs():
-    turns = Turns()
-    ours, one, eight, sixteen = epoch.summary(epoch.take_turns(turns, [1, 8, 16], pairs=1))
-    assert turns.order == ["ours", 1, "ours", 8, "ours", 16]
+    sides = Sides()
+    ours, one, eight, sixteen = turns.summary(turns.take(sides, [1, 8, 16], pairs=1))
+    assert sides.order == ["ours", 1, "ours", 8, "ours", 16]
     assert (ours["steady_s"], ours["allocated_gib"], len(ours["runs"])) == (0.125, 5.0, 3)
     assert ours["times_faster"] == 4.0 and one["times_faster"] == 1.0
     assert one["fits"] and not eight["fits"]
     assert "steady_s" not in sixteen and not sixteen["fits"]
-    assert [epoch.who(row | {"packing": True}) for row in (ours, eight)] == [
+    assert [report.who(row | {"packing": True}) for row in (ours, eight)] == [
         "this loop", "Trainer, 8 at once"]
 
 
 def test_ours_alone_has_nothing_to_be_faster_than():
-    [ours] = epoch.summary(epoch.take_turns(Turns(), [], pairs=2))
+    [ours] = turns.summary(turns.take(Sides(), [], pairs=2))
     assert len(ours["runs"]) == 2 and "times_faster" not in ours
 
 
 def test_steady_leaves_out_what_comes_first():
     run = {"seconds": [9.0, 1.0, 1.0, 2.0], "step_examples": [8, 8, 8, 4]}
-    assert epoch.item_seconds(run) == 13 / 28 and epoch.item_seconds(run, after=2) == 3 / 12
+    assert turns.item_seconds(run) == 13 / 28 and turns.item_seconds(run, after=2) == 3 / 12
+
+
+def test_the_table_fits_80_columns(capsys):
+    row = {"who": "ours", "packing": False, "batch_tokens": 4096, "rows": 12345, "fits": True,
+           "examples_a_row": 12.34, "fill": 1.0, "steady_s": [0.861, 1.031], "allocated_gib": 14.56}
+    Console(width=80).print(report.epoch([row], "title"))
+    said = capsys.readouterr().out
+    assert "…" not in said and max(map(len, said.splitlines())) <= 80
+    for part in ("not packed", "tokens a step", "12,345", "0.86 to 1.03", "14.56"):
+        assert part in said
 
 
 # -- simulated
@@ -361,11 +371,6 @@ def test_measuring_needs_a_gpu_and_a_published_shape(model, line, monkeypatch, c
     options = epoch.parse(["--model", model, "--card", "t4"])
     with pytest.raises(epoch.Refusal, match=line):
         epoch.measure(options, epoch.config_of(options), [])
-
-
-def test_doctest():
-    found = doctest.testmod(epoch)
-    assert found.attempted and not found.failed
 
 
 def test_the_cap_is_a_t4s_by_default():
