@@ -128,7 +128,7 @@ def test_documents_with_columns_are_each_document_alone(stand_in, lengths, dtype
     qkv = torch.randn(2, length, 3, heads, width).to(dtype).requires_grad_()
     g = torch.randn(2, length, heads, width).to(dtype)
     slopes = alibi_slopes(heads)
-    seen = visible(slopes, width, length, length, dtype, doc,
+    seen = visible(slopes, width, length, dtype, doc,
                    DocumentBounds(len(lengths) + 2, max(lengths)))
     out = attend_documents(qkv, seen, None)
     exact = qkv.detach().double().requires_grad_()
@@ -156,20 +156,6 @@ def test_a_model_with_bounds_is_the_model_with_the_masked_bias(stand_in, recompu
     pairs = zip(gradients(DocumentBounds(4, 12)), gradients(None), strict=True)
     for mine, masked in pairs:
         torch.testing.assert_close(mine, masked, rtol=0, atol=1e-5 * masked.abs().max().item())
-
-
-@torch.no_grad()
-def test_a_cache_is_filled_whether_or_not_bounds_are_given(stand_in):
-    """The first tokens see as many keys as there are queries, as in training."""
-    config = small_config(6, 8, 2)
-    model, ids = ours(config, lively_tensors(config)).eval(), random_ids(config, 1, 9)
-    doc = torch.tensor([[0] * 4 + [1] * 5])
-    cache = model.new_cache(1, 9)
-    first = model(ids[:, :7], doc[:, :7], cache, bounds=DocumentBounds(2, 5))
-    last = model(ids[:, 7:], doc[:, 7:], cache)
-    wanted = model(ids, doc)
-    torch.testing.assert_close(torch.cat([first, last], 1), wanted, rtol=0,
-                               atol=1e-5 * wanted.abs().max().item())
 
 
 # -- what is chosen
@@ -200,11 +186,10 @@ def test_heads_that_the_kernels_cannot_read_in_vectors_have_the_masked_bias(monk
     assert not taken or asked == [width + 8]  # torch is asked for the heads that the kernel gets
 
 
-def test_without_bounds_with_a_cache_or_on_a_cpu_it_is_the_masked_bias():
+def test_without_bounds_or_on_a_cpu_it_is_the_masked_bias():
     slopes, doc, bounds = alibi_slopes(2), documents_of([5, 3]), DocumentBounds(4, 8)
-    for keys, documents, given in ((8, doc, None), (8, None, bounds), (8, doc, bounds),
-                                   (9, torch.zeros(1, 9, dtype=torch.long), bounds)):
-        seen = visible(slopes, 16, 8, keys, torch.float32, documents, given)
+    for documents, given in ((doc, None), (None, bounds), (doc, bounds)):
+        seen = visible(slopes, 16, 8, torch.float32, documents, given)
         assert isinstance(seen, Bias)
 
 

@@ -10,7 +10,7 @@ from conftest import ragged_examples
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.packing import Packing
-from phogpt_raw.decode import answer
+from phogpt_raw.decode.engine import answer
 from phogpt_raw.training.evaluate import Score, evaluate, held_out_loss
 from phogpt_raw.training.limits import Limits
 

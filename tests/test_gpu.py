@@ -13,6 +13,7 @@ from phogpt_raw.data.batches import Window, collate
 from phogpt_raw.model import attention, lora
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.attention import Bias, alibi_slopes, attend, choose_kernel
+from phogpt_raw.model.cache import Piece, Step
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training import graphs
@@ -447,10 +448,10 @@ def test_a_token_through_the_cache_is_that_of_the_whole_row(dtype, length):
     model, _ = load_base("nano", nf4=False, dtype=dtype, device="cuda")
     dice = torch.Generator().manual_seed(0)
     ids_BL = torch.randint(4, 4096, (2, length), generator=dice).cuda()
-    doc_BL = (torch.arange(length, device="cuda") >= 7).long().expand(2, length).contiguous()
     cache = model.new_cache(2, length + 5)
     with torch.no_grad():
-        whole = model(ids_BL, doc_BL)[:, -1]
-        model(ids_BL[:, :-1], doc_BL[:, :-1], cache)
-        last = model(ids_BL[:, -1:], doc_BL[:, -1:], cache)[:, -1]
+        whole = model(ids_BL)[:, -1]
+        model(ids_BL[:, :-1], cache=Piece(cache))
+        cache.place_B[:] = length - 1
+        last = model(ids_BL[:, -1:], cache=Step(cache, 2, length + 5))[:, -1]
     assert (last - whole).norm() < 16 * torch.finfo(dtype).eps * whole.norm()

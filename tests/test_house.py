@@ -86,6 +86,6 @@ def test_the_package_itself_offers_load_base_alone():
 def test_this_test_sees_an_import_wherever_it_stands(tmp_path):
     file = tmp_path / "m.py"
     file.write_text("def f():\n    from phogpt_raw.show import console\n"
-                    "    import phogpt_raw.decode\n"
+                    "    import phogpt_raw.model.cache\n"
                     "from phogpt_raw.training.step import train_step\n")
-    assert rooms_used(file) == {"show.console", "decode", "training.step"}
+    assert rooms_used(file) == {"show.console", "model.cache", "training.step"}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from oracle import lively_tensors, oracle, ours, random_ids, small_config, twins
 
+from phogpt_raw.model.cache import Piece, Step
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal
 
@@ -105,39 +106,47 @@ def test_tokens_through_the_cache_are_the_oracles(heads, prompt):
     config = small_config(heads)
     model, other = twins(config)
     ids_BL = random_ids(config, 2, 17)
-    cache = model.new_cache(2, 30)
-    pieces = ids_BL.split([prompt] + [1] * (17 - prompt), 1)
-    logits_BLV = torch.cat([model.logits(model(ids, cache=cache)) for ids in pieces], 1)
-    torch.testing.assert_close(logits_BLV, other(ids_BL).logits, **FP32)
+    cache = model.new_cache(3, 30)
+    logits = [model.logits(model(ids_BL[:, :prompt], cache=Piece(cache)))]
+    for place in range(prompt, 17):
+        cache.place_B[:] = place
+        ids = ids_BL[:, place : place + 1]
+        logits.append(model.logits(model(ids, cache=Step(cache, 2, 20))))
+    torch.testing.assert_close(torch.cat(logits, 1), other(ids_BL).logits, **FP32)
 
 
 @torch.no_grad()
-def test_several_tokens_at_once_through_the_cache_are_the_oracles():
+def test_a_prompt_in_pieces_through_the_cache_is_the_oracles():
     config = small_config(6)
     model, other = twins(config)
     ids_BL = random_ids(config, 2, 17)
-    cache = model.new_cache(2, 17)
-    pieces = ids_BL.split([6, 4, 7], 1)
-    logits_BLV = torch.cat([model.logits(model(ids, cache=cache)) for ids in pieces], 1)
+    cache = model.new_cache(4, 17)
+    logits_BLV = torch.cat([
+        model.logits(model(ids_BL[:, start:stop], cache=Piece(cache, first=1, start=start)))
+        for start, stop in ((0, 6), (6, 10), (10, 17))], 1)
     torch.testing.assert_close(logits_BLV, other(ids_BL).logits, **FP32)
+    assert not any(kv[:, [0, 3]].any() for kv in cache.kv)  # other rows are not touched
 
 
 @torch.no_grad()
-def test_left_padded_rows_through_the_cache_are_the_oracles():
+def test_rows_of_unequal_lengths_step_together_as_the_oracle_does_alone():
     config = small_config(6)
     model, other = twins(config)
-    ids_BL, doc_BL, real_BL = padded(config, "left")
-    more_BL = random_ids(config, 3, 5, seed=8)
-    cache = model.new_cache(3, 14)
-    got = [model.logits(model(ids_BL, doc_BL, cache))]
-    for ids in more_BL.split(1, 1):
-        got.append(model.logits(model(ids, doc_BL[:, -1:], cache)))
-    got = torch.cat(got, 1)
-    real_BL = F.pad(real_BL, (0, 5), value=True)
-    expected = other(torch.cat([ids_BL, more_BL], 1), attention_mask=real_BL.long()).logits
-    torch.testing.assert_close(got[real_BL], expected[real_BL], **FP32)
-    alone = other(torch.cat([ids_BL, more_BL], 1)[1:2, 5:]).logits
-    torch.testing.assert_close(got[1:2, 5:], alone, **FP32)
+    lengths = [3, 9, 1]
+    rows = [random_ids(config, 1, n + 5, seed=n) for n in lengths]
+    cache = model.new_cache(3, 16)
+    for n, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
+        model(ids[:, :length], cache=Piece(cache, first=n))
+    cache.place_B[:] = torch.tensor(lengths)
+    for more in range(5):
+        ids_B1 = torch.cat([ids[:, n + more : n + more + 1] for ids, n in zip(rows, lengths,
+                                                                              strict=True)])
+        got = model.logits(model(ids_B1, cache=Step(cache, 3, 16)))[:, 0]
+        cache.place_B += 1
+        wanted = torch.cat([other(ids[:, : n + more + 1]).logits[:, -1]
+                            for ids, n in zip(rows, lengths, strict=True)])
+        torch.testing.assert_close(got, wanted, **FP32)
+
 
 
 # -- gradients

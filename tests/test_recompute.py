@@ -24,6 +24,7 @@ from phogpt_raw.data.batches import Window
 from phogpt_raw.model import attention, phogpt
 from phogpt_raw.model import recompute as module
 from phogpt_raw.model.adapters import TARGETS, new_adapters
+from phogpt_raw.model.cache import Piece
 from phogpt_raw.model.recompute import recomputed
 from phogpt_raw.model.weights import load_base
 
@@ -314,7 +315,7 @@ def test_no_hooks_where_there_are_no_gradients(monkeypatch):
     model, _ = small()
     monkeypatch.setattr(module, "saved_tensors_hooks", None)
     with torch.no_grad():
-        model(random_ids(small_config(6), 1, 5), cache=model.new_cache(1, 5))
+        model(random_ids(small_config(6), 1, 5), cache=Piece(model.new_cache(1, 5)))
         model(random_ids(small_config(6), 1, 5))
     with pytest.raises(TypeError):
         model(random_ids(small_config(6), 1, 5))

@@ -19,7 +19,7 @@ from oracle import random_ids
 from torch import nn
 
 from phogpt_raw import load_base
-from phogpt_raw.decode import answer
+from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.refusal import Refusal
 

@@ -97,6 +97,22 @@ class Bias:
         return masked.copy_(bias_1HLS).masked_fill_(other_B1LS, torch.finfo(masked.dtype).min)
 
 
+class OneTokenBias(Bias):
+    """Of one query in each row, at its own place: it sees the keys up to there.
+
+    place_B: the query's position in each row, on the device; keys: of the cache, in all rows.
+    """
+
+    def __init__(self, slopes_H: torch.Tensor, place_B: torch.Tensor, keys: int,
+                 dtype: torch.dtype):
+        self.queries, self.keys, self.block, self.doc_BS = 1, keys, 1, None
+        distance_BS = place_B[:, None] - torch.arange(keys, device=place_B.device)
+        bias = empty((len(place_B), len(slopes_H), 1, keys), dtype, place_B.device)
+        torch.mul(-slopes_H[:, None, None], distance_BS[:, None, None, :], out=bias)
+        self.last_1HLS = bias.masked_fill_(distance_BS[:, None, None, :] < 0,
+                                           torch.finfo(dtype).min)
+
+
 def block_size(heads: int, keys: int, dtype: torch.dtype) -> int:
     """Queries a block: a power of two, at most BLOCK, within BIAS_MIB.
 

@@ -1,52 +1,100 @@
 """Keys and values of the tokens so far, so that decoding computes one token at a time.
 
-Memory for all positions is taken at once and filled from the left; attention sees a view of what is
-filled. On PhoGPT-7B5 a token takes 0.5 MiB in 16 bits.
+A row of the cache is one sequence, from position 0 on. Rows have lengths of their own: how many
+tokens each holds, `place_B`, lies on the device, so that a step of one token for each row needs
+nothing from the host and can be a CUDA graph. What stands behind a row's end is never seen.
+
+The model reads the cache through a view: `Piece` is the next L tokens of some rows' prompts, `Step`
+is one token more for each row.
+
+On PhoGPT-7B5 a token takes 0.5 MiB in 16 bits.
 
 B rows, L new tokens, S positions, H heads, K head width.
 """
 
 import torch
 
+from phogpt_raw.model.attention import Bias, OneTokenBias
+
 
 class Cache:
-    """The cache of all layers, and the documents [B, S] of the positions that they hold."""
+    """`kv`: of each layer [2, B, H, S, K], keys and values. `place_B`: the position at which the
+    next token of each row stands."""
 
     def __init__(self, layers: int, rows: int, heads: int, positions: int, width: int, *, dtype,
                  device):
-        self.filled = 0
-        self.doc_BS = torch.zeros(rows, positions, dtype=torch.long, device=device)
-        self.layers = [
-            LayerCache(torch.empty(2, rows, heads, positions, width, dtype=dtype, device=device))
-            for _ in range(layers)
-        ]
+        # zeros: what is masked is multiplied by a weight of 0, and must be finite for that
+        self.kv = [torch.zeros(2, rows, heads, positions, width, dtype=dtype, device=device)
+                   for _ in range(layers)]
+        self.place_B = torch.zeros(rows, dtype=torch.long, device=device)
 
-    def advance(self, queries: int, doc_BL: torch.Tensor | None) -> tuple[int, torch.Tensor]:
-        """Note the next tokens' documents; return how many keys they see, and all documents."""
-        start, self.filled = self.filled, self.filled + queries
-        if doc_BL is not None:
-            self.doc_BS[:, start : self.filled] = doc_BL
-        return self.filled, self.doc_BS[:, : self.filled]
+    @property
+    def rows(self) -> int:
+        return self.kv[0].shape[1]
+
+    @property
+    def positions(self) -> int:
+        return self.kv[0].shape[3]
+
+    def grow(self, positions: int) -> None:
+        """Make room for more positions, a layer at a time, so that two layers are held twice at
+        most. All tensors of `kv` are new ones afterwards."""
+        for n, old in enumerate(self.kv):
+            new = old.new_zeros(*old.shape[:3], positions, old.shape[4])
+            new[:, :, :, : old.shape[3]] = old
+            self.kv[n] = new
+
+    def move(self, source: int, target: int) -> None:
+        """Let row `target` be what row `source` is."""
+        for kv in self.kv:
+            kv[:, target] = kv[:, source]
+        self.place_B[target] = self.place_B[source]
 
 
-class LayerCache:
-    """Keys and values of one layer, [2, B, H, S, K]."""
+class Piece:
+    """The tokens from position `start` on of the prompts in rows `first`, first + 1, …"""
 
-    def __init__(self, kv: torch.Tensor):
-        self.kv, self.filled = kv, 0
+    def __init__(self, cache: Cache, first: int = 0, start: int = 0):
+        self.cache, self.first, self.start = cache, first, start
 
-    def extend(self, k_BHLK, v_BHLK):
-        """Append the new tokens' keys and values; return all so far, [B, H, filled, K] each."""
-        start, self.filled = self.filled, self.filled + k_BHLK.shape[2]
-        self.kv[0, :, :, start : self.filled] = k_BHLK
-        self.kv[1, :, :, start : self.filled] = v_BHLK
-        return self.kv[:, :, :, : self.filled].unbind(0)
+    def seen(self, slopes_H, queries: int, dtype: torch.dtype) -> Bias:
+        return Bias(slopes_H, queries, self.start + queries, dtype)
+
+    def extend(self, layer: int, k_BHLK, v_BHLK):
+        """Note the new tokens' keys and values; return all so far, [B, H, S, K] each."""
+        end = self.start + k_BHLK.shape[2]
+        kv = self.cache.kv[layer][:, self.first : self.first + len(k_BHLK), :, :end]
+        kv[0, :, :, self.start :], kv[1, :, :, self.start :] = k_BHLK, v_BHLK
+        return kv.unbind(0)
 
 
-def rows_that_fit(layers: int, width: int, positions: int, itemsize: int, limit_mib: int) -> int:
-    """Rows of `positions` tokens whose cache stays within limit_mib, at least one.
+class Step:
+    """One token for each of the first `rows` rows, each at its own place.
 
-    >>> rows_that_fit(layers=32, width=4096, positions=256, itemsize=2, limit_mib=512)  # 7B5, fp16
-    4
+    positions: of the cache, that attention reads; more than any of the rows holds.
     """
-    return max(1, limit_mib * 2**20 // (2 * layers * width * positions * itemsize))
+
+    def __init__(self, cache: Cache, rows: int, positions: int):
+        self.cache, self.rows, self.positions = cache, rows, positions
+        self.row_B = torch.arange(rows, device=cache.place_B.device)
+        self.place_B = cache.place_B[:rows]
+
+    def seen(self, slopes_H, queries: int, dtype: torch.dtype) -> Bias:
+        assert queries == 1
+        return OneTokenBias(slopes_H, self.place_B, self.positions, dtype)
+
+    def extend(self, layer: int, k_BHLK, v_BHLK):
+        """As Piece's; each row's new key is where its own place is."""
+        kv = self.cache.kv[layer][:, : self.rows]
+        for all_BHSK, new_BHLK in zip(kv, (k_BHLK, v_BHLK), strict=True):
+            all_BHSK[self.row_B, :, self.place_B] = new_BHLK[:, :, 0]
+        return kv[:, :, :, : self.positions].unbind(0)
+
+
+def cache_bytes(layers: int, width: int, rows: int, positions: int, itemsize: int) -> int:
+    """Of the keys and values of so many rows and positions.
+
+    >>> cache_bytes(layers=32, width=4096, rows=1, positions=1, itemsize=2)  # 7B5, fp16
+    524288
+    """
+    return 2 * layers * width * rows * positions * itemsize

@@ -78,17 +78,17 @@ def starts_of(doc_BL: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     return starts, torch.arange(rows * length, device=doc_BL.device) - starts[doc_T]
 
 
-def visible(slopes_H: torch.Tensor, width: int, queries: int, keys: int, dtype: torch.dtype,
-            doc_BS: torch.Tensor | None, bounds: DocumentBounds | None) -> Bias | Documents:
+def visible(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.dtype,
+            doc_BL: torch.Tensor | None, bounds: DocumentBounds | None) -> Bias | Documents:
     """Which keys each query sees, in the form that suits the device; `width` of a head.
 
-    Without bounds, where there are more keys than queries and on a CPU it is the masked bias.
+    Without bounds and on a CPU it is the masked bias.
     """
-    if bounds is not None and doc_BS is not None and keys == queries:
-        kernel = choose_kernel(slopes_H, width, queries, dtype, bounds)
+    if bounds is not None and doc_BL is not None:
+        kernel = choose_kernel(slopes_H, width, length, dtype, bounds)
         if kernel is not None:
-            return Documents(slopes_H, doc_BS, bounds, kernel)
-    return Bias(slopes_H, queries, keys, dtype, doc_BS)
+            return Documents(slopes_H, doc_BL, bounds, kernel)
+    return Bias(slopes_H, length, length, dtype, doc_BL)
 
 
 def attend_documents(qkv_BL3HK: torch.Tensor, documents: Documents,

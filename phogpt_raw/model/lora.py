@@ -23,15 +23,17 @@ from phogpt_raw.model.matmul import matmul_to, scaled_matmul
 from phogpt_raw.model.nf4 import dequantise
 from phogpt_raw.private_apis import nf4_state
 
+FEW = 16  # rows
+
 
 def lora_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
     """x [..., D] -> [..., O] through `base` (nn.Linear or Linear4bit, frozen) and its adapter.
 
-    x is in the compute dtype, which is W's. Gradients go to x, A and B alone. Without gradients
-    the base layer runs its own forward: for the few rows of a decoding step bitsandbytes' kernels
-    read the 4 bits directly, where dequantising first would move nine times the bytes.
+    x is in the compute dtype, which is W's. Gradients go to x, A and B alone. Without gradients and
+    for the few rows of a decoding step the base layer runs its own forward: bitsandbytes' kernels
+    then read the 4 bits directly, where dequantising first would move nine times the bytes.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or len(rows(x)) > FEW:
         return LoraLinear.apply(x, base.weight, base.bias, A_RD, B_OR, scaling)
     y = base(x)
     xa_NR = scaled_matmul(rows(x), compute_copy(A_RD, x.dtype).t(), scaling)

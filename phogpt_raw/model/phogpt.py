@@ -10,6 +10,7 @@ vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from phogpt_raw.data.packing import DocumentBounds
 from phogpt_raw.model.attention import alibi_slopes, attend
-from phogpt_raw.model.cache import Cache
+from phogpt_raw.model.cache import Cache, Piece, Step
 from phogpt_raw.model.documents import Documents, attend_documents, visible
 from phogpt_raw.model.recompute import recomputed
 from phogpt_raw.refusal import Refusal
@@ -105,7 +106,7 @@ class Attention(nn.Module):
         self.Wqkv = nn.Linear(d, 3 * d, bias=bias)
         self.out_proj = nn.Linear(d, d, bias=bias)
 
-    def forward(self, x_BLD, seen, cache=None):
+    def forward(self, x_BLD, seen, extend=None):
         qkv = self.Wqkv(x_BLD)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
@@ -115,8 +116,8 @@ class Attention(nn.Module):
             return self.out_proj(rearrange(out, "b l h k -> b l (h k)"))
         # split along an inner axis: backward then joins the gradients in the layout of qkv
         q, k, v = (rearrange(part, "b l h k -> b h l k") for part in qkv.unbind(2))
-        if cache is not None:
-            k, v = cache.extend(k, v)
+        if extend is not None:
+            k, v = extend(k, v)
         return self.out_proj(rearrange(attend(q, k, v, seen, self.scale), "b h l k -> b l (h k)"))
 
 
@@ -146,9 +147,9 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(config.d_model, **norm)
         self.ffn = FeedForward(config)
 
-    def forward(self, x_BLD, seen, cache=None):
+    def forward(self, x_BLD, seen, extend=None):
         with recomputed(self.norm_1, x_BLD) as normed:
-            x_BLD = x_BLD + self.attn(normed, seen, cache)
+            x_BLD = x_BLD + self.attn(normed, seen, extend)
         with recomputed(self.norm_2, x_BLD) as normed:
             return x_BLD + self.ffn(normed)
 
@@ -171,33 +172,33 @@ class PhoGPT(nn.Module):
         slopes = alibi_slopes(config.n_heads, config.alibi_bias_max)
         self.register_buffer("slopes_H", slopes, persistent=False)
 
-    def forward(self, ids_BL, doc_BL=None, cache: Cache | None = None,
+    def forward(self, ids_BL, doc_BL=None, cache: Piece | Step | None = None,
                 recompute: int = 0, bounds: DocumentBounds | None = None) -> torch.Tensor:
         """Hidden states [B, L, D] after the last norm.
 
         doc_BL: the number of each token's document. Attention stays inside a document, so padding
             (a document of its own, on either side) and packing are one case. None: one document a
             row.
-        cache: ids_BL are the next L tokens and attend to all that it holds.
+        cache: ids_BL are the next L tokens of its rows and attend to all that it holds of them.
+            There are no documents then.
         recompute: so many blocks, from the first, save only their input and run a second time in
             backward. Each saves about ten activations less, for half more arithmetic: with frozen
             weights a block of N parameters takes 4N FLOPs a token, recomputed 6N.
-        bounds: of the documents of doc_BL; with them attention costs less (documents.py). A cache
-            makes no use of them.
+        bounds: of the documents of doc_BL; with them attention costs less (documents.py).
         """
-        queries = keys = ids_BL.shape[1]
-        doc_BS = doc_BL
-        if cache is not None:
-            keys, doc_BS = cache.advance(queries, doc_BL)
-            bounds = None
-        x = self.transformer.wte(ids_BL)
-        seen = visible(self.slopes_H, self.config.d_model // self.config.n_heads, queries, keys,
-                       x.dtype, doc_BS, bounds)
+        x, length = self.transformer.wte(ids_BL), ids_BL.shape[1]
+        if cache is None:
+            seen = visible(self.slopes_H, self.config.d_model // self.config.n_heads, length,
+                           x.dtype, doc_BL, bounds)
+        else:
+            seen = cache.seen(self.slopes_H, length, x.dtype)
         for n, block in enumerate(self.transformer.blocks):
-            if cache is None and torch.is_grad_enabled() and n < recompute:
+            if cache is not None:
+                x = block(x, seen, partial(cache.extend, n))
+            elif torch.is_grad_enabled() and n < recompute:
                 x = checkpoint(block, x, seen, use_reentrant=False)
             else:
-                x = block(x, seen, cache and cache.layers[n])
+                x = block(x, seen)
         return self.transformer.norm_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

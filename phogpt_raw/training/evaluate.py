@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +12,8 @@ from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.packing import Packing
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.decode import answer, evaluating
-from phogpt_raw.model.cache import rows_that_fit
+from phogpt_raw.decode.engine import answer, evaluating, rows_that_fit
+from phogpt_raw.model.nf4_product import MOST
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import summed_loss
@@ -35,18 +37,22 @@ class Score:
 
 
 def evaluate(model: PhoGPT, tokenizer, examples: list[Example], config: Config, limits: Limits,
-             packing: Packing | None = None) -> Score:
-    """Loss on all examples, greedy answers to the first --eval-answers of them."""
+             packing: Packing | None = None,
+             memory: Callable[[], AbstractContextManager] = nullcontext) -> Score:
+    """Loss on all examples, greedy answers to the first --eval-answers of them.
+
+    memory: a context in which large tensors are allocated.
+    """
     started = time.perf_counter()
-    loss = held_out_loss(model, Window(examples, tokenizer.pad_token_id, packing), limits)
+    with memory():
+        loss = held_out_loss(model, Window(examples, tokenizer.pad_token_id, packing), limits)
     prompts = [e.prompt for e in examples[: config.eval_answers]]
     longest = max(map(len, prompts), default=0)
-    rows = rows_that_fit(model.config.n_layers, model.config.d_model,
-                         longest + config.answer_tokens, model.head.element_size(), CACHE_MIB)
-    written = []
-    for start in range(0, len(prompts), rows):
-        written += answer(model, prompts[start : start + rows], eos_id=tokenizer.eos_token_id,
-                          pad_id=tokenizer.pad_token_id, max_new_tokens=config.answer_tokens)
+    rows = rows_that_fit(model.config, longest + config.answer_tokens, model.head.element_size(),
+                         CACHE_MIB)
+    written = answer(model, prompts, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+                     max_new_tokens=config.answer_tokens, rows=min(rows, len(prompts), MOST),
+                     capture=limits.graphs, memory=memory) if prompts else []
     stops = sum(a.stopped for a in written) / len(written) if written else None
     texts = [tokenizer.decode(a.ids).strip() for a in written]
     return Score(loss, stops, texts, time.perf_counter() - started)

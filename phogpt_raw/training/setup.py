@@ -87,9 +87,9 @@ class Job(Training):
         """The adapters' score on the held-out rows, None where there are none."""
         if not self.examples.held_out:
             return None
-        with nullcontext() if self.forward is self.model else self.forward.memory():
-            return evaluate(self.model, self.tokenizer, self.examples.held_out, self.config,
-                            self.limits, self.stream.packing)
+        memory = nullcontext if self.forward is self.model else self.forward.memory
+        return evaluate(self.model, self.tokenizer, self.examples.held_out, self.config,
+                        self.limits, self.stream.packing, memory)
 
     def planned(self, start: int = 0) -> range:
         """The steps from `start` on, as far as it is worth to look ahead."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from phogpt_raw.data.examples import PAIRS
 from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
-from phogpt_raw.decode import answer
+from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import exits_cleanly

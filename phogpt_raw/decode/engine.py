@@ -1,0 +1,350 @@
+"""Prompts in, answers out, as token ids: a prompt in one pass, then a token a pass for all rows.
+
+A row of the batch is one prompt and its answer. Rows are independent: each has its own length, and
+an answer is what it would be alone. A row that ends leaves, and the next prompt of the queue takes
+its place, so a long answer does not hold up short ones.
+
+On a GPU a step, from the tokens to the chosen ones, is one CUDA graph. Nothing in it asks the host:
+positions, the draw and the end check live on the device. The host reads the tokens of a step while
+the next one runs. A step that cannot be captured, or not yet, runs the same function eagerly.
+
+The model's forward is the plain step. Over NF4 weights on a GPU with Triton, fused.py does the same
+in fewer kernels; on a CPU, dense.py dequantises once for a whole answer.
+
+B rows, L length, S positions, D hidden, V vocabulary.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from phogpt_raw.decode.dense import dense_step
+from phogpt_raw.decode.fused import fused_step
+from phogpt_raw.decode.sampling import Sampler, Sampling
+from phogpt_raw.model.cache import Piece, Step, cache_bytes
+from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+
+STEP = 128  # positions; the cache is a multiple of it long
+AHEAD = 1024  # tokens that an answer may grow by before its cache grows, which costs new graphs
+PREFILL = 2048  # tokens of prompts that go through the model at once
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`ids` without `</s>`; `stopped` where the model ended by itself."""
+
+    ids: list[int]
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Token:
+    """The next token of request `key`; None where it ended, and then `stopped` says whether the
+    model did so by itself."""
+
+    key: int
+    id: int | None
+    stopped: bool = False
+
+
+@dataclass
+class Row:
+    key: int
+    prompt: list[int]
+    most: int  # tokens that the answer may have
+    seed: int
+    written: int = 0
+
+
+@dataclass
+class Pending:
+    """A step whose tokens the host has not read: the keys of its rows, and the tokens and ends."""
+
+    keys: list[int]
+    read: Callable[[], list[list[int]]]
+
+
+@contextmanager
+def evaluating(model: PhoGPT):
+    """Without gradients and dropout; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+class Engine:
+    """Answers of one model, at most `rows` at once; to be used as a context manager.
+
+    eos_id ends an answer. capture: run steps as CUDA graphs, on a GPU. memory: a context in which
+    large tensors are allocated.
+    """
+
+    def __init__(self, model: PhoGPT, *, eos_id: int, pad_id: int, rows: int = 8,
+                 sampling: Sampling = GREEDY, capture: bool = True,
+                 memory: Callable[[], AbstractContextManager] = nullcontext):
+        self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
+        self.sampler, self.memory, self.most_rows = Sampler(sampling), memory, rows
+        self.device = model.head.device
+        self.capture = capture and self.device.type == "cuda"
+        self.queue: deque[Row] = deque()
+        self.rows: list[Row] = []
+        self.cache = self.fast = self.history_BS = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.seen: set[int] = set()  # batch sizes that have run eagerly
+        self.steps = 0
+
+    def __enter__(self) -> "Engine":
+        self.evaluating = evaluating(self.model)
+        self.evaluating.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Give all memory back: graphs, cache and what the step had gathered."""
+        if self.capture:
+            torch.cuda.synchronize()
+        held = bool(self.graphs)
+        self.graphs.clear()
+        self.cache = self.fast = None
+        self.evaluating.__exit__(*error)
+        if held:
+            torch.cuda.empty_cache()  # the graphs' pools: nothing else may use them
+
+    # -- requests
+
+    def add(self, key: int, prompt: list[int], max_new_tokens: int, seed: int = 0) -> None:
+        """Ask for an answer; its tokens come from `run` under this key."""
+        self.queue.append(Row(key, prompt, max_new_tokens, seed))
+
+    def drop(self, key: int) -> None:
+        """End the answer `key` before it ends by itself."""
+        self.queue = deque(row for row in self.queue if row.key != key)
+        self.leave(key)
+
+    def run(self) -> Iterator[Token]:
+        """Tokens as they are written, until all that was asked for is answered."""
+        pending = None
+        while self.queue or self.rows:
+            if self.queue and len(self.rows) < self.most_rows:
+                if pending:  # its tokens were chosen before the new rows
+                    yield from self.read(pending)
+                    pending = None
+                yield from self.admit()
+            launched = self.launch() if self.rows else None
+            if pending:
+                yield from self.read(pending)
+            pending = launched
+            if pending and self.device.type == "cpu":  # it has run already
+                yield from self.read(pending)
+                pending = None
+
+    def answers(self, prompts: list[list[int]], max_new_tokens: int, seed: int = 0,
+                on_token: Callable[[int], None] | None = None) -> list[Answer]:
+        """The answers to prompts, in order; `on_token` sees the first one's tokens."""
+        for key, prompt in enumerate(prompts):
+            self.add(key, prompt, max_new_tokens, seed)
+        written, stopped = [[] for _ in prompts], [False] * len(prompts)
+        for token in self.run():
+            if token.id is None:
+                stopped[token.key] = token.stopped
+                continue
+            written[token.key].append(token.id)
+            if on_token and token.key == 0:
+                on_token(token.id)
+        return [Answer(*pair) for pair in zip(written, stopped, strict=True)]
+
+    # -- rows come and go
+
+    def admit(self) -> Iterator[Token]:
+        """Take prompts from the queue while rows are free, and read them."""
+        count = min(len(self.queue), self.most_rows - len(self.rows))
+        new = [self.queue.popleft() for _ in range(count)]
+        self.make_room(new)
+        new.sort(key=lambda row: len(row.prompt))
+        while new:
+            group = [new.pop(0)]
+            while new and len(new[0].prompt) * (len(group) + 1) <= PREFILL:
+                group.append(new.pop(0))
+            yield from self.prefill(group)
+
+    def make_room(self, new: list[Row]) -> None:
+        """See that the cache has positions for the rows that are there, for these, and for their
+        next tokens."""
+        positions = self.positions_for([*self.rows, *new])
+        if self.cache is None:
+            self.begin(positions)
+        elif positions > self.cache.positions:
+            self.graphs.clear()  # they read and write the old tensors
+            with self.memory():
+                self.cache.grow(positions)
+            if self.history_BS is not None:
+                longer = self.history_BS[:, :1].repeat(1, positions + 1)
+                longer[:, : self.history_BS.shape[1]] = self.history_BS
+                self.history_BS = longer
+
+    def positions_for(self, rows: list[Row]) -> int:
+        """So many that these rows have room to grow, or to end."""
+        longest = max(len(row.prompt) + min(row.most, row.written + AHEAD) for row in rows)
+        return -(-longest // STEP) * STEP
+
+    def begin(self, positions: int) -> None:
+        """The cache, and the state of each row on the device."""
+        with self.memory():
+            self.cache = self.model.new_cache(self.most_rows, positions)
+        zeros_B = torch.zeros(self.most_rows, dtype=torch.long, device=self.device)
+        self.ids_B, self.seed_B, self.last_B = (zeros_B.clone() for _ in range(3))
+        self.ended_B = torch.ones_like(zeros_B, dtype=torch.bool)
+        self.out_2B = torch.stack([zeros_B, zeros_B])
+        if self.sampler.needs_history:
+            self.history_BS = zeros_B[:, None].repeat(1, positions + 1)
+        self.fast = fused_step(self.model, self.cache) or dense_step(self.model, self.cache)
+
+    def prefill(self, group: list[Row]) -> Iterator[Token]:
+        """Read these prompts, the shortest first, and choose the first token of each answer."""
+        first, lengths = len(self.rows), [len(row.prompt) for row in group]
+        place = slice(first, first + len(group))
+        ids_BL = torch.full((len(group), lengths[-1]), self.pad_id)
+        for n, row in enumerate(group):
+            ids_BL[n, : lengths[n]] = torch.tensor(row.prompt)
+        ids_BL = ids_BL.to(self.device)
+        hidden_BD = torch.empty(len(group), self.model.config.d_model,
+                                dtype=self.model.head.dtype, device=self.device)
+        with self.memory():
+            for start in range(0, lengths[-1], PREFILL):
+                stop = min(start + PREFILL, lengths[-1])
+                hidden_BLD = self.model(ids_BL[:, start:stop],
+                                        cache=Piece(self.cache, first, start))
+                for n, length in enumerate(lengths):
+                    if start < length <= stop:
+                        hidden_BD[n] = hidden_BLD[n, length - 1 - start]
+        self.cache.place_B[place] = torch.tensor(lengths, device=self.device) - 1
+        self.last_B[place] = torch.tensor([n + row.most - 1 for n, row in
+                                           zip(lengths, group, strict=True)], device=self.device)
+        self.seed_B[place] = torch.tensor([row.seed for row in group], device=self.device)
+        self.ended_B[place] = False
+        if self.history_BS is not None:
+            self.history_BS[place] = ids_BL[:, :1]
+            for n, length in enumerate(lengths):
+                self.history_BS[first + n, :length] = ids_BL[n, :length]
+        self.rows += group
+        self.choose(hidden_BD, place)
+        yield from self.read(self.sent(place))
+
+    def leave(self, key: int) -> None:
+        """Remove a row; the last row takes its place."""
+        n = next((n for n, row in enumerate(self.rows) if row.key == key), None)
+        if n is None:
+            return
+        last = len(self.rows) - 1
+        if n != last:
+            self.cache.move(last, n)
+            for state in (self.ids_B, self.seed_B, self.last_B, self.ended_B, self.history_BS):
+                if state is not None:
+                    state[n] = state[last]
+        self.ended_B[last] = True
+        self.rows[n] = self.rows[last]
+        self.rows.pop()
+
+    # -- a step
+
+    def launch(self) -> Pending:
+        """Start a step over all rows; returns at once on a GPU."""
+        rows = len(self.rows)
+        longest = 2 + max(len(row.prompt) + row.written for row in self.rows)  # the host is behind
+        if longest > self.cache.positions:
+            self.make_room([])
+        size = min(self.most_rows, 2 ** math.ceil(math.log2(rows))) if self.capture else rows
+        if size in self.graphs:
+            self.graphs[size].replay()
+        elif self.capture and size in self.seen:
+            self.graphs[size] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step(size)
+            graph.replay()
+        else:
+            self.seen.add(size)
+            self.step(size)
+        self.steps += 1
+        return self.sent(slice(0, rows))
+
+    def step(self, size: int) -> None:
+        """One token more in each of the first `size` rows; those that have ended stay as they
+        are."""
+        positions = self.cache.positions
+        if not self.capture:  # then the host may say how many are in use
+            positions = min(positions, 1 + max(len(row.prompt) + row.written for row in self.rows))
+        if self.fast:
+            hidden_BD = self.fast(self.ids_B[:size], positions)
+        else:
+            hidden_BD = self.model(self.ids_B[:size, None],
+                                   cache=Step(self.cache, size, positions))[:, 0]
+        self.choose(hidden_BD, slice(0, size))
+
+    def choose(self, hidden_BD: torch.Tensor, rows: slice) -> None:
+        """Choose these rows' next tokens from their hidden states; note which rows have ended."""
+        place_B, ended_B = self.cache.place_B[rows], self.ended_B[rows]
+        history_BS = None if self.history_BS is None else self.history_BS[rows]
+        logits_BV = (self.fast or self.model).logits(hidden_BD).float()
+        chosen_B = self.sampler.choose(logits_BV, history_BS, place_B, self.seed_B[rows])
+        self.ids_B[rows] = chosen_B = torch.where(ended_B, self.pad_id, chosen_B)
+        place_B += ~ended_B
+        if history_BS is not None:
+            history_BS.scatter_(1, place_B[:, None], chosen_B[:, None])
+        ended_B |= (chosen_B == self.eos_id) | (place_B >= self.last_B[rows])
+        self.out_2B[0, rows], self.out_2B[1, rows] = chosen_B, ended_B
+
+    def sent(self, rows: slice) -> Pending:
+        """These rows' chosen tokens, on their way to the host."""
+        keys = [row.key for row in self.rows[rows]]
+        if self.device.type != "cuda":
+            found = self.out_2B[:, rows].tolist()
+            return Pending(keys, lambda: found)
+        host = torch.empty(2, len(keys), dtype=torch.long, pin_memory=True)
+        host.copy_(self.out_2B[:, rows], non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+        def read() -> list[list[int]]:
+            arrived.synchronize()
+            return host.tolist()
+
+        return Pending(keys, read)
+
+    def read(self, pending: Pending) -> Iterator[Token]:
+        """The tokens of a step; rows that have ended leave."""
+        tokens, ends = pending.read()
+        for key, token, end in zip(pending.keys, tokens, ends, strict=True):
+            row = next((row for row in self.rows if row.key == key), None)
+            if row is None:
+                continue  # it has left since
+            row.written += 1
+            if end:
+                self.leave(key)
+            if token != self.eos_id:
+                yield Token(key, token)
+            if end:
+                yield Token(key, None, stopped=token == self.eos_id)
+
+
+def answer(model: PhoGPT, prompts: list[list[int]], *, eos_id: int, pad_id: int,
+           max_new_tokens: int, on_token: Callable[[int], None] | None = None,
+           **how) -> list[Answer]:
+    """Answers to prompts (token ids), in order, greedy by default; `on_token` sees the first one's
+    tokens; `how` goes to Engine."""
+    with Engine(model, eos_id=eos_id, pad_id=pad_id, **{"rows": len(prompts), **how}) as engine:
+        return engine.answers(prompts, max_new_tokens, on_token=on_token)
+
+
+def rows_that_fit(config: ModelConfig, positions: int, itemsize: int, limit_mib: int) -> int:
+    """Rows of `positions` tokens whose cache stays within limit_mib, at least one."""
+    positions = -(-positions // STEP) * STEP
+    row = cache_bytes(config.n_layers, config.d_model, 1, positions, itemsize)
+    return max(1, limit_mib * 2**20 // row)

@@ -1,0 +1,59 @@
+"""A token on a CPU from weights dequantised once: the same function, and the 4 bits stay."""
+
+import pytest
+import torch
+
+from phogpt_raw.decode import dense as module
+from phogpt_raw.decode.dense import dense_step
+from phogpt_raw.model.cache import Piece, Step
+from phogpt_raw.model.weights import load_base
+
+
+def filled(model, lengths=(7, 3, 12)):
+    cache = model.new_cache(4, 20)
+    dice = torch.Generator().manual_seed(0)
+    for n, length in enumerate(lengths):
+        ids = torch.randint(4, 4096, (1, length), generator=dice)
+        model(ids, cache=Piece(cache, first=n))
+    cache.place_B[: len(lengths)] = torch.tensor(lengths)
+    return cache
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
+@torch.no_grad()
+def test_a_step_is_that_of_the_models_forward(adapted, nf4):
+    model, _ = adapted(nf4=nf4)
+    model.eval()
+    mine, other = filled(model), filled(model)
+    fast = dense_step(model, mine)
+    ids_B = torch.tensor([5, 99, 1234])
+    for _ in range(4):
+        hidden = fast(ids_B, 18)
+        wanted = model(ids_B[:, None], cache=Step(other, 3, 18))[:, 0]
+        torch.testing.assert_close(hidden, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(fast.logits(hidden), model.logits(hidden))
+        for cache in (mine, other):
+            cache.place_B[:3] += 1
+        ids_B = ids_B + 1
+    for a, b in zip(mine.kv, other.kv, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_weights_stay_as_they_are(adapted):
+    model, adapters = adapted(nf4=True)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    flat = adapters.flat.detach().clone()
+    assert dense_step(model.eval(), model.new_cache(1, 8)) is not None
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(adapters.flat, flat)
+
+
+def test_adapters_that_are_more_than_lora_and_large_models_keep_the_models_forward(
+        adapted, tiny, monkeypatch):
+    for lora in (dict(dropout=0.5), dict(targets=["Wqkv"])):
+        model, _ = adapted(nf4=True, **lora)
+        assert (dense_step(model, model.new_cache(1, 8)) is None) == ("dropout" in lora)
+    model, _ = load_base(str(tiny))
+    assert dense_step(model, model.new_cache(1, 8)) is not None
+    monkeypatch.setattr(module, "MOST", 1000)
+    assert dense_step(model, model.new_cache(1, 8)) is None

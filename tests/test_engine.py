@@ -1,0 +1,244 @@
+"""Answers through the cache are those of the full forward, alone and in a batch."""
+
+import pytest
+import torch
+
+from phogpt_raw.decode import engine as module
+from phogpt_raw.decode.engine import Engine, answer, rows_that_fit
+from phogpt_raw.decode.sampling import Sampling
+from phogpt_raw.model.phogpt import ModelConfig
+from phogpt_raw.model.weights import load_base
+
+NEVER, PAD = -1, 3  # an end that no argmax can be, where a test wants full length
+
+
+def prompts(*lengths):
+    dice = torch.Generator().manual_seed(0)
+    return [torch.randint(4, 4096, (n,), generator=dice).tolist() for n in lengths]
+
+
+def write(model, asked, *, eos_id=NEVER, max_new_tokens=12, **how):
+    return answer(model, asked, eos_id=eos_id, pad_id=PAD, max_new_tokens=max_new_tokens, **how)
+
+
+@torch.no_grad()
+def without_cache(model, prompt, count):
+    """The argmax of a full forward, taken again for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model.logits(model(torch.tensor([ids]))[0, -1]).argmax()))
+    return ids[len(prompt) :]
+
+
+def test_the_cache_changes_no_token(lively):
+    for prompt in prompts(1, 2, 9, 33):
+        [written] = write(lively, [prompt])
+        assert written.ids == without_cache(lively, prompt, 12)
+        assert len(set(written.ids)) > 3  # not one token over and over, which anything could give
+        assert not written.stopped
+
+
+def test_a_batch_gives_each_the_answer_it_gets_alone(lively):
+    asked = prompts(3, 17, 1, 8)
+    together = write(lively, asked)
+    assert together == [write(lively, [prompt])[0] for prompt in asked]
+    assert len({tuple(a.ids) for a in together}) == 4
+
+
+def test_an_answer_ends_at_the_end_token_and_says_so(lively):
+    asked = prompts(3, 17)
+    whole = write(lively, asked)
+    end = whole[0].ids[5]
+    assert end not in whole[1].ids
+    first, second = write(lively, asked, eos_id=end)
+    assert first.ids == whole[0].ids[: whole[0].ids.index(end)]
+    assert first.stopped
+    assert second == whole[1]  # a neighbour that ends disturbs no one
+
+
+def test_nothing_is_computed_after_the_last_answer_has_ended(lively):
+    [prompt] = prompts(4)
+    end = write(lively, [prompt])[0].ids[2]
+    calls = []
+    lively.register_forward_hook(lambda *_: calls.append(1))
+    write(lively, [prompt], eos_id=end, max_new_tokens=1000)
+    assert len(calls) <= 3
+
+
+def test_the_limit_cuts(lively):
+    [prompt] = prompts(5)
+    whole = write(lively, [prompt])[0].ids
+    for limit in (1, 4):
+        [written] = write(lively, [prompt], max_new_tokens=limit)
+        assert (written.ids, written.stopped) == (whole[:limit], False)
+    end = whole[3]
+    first = whole.index(end)
+    [written] = write(lively, [prompt], eos_id=end, max_new_tokens=first)
+    assert (written.ids, written.stopped) == (whole[:first], False)
+    [written] = write(lively, [prompt], eos_id=end, max_new_tokens=first + 1)
+    assert (written.ids, written.stopped) == (whole[:first], True)
+
+
+def test_tokens_are_told_one_by_one_as_they_are_written(lively):
+    asked, streamed = prompts(3, 17), []
+    first, _ = write(lively, asked, on_token=streamed.append)
+    assert streamed == first.ids
+    end, streamed = first.ids[5], []
+    write(lively, asked, eos_id=end, on_token=streamed.append)
+    assert streamed == first.ids[: first.ids.index(end)]  # the end itself is not
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(lively, training):
+    lively.train(training)
+    before = {name: p.clone() for name, p in lively.named_parameters()}
+    write(lively, prompts(3))
+    assert lively.training is training
+    assert all(torch.equal(p, before[name]) for name, p in lively.named_parameters())
+
+
+def test_dropout_is_off_while_writing(adapted):
+    model, _ = adapted(dropout=0.9)
+    assert model.training
+    assert write(model, prompts(6)) == write(model, prompts(6))
+
+
+# -- 200 tokens, adapters, rows that come and go
+
+
+@pytest.fixture(params=["adapter", "base"])
+def long_model(request, adapted, tiny):
+    """Over NF4, with an adapter that changes the answer or without one."""
+    if request.param == "base":
+        return load_base(str(tiny))[0].eval()
+    model, adapters = adapted(nf4=True)
+    with torch.no_grad():
+        adapters.flat.normal_(std=0.1)
+    adapters.cast()
+    return model.eval()
+
+
+def test_200_tokens_are_those_of_the_full_forward_whatever_comes_and_goes(long_model):
+    """Unequal prompts, three rows for five of them, ends at different places."""
+    asked, most = prompts(5, 40, 1, 23, 11), [200, 30, 77, 5, 120]
+    written = [[] for _ in asked]
+    with Engine(long_model, eos_id=NEVER, pad_id=PAD, rows=3) as engine:
+        for key, (prompt, count) in enumerate(zip(asked, most, strict=True)):
+            engine.add(key, prompt, count)
+        for token in engine.run():
+            if token.id is not None:
+                written[token.key].append(token.id)
+        assert engine.steps <= 280  # in turns it would be 432
+    for prompt, count, ids in zip(asked, most, written, strict=True):
+        assert ids == without_cache(long_model, prompt, count)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["dense", "the model's forward"])
+def test_a_cache_that_grows_and_a_prompt_in_pieces_change_no_token(long_model, fast, monkeypatch):
+    asked = prompts(50, 3)
+    wanted = [without_cache(long_model, prompt, 60) for prompt in asked]
+    monkeypatch.setattr(module, "STEP", 8)
+    monkeypatch.setattr(module, "AHEAD", 9)
+    monkeypatch.setattr(module, "PREFILL", 16)
+    if not fast:
+        monkeypatch.setattr(module, "dense_step", lambda *_: None)
+    with Engine(long_model, eos_id=NEVER, pad_id=PAD, rows=2) as engine:
+        found = [a.ids for a in engine.answers(asked, 60)]
+        assert 110 <= engine.cache.positions < 130
+    assert found == wanted
+
+
+def test_the_4_bits_are_not_dequantised_again_for_each_token(adapted, monkeypatch):
+    from bitsandbytes import functional
+
+    model, _ = adapted(nf4=True)
+    calls, original = [], functional.dequantize_4bit
+    monkeypatch.setattr(functional, "dequantize_4bit",
+                        lambda *a, **k: calls.append(1) or original(*a, **k))
+    counts = []
+    for tokens in (3, 30):
+        calls.clear()
+        write(model, prompts(5), max_new_tokens=tokens)
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+
+
+def test_an_answer_that_is_dropped_writes_no_more_and_leaves_its_place(lively):
+    asked = prompts(4, 9, 6)
+    wanted = write(lively, asked, max_new_tokens=30)
+    found = {key: [] for key in range(3)}
+    with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=2) as engine:
+        for key, prompt in enumerate(asked):
+            engine.add(key, prompt, 30)
+        for token in engine.run():
+            if token.id is not None:
+                found[token.key].append(token.id)
+            if token.key == 0 and len(found[0]) == 5:
+                engine.drop(0)
+    assert found[0] == wanted[0].ids[:5]
+    assert [found[1], found[2]] == [wanted[1].ids, wanted[2].ids]
+
+
+def test_requests_may_come_while_others_are_answered(lively):
+    first, second = prompts(4, 9)
+    wanted = write(lively, [first, second], max_new_tokens=20)
+    found = {0: [], 1: []}
+    with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=4) as engine:
+        engine.add(0, first, 20)
+        for token in engine.run():
+            if token.id is not None:
+                found[token.key].append(token.id)
+            if token.key == 0 and len(found[0]) == 7:
+                engine.add(1, second, 20)
+    assert [found[0], found[1]] == [a.ids for a in wanted]
+
+
+DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
+
+
+def test_drawn_answers_repeat_and_are_the_same_alone_and_in_a_batch(lively):
+    asked = prompts(3, 17, 1, 8)
+
+    def draw(them, seed, **how):
+        with Engine(lively, eos_id=NEVER, pad_id=PAD, sampling=DRAWN, **how) as engine:
+            return [a.ids for a in engine.answers(them, 25, seed)]
+
+    together = draw(asked, 7)
+    assert draw(asked, 7) == together
+    assert draw(asked, 7, rows=2) == together
+    assert [draw([prompt], 7)[0] for prompt in asked] == together
+    assert draw(asked, 8) != together
+    assert together != [a.ids for a in write(lively, asked, max_new_tokens=25)]
+
+
+def test_what_was_written_is_penalised_and_what_stands_behind_a_row_is_not(lively):
+    """Against transformers' processor over exactly the tokens so far."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    penalty = RepetitionPenaltyLogitsProcessor(5.0)
+    asked = prompts(3, 17)
+    with Engine(lively, eos_id=NEVER, pad_id=PAD,
+                sampling=Sampling(repetition_penalty=5.0)) as engine:
+        found = [a.ids for a in engine.answers(asked, 12)]
+    for prompt, ids in zip(asked, found, strict=True):
+        so_far = list(prompt)
+        for token in ids:
+            with torch.no_grad():
+                logits = lively.logits(lively(torch.tensor([so_far]))[:, -1]).float()
+            assert int(penalty(torch.tensor([so_far]), logits).argmax()) == token
+            so_far.append(token)
+    assert all(len(set(ids)) == len(ids) for ids in found)
+
+
+def test_nothing_is_held_once_the_engine_is_left(lively):
+    with Engine(lively, eos_id=NEVER, pad_id=PAD) as engine:
+        engine.answers(prompts(3), 4)
+        assert engine.cache is not None
+    assert engine.cache is engine.fast is None and not engine.graphs
+
+
+def test_rows_that_fit_is_bytes():
+    shape = ModelConfig(d_model=512, n_heads=8, n_layers=32, vocab_size=256, max_seq_len=64)
+    row = 2 * 32 * 512 * 256 * 2
+    assert rows_that_fit(shape, 200, 2, 4 * row // 2**20) == 4
+    assert rows_that_fit(shape, 10**6, 2, 1) == 1

@@ -1,0 +1,216 @@
+"""One token in few kernels: the plain versions are the model's forward, the kernels are the plain
+versions."""
+
+import pytest
+import torch
+
+from phogpt_raw.decode import fused as module
+from phogpt_raw.decode.engine import Engine
+from phogpt_raw.decode.fused import FusedStep, blocks_of, fused_step, linear_of
+from phogpt_raw.decode.sampling import Sampling
+from phogpt_raw.model.adapters import new_adapters
+from phogpt_raw.model.cache import Piece, Step
+from phogpt_raw.model.nf4_product import halves, product_plain
+from phogpt_raw.model.weights import load_base
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """The plain versions in place of the kernels."""
+
+    def product(x_B2, linear, scratch, low=None, add_NO=None, gelu=False, in_halves=False):
+        y = product_plain(x_B2, linear, low, add_NO, gelu)
+        return halves(y) if in_halves else y
+
+    monkeypatch.setattr(module, "product", product)
+    monkeypatch.setattr(module, "fits", lambda *_: True)  # of the kernels' shapes; tiny is smaller
+    for name in ("norm_low", "attend_low", "low_rank"):
+        monkeypatch.setattr(module, name, getattr(module, f"{name}_plain"))
+
+
+def filled(model, lengths=(7, 3, 12), positions=20):
+    device = model.head.device
+    cache = model.new_cache(len(lengths), positions)
+    dice = torch.Generator().manual_seed(0)
+    for n, length in enumerate(lengths):
+        ids = torch.randint(4, 4096, (1, length), generator=dice).to(device)
+        model(ids, cache=Piece(cache, first=n))
+    cache.place_B[:] = torch.tensor(lengths, device=device)
+    return cache
+
+
+@pytest.mark.parametrize("lora", [dict(rank=4), dict(rank=1, targets=["Wqkv", "down_proj"])],
+                         ids=str)
+@torch.no_grad()
+def test_the_plain_versions_are_the_models_forward(adapted, plain, lora):
+    model, _ = adapted(nf4=True, **lora)
+    model.eval()
+    mine, other = filled(model), filled(model)
+    fused = FusedStep(model, mine, blocks_of(model))
+    ids_B = torch.tensor([5, 99, 1234])
+    for _ in range(3):
+        hidden = fused(ids_B, 20)
+        wanted = model(ids_B[:, None], cache=Step(other, 3, 20))[:, 0]
+        torch.testing.assert_close(hidden, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+        for cache in (mine, other):
+            cache.place_B += 1
+    for a, b in zip(mine.kv, other.kv, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_switched_off_is_off(adapted, plain):
+    model, _ = adapted(nf4=True)
+    model.eval()
+    for layer in model.modules():
+        if hasattr(layer, "enable_adapters"):
+            layer.enable_adapters(False)
+    cache, other = filled(model), filled(model)
+    ids_B = torch.tensor([5, 99, 1234])
+    assert linear_of(model.transformer.blocks[0].attn.Wqkv).A_RD is None
+    torch.testing.assert_close(FusedStep(model, cache, blocks_of(model))(ids_B, 20),
+                               model(ids_B[:, None], cache=Step(other, 3, 20))[:, 0],
+                               rtol=0, atol=1e-4)
+
+
+def test_on_a_cpu_and_for_more_than_lora_it_is_not_for_use(adapted):
+    model, _ = adapted(nf4=True)
+    assert fused_step(model, model.new_cache(1, 8)) is None
+    model, _ = adapted(nf4=True, dropout=0.5)
+    assert linear_of(model.transformer.blocks[0].attn.Wqkv) is None
+    model, _ = adapted(nf4=False)
+    assert linear_of(model.transformer.blocks[0].attn.Wqkv) is None
+
+
+# -- the kernels
+
+
+def close(found, wanted, dtype, times=4):
+    """Within so many roundings of the largest value."""
+    error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+    return bool(error < times * torch.finfo(dtype).eps)
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def on_gpu(request):
+    """nano over NF4 with an adapter that matters."""
+    model, _ = load_base("nano", dtype=request.param, device="cuda")
+    adapters = new_adapters(model, rank=16, alpha=32)
+    with torch.no_grad():
+        adapters.flat.normal_(std=0.03, generator=torch.Generator("cuda").manual_seed(0))
+    adapters.cast()
+    return model.eval()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_each_kernel_is_its_plain_version(on_gpu):
+    model, dtype = on_gpu, on_gpu.head.dtype
+    block = model.transformer.blocks[0]
+    Wqkv, down = linear_of(block.attn.Wqkv), linear_of(block.ffn.down_proj)
+    out_proj = linear_of(block.attn.out_proj)
+    for rows, positions in ((1, 300), (5, 40), (16, 129)):
+        x = torch.randn(rows, 256, device="cuda").to(dtype)
+        for found, wanted in zip(module.norm_low(x, block.norm_1, Wqkv),
+                                 module.norm_low_plain(x, block.norm_1, Wqkv), strict=True):
+            assert close(found, wanted, dtype)
+        wide = halves(torch.randn(rows, 1024, device="cuda").to(dtype))
+        assert close(module.low_rank(wide, down), module.low_rank_plain(wide, down), dtype)
+        cache = model.new_cache(rows, positions)
+        kv = cache.kv[0].normal_()
+        place_B = torch.linspace(0, positions - 1, rows, device="cuda").long()
+        qkv = torch.randn(rows, 768, device="cuda").to(dtype)
+        one, other = kv.clone(), kv.clone()
+        found = module.attend_low(qkv, one, place_B, model.slopes_H, 0.125, out_proj)
+        wanted = module.attend_low_plain(qkv, other, place_B, model.slopes_H, 0.125, out_proj)
+        assert torch.equal(one, other)
+        assert all(close(f, w, dtype) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_step_is_that_of_the_models_forward(on_gpu):
+    model = on_gpu
+    mine, other = filled(model), filled(model)
+    fused = fused_step(model, mine)
+    assert fused is not None
+    ids_B = torch.tensor([5, 99, 1234], device="cuda")
+    for _ in range(5):
+        hidden = fused(ids_B, 20)
+        wanted = model(ids_B[:, None], cache=Step(other, 3, 20))[:, 0]
+        assert (hidden - wanted).norm() < 16 * torch.finfo(hidden.dtype).eps * wanted.norm()
+        for cache in (mine, other):
+            cache.place_B += 1
+
+
+def prompts(*lengths):
+    dice = torch.Generator().manual_seed(0)
+    return [torch.randint(4, 4096, (n,), generator=dice).tolist() for n in lengths]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, 50, 0.95, 0.01, 1.2)],
+                         ids=["greedy", "drawn"])
+@pytest.mark.parametrize("fast", [True, False], ids=["fused", "the model's forward"])
+def test_captured_answers_are_the_eager_ones(on_gpu, sampling, fast, monkeypatch):
+    """Unequal prompts, rows that leave, a cache that grows."""
+    monkeypatch.setattr("phogpt_raw.decode.engine.AHEAD", 40)
+    if not fast:
+        monkeypatch.setattr("phogpt_raw.decode.engine.fused_step", lambda *_: None)
+    found = []
+    for capture in (True, False):
+        with Engine(on_gpu, eos_id=-1, pad_id=3, rows=4, sampling=sampling,
+                    capture=capture) as engine:
+            for key, prompt in enumerate(prompts(5, 90, 33, 1, 60, 2)):
+                engine.add(key, prompt, 20 + 30 * key, seed=7)
+            ids = {}
+            for token in engine.run():
+                ids.setdefault(token.key, []).append(token.id)
+            assert bool(engine.graphs) == capture and (engine.fast is not None) == fast
+        found.append(ids)
+    captured, eager = found
+    assert {key: len(ids) for key, ids in captured.items()} == {
+        key: 21 + 30 * key for key in range(6)}
+    if fast:
+        assert captured == eager
+    else:  # a longer cache is another sum: the same tokens but for near ties
+        same = sum(a == b for key in range(6) for a, b in zip(captured[key], eager[key],
+                                                              strict=True))
+        assert same > 0.5 * sum(map(len, eager.values()))
+
+
+@pytest.mark.gpu
+def test_an_engine_gives_its_memory_back(on_gpu):
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    with Engine(on_gpu, eos_id=-1, pad_id=3, rows=2) as engine:  # compiles
+        engine.answers(prompts(5, 9), 10)
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    with Engine(on_gpu, eos_id=-1, pad_id=3, rows=8) as engine:
+        engine.answers(prompts(*range(100, 108)), 300)
+        assert torch.cuda.memory_allocated() > allocated + 2**20
+    del engine
+    assert torch.cuda.memory_allocated() <= allocated + 2**20
+    assert torch.cuda.memory_reserved() <= reserved + 2**21
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(on_gpu):
+    """Neither a replay nor an eager fused step asks the device for a value; reading a token waits
+    for an event alone."""
+    for capture in (True, False):
+        with Engine(on_gpu, eos_id=-1, pad_id=3, rows=2, capture=capture,
+                    sampling=Sampling(temperature=0.8, top_k=40)) as engine:
+            for key, prompt in enumerate(prompts(5, 9)):
+                engine.add(key, prompt, 100)
+            list(engine.admit())
+            for _ in range(3):
+                engine.launch()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                for _ in range(5):
+                    engine.launch()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
