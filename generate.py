@@ -2,36 +2,28 @@
 
     python generate.py --adapter runs/nano-001 "Phở bò là gì?"
     python generate.py --model vinai/PhoGPT-4B-Chat "Phở bò là gì?"
+    python generate.py --adapter runs/nano-001 --temperature 0.7 --top-p 0.9 "Phở bò là gì?"
 
-Greedy, streamed as it is written, ended by the model's own </s>.
+Greedy unless --temperature is given, streamed as it is written, ended by the model's own </s>.
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer
 
 from phogpt_raw.cards import DTYPES, this_card, training_dtype
 from phogpt_raw.command_line import Parser
 from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
-from phogpt_raw.decode import answer
+from phogpt_raw.decode.engine import Engine
+from phogpt_raw.decode.sampling import Sampling
+from phogpt_raw.decode.text import TextStream, loops
 from phogpt_raw.messages import _
 from phogpt_raw.model.adapters import load_adapters, named_base, read_adapter_config
 from phogpt_raw.model.weights import find_folder, load_base, read_config, read_tokenizer
 from phogpt_raw.refusal import Refusal, exits_cleanly
-
-
-class Streamer(TextStreamer):
-    """Prints words as they are finished, without the space before the first (4B's template)."""
-
-    begun = False
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = text if self.begun else text.lstrip()
-        self.begun = self.begun or bool(text)
-        super().on_finalized_text(text, stream_end)
 
 
 def parse(arguments):
@@ -42,10 +34,62 @@ def parse(arguments):
     parser.add_argument("--model", help="the base (default: the one the adapter names, or nano)")
     parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
     parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES])
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=256,
+                        help="tokens of the answer, at most (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0,
+                        help="draw tokens at random; 1: as the model weighs them, less: the "
+                        "likelier ones more often (default 0: always the likeliest)")
+    parser.add_argument("--top-k", "--top_k", type=int, default=0,
+                        help="draw from the K likeliest tokens (default 0: from all)")
+    parser.add_argument("--top-p", "--top_p", type=float, default=1.0,
+                        help="draw from the likeliest that together have this probability")
+    parser.add_argument("--min-p", "--min_p", type=float, default=0.0,
+                        help="draw from those at least this likely, beside the likeliest")
+    parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, default=1.0,
+                        help="above 1: tokens that have been written become less likely")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="end the answer before this text; may be given several times")
+    parser.add_argument("--stats", action="store_true", help="say how fast it was, and the memory")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     parser.add_argument("--no-nf4", "--no_nf4", dest="nf4", action="store_false")
+    parser.add_argument("--no-capture", "--no_capture", dest="capture", action="store_false",
+                        help="on a GPU: without CUDA graphs")
     return parser.parse_args(arguments)
+
+
+def sampling_of(options) -> Sampling:
+    """The flags of drawing; Refusal for what cannot be."""
+    bounds = {"temperature": (0, 100), "top_k": (0, 2**31), "top_p": (0, 1), "min_p": (0, 1),
+              "repetition_penalty": (0, 100), "seed": (0, 2**63 - 1)}
+    for name, (low, high) in bounds.items():
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if not low <= value <= high or (name in ("top_p", "repetition_penalty") and value == 0):
+            raise Refusal(f"{flag} {value}: must be from {low} to {high}"
+                          + (", and not 0" if low == value else ""))
+        if name in ("top_k", "top_p", "min_p") and not options.temperature \
+                and value != getattr(Sampling, name):
+            raise Refusal(f"{flag} {value}: is for drawing at random; give --temperature too")
+    return Sampling(options.temperature, options.top_k, options.top_p, options.min_p,
+                    options.repetition_penalty)
+
+
+def bounded(options, prompt: list[int], most: int) -> int:
+    """Tokens that the answer may have, so that the model's `most` hold it and its prompt."""
+    if options.max_new_tokens < 1:
+        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    left = most - len(prompt)
+    if left < 1:
+        raise Refusal(f"the question is too long: {len(prompt):,} tokens of the {most:,} that the "
+                      f"model was made for; shorten it")
+    if options.max_new_tokens > left:
+        say(_("(at most {n:,} tokens: the model was made for {most:,}, and the question has "
+              "{prompt:,})", n=left, most=most, prompt=len(prompt)))
+    return min(left, options.max_new_tokens)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @exits_cleanly
@@ -54,8 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     question = sys.stdin.read() if options.question == "-" else options.question
     if not question.strip():
         raise Refusal("the question is empty")
-    if options.max_new_tokens < 1:
-        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    sampling = sampling_of(options)
     card = this_card()
     dtype, _reason = training_dtype(card, options.dtype)
     if options.adapter:
@@ -63,25 +106,56 @@ def main(arguments: list[str] | None = None) -> None:
     base = options.model or (named_base(options.adapter) if options.adapter else "nano")
     folder = find_folder(base, options.revision, files=["*.json"])
     shape = read_config(folder)
-    if options.max_new_tokens > shape.max_seq_len:
-        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: the model was made for "
-                      f"{shape.max_seq_len} tokens at most")
-    template, _reason = choose_template(read_tokenizer(folder, shape), options.template)
+    tokenizer = read_tokenizer(folder, shape)
+    template, _reason = choose_template(tokenizer, options.template)
+    prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
+    most = bounded(options, prompt, shape.max_seq_len)
     model, tokenizer = load_base(base, nf4=options.nf4, dtype=dtype, device=card.device,
                                  revision=options.revision)
     if options.adapter:
         load_adapters(model, options.adapter, trainable=False)
-    prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
-    streamer = Streamer(tokenizer)
-    [written] = answer(
-        model, [prompt], eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-        max_new_tokens=options.max_new_tokens,
-        on_token=lambda token: streamer.put(torch.tensor([token])),
-    )
-    streamer.end()
-    if not written.stopped:
-        print(_("(cut after {n} tokens; --max-new-tokens writes on)", n=options.max_new_tokens),
-              file=sys.stderr)
+    stream, ids, begun, first = TextStream(tokenizer, options.stop), [], time.perf_counter(), None
+    with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
+                sampling=sampling, capture=options.capture) as engine:
+        engine.add(0, prompt, most, options.seed)
+        shown, ended = "", False
+        for token in engine.run():
+            first = first or time.perf_counter()
+            if token.id is None:
+                ended = ended or token.stopped
+                continue
+            ids.append(token.id)
+            shown += show(stream.put(token.id), shown)
+            if stream.stopped:
+                ended = True
+                engine.drop(0)
+    show(stream.end(), shown)
+    print()
+    if not ended:
+        text = _("(cut after {n} tokens; --max-new-tokens writes on)", n=most)
+        full = _("(cut after {n} tokens: the model was made for no more)", n=most)
+        say(text if most == options.max_new_tokens else full)
+    if loops(ids):
+        say(_("(the answer repeats itself; --repetition-penalty 1.2 may help, or more training)"))
+    if options.stats:
+        say(stats(card, len(prompt), len(ids), first - begun, time.perf_counter() - first))
+
+
+def show(text: str, shown: str) -> str:
+    """Print text, without the spaces before the first letter (4B's template begins with one)."""
+    text = text if shown else text.lstrip()
+    print(text, end="", flush=True)
+    return text
+
+
+def stats(card, prompt: int, written: int, first_s: float, then_s: float) -> str:
+    text = _("({prompt:,} tokens read, {written:,} written; the first after {first:.3f} s, then "
+             "{rate:,.1f} tokens/s", prompt=prompt, written=written, first=first_s,
+             rate=max(0, written - 1) / then_s)
+    if card.device == "cuda":
+        gib = torch.cuda.max_memory_allocated() / 2**30
+        text += _("; at most {gib:.2f} GiB allocated", gib=gib)
+    return text + ")"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """generate.py from a question to the answer on standard output."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import write_rows
 
 import generate
 from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
-from phogpt_raw.decode import answer
+from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
 
@@ -134,9 +135,52 @@ def test_bf16_can_be_asked_for_on_the_cpu(ask, tiny):
     assert out.strip()
 
 
-def test_more_tokens_than_the_model_was_made_for_are_refused(tiny, capsys):
-    import generate
+def test_prompt_and_answer_fit_what_the_model_was_made_for_and_it_is_said(ask, tiny):
+    status, out, err = ask("--model", tiny, "--max-new-tokens", 500, QUESTION)
+    assert status == 0 and len(out) > 10
+    first, second, *_ = err.splitlines()
+    assert re.fullmatch(r"\(at most \d+ tokens: the model was made for 128, and the question has "
+                        r"\d+\)", first)
+    assert re.fullmatch(r"\(cut after \d+ tokens: the model was made for no more\)", second)
 
-    with pytest.raises(SystemExit) as stopped:
-        generate.main(["--model", str(tiny), "--max-new-tokens", "100000000", "Chào?"])
-    assert stopped.value.code == 2 and "made for 128 tokens" in capsys.readouterr().err
+
+def test_a_question_that_is_too_long_is_refused_before_the_weights_are_read(ask, tiny, monkeypatch):
+    monkeypatch.setattr(generate, "load_base", None)
+    status, _, err = ask("--model", tiny, "một hai ba " * 100)
+    assert status == 2 and re.search(r"the question is too long: \d+ tokens of the 128", err)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--temperature", "-1"], "--temperature -1.0: must be from 0 to 100"),
+    (["--temperature", "nan"], "--temperature nan: must be from 0"),
+    (["--top-p", "0", "--temperature", "1"], "--top-p 0.0: must be from 0 to 1, and not 0"),
+    (["--top-k", "5"], "--top-k 5: is for drawing at random; give --temperature too"),
+    (["--min-p", "1.5", "--temperature", "1"], "--min-p 1.5: must be from 0 to 1"),
+    (["--repetition-penalty", "0"], "--repetition-penalty 0.0: must be from 0 to 100, and not 0"),
+    (["--seed", "-1"], "--seed -1: must be from 0"),
+])
+def test_sampling_that_cannot_be_is_one_line(ask, flags, said):
+    status, out, err = ask(*flags, QUESTION)
+    assert (status, out, err.count("\n")) == (2, "", 1) and said in err
+
+
+def test_a_seed_repeats_its_answer_and_another_gives_another(ask, tiny):
+    how = ["--model", tiny, "--max-new-tokens", 12, "--temperature", 1, "--top-k", 50]
+    answers = [ask(*how, "--seed", seed, QUESTION)[1] for seed in (3, 3, 4)]
+    assert answers[0] == answers[1] != answers[2]
+    assert answers[0] != ask("--model", tiny, "--max-new-tokens", 12, QUESTION)[1]
+
+
+def test_a_stop_string_ends_the_answer_before_it(ask, tiny):
+    whole = ask("--model", tiny, "--max-new-tokens", 12, QUESTION)[1].strip()
+    stop = whole[4:7]
+    status, out, err = ask("--model", tiny, "--max-new-tokens", 12, "--stop", stop, QUESTION)
+    assert (status, out, err) == (0, whole[: whole.index(stop)] + "\n", "")
+
+
+def test_stats_are_said_beside_the_answer(ask, tiny):
+    _, out, err = ask("--model", tiny, "--max-new-tokens", 6, "--stats", QUESTION)
+    assert out == expected(tiny, 6).lstrip() + "\n"
+    assert re.search(r"\(\d+ tokens read, 6 written; the first after 0\.\d+ s, then [\d.,]+ "
+                     r"tokens/s\)", err)

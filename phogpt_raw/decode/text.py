@@ -1,0 +1,78 @@
+"""Tokens become text as they are written: no half letters, and an end where a stop string begins.
+
+A Vietnamese letter takes two or three bytes, and a token may end inside one. What is not yet a
+whole letter waits for the next token; what may be the beginning of a stop string waits too.
+"""
+
+from collections.abc import Sequence
+
+HALF = "\ufffd"  # what bytes become that are no letter, or not yet
+TURNS = 4  # times that a passage must stand at the end of an answer to count as a loop
+
+
+class TextStream:
+    """Text of the tokens put in; `stopped` once one of the strings `stops` was met.
+
+    The pieces of `put` and `end` joined are the text of all tokens decoded at once, up to the first
+    stop string.
+    """
+
+    def __init__(self, tokenizer, stops: Sequence[str] = ()):
+        self.tokenizer, self.stops, self.stopped = tokenizer, [s for s in stops if s], False
+        self.ids: list[int] = []
+        self.shown, self.read = 0, 0  # ids decoded before those that gave the last piece; and all
+        self.waiting = ""  # decoded, and may be the beginning of a stop string
+
+    def put(self, token: int) -> str:
+        """The text that is certain now."""
+        self.ids.append(token)
+        return self.decoded(whole=False)
+
+    def end(self) -> str:
+        """What waited for more."""
+        return self.decoded(whole=True)
+
+    def decoded(self, whole: bool) -> str:
+        if self.stopped:
+            return ""
+        # A token's text may depend on the one before it, so the last piece's tokens go along.
+        before = self.text(self.ids[self.shown : self.read])
+        now = self.text(self.ids[self.shown :])
+        if whole or (not now.endswith(HALF) and len(now) > len(before)):
+            self.waiting += now[len(before) :]
+            self.shown, self.read = self.read, len(self.ids)
+        return self.certain(whole)
+
+    def certain(self, whole: bool) -> str:
+        places = [place for stop in self.stops if (place := self.waiting.find(stop)) >= 0]
+        if places:
+            self.stopped = True
+            text, self.waiting = self.waiting[: min(places)], ""
+            return text
+        held = 0 if whole else max((begun(self.waiting, stop) for stop in self.stops), default=0)
+        text = self.waiting[: len(self.waiting) - held]
+        self.waiting = self.waiting[len(text) :]
+        return text
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def begun(text: str, stop: str) -> int:
+    """Letters at the end of `text` that may be the beginning of `stop`.
+
+    >>> begun("một câu\\n#", "\\n###"), begun("một câu", "\\n###")
+    (2, 0)
+    """
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1)
+                 if text.endswith(stop[:n])), 0)
+
+
+def loops(ids: list[int], least: int = 24) -> bool:
+    """Whether the answer's end is a passage four times over, of at least so many tokens in all.
+
+    >>> loops([5, 6] + [7, 8, 9] * 8), loops([7, 8, 9] * 3), loops(list(range(50)))
+    (True, False, False)
+    """
+    return any(ids[-TURNS * n :] == ids[-n:] * TURNS
+               for n in range(-(-least // TURNS), len(ids) // TURNS + 1))
