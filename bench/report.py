@@ -188,3 +188,36 @@ def epoch(rows: list[dict], title: str, cap: float = 0) -> Table:
                      f"{row['allocated_gib']:.2f}",
                      f"{row['times_faster']:.2f}" if "times_faster" in row else "")
     return made
+
+
+# -- decoding
+
+
+def decode(rows: list[dict], title: str) -> Table:
+    """Measured: ours and transformers' at each prompt and batch."""
+    made = table(title, ["", "prompt", "rows", "tokens/s", "first s", "GiB", "of bound", "times"],
+                 caption="tokens/s: of all rows, after the first token; first s: to the first "
+                 "token; GiB allocated; of bound: what must be read, over the step and the card's "
+                 "copy rate; times: ours faster")
+    made.columns[0].no_wrap = False
+    for row in rows:
+        cells = [row["who"], f"{row['prompt']:,}", str(row["rows"])]
+        if "step_s" not in row:
+            made.add_row(*cells, "out of", "memory")
+            continue
+        made.add_row(*cells, f"{row['tokens_per_s']:,.1f}", f"{row['first_s']:.3f}",
+                     f"{row['allocated_gib']:.2f}",
+                     f"{row['share_of_bound']:.0%}" if "share_of_bound" in row else "",
+                     f"{row['ours_times_faster']:.1f}" if "ours_times_faster" in row else "")
+    return made
+
+
+def decode_bounds(rows: list[dict], title: str) -> Table:
+    """Of a card elsewhere: what memory allows."""
+    made = table(title, ["prompt", "rows", "GB a step", "tokens/s", "GiB"],
+                 caption="tokens/s: if all that a step must read came at the card's worse to "
+                 "better rate; GiB: weights, cache and CUDA's context")
+    for row in rows:
+        made.add_row(f"{row['prompt']:,}", str(row["rows"]), f"{row['bytes'] / 1e9:.2f}",
+                     span(row["tokens_per_s"]), f"{row['gib']:.2f}")
+    return made

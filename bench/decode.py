@@ -1,0 +1,186 @@
+"""Tokens a second of the engine and of transformers' generate, from one checkpoint and adapter.
+
+    python bench/decode.py --model 7b5 --save               on a GPU: in turns, measured
+    python bench/decode.py --card t4,v100                   the bound by bytes, anywhere
+
+Both sides hold random weights in NF4 with an adapter on all four linears, and write --new tokens
+greedily after random prompts. transformers runs as it comes, and with its static cache. The rates
+are of all rows together after the first token, from the median step; the first token's time is that
+of reading the prompt.
+
+A token must read every weight, the adapter and the cache once. These bytes over the rate at which
+the card copies memory bound the time of a step; for cards that are elsewhere that bound is all that
+is said.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from bench import report, results
+from bench.command_line import count, known_cards, whole_numbers
+from bench.peer import adapter_weights
+from bench.process import Side, now
+from bench.sides import write_random_checkpoint
+from phogpt_raw.cards import DTYPES, this_card
+from phogpt_raw.command_line import Parser
+from phogpt_raw.config import Config
+from phogpt_raw.model.cache import cache_bytes
+from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
+from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.show.console import out
+from phogpt_raw.simulate.rates import CONTEXT
+
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a weight: 4 bits, and its share of two kinds of scales
+PEERS = {"transformers": None, "transformers, static cache": "static"}
+
+
+def step_bytes(shape: ModelConfig, rank: int, rows: int, tokens: float) -> float:
+    """What a step of `rows` rows must read, each row holding so many tokens: the linears in NF4,
+    the head and the adapter in 16 bits, keys and values."""
+    linears = 4 * shape.n_layers * shape.d_model**2 * (1 + shape.expansion_ratio // 2)
+    return (NF4_BYTES * linears + 2 * shape.vocab_size * shape.d_model
+            + 2 * adapter_weights(shape, rank)
+            + cache_bytes(shape.n_layers, shape.d_model, rows, 1, 2) * tokens)
+
+
+def copy_rate(size: int = 2**30) -> float:
+    """Bytes/s, read and written, at which this GPU copies memory: the best of ten."""
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target, times = torch.empty_like(source), []
+    for _ in range(10):
+        began = now()
+        target.copy_(source)
+        times.append(now() - began)
+    return 2 * size / min(times)
+
+
+def bound_rows(options, shape: ModelConfig, bandwidth: tuple[float, float]) -> list[dict]:
+    """For each prompt and batch: tokens/s at the bound for the card's worse and better rate, and
+    GiB of the model and its cache."""
+    rows = []
+    for prompt in options.prompts:
+        for batch in options.batches:
+            read = step_bytes(shape, options.rank, batch, prompt + options.new / 2)
+            cache = cache_bytes(shape.n_layers, shape.d_model, batch, prompt + options.new, 2)
+            weights = step_bytes(shape, options.rank, batch, 0)
+            rows.append({"who": "bound", "prompt": prompt, "rows": batch, "bytes": read,
+                         "tokens_per_s": [batch * rate / read for rate in bandwidth],
+                         "gib": (weights + cache + CONTEXT) / 2**30})
+    return rows
+
+
+def simulate(options) -> None:
+    shape = PUBLISHED[options.model]
+    for known in known_cards(options):
+        rows = bound_rows(options, shape, known.rates.bandwidth)
+        out.print(report.decode_bounds(rows, f"at most, on {known.card.name}: {options.model}, "
+                                             f"NF4, rank {options.rank}"))
+        if options.save:
+            file = results.save("decode", known.card, options, torch.float16, rows,
+                                source="simulated", new=options.new, sources=known.rates.source)
+            out.print(f"saved {file}")
+
+
+def measure(options) -> None:
+    shape, card = PUBLISHED[options.model], this_card()
+    if card.device == "cpu":
+        raise Refusal("decode.py: measuring needs a GPU, here is none; --card gives the bounds of "
+                      "others")
+    rate = copy_rate()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / options.model
+        out.print(f"writing random weights of {options.model}")
+        write_random_checkpoint(folder, shape)
+        torch.cuda.empty_cache()
+        sides = {name: Side(name, "bench.decode_sides", name, str(folder), options.dtype,
+                            str(options.rank))
+                 for name in ("ours", *(["transformers"] if options.peers else []))}
+        rows = []
+        for prompt in options.prompts:
+            for batch in options.batches:
+                rows += turn(options, shape, sides, prompt, batch, rate)
+        forwards = {prompt: sides["ours"].run(forward=True, prompt=prompt, cap_gib=0)
+                    for prompt in options.prompts}
+        for side in sides.values():
+            side.close()
+    for row in rows:
+        if row["who"] == "ours":
+            row["forward_s"] = forwards[row["prompt"]].get("forward_s")
+    out.print(report.decode(rows, f"measured on {card.name}: {options.model}, NF4, "
+                                  f"{options.dtype}, rank {options.rank}, {options.new} tokens"))
+    if options.save:
+        file = results.save("decode", card, options, DTYPES[options.dtype], rows, new=options.new,
+                            copy_bytes_per_s=rate)
+        out.print(f"saved {file}")
+
+
+def turn(options, shape: ModelConfig, sides: dict[str, Side], prompt: int, batch: int,
+         rate: float) -> list[dict]:
+    """A row for each side at this prompt and batch, ours first."""
+    order = {"prompt": prompt, "rows": batch, "new": options.new, "cap_gib": 0}
+    common = {"prompt": prompt, "rows": batch}
+    read = step_bytes(shape, options.rank, batch, prompt + options.new / 2)
+    found = sides["ours"].run(**order)
+    rows = [{"who": "ours", **common, **found, "bytes": read}]
+    if "step_s" in found:
+        rows[0] |= {"bytes_per_s": read / found["step_s"], "bound_s": read / rate,
+                    "share_of_bound": read / rate / found["step_s"]}
+    for name in options.peers:
+        found = sides["transformers"].run(**order, cache=PEERS[name])
+        rows.append({"who": name, **common, **found})
+        if "tokens_per_s" in found and "tokens_per_s" in rows[0]:
+            rows[-1]["ours_times_faster"] = rows[0]["tokens_per_s"] / found["tokens_per_s"]
+    for row in rows:
+        rate_s = f"{row['tokens_per_s']:.1f} tokens/s" if "step_s" in row else "out of memory"
+        out.print(f"prompt {prompt}, {batch} rows, {row['who']}: {rate_s}")
+    return rows
+
+
+def parse(arguments):
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="7b5", choices=PUBLISHED, help="random weights of that "
+                        "shape")
+    parser.add_argument("--card", metavar="NAME,…", help="the bounds of these cards (default "
+                        "without a GPU: t4,v100; with one: measure)")
+    parser.add_argument("--prompt", default="128", metavar="N,…", help="tokens (default 128)")
+    parser.add_argument("--batch", default="1,8", metavar="N,…", help="rows (default 1,8)")
+    parser.add_argument("--new", type=count, default=256, help="tokens to write (default 256)")
+    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
+    parser.add_argument("--rank", type=count, default=16)
+    parser.add_argument("--peers", default="shipped,static", metavar="shipped,static,none",
+                        help="transformers as it comes, and with its static cache")
+    parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+    options = parser.parse_args(arguments)
+    options.prompts = whole_numbers(options.prompt, "--prompt")
+    options.batches = whole_numbers(options.batch, "--batch")
+    names = dict(zip(("shipped", "static"), PEERS, strict=True))
+    asked = [] if options.peers == "none" else options.peers.split(",")
+    if not set(asked) <= set(names):
+        raise Refusal(f"--peers {options.peers}: shipped, static or none")
+    options.peers = [names[name] for name in asked]
+    if options.new < 2:
+        raise Refusal(f"--new {options.new}: at least 2, to time a step")
+    longest = PUBLISHED[options.model].max_seq_len
+    if max(options.prompts) + options.new > longest:
+        raise Refusal(f"--prompt {max(options.prompts)} and --new {options.new}: {options.model} "
+                      f"was made for {longest} tokens in all")
+    if not options.card and not torch.cuda.is_available():
+        options.card = "t4,v100"
+    known_cards(options)
+    # for the result's name, and what the other benches can choose
+    options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
+    return options
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    (simulate if options.card else measure)(options)
+
+
+if __name__ == "__main__":
+    main()

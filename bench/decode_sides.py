@@ -1,0 +1,140 @@
+"""A side of decode.py, in its own process: this engine, or transformers' generate with PEFT.
+
+Both read one checkpoint and one adapter, hold the weights in NF4, and write the same number of
+tokens greedily after the same random prompts; no token ends an answer.
+"""
+
+import argparse
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from bench.measure import context_gib
+from bench.process import now, serve
+from bench.random_data import random_rows
+from phogpt_raw.cards import DTYPES
+from phogpt_raw.decode.engine import Engine
+from phogpt_raw.model.adapters import load_adapters, new_adapters
+from phogpt_raw.model.weights import PINNED_IDS, load_base
+
+NEVER = -1  # an end token that no token is
+
+
+class Ours:
+    """The engine; its steps captured or eager."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, rank: int):
+        if not (folder / "adapters").exists():
+            model, _ = load_base(str(folder), dtype=dtype, device="cuda")
+            new_adapters(model, rank=rank, alpha=2 * rank).save(folder / "adapters")
+            del model
+            torch.cuda.empty_cache()
+        self.model, _ = load_base(str(folder), dtype=dtype, device="cuda")
+        load_adapters(self.model, folder / "adapters", trainable=False)
+        self.context_gib = context_gib()
+
+    def run(self, prompt: int, rows: int, new: int, capture: bool = True) -> dict:
+        """Seconds of an engine over `rows` prompts: to the first token of each, and to the end of
+        each step after that."""
+        prompts = random_rows(self.model.config.vocab_size, rows, prompt, seed=0)
+        began, ends = now(), []
+        with Engine(self.model, eos_id=NEVER, pad_id=PINNED_IDS["pad"], rows=rows,
+                    capture=capture) as engine:
+            for key, ids in enumerate(prompts):
+                engine.add(key, ids, new)
+            written = 0
+            for token in engine.run():
+                written += token.id is not None
+                if token.id is not None and written % rows == 0:
+                    ends.append(time.perf_counter() - began)
+            fast = engine.fast is not None
+        return {"ends": ends, "fused": fast}
+
+    def forward_s(self, prompt: int) -> float:
+        """Seconds of a forward in training over that many tokens, the median of five."""
+        [ids] = random_rows(self.model.config.vocab_size, 1, prompt, seed=0)
+        ids_BL, times = torch.tensor([ids], device="cuda"), []
+        for p in self.model.parameters():
+            p.requires_grad_(p.dtype == torch.float32)  # the adapters
+        for _ in range(7):
+            began = now()
+            self.model(ids_BL)
+            times.append(now() - began)
+        for p in self.model.parameters():
+            p.requires_grad_(False)
+        return sorted(times[2:])[2]
+
+    def release(self) -> None:
+        pass
+
+
+class Transformers:
+    """transformers' MPT over bitsandbytes' linears with PEFT's adapter, as its users set it up."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype, rank: int):
+        import transformers
+        from peft import PeftModel
+
+        transformers.logging.set_verbosity_error()
+        model = transformers.MptForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": 0},
+            quantization_config=transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype))
+        model.config.use_cache = True
+        self.context_gib = context_gib()
+        self.model = PeftModel.from_pretrained(model, folder / "adapters").eval()
+
+    def run(self, prompt: int, rows: int, new: int, cache: str | None = None) -> dict:
+        """The same of `generate`; cache: its cache_implementation."""
+        from transformers import StoppingCriteria
+
+        class Ends(StoppingCriteria):
+            def __call__(self, input_ids, scores, **_):
+                ends.append(now() - began)
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        ids = torch.tensor(list(random_rows(self.model.config.vocab_size, rows, prompt, seed=0)),
+                           device="cuda")
+        more = {} if cache is None else {"cache_implementation": cache}
+        began, ends = now(), []
+        self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                            max_new_tokens=new, min_new_tokens=new, eos_token_id=None,
+                            pad_token_id=PINNED_IDS["pad"], stopping_criteria=[Ends()], **more)
+        return {"ends": ends}
+
+    def release(self) -> None:
+        pass
+
+
+def work(side, **order) -> dict:
+    """A run of a side, after one that warms it up: seconds to the first token and of each later
+    step, the median; tokens/s of all rows after the first token, and over the whole."""
+    if order.pop("forward", False):
+        return {"forward_s": side.forward_s(**order)}
+    side.run(**{**order, "new": min(order["new"], 8)})
+    torch.cuda.reset_peak_memory_stats()
+    found = side.run(**order)
+    ends, rows = found.pop("ends"), order["rows"]
+    steps = sorted(after - before for before, after in pairwise(ends))
+    return found | {
+        "first_s": ends[0], "step_s": steps[len(steps) // 2], "whole_s": ends[-1],
+        "tokens_per_s": rows * len(steps) / (ends[-1] - ends[0]),
+        "whole_tokens_per_s": rows * len(ends) / ends[-1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=("ours", "transformers"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("dtype", choices=DTYPES)
+    parser.add_argument("rank", type=int)
+    options = parser.parse_args()
+    kind = Ours if options.side == "ours" else Transformers
+    serve(lambda: kind(options.folder, DTYPES[options.dtype], options.rank), work)
+
+
+if __name__ == "__main__":
+    main()
