@@ -158,6 +158,37 @@ def epoch_cells(row: dict, cap: float | None) -> list[str]:
             f"{row['times_faster']:.1f}" if "times_faster" in row else ""]
 
 
+def decoding() -> list[str]:
+    """Tokens a second, newest results of each card and model."""
+    newest = {}
+    for result in results.load("decode"):
+        if result["rank"] == Config.rank:
+            newest[result["model"], result["source"], card_of(result), result["dtype"]] = result
+    order = list(NAMES)
+    lines = ["| card | model | prompt | rows | who | tokens/s | first token | GiB | of the bound | "
+             "times faster |", "|---" * 10 + "|"]
+    for result in sorted(newest.values(), key=lambda r: (order.index(r["model"]), r["source"],
+                                                         card_of(r))):
+        model = NAMES[result["model"]] + ("" if result["dtype"] == "fp16"
+                                          else f", {result['dtype']}")
+        lines += ["| " + " | ".join([f"{card_of(result)}, {result['source']}", model,
+                                     *decode_cells(row)]) + " |" for row in result["rows"]]
+    return lines
+
+
+def decode_cells(row: dict) -> list[str]:
+    """A measured row, or the bound of a card elsewhere."""
+    cells = [f"{row['prompt']:,}", str(row["rows"]), row["who"]]
+    if row["who"] == "bound":
+        return [*cells, items.span(row["tokens_per_s"]), "", f"{row['gib']:.2f}", "", ""]
+    if "step_s" not in row:
+        return [*cells, "out of memory", *[""] * 4]
+    return [*cells, f"{row['tokens_per_s']:,.0f}", f"{row['first_s']:.3f} s",
+            f"{row['allocated_gib']:.2f}",
+            f"{row['share_of_bound']:.0%}" if "share_of_bound" in row else "",
+            f"{row['ours_times_faster']:.1f}" if "ours_times_faster" in row else ""]
+
+
 def purpose(label: str) -> str:
     return next((what for part, what in (
         ("tuned", "tuning"), ("judged", "judging"), ("eager", "bound by the host, eager"),
@@ -172,6 +203,7 @@ TABLES = {
     "memory": lambda: across("memory", memory_cell),
     "time": lambda: across("step_time", time_cell),
     "epoch": epochs,
+    "decode": decoding,
     "held-memory": held_memory,
     "held-time": held_time,
 }

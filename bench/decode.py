@@ -28,12 +28,12 @@ from phogpt_raw.cards import DTYPES, this_card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
 from phogpt_raw.model.cache import cache_bytes
+from phogpt_raw.model.nf4 import NF4_BYTES
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
 from phogpt_raw.simulate.rates import CONTEXT
 
-NF4_BYTES = 0.5 + (1 + 4 / 256) / 64  # a weight: 4 bits, and its share of two kinds of scales
 PEERS = {"transformers": None, "transformers, static cache": "static"}
 
 
@@ -128,6 +128,11 @@ def turn(options, shape: ModelConfig, sides: dict[str, Side], prompt: int, batch
     if "step_s" in found:
         rows[0] |= {"bytes_per_s": read / found["step_s"], "bound_s": read / rate,
                     "share_of_bound": read / rate / found["step_s"]}
+        if options.kernels:
+            seen = sides["ours"].run(kernels=True, prompt=prompt, rows=batch, cap_gib=0)
+            rows[0]["kernels_s"] = dict(sorted(seen["kernels_s"].items(), key=lambda k: -k[1][0]))
+            for name, (seconds, times) in list(rows[0]["kernels_s"].items())[:8]:
+                out.print(f"  {1e3 * seconds:6.3f} ms  {times:4} x {name[:60]}", markup=False)
     for name in options.peers:
         found = sides["transformers"].run(**order, cache=PEERS[name])
         rows.append({"who": name, **common, **found})
@@ -153,6 +158,7 @@ def parse(arguments):
     parser.add_argument("--rank", type=count, default=16)
     parser.add_argument("--peers", default="shipped,static", metavar="shipped,static,none",
                         help="transformers as it comes, and with its static cache")
+    parser.add_argument("--kernels", action="store_true", help="say which of ours take the time")
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
     options.prompts = whole_numbers(options.prompt, "--prompt")

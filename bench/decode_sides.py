@@ -20,6 +20,7 @@ from phogpt_raw.model.adapters import load_adapters, new_adapters
 from phogpt_raw.model.weights import PINNED_IDS, load_base
 
 NEVER = -1  # an end token that no token is
+STEPS = 5  # under the profiler
 
 
 class Ours:
@@ -51,6 +52,25 @@ class Ours:
                     ends.append(time.perf_counter() - began)
             fast = engine.fast is not None
         return {"ends": ends, "fused": fast}
+
+    def kernels(self, prompt: int, rows: int) -> dict:
+        """Seconds of each kind of kernel in a step of the engine as a graph, by name."""
+        from torch.profiler import ProfilerActivity, profile
+
+        prompts = random_rows(self.model.config.vocab_size, rows, prompt, seed=0)
+        with Engine(self.model, eos_id=NEVER, pad_id=PINNED_IDS["pad"], rows=rows) as engine:
+            for key, ids in enumerate(prompts):
+                engine.add(key, ids, 100)
+            list(engine.admit())
+            for _ in range(3):
+                engine.launch()
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                for _ in range(STEPS):
+                    engine.launch()
+                torch.cuda.synchronize()
+        return {event.key: [event.self_device_time_total / 1e6 / STEPS, event.count // STEPS]
+                for event in seen.key_averages() if event.self_device_time_total}
 
     def forward_s(self, prompt: int) -> float:
         """Seconds of a forward in training over that many tokens, the median of five."""
@@ -114,6 +134,8 @@ def work(side, **order) -> dict:
     step, the median; tokens/s of all rows after the first token, and over the whole."""
     if order.pop("forward", False):
         return {"forward_s": side.forward_s(**order)}
+    if order.pop("kernels", False):
+        return {"kernels_s": side.kernels(**order)}
     side.run(**{**order, "new": min(order["new"], 8)})
     torch.cuda.reset_peak_memory_stats()
     found = side.run(**order)

@@ -221,3 +221,13 @@ def decode_bounds(rows: list[dict], title: str) -> Table:
         made.add_row(f"{row['prompt']:,}", str(row["rows"]), f"{row['bytes'] / 1e9:.2f}",
                      span(row["tokens_per_s"]), f"{row['gib']:.2f}")
     return made
+
+
+def products(rows: list[dict], title: str) -> Table:
+    made = table(title, ["out x in", "rows", "bitsandbytes us", "ours us", "TB/s", "times"],
+                 caption="of one product, as a CUDA graph; times: ours faster")
+    for row in rows:
+        made.add_row(f"{row['out']} x {row['in']}", str(row["rows"]),
+                     f"{1e6 * row['bitsandbytes_s']:.1f}", f"{1e6 * row['ours_s']:.1f}",
+                     f"{row['bytes_per_s'] / 1e12:.2f}", f"{row['times_faster']:.2f}")
+    return made

@@ -39,6 +39,21 @@ def test_a_step_is_that_of_the_models_forward(adapted, nf4):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_prompt_is_read_as_the_models_forward_reads_it(adapted):
+    model, _ = adapted(nf4=True)
+    model.eval()
+    mine, other = model.new_cache(3, 30), model.new_cache(3, 30)
+    fast = dense_step(model, mine)
+    ids_BL = torch.randint(4, 4096, (2, 25), generator=torch.Generator().manual_seed(0))
+    for start, stop in ((0, 16), (16, 25)):
+        found = fast.read(ids_BL[:, start:stop], Piece(mine, 1, start))
+        wanted = model(ids_BL[:, start:stop], cache=Piece(other, 1, start))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    for a, b in zip(mine.kv, other.kv, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
 def test_the_weights_stay_as_they_are(adapted):
     model, adapters = adapted(nf4=True)
     before = {name: p.clone() for name, p in model.named_parameters()}

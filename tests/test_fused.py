@@ -10,6 +10,7 @@ from phogpt_raw.decode.fused import FusedStep, blocks_of, fused_step, linear_of
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.cache import Piece, Step
+from phogpt_raw.model.nf4 import dequantise_plain
 from phogpt_raw.model.nf4_product import halves, product_plain
 from phogpt_raw.model.weights import load_base
 
@@ -24,6 +25,9 @@ def plain(monkeypatch):
 
     monkeypatch.setattr(module, "product", product)
     monkeypatch.setattr(module, "fits", lambda *_: True)  # of the kernels' shapes; tiny is smaller
+    monkeypatch.setattr(module, "can_fuse", lambda _: True)
+    monkeypatch.setattr(module, "dequantise_fused", lambda packed, fields, _:
+                        dequantise_plain(packed, fields))
     for name in ("norm_low", "attend_low", "low_rank"):
         monkeypatch.setattr(module, name, getattr(module, f"{name}_plain"))
 
@@ -54,6 +58,21 @@ def test_the_plain_versions_are_the_models_forward(adapted, plain, lora):
         torch.testing.assert_close(hidden, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
         for cache in (mine, other):
             cache.place_B += 1
+    for a, b in zip(mine.kv, other.kv, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_as_the_models_forward_reads_it(adapted, plain):
+    model, _ = adapted(nf4=True)
+    model.eval()
+    mine, other = model.new_cache(3, 30), model.new_cache(3, 30)
+    fused = FusedStep(model, mine, blocks_of(model))
+    ids_BL = torch.randint(4, 4096, (2, 25), generator=torch.Generator().manual_seed(0))
+    for start, stop in ((0, 16), (16, 25)):
+        found = fused.read(ids_BL[:, start:stop], Piece(mine, 1, start))
+        wanted = model(ids_BL[:, start:stop], cache=Piece(other, 1, start))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
     for a, b in zip(mine.kv, other.kv, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
@@ -125,6 +144,17 @@ def test_each_kernel_is_its_plain_version(on_gpu):
         wanted = module.attend_low_plain(qkv, other, place_B, model.slopes_H, 0.125, out_proj)
         assert torch.equal(one, other)
         assert all(close(f, w, dtype) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_prompt_on_a_gpu_is_read_as_the_models_forward_reads_it(on_gpu):
+    mine, other = on_gpu.new_cache(2, 60), on_gpu.new_cache(2, 60)
+    ids_BL = torch.randint(4, 4096, (2, 50), generator=torch.Generator().manual_seed(0)).cuda()
+    for start, stop in ((0, 40), (40, 50)):
+        found = fused_step(on_gpu, mine).read(ids_BL[:, start:stop], Piece(mine, 0, start))
+        wanted = on_gpu(ids_BL[:, start:stop], cache=Piece(other, 0, start))
+        assert (found - wanted).norm() < 16 * torch.finfo(found.dtype).eps * wanted.norm()
 
 
 @pytest.mark.gpu

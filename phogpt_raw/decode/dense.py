@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from phogpt_raw.decode.prefill import Norm, read_prompt
 from phogpt_raw.model.adapters import plain_adapter
 from phogpt_raw.model.attention import OneTokenBias
-from phogpt_raw.model.cache import Cache
+from phogpt_raw.model.cache import Cache, Piece
 from phogpt_raw.model.lora import dense
 from phogpt_raw.model.phogpt import PhoGPT
 
@@ -30,18 +31,8 @@ class Copy:
     weight_DO: torch.Tensor
     bias_O: torch.Tensor
 
-    def __call__(self, x_BD: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.bias_O, x_BD, self.weight_DO)
-
-
-class Norm:
-    """A layer norm without a module's bookkeeping, which would take as long as the norm."""
-
-    def __init__(self, norm: nn.LayerNorm):
-        self.arguments = norm.normalized_shape, norm.weight, norm.bias, norm.eps
-
-    def __call__(self, x_BD: torch.Tensor) -> torch.Tensor:
-        return torch.layer_norm(x_BD, *self.arguments)
+    def __call__(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias_O, x_ND, self.weight_DO)
 
 
 @dataclass(frozen=True)
@@ -70,6 +61,11 @@ class DenseStep:
         x_BD = one_token(x_BD, self.blocks, self.cache, place_B, bias,
                          self.model.config.softmax_scale)
         return self.model.transformer.norm_f(x_BD)
+
+    def read(self, ids_BL: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """Hidden states [B, L, D] after the last norm, of a piece of prompts."""
+        return read_prompt(self.model, ids_BL, piece, self.blocks, lambda x, copy: copy(
+            x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         return hidden_BD @ self.head_DV

@@ -220,8 +220,9 @@ class Engine:
         with self.memory():
             for start in range(0, lengths[-1], PREFILL):
                 stop = min(start + PREFILL, lengths[-1])
-                hidden_BLD = self.model(ids_BL[:, start:stop],
-                                        cache=Piece(self.cache, first, start))
+                piece_BL, piece = ids_BL[:, start:stop], Piece(self.cache, first, start)
+                hidden_BLD = (self.fast.read(piece_BL, piece) if self.fast
+                              else self.model(piece_BL, cache=piece))
                 for n, length in enumerate(lengths):
                     if start < length <= stop:
                         hidden_BD[n] = hidden_BLD[n, length - 1 - start]

@@ -19,9 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from phogpt_raw.decode.prefill import Norm, read_prompt
 from phogpt_raw.model.adapters import plain_adapter
-from phogpt_raw.model.cache import Cache
+from phogpt_raw.model.cache import Cache, Piece
 from phogpt_raw.model.lora import compute_copy
+from phogpt_raw.model.nf4 import can_fuse, dequantise_fused
 from phogpt_raw.model.nf4_product import MOST, Linear, Scratch, fits, halves, product, whole
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.private_apis import nf4_fields, nf4_state
@@ -37,10 +39,10 @@ PART, PARTS = 128, 16  # positions in a part, at least; parts of a row, at most
 
 @dataclass(frozen=True)
 class Block:
-    norm_1: nn.LayerNorm
+    norm_1: Norm
     Wqkv: Linear
     out_proj: Linear
-    norm_2: nn.LayerNorm
+    norm_2: Norm
     up_proj: Linear
     down_proj: Linear
 
@@ -61,6 +63,10 @@ class FusedStep:
         x = one_token(x, self.blocks, self.cache, self.model.slopes_H, self.scale, self.scratch)
         return self.model.transformer.norm_f(x)
 
+    def read(self, ids_BL: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """Hidden states [B, L, D] after the last norm, of a piece of prompts."""
+        return read_prompt(self.model, ids_BL, piece, self.blocks, many_rows)
+
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         return self.model.logits(hidden_BD)
 
@@ -79,6 +85,16 @@ def one_token(x_BD, blocks: list[Block], cache: Cache, slopes_H, scale: float,
         x_BD = product(y_B2, block.down_proj, scratch, low_rank(y_B2, block.down_proj),
                        add_NO=x_BD)
     return x_BD
+
+
+def many_rows(x_BLD: torch.Tensor, linear: Linear) -> torch.Tensor:
+    """x through a linear and its adapter, for rows enough that W is worth being dequantised."""
+    x_ND = x_BLD.flatten(0, 1)
+    weight = dequantise_fused(linear.packed, linear.fields, linear.offset)
+    y_NO = torch.addmm(linear.bias_O, x_ND, weight.t())
+    if linear.A_RD is not None:
+        y_NO.addmm_(x_ND @ linear.A_RD.t(), linear.B_OR.t(), alpha=linear.scaling)
+    return y_NO.unflatten(0, x_BLD.shape[:2])
 
 
 def linear_of(layer: nn.Module) -> Linear | None:
@@ -124,10 +140,11 @@ def blocks_of(model: PhoGPT) -> list[Block] | None:
     for b in model.transformer.blocks:
         linears = [linear_of(layer) for layer in (b.attn.Wqkv, b.attn.out_proj, b.ffn.up_proj,
                                                   b.ffn.down_proj)]
-        if any(linear is None or not fits(*linear.shape) for linear in linears):
+        if not all(linear and fits(*linear.shape) and can_fuse(linear.fields)
+                   for linear in linears):
             return None
         Wqkv, out_proj, up_proj, down_proj = linears
-        blocks.append(Block(b.norm_1, Wqkv, out_proj, b.norm_2, up_proj, down_proj))
+        blocks.append(Block(Norm(b.norm_1), Wqkv, out_proj, Norm(b.norm_2), up_proj, down_proj))
     return blocks
 
 
@@ -171,13 +188,13 @@ def low_rank(x_B2, linear: Linear) -> torch.Tensor | None:
     return low
 
 
-def norm_low_plain(x_BD, norm: nn.LayerNorm, linear: Linear):
+def norm_low_plain(x_BD, norm: Norm, linear: Linear):
     """(the norm of x in halves, its low_rank)."""
     y_B2 = halves(norm(x_BD))
     return y_B2, low_rank_plain(y_B2, linear)
 
 
-def norm_low(x_BD, norm: nn.LayerNorm, linear: Linear):
+def norm_low(x_BD, norm: Norm, linear: Linear):
     """`norm_low_plain` in one kernel: a program for each row of A, and one that writes the norm.
 
     Each program computes the norm again, which costs less than waiting for another kernel.

@@ -38,6 +38,7 @@ except ImportError:  # it comes with torch for CUDA on Linux, and only there
 
 WEIGHTS, SCALES = 64, 256  # values in a block of weights, and in a block of scales
 ROWS = 64  # blocks of weights that one program of the kernel dequantises
+NF4_BYTES = 0.5 + (1 + 4 / SCALES) / WEIGHTS  # of a weight: 4 bits, its share of both scales
 
 
 def quantise(weight_OD: torch.Tensor, dtype: torch.dtype):
@@ -81,10 +82,15 @@ def dequantise(weight: torch.Tensor) -> torch.Tensor:
     state = nf4_state(weight)
     if weight.is_cuda and hasattr(state, "offset_on_host"):
         fields = nf4_fields(state)
-        fits = fields.shape.numel() % (WEIGHTS * ROWS) == 0
-        if fits and fused_works(weight.device, fields.dtype):
+        if can_fuse(fields):
             return dequantise_fused(weight, fields, state.offset_on_host)
     return dequantize_4bit(weight, state)
+
+
+def can_fuse(fields: NF4Fields) -> bool:
+    """Whether dequantise_fused serves a weight on a GPU."""
+    return (fields.shape.numel() % (WEIGHTS * ROWS) == 0
+            and fused_works(fields.scales.device, fields.dtype))
 
 
 def dequantise_plain(packed: torch.Tensor, fields: NF4Fields) -> torch.Tensor:

@@ -1,0 +1,104 @@
+"""Products of a few rows with a 4-bit matrix: bitsandbytes' and ours, at every shape of a model.
+
+    python bench/products.py --save                  on a GPU
+    python bench/products.py --model 4b --rows 1,2
+
+Microseconds of one product as a CUDA graph replays it, bias included. Copies of the matrix are
+taken in turn, more than the GPU's cache holds, as a model's layers are. TB/s: of the matrix' 4 bits
+and scales.
+"""
+
+import argparse
+import statistics
+
+import torch
+
+from bench import report, results
+from bench.command_line import whole_numbers
+from phogpt_raw.cards import DTYPES, this_card
+from phogpt_raw.command_line import Parser
+from phogpt_raw.config import Config
+from phogpt_raw.decode.fused import linear_of
+from phogpt_raw.model.nf4 import NF4_BYTES, nf4_linear
+from phogpt_raw.model.nf4_product import Scratch, halves, product
+from phogpt_raw.model.phogpt import PUBLISHED
+from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.show.console import out
+
+CACHE = 300e6  # bytes; no GPU's cache is so large
+REPLAYS = 7
+
+
+def replayed_s(run, calls: int) -> float:
+    """Seconds of one call of run(0), run(1), … in a CUDA graph, the median of several replays."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for n in range(calls):
+            run(n)
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        graph.replay()
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(begun.elapsed_time(ended) / 1e3 / calls)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def measure(out_features: int, width: int, rows: list[int], dtype: torch.dtype) -> list[dict]:
+    """A row for each number of rows at this shape."""
+    size = NF4_BYTES * out_features * width
+    layers = []
+    for _ in range(max(2, int(CACHE / size))):
+        weight = 0.02 * torch.randn(out_features, width, device="cuda", dtype=dtype)
+        bias = torch.nn.Parameter(torch.zeros(out_features, device="cuda", dtype=dtype), False)
+        layers.append(nf4_linear(weight, dtype, "cuda", bias))
+    linears, scratch = [linear_of(layer) for layer in layers], Scratch(out_features, "cuda")
+
+    def compared(count: int) -> dict:
+        x_ND = torch.randn(count, width, device="cuda", dtype=dtype)
+        x_N2, calls = halves(x_ND), max(16, 2 * len(layers))
+        theirs = replayed_s(lambda n: layers[n % len(layers)](x_ND), calls)
+        ours = replayed_s(lambda n: product(x_N2, linears[n % len(layers)], scratch), calls)
+        return {"out": out_features, "in": width, "rows": count, "bitsandbytes_s": theirs,
+                "ours_s": ours, "bytes_per_s": size / ours, "times_faster": theirs / ours}
+
+    return [compared(count) for count in rows]
+
+
+def parse(arguments):
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="7b5", choices=PUBLISHED)
+    parser.add_argument("--rows", default="1,2,4,8,16", metavar="N,…")
+    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
+    parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+    options = parser.parse_args(arguments)
+    options.counts = whole_numbers(options.rows, "--rows")
+    # for the result's name, and what the other benches can choose
+    options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
+    options.rank = Config.rank
+    return options
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    card, shape = this_card(), PUBLISHED[options.model]
+    if card.device == "cpu":
+        raise Refusal("products.py: the kernels need a GPU, here is none")
+    d, wide = shape.d_model, shape.expansion_ratio * shape.d_model
+    rows = [row for size in ((3 * d, d), (d, d), (wide, d), (d, wide))
+            for row in measure(*size, options.counts, DTYPES[options.dtype])]
+    out.print(report.products(rows, f"measured on {card.name}: {options.model}, {options.dtype}"))
+    if options.save:
+        out.print(f"saved {results.save('products', card, options, DTYPES[options.dtype], rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""A prompt through all blocks at once, without what training needs of a forward.
+
+The model's own forward does the same through modules, PEFT's layers and autograd functions; for a
+short prompt their bookkeeping takes longer than the GPU does. fused.py and dense.py, which have the
+weights gathered already, say what a linear is.
+
+B rows, L tokens, D hidden, H heads, K head width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from phogpt_raw.model.attention import attend
+from phogpt_raw.model.cache import Piece
+from phogpt_raw.model.phogpt import PhoGPT
+
+
+class Norm:
+    """A layer norm without a module's bookkeeping."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def __call__(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        return torch.layer_norm(x_BLD, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def read_prompt(model: PhoGPT, ids_BL: torch.Tensor, piece: Piece, blocks: list,
+                linear: Callable[[torch.Tensor, object], torch.Tensor]) -> torch.Tensor:
+    """Hidden states [B, L, D] after the last norm; keys and values go to the cache.
+
+    blocks: each with norm_1, Wqkv, out_proj, norm_2, up_proj, down_proj. linear(x, w): x [B, L, …]
+    through one of these.
+    """
+    config = model.config
+    heads, scale = (3, config.n_heads, config.d_model // config.n_heads), config.softmax_scale
+    x_BLD = model.transformer.wte(ids_BL)
+    seen = piece.seen(model.slopes_H, ids_BL.shape[1], x_BLD.dtype)
+    for n, block in enumerate(blocks):
+        qkv_BL3HK = linear(block.norm_1(x_BLD), block.Wqkv).unflatten(2, heads)
+        q_BHLK, k_BHLK, v_BHLK = (part.transpose(1, 2) for part in qkv_BL3HK.unbind(2))
+        k_BHSK, v_BHSK = piece.extend(n, k_BHLK, v_BHLK)
+        out_BHLK = attend(q_BHLK, k_BHSK, v_BHSK, seen, scale)
+        x_BLD = x_BLD + linear(out_BHLK.transpose(1, 2).flatten(2), block.out_proj)
+        wide = F.gelu(linear(block.norm_2(x_BLD), block.up_proj))
+        x_BLD = x_BLD + linear(wide, block.down_proj)
+    return model.transformer.norm_f(x_BLD)
