@@ -61,7 +61,7 @@ class Ours:
         with Engine(self.model, eos_id=NEVER, pad_id=PINNED_IDS["pad"], rows=rows) as engine:
             for key, ids in enumerate(prompts):
                 engine.add(key, ids, 100)
-            list(engine.admit())
+            engine.admit()
             for _ in range(3):
                 engine.launch()
             torch.cuda.synchronize()

@@ -1,5 +1,7 @@
 """Answers through the cache are those of the full forward, alone and in a batch."""
 
+from itertools import islice
+
 import pytest
 import torch
 
@@ -191,6 +193,35 @@ def test_requests_may_come_while_others_are_answered(lively):
             if token.key == 0 and len(found[0]) == 7:
                 engine.add(1, second, 20)
     assert [found[0], found[1]] == [a.ids for a in wanted]
+
+
+def test_who_stops_taking_tokens_may_take_the_rest_later(lively):
+    asked = prompts(4, 9, 6)
+    wanted = [a.ids for a in write(lively, asked, max_new_tokens=11)]
+    found = {key: [] for key in range(3)}
+    with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=2) as engine:
+        for key, prompt in enumerate(asked):
+            engine.add(key, prompt, 11)
+        taken = True
+        while taken:  # three tokens of each run
+            taken = list(islice(engine.run(), 3))
+            for token in taken:
+                if token.id is not None:
+                    found[token.key].append(token.id)
+    assert list(found.values()) == wanted
+
+
+def test_requests_that_cannot_be_are_errors(lively):
+    with Engine(lively, eos_id=NEVER, pad_id=PAD) as engine:
+        with pytest.raises(ValueError, match="a prompt of 0 tokens"):
+            engine.add(0, [], 5)
+        with pytest.raises(ValueError, match="0 to write"):
+            engine.add(0, [5], 0)
+        engine.add(0, [5], 5)
+        with pytest.raises(ValueError, match="request 0: there is one of this key already"):
+            engine.add(0, [6], 5)
+        assert [token.key for token in engine.run()] == [0] * 6
+        engine.add(0, [6], 1)  # the first has ended
 
 
 DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3)

@@ -233,7 +233,7 @@ def test_no_step_waits_for_the_gpu(on_gpu):
                     sampling=Sampling(temperature=0.8, top_k=40)) as engine:
             for key, prompt in enumerate(prompts(5, 9)):
                 engine.add(key, prompt, 100)
-            list(engine.admit())
+            engine.admit()
             for _ in range(3):
                 engine.launch()
             torch.cuda.set_sync_debug_mode("error")

@@ -52,7 +52,7 @@ class Token:
     stopped: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     key: int
     prompt: list[int]
@@ -97,6 +97,8 @@ class Engine:
         self.capture = capture and self.device.type == "cuda"
         self.queue: deque[Row] = deque()
         self.rows: list[Row] = []
+        self.unread: deque[Pending] = deque()
+        self.out: deque[Token] = deque()  # read, and not yet taken
         self.cache = self.fast = self.history_BS = None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.seen: set[int] = set()  # batch sizes that have run eagerly
@@ -121,30 +123,40 @@ class Engine:
     # -- requests
 
     def add(self, key: int, prompt: list[int], max_new_tokens: int, seed: int = 0) -> None:
-        """Ask for an answer; its tokens come from `run` under this key."""
+        """Ask for an answer; its tokens come from `run` under this key.
+
+        Raises ValueError for an empty prompt, no tokens to write, or a key that is in use.
+        """
+        if not prompt or max_new_tokens < 1:
+            raise ValueError(f"request {key}: a prompt of {len(prompt)} tokens, {max_new_tokens} to"
+                             f" write; at least one of each is needed")
+        if any(row.key == key for row in (*self.queue, *self.rows)):
+            raise ValueError(f"request {key}: there is one of this key already")
         self.queue.append(Row(key, prompt, max_new_tokens, seed))
 
     def drop(self, key: int) -> None:
         """End the answer `key` before it ends by itself."""
         self.queue = deque(row for row in self.queue if row.key != key)
+        self.out = deque(token for token in self.out if token.key != key)
         self.leave(key)
 
     def run(self) -> Iterator[Token]:
-        """Tokens as they are written, until all that was asked for is answered."""
-        pending = None
-        while self.queue or self.rows:
+        """Tokens as they are written, until all that was asked for is answered.
+
+        Who stops taking them may take the rest from another `run`.
+        """
+        while self.queue or self.rows or self.unread or self.out:
+            while self.out:
+                yield self.out.popleft()
             if self.queue and len(self.rows) < self.most_rows:
-                if pending:  # its tokens were chosen before the new rows
-                    yield from self.read(pending)
-                    pending = None
-                yield from self.admit()
-            launched = self.launch() if self.rows else None
-            if pending:
-                yield from self.read(pending)
-            pending = launched
-            if pending and self.device.type == "cpu":  # it has run already
-                yield from self.read(pending)
-                pending = None
+                self.read(behind=0)  # those tokens were chosen before the new rows
+                self.admit()
+            elif self.rows:
+                self.unread.append(self.launch())
+                # on a CPU the step has run already; a GPU runs it while the one before is read
+                self.read(behind=0 if self.device.type == "cpu" else 1)
+            else:
+                self.read(behind=0)
 
     def answers(self, prompts: list[list[int]], max_new_tokens: int, seed: int = 0,
                 on_token: Callable[[int], None] | None = None) -> list[Answer]:
@@ -163,17 +175,18 @@ class Engine:
 
     # -- rows come and go
 
-    def admit(self) -> Iterator[Token]:
-        """Take prompts from the queue while rows are free, and read them."""
-        count = min(len(self.queue), self.most_rows - len(self.rows))
-        new = [self.queue.popleft() for _ in range(count)]
-        self.make_room(new)
-        new.sort(key=lambda row: len(row.prompt))
-        while new:
-            group = [new.pop(0)]
-            while new and len(new[0].prompt) * (len(group) + 1) <= PREFILL:
-                group.append(new.pop(0))
-            yield from self.prefill(group)
+    def admit(self) -> None:
+        """Read the shortest prompts that wait, as many as there are free rows for and as go
+        through the model at once."""
+        free = self.most_rows - len(self.rows)
+        waiting = sorted((self.queue[n] for n in range(min(free, len(self.queue)))),
+                         key=lambda row: len(row.prompt))
+        group = [waiting.pop(0)]
+        while waiting and len(waiting[0].prompt) * (len(group) + 1) <= PREFILL:
+            group.append(waiting.pop(0))
+        self.queue = deque(row for row in self.queue if row not in group)
+        self.make_room(group)
+        self.prefill(group)
 
     def make_room(self, new: list[Row]) -> None:
         """See that the cache has positions for the rows that are there, for these, and for their
@@ -207,7 +220,7 @@ class Engine:
             self.history_BS = zeros_B[:, None].repeat(1, positions + 1)
         self.fast = fused_step(self.model, self.cache) or dense_step(self.model, self.cache)
 
-    def prefill(self, group: list[Row]) -> Iterator[Token]:
+    def prefill(self, group: list[Row]) -> None:
         """Read these prompts, the shortest first, and choose the first token of each answer."""
         first, lengths = len(self.rows), [len(row.prompt) for row in group]
         place = slice(first, first + len(group))
@@ -237,7 +250,8 @@ class Engine:
                 self.history_BS[first + n, :length] = ids_BL[n, :length]
         self.rows += group
         self.choose(hidden_BD, place)
-        yield from self.read(self.sent(place))
+        self.unread.append(self.sent(place))
+        self.read(behind=0)
 
     def leave(self, key: int) -> None:
         """Remove a row; the last row takes its place."""
@@ -319,20 +333,21 @@ class Engine:
 
         return Pending(keys, read)
 
-    def read(self, pending: Pending) -> Iterator[Token]:
-        """The tokens of a step; rows that have ended leave."""
-        tokens, ends = pending.read()
-        for key, token, end in zip(pending.keys, tokens, ends, strict=True):
-            row = next((row for row in self.rows if row.key == key), None)
-            if row is None:
-                continue  # it has left since
-            row.written += 1
-            if end:
-                self.leave(key)
-            if token != self.eos_id:
-                yield Token(key, token)
-            if end:
-                yield Token(key, None, stopped=token == self.eos_id)
+    def read(self, behind: int) -> None:
+        """Take the tokens of all steps but the last `behind`; rows that have ended leave."""
+        while len(self.unread) > behind:
+            pending = self.unread.popleft()
+            tokens, ends = pending.read()
+            for key, token, end in zip(pending.keys, tokens, ends, strict=True):
+                row = next((row for row in self.rows if row.key == key), None)
+                if row is None:
+                    continue  # it has left since
+                row.written += 1
+                if token != self.eos_id:
+                    self.out.append(Token(key, token))
+                if end:
+                    self.leave(key)
+                    self.out.append(Token(key, None, stopped=token == self.eos_id))
 
 
 def answer(model: PhoGPT, prompts: list[list[int]], *, eos_id: int, pad_id: int,
