@@ -10,6 +10,7 @@ Greedy unless --temperature is given, streamed as it is written, ended by the mo
 import argparse
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -98,7 +99,10 @@ def main(arguments: list[str] | None = None) -> None:
     question = sys.stdin.read() if options.question == "-" else options.question
     if not question.strip():
         raise Refusal("the question is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise Refusal("the question is not UTF-8; convert it, or type it anew")
     sampling = sampling_of(options)
+    stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as answers are
     card = this_card()
     dtype, _reason = training_dtype(card, options.dtype)
     if options.adapter:
@@ -114,27 +118,32 @@ def main(arguments: list[str] | None = None) -> None:
                                  revision=options.revision)
     if options.adapter:
         load_adapters(model, options.adapter, trainable=False)
-    stream, ids, begun, first = TextStream(tokenizer, options.stop), [], time.perf_counter(), None
+    stream, ids, begun, first = TextStream(tokenizer, stops), [], time.perf_counter(), None
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
                 sampling=sampling, capture=options.capture) as engine:
         engine.add(0, prompt, most, options.seed)
         shown, ended = "", False
-        for token in engine.run():
-            first = first or time.perf_counter()
-            if token.id is None:
-                ended = ended or token.stopped
-                continue
-            ids.append(token.id)
-            shown += show(stream.put(token.id), shown)
-            if stream.stopped:
-                ended = True
-                engine.drop(0)
+        try:
+            for token in engine.run():
+                first = first or time.perf_counter()
+                if token.id is None:
+                    ended = ended or token.stopped
+                    continue
+                ids.append(token.id)
+                shown += show(stream.put(token.id), shown)
+                if stream.stopped:
+                    ended = True
+                    engine.drop(0)
+        except KeyboardInterrupt:
+            print()
+            say(_("(stopped by hand)"))
+            sys.exit(130)
     show(stream.end(), shown)
     print()
     if not ended:
         text = _("(cut after {n} tokens; --max-new-tokens writes on)", n=most)
         full = _("(cut after {n} tokens: the model was made for no more)", n=most)
-        say(text if most == options.max_new_tokens else full)
+        say(full if len(prompt) + most == shape.max_seq_len else text)
     if loops(ids):
         say(_("(the answer repeats itself; --repetition-penalty 1.2 may help, or more training)"))
     if options.stats:
@@ -149,9 +158,10 @@ def show(text: str, shown: str) -> str:
 
 
 def stats(card, prompt: int, written: int, first_s: float, then_s: float) -> str:
-    text = _("({prompt:,} tokens read, {written:,} written; the first after {first:.3f} s, then "
-             "{rate:,.1f} tokens/s", prompt=prompt, written=written, first=first_s,
-             rate=max(0, written - 1) / then_s)
+    text = _("({prompt:,} tokens read, {written:,} written; the first after {first:.3f} s",
+             prompt=prompt, written=written, first=first_s)
+    if written > 1:
+        text += _(", then {rate:,.1f} tokens/s", rate=(written - 1) / then_s)
     if card.device == "cuda":
         gib = torch.cuda.max_memory_allocated() / 2**30
         text += _("; at most {gib:.2f} GiB allocated", gib=gib)

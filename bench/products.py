@@ -20,7 +20,7 @@ from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
 from phogpt_raw.decode.fused import linear_of
 from phogpt_raw.model.nf4 import NF4_BYTES, nf4_linear
-from phogpt_raw.model.nf4_product import Scratch, halves, product
+from phogpt_raw.model.nf4_product import MOST, Scratch, halves, product
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
@@ -80,6 +80,8 @@ def parse(arguments):
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
     options.counts = whole_numbers(options.rows, "--rows")
+    if max(options.counts) > MOST:
+        raise Refusal(f"--rows {options.rows}: the kernels take at most {MOST}")
     # for the result's name, and what the other benches can choose
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     options.rank = Config.rank

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from phogpt_raw.decode import dense as module
 from phogpt_raw.decode.dense import dense_step
+from phogpt_raw.model.adapters import inject
 from phogpt_raw.model.cache import Piece, Step
 from phogpt_raw.model.weights import load_base
 
@@ -40,6 +42,28 @@ def test_a_step_is_that_of_the_models_forward(adapted, nf4):
 
 
 @torch.no_grad()
+def test_an_adapter_that_is_switched_off_is_off(adapted):
+    model, _ = adapted(nf4=True)
+    model.eval()
+    for layer in model.modules():
+        if hasattr(layer, "enable_adapters"):
+            layer.enable_adapters(False)
+    mine, other = filled(model), filled(model)
+    ids_B = torch.tensor([5, 99, 1234])
+    wanted = model(ids_B[:, None], cache=Step(other, 3, 18))[:, 0]
+    torch.testing.assert_close(dense_step(model, mine)(ids_B, 18), wanted, rtol=0, atol=2e-5 *
+                               float(wanted.abs().max()))
+
+
+def test_a_merged_adapter_keeps_the_models_forward(adapted):
+    model, _ = adapted()
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.merge()
+    assert dense_step(model, model.new_cache(1, 8)) is None
+
+
+@torch.no_grad()
 def test_a_prompt_is_read_as_the_models_forward_reads_it(adapted):
     model, _ = adapted(nf4=True)
     model.eval()
@@ -68,6 +92,9 @@ def test_adapters_that_are_more_than_lora_and_large_models_keep_the_models_forwa
     for lora in (dict(dropout=0.5), dict(targets=["Wqkv"])):
         model, _ = adapted(nf4=True, **lora)
         assert (dense_step(model, model.new_cache(1, 8)) is None) == ("dropout" in lora)
+    model, _ = load_base(str(tiny))
+    inject(model, LoraConfig(r=4, target_modules=["Wqkv"], use_dora=True))
+    assert dense_step(model, model.new_cache(1, 8)) is None
     model, _ = load_base(str(tiny))
     assert dense_step(model, model.new_cache(1, 8)) is not None
     monkeypatch.setattr(module, "MOST", 1000)

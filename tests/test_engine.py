@@ -8,6 +8,7 @@ import torch
 from phogpt_raw.decode import engine as module
 from phogpt_raw.decode.engine import Engine, answer, rows_that_fit
 from phogpt_raw.decode.sampling import Sampling
+from phogpt_raw.model.cache import Cache
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import load_base
 
@@ -58,11 +59,12 @@ def test_an_answer_ends_at_the_end_token_and_says_so(lively):
     assert second == whole[1]  # a neighbour that ends disturbs no one
 
 
-def test_nothing_is_computed_after_the_last_answer_has_ended(lively):
+def test_nothing_is_computed_after_the_last_answer_has_ended(lively, monkeypatch):
     [prompt] = prompts(4)
     end = write(lively, [prompt])[0].ids[2]
     calls = []
-    lively.register_forward_hook(lambda *_: calls.append(1))
+    original = module.Engine.step
+    monkeypatch.setattr(module.Engine, "step", lambda *a: calls.append(1) or original(*a))
     write(lively, [prompt], eos_id=end, max_new_tokens=1000)
     assert len(calls) <= 3
 
@@ -145,8 +147,10 @@ def test_a_cache_that_grows_and_a_prompt_in_pieces_change_no_token(long_model, f
     if not fast:
         monkeypatch.setattr(module, "dense_step", lambda *_: None)
     with Engine(long_model, eos_id=NEVER, pad_id=PAD, rows=2) as engine:
+        sizes, grow = [], Cache.grow
+        monkeypatch.setattr(Cache, "grow", lambda *a: sizes.append(a[1]) or grow(*a))
         found = [a.ids for a in engine.answers(asked, 60)]
-        assert 110 <= engine.cache.positions < 130
+        assert len(sizes) > 4 and sizes == sorted(sizes) and 110 <= sizes[-1] < 130
     assert found == wanted
 
 
@@ -195,6 +199,21 @@ def test_requests_may_come_while_others_are_answered(lively):
     assert [found[0], found[1]] == [a.ids for a in wanted]
 
 
+def test_a_row_that_has_ended_stays_where_it_is(lively):
+    """On a GPU it goes along for a step, since the host reads one behind."""
+    with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=2) as engine:
+        engine.add(0, *prompts(4), 1)
+        engine.add(1, *prompts(4), 9)
+        engine.admit()
+        engine.rows.append(engine.rows[0])  # its place, with the row that has ended
+        places = []
+        for _ in range(3):
+            engine.step(2)
+            places.append(engine.cache.place_B.tolist())
+    assert [one for one, _ in places] == [5, 6, 7] and len({other for _, other in places}) == 1
+    assert engine.ids_B is None
+
+
 def test_who_stops_taking_tokens_may_take_the_rest_later(lively):
     asked = prompts(4, 9, 6)
     wanted = [a.ids for a in write(lively, asked, max_new_tokens=11)]
@@ -211,7 +230,53 @@ def test_who_stops_taking_tokens_may_take_the_rest_later(lively):
     assert list(found.values()) == wanted
 
 
+def test_after_a_consumer_has_raised_the_next_answer_is_right(lively):
+    first, second = prompts(4, 9)
+    wanted = write(lively, [second], max_new_tokens=6)
+
+    def fail(_):
+        raise RuntimeError("the consumer")
+
+    with Engine(lively, eos_id=NEVER, pad_id=PAD) as engine:
+        with pytest.raises(RuntimeError, match="the consumer"):
+            engine.answers([first, first], 10, on_token=fail)
+        assert engine.answers([second], 6) == wanted
+        engine.add(7, first, 3)
+        with pytest.raises(ValueError, match="other requests are open"):
+            engine.answers([second], 6)
+    with engine:  # entered anew it has forgotten them
+        assert engine.answers([second], 6) == wanted
+
+
+def test_a_request_that_waits_can_be_dropped(lively, monkeypatch):
+    """In the queue, and while prompts before it are read."""
+    monkeypatch.setattr(module, "PREFILL", 16)
+    asked = prompts(12, 14, 13)
+    for rows in (1, 3):
+        keys = []
+        with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=rows) as engine:
+            for key, prompt in enumerate(asked):
+                engine.add(key, prompt, 6)
+            for token in engine.run():
+                if not keys:
+                    engine.drop(1)
+                keys.append(token.key)
+        assert sorted(keys) == [0] * 7 + [2] * 7
+
+
+def test_prompts_that_are_more_than_a_pass_holds_go_in_several(lively, monkeypatch):
+    monkeypatch.setattr(module, "PREFILL", 30)
+    seen = []
+    original = module.Engine.prefill
+    monkeypatch.setattr(module.Engine, "prefill", lambda self, group: seen.append(
+        [len(row.prompt) for row in group]) or original(self, group))
+    write(lively, prompts(10, 40, 12, 9, 14), max_new_tokens=2)
+    assert seen == [[9, 10], [12, 14], [40]]
+
+
 def test_requests_that_cannot_be_are_errors(lively):
+    with pytest.raises(ValueError, match="0 rows"):
+        Engine(lively, eos_id=NEVER, pad_id=PAD, rows=0)
     with Engine(lively, eos_id=NEVER, pad_id=PAD) as engine:
         with pytest.raises(ValueError, match="a prompt of 0 tokens"):
             engine.add(0, [], 5)
@@ -242,6 +307,28 @@ def test_drawn_answers_repeat_and_are_the_same_alone_and_in_a_batch(lively):
     assert together != [a.ids for a in write(lively, asked, max_new_tokens=25)]
 
 
+def test_drawn_answers_of_any_lengths_and_seeds_are_those_alone(lively, monkeypatch):
+    """Rows that leave at different times take their history and their seed along; both survive a
+    cache that grows."""
+    monkeypatch.setattr(module, "STEP", 8)
+    monkeypatch.setattr(module, "AHEAD", 5)
+    asked, most = prompts(3, 17, 1, 8, 8), [30, 4, 22, 9, 40]
+
+    def draw(keys, rows):
+        found = {key: [] for key in keys}
+        with Engine(lively, eos_id=NEVER, pad_id=PAD, sampling=DRAWN, rows=rows) as engine:
+            for key in keys:
+                engine.add(key, asked[key], most[key], seed=100 + key)
+            for token in engine.run():
+                if token.id is not None:
+                    found[token.key].append(token.id)
+        return found
+
+    alone = {key: ids for n in range(5) for key, ids in draw([n], 1).items()}
+    assert [len(alone[key]) for key in range(5)] == most
+    assert draw(range(5), 5) == draw(range(5), 3) == alone
+
+
 def test_what_was_written_is_penalised_and_what_stands_behind_a_row_is_not(lively):
     """Against transformers' processor over exactly the tokens so far."""
     from transformers import RepetitionPenaltyLogitsProcessor
@@ -265,7 +352,8 @@ def test_nothing_is_held_once_the_engine_is_left(lively):
     with Engine(lively, eos_id=NEVER, pad_id=PAD) as engine:
         engine.answers(prompts(3), 4)
         assert engine.cache is not None
-    assert engine.cache is engine.fast is None and not engine.graphs
+    held = [name for name, value in vars(engine).items() if isinstance(value, torch.Tensor)]
+    assert engine.cache is engine.fast is None and not engine.graphs and not held
 
 
 def test_rows_that_fit_is_bytes():

@@ -11,6 +11,7 @@ from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.packing import Packing
 from phogpt_raw.decode.engine import answer
+from phogpt_raw.training import evaluate as module
 from phogpt_raw.training.evaluate import Score, evaluate, held_out_loss
 from phogpt_raw.training.limits import Limits
 
@@ -82,6 +83,17 @@ def test_stops_counts_the_answers_that_end_by_themselves(lively, tokenizer):
     assert score.val_loss == pytest.approx(
         held_out_loss(model, Window(examples, PAD), Limits(4, 16)), rel=1e-6)
     assert score.seconds > 0
+
+
+@pytest.mark.parametrize("limit, rows", [(512, 3), (0, 1)])
+def test_answers_are_written_together_as_far_as_their_cache_fits(lively, tokenizer, monkeypatch,
+                                                                 limit, rows):
+    seen, original = [], module.answer
+    monkeypatch.setattr(module, "CACHE_MIB", limit)
+    monkeypatch.setattr(module, "answer", lambda *a, **how: seen.append(how["rows"])
+                        or original(*a, **how))
+    evaluated(lively, tokenizer, ragged_examples(3), eval_answers=8, answer_tokens=2)
+    assert seen == [rows]
 
 
 def test_answers_can_be_left_out(adapted, tokenizer):

@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import unicodedata
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import write_rows
 
 import generate
 from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
+from phogpt_raw.decode import text as module
 from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
@@ -177,6 +179,54 @@ def test_a_stop_string_ends_the_answer_before_it(ask, tiny):
     stop = whole[4:7]
     status, out, err = ask("--model", tiny, "--max-new-tokens", 12, "--stop", stop, QUESTION)
     assert (status, out, err) == (0, whole[: whole.index(stop)] + "\n", "")
+
+
+def test_each_flag_of_drawing_changes_the_draw(ask, tiny):
+    how = ["--model", tiny, "--max-new-tokens", 20, "--temperature", 3, "--seed", 5]
+    plain = ask(*how, QUESTION)[1]
+    for flag in (["--top-k", 2], ["--top-p", 0.05], ["--min-p", 0.9]):
+        assert ask(*how, *flag, QUESTION)[1] != plain, flag
+    greedy = ["--model", tiny, "--max-new-tokens", 20]
+    assert ask(*greedy, "--repetition-penalty", 50, QUESTION)[1] != ask(*greedy, QUESTION)[1]
+
+
+def test_an_answer_that_loops_is_said(ask, tiny):
+    """tiny's weights are random, and its answer one token over and over."""
+    _, _, err = ask("--model", tiny, "--max-new-tokens", 60, QUESTION)
+    assert "(the answer repeats itself; --repetition-penalty 1.2 may help" in err
+    _, _, err = ask("--model", tiny, "--max-new-tokens", 60, "--temperature", 5, QUESTION)
+    assert "repeats itself" not in err
+
+
+def test_a_stop_string_in_other_letters_of_the_same_look_is_the_same(ask, tiny, monkeypatch):
+    """NFD, as a Mac's keyboard may give it. Nothing is written after it."""
+    monkeypatch.setattr(generate, "TextStream", lambda tokenizer, stops: seen.append(stops)
+                        or module.TextStream(tokenizer, stops))
+    seen = []
+    ask("--model", tiny, "--max-new-tokens", 2, "--stop", unicodedata.normalize("NFD", "một"),
+        QUESTION)
+    assert seen == [["một"]]
+
+
+def test_nothing_is_written_after_a_stop_string(ask, tiny):
+    whole = ask("--model", tiny, "--max-new-tokens", 30, QUESTION)[1].strip()
+    _, _, err = ask("--model", tiny, "--max-new-tokens", 30, "--stats", "--stop", whole[:2],
+                    QUESTION)
+    assert int(re.search(r"(\d+) written", err)[1]) <= 3
+
+
+def test_a_question_that_is_no_text_is_refused(ask):
+    status, _, err = ask("\udcff")
+    assert status == 2 and "the question is not UTF-8" in err
+
+
+def test_ctrl_c_ends_the_answer_and_says_so(ask, tiny, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "show", interrupted)
+    status, out, err = ask("--model", tiny, "--max-new-tokens", 5, QUESTION)
+    assert (status, out, err) == (130, "\n", "(stopped by hand)\n")
 
 
 def test_stats_are_said_beside_the_answer(ask, tiny):

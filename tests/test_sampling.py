@@ -70,6 +70,35 @@ def test_only_what_the_filters_keep_is_drawn(how, kept):
     assert set(chosen.tolist()) == kept
 
 
+@pytest.mark.parametrize("how", [dict(top_k=7), dict(top_p=0.6), dict(min_p=0.2)], ids=str)
+def test_the_order_of_the_filters_is_transformers(how):
+    """The temperature first: at 2 a filter by probability keeps others than at 1."""
+    from transformers.generation import logits_process as hf
+
+    logits_BV = 3 * torch.randn(1, 40, generator=torch.Generator().manual_seed(1))
+    kinds = dict(top_k=hf.TopKLogitsWarper, top_p=hf.TopPLogitsWarper, min_p=hf.MinPLogitsWarper)
+    [(name, value)] = how.items()
+    wanted = kinds[name](value)(None, hf.TemperatureLogitsWarper(2.0)(None, logits_BV))
+    sampler = Sampler(Sampling(temperature=2.0, **how))
+    found = sampler.choose(logits_BV.expand(4000, -1), None, torch.arange(4000),
+                           torch.zeros(4000).long())
+    assert set(found.tolist()) == set(wanted[0].isfinite().nonzero().flatten().tolist())
+
+
+def test_the_penalty_is_there_when_tokens_are_drawn():
+    logits_BV = torch.tensor([[4.0, 3.9, 0.0]]).expand(4000, -1)
+    sampler = Sampler(Sampling(temperature=1.0, repetition_penalty=4.0))
+    history = torch.zeros(4000, 2).long()
+    found = sampler.choose(logits_BV, history, torch.arange(4000), torch.zeros(4000).long())
+    assert float((found == 0).float().mean()) == pytest.approx(0.0515, abs=0.015)
+
+
+def test_a_temperature_that_makes_logits_infinite_is_greedy():
+    logits_BV = torch.tensor([[1.0, 5.0, 3.0, -2.0]])
+    for temperature in (1e-38, 1e-45, 1e-7):
+        assert choose(Sampler(Sampling(temperature=temperature)), logits_BV).tolist() == [1]
+
+
 def test_a_low_temperature_is_nearly_greedy_and_a_high_one_nearly_even():
     logits_BV = torch.tensor([2.0, 1.0, 0.0]).expand(3000, -1)
     shares = []

@@ -85,6 +85,23 @@ def test_a_stop_string_ends_the_text_before_it(tokenizer, stops, shown):
         assert stream.stopped == (shown is not None)
 
 
+def test_of_what_may_begin_a_stop_string_the_longest_waits(tokenizer):
+    stream = TextStream(tokenizer, ["\n\n#"])
+    assert "".join(stream.put(i) for i in byte_tokens(tokenizer, "a\n\n#b")) == "a"
+    assert stream.stopped
+
+
+def test_a_token_may_depend_on_the_one_before_it():
+    """As in tokenizers that put the space before a word where another word stands before it."""
+
+    class Words:
+        def decode(self, ids, **_):
+            return " ".join(f"w{i}" for i in ids)
+
+    stream = TextStream(Words())
+    assert [stream.put(i) for i in (1, 2, 3)] == ["w1", " w2", " w3"]
+
+
 def test_what_may_begin_a_stop_string_waits(tokenizer):
     stream = TextStream(tokenizer, ["\n###"])
     ids = byte_tokens(tokenizer, "a\n##b")
@@ -93,5 +110,6 @@ def test_what_may_begin_a_stop_string_waits(tokenizer):
 
 def test_a_loop_is_four_times_the_same_passage_at_the_end():
     assert loops([1, 2, 3] * 8) and loops([9] * 24) and loops([5, 6, *range(8), *[*range(8)] * 3])
-    assert not loops([9] * 23) and not loops([1, 2, 3] * 8 + [4])
+    assert loops([1, 2, 3, 4, 5] * 7) and loops([*range(20)] * 4)
+    assert not loops([9] * 23) and not loops([1, 2, 3] * 8 + [4]) and not loops([*range(20)] * 3)
     assert not loops([*range(8)] * 3) and not loops([])

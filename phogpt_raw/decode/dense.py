@@ -113,7 +113,7 @@ def copy_of(layer: nn.Module) -> Copy | None:
     base, adapter = layer, None
     if hasattr(layer, "lora_A"):
         base, adapter = layer.base_layer, plain_adapter(layer)
-        if adapter is None and not layer.disable_adapters:
+        if layer.merged or (adapter is None and not layer.disable_adapters):
             return None
     weight = dense(base.weight)
     if adapter is not None:

@@ -84,13 +84,16 @@ def evaluating(model: PhoGPT):
 class Engine:
     """Answers of one model, at most `rows` at once; to be used as a context manager.
 
-    eos_id ends an answer. capture: run steps as CUDA graphs, on a GPU. memory: a context in which
-    large tensors are allocated.
+    What a step reads of weights and adapters is gathered for the first prompt; changes to them
+    after that are for the next engine. eos_id ends an answer. capture: run steps as CUDA graphs, on
+    a GPU. memory: a context in which large tensors are allocated.
     """
 
     def __init__(self, model: PhoGPT, *, eos_id: int, pad_id: int, rows: int = 8,
                  sampling: Sampling = GREEDY, capture: bool = True,
                  memory: Callable[[], AbstractContextManager] = nullcontext):
+        if rows < 1:
+            raise ValueError(f"{rows} rows: at least one is needed")
         self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
         self.sampler, self.memory, self.most_rows = Sampler(sampling), memory, rows
         self.device = model.head.device
@@ -110,12 +113,16 @@ class Engine:
         return self
 
     def __exit__(self, *error) -> None:
-        """Give all memory back: graphs, cache and what the step had gathered."""
+        """Forget all requests, and give all memory back: graphs, cache and what the step had
+        gathered."""
         if self.capture:
             torch.cuda.synchronize()
         held = bool(self.graphs)
         self.graphs.clear()
-        self.cache = self.fast = None
+        for requests in (self.queue, self.rows, self.unread, self.out):
+            requests.clear()
+        self.cache = self.fast = self.history_BS = None
+        self.ids_B = self.seed_B = self.last_B = self.ended_B = self.out_2B = None
         self.evaluating.__exit__(*error)
         if held:
             torch.cuda.empty_cache()  # the graphs' pools: nothing else may use them
@@ -160,17 +167,26 @@ class Engine:
 
     def answers(self, prompts: list[list[int]], max_new_tokens: int, seed: int = 0,
                 on_token: Callable[[int], None] | None = None) -> list[Answer]:
-        """The answers to prompts, in order; `on_token` sees the first one's tokens."""
+        """The answers to prompts, in order; `on_token` sees the first one's tokens.
+
+        Raises ValueError while other requests are open.
+        """
+        if self.queue or self.rows or self.out:
+            raise ValueError("other requests are open: take their tokens, or drop them")
         for key, prompt in enumerate(prompts):
             self.add(key, prompt, max_new_tokens, seed)
         written, stopped = [[] for _ in prompts], [False] * len(prompts)
-        for token in self.run():
-            if token.id is None:
-                stopped[token.key] = token.stopped
-                continue
-            written[token.key].append(token.id)
-            if on_token and token.key == 0:
-                on_token(token.id)
+        try:
+            for token in self.run():
+                if token.id is None:
+                    stopped[token.key] = token.stopped
+                    continue
+                written[token.key].append(token.id)
+                if on_token and token.key == 0:
+                    on_token(token.id)
+        finally:  # none is left where on_token raised
+            for key in range(len(prompts)):
+                self.drop(key)
         return [Answer(*pair) for pair in zip(written, stopped, strict=True)]
 
     # -- rows come and go

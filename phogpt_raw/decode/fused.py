@@ -104,7 +104,7 @@ def linear_of(layer: nn.Module) -> Linear | None:
     base, adapter = layer, None
     if hasattr(layer, "lora_A"):
         base, adapter = layer.base_layer, plain_adapter(layer)
-        if adapter is None and not layer.disable_adapters:
+        if layer.merged or (adapter is None and not layer.disable_adapters):
             return None
     state = nf4_state(base.weight) if isinstance(base, Linear4bit) else None
     if state is None:

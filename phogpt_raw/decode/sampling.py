@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
+COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy: the likeliest token each time. top_k 0, top_p 1, min_p 0 and
+    """temperature 0 is greedy: the likeliest token each time; so is one so small that logits over
+    it would be infinite. top_k 0, top_p 1, min_p 0 and
     repetition_penalty 1 are off."""
 
     temperature: float = 0.0
@@ -27,7 +30,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
 
 class Sampler:

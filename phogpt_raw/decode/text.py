@@ -74,5 +74,8 @@ def loops(ids: list[int], least: int = 24) -> bool:
     >>> loops([5, 6] + [7, 8, 9] * 8), loops([7, 8, 9] * 3), loops(list(range(50)))
     (True, False, False)
     """
-    return any(ids[-TURNS * n :] == ids[-n:] * TURNS
-               for n in range(-(-least // TURNS), len(ids) // TURNS + 1))
+    for n in range(1, len(ids) // TURNS + 1):  # the passage's length
+        tail = ids[-max(least, TURNS * n) :]
+        if len(tail) >= least and tail[n:] == tail[:-n]:
+            return True
+    return False

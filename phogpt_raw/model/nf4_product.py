@@ -115,6 +115,7 @@ def product(x_N2, linear: Linear, scratch: Scratch, low_NR=None, add_NO=None, ge
     add_NO is overwritten and returned where it is given.
     """
     rows, (out, width) = len(x_N2), linear.shape
+    assert rows <= MOST
     fields, rank = linear.fields, 0 if low_NR is None else low_NR.shape[1]
     y = add_NO if add_NO is not None else torch.empty(rows, out, dtype=x_N2.dtype,
                                                       device=x_N2.device)
