@@ -5,8 +5,8 @@
 
 Both sides hold random weights in NF4 with an adapter on all four linears, and write --new tokens
 greedily after random prompts. transformers runs as it comes, and with its static cache. The rates
-are of all rows together after the first token, from the median step; the first token's time is that
-of reading the prompt.
+are of all rows together, after the first token; the first token's time is that of reading the
+prompt.
 
 A token must read every weight, the adapter and the cache once. These bytes over the rate at which
 the card copies memory bound the time of a step; for cards that are elsewhere that bound is all that
@@ -40,8 +40,7 @@ PEERS = {"transformers": None, "transformers, static cache": "static"}
 def step_bytes(shape: ModelConfig, rank: int, rows: int, tokens: float) -> float:
     """What a step of `rows` rows must read, each row holding so many tokens: the linears in NF4,
     the head and the adapter in 16 bits, keys and values."""
-    linears = 4 * shape.n_layers * shape.d_model**2 * (1 + shape.expansion_ratio // 2)
-    return (NF4_BYTES * linears + 2 * shape.vocab_size * shape.d_model
+    return (NF4_BYTES * shape.linear_weights + 2 * shape.vocab_size * shape.d_model
             + 2 * adapter_weights(shape, rank)
             + cache_bytes(shape.n_layers, shape.d_model, rows, 1, 2) * tokens)
 

@@ -2,23 +2,19 @@
 
 import pytest
 import torch
+from decoding import (
+    filled,
+    holds_the_same,
+    reads_as_the_models_forward,
+    switch_adapters_off,
+)
 from peft import LoraConfig
 
 from phogpt_raw.decode import dense as module
 from phogpt_raw.decode.dense import dense_step
 from phogpt_raw.model.adapters import inject
-from phogpt_raw.model.cache import Piece, Step
+from phogpt_raw.model.cache import Step
 from phogpt_raw.model.weights import load_base
-
-
-def filled(model, lengths=(7, 3, 12)):
-    cache = model.new_cache(4, 20)
-    dice = torch.Generator().manual_seed(0)
-    for n, length in enumerate(lengths):
-        ids = torch.randint(4, 4096, (1, length), generator=dice)
-        model(ids, cache=Piece(cache, first=n))
-    cache.place_B[: len(lengths)] = torch.tensor(lengths)
-    return cache
 
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
@@ -26,7 +22,7 @@ def filled(model, lengths=(7, 3, 12)):
 def test_a_step_is_that_of_the_models_forward(adapted, nf4):
     model, _ = adapted(nf4=nf4)
     model.eval()
-    mine, other = filled(model), filled(model)
+    mine, other = filled(model, rows=4), filled(model, rows=4)
     fast = dense_step(model, mine)
     ids_B = torch.tensor([5, 99, 1234])
     for _ in range(4):
@@ -37,18 +33,15 @@ def test_a_step_is_that_of_the_models_forward(adapted, nf4):
         for cache in (mine, other):
             cache.place_B[:3] += 1
         ids_B = ids_B + 1
-    for a, b in zip(mine.kv, other.kv, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    holds_the_same(mine, other)
 
 
 @torch.no_grad()
 def test_an_adapter_that_is_switched_off_is_off(adapted):
     model, _ = adapted(nf4=True)
     model.eval()
-    for layer in model.modules():
-        if hasattr(layer, "enable_adapters"):
-            layer.enable_adapters(False)
-    mine, other = filled(model), filled(model)
+    switch_adapters_off(model)
+    mine, other = filled(model, rows=4), filled(model, rows=4)
     ids_B = torch.tensor([5, 99, 1234])
     wanted = model(ids_B[:, None], cache=Step(other, 3, 18))[:, 0]
     torch.testing.assert_close(dense_step(model, mine)(ids_B, 18), wanted, rtol=0, atol=2e-5 *
@@ -67,15 +60,7 @@ def test_a_merged_adapter_keeps_the_models_forward(adapted):
 def test_a_prompt_is_read_as_the_models_forward_reads_it(adapted):
     model, _ = adapted(nf4=True)
     model.eval()
-    mine, other = model.new_cache(3, 30), model.new_cache(3, 30)
-    fast = dense_step(model, mine)
-    ids_BL = torch.randint(4, 4096, (2, 25), generator=torch.Generator().manual_seed(0))
-    for start, stop in ((0, 16), (16, 25)):
-        found = fast.read(ids_BL[:, start:stop], Piece(mine, 1, start))
-        wanted = model(ids_BL[:, start:stop], cache=Piece(other, 1, start))
-        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
-    for a, b in zip(mine.kv, other.kv, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    reads_as_the_models_forward(model, lambda cache: dense_step(model, cache))
 
 
 def test_the_weights_stay_as_they_are(adapted):

@@ -3,10 +3,17 @@ versions."""
 
 import pytest
 import torch
+from decoding import (
+    filled,
+    holds_the_same,
+    reads_as_the_models_forward,
+    switch_adapters_off,
+)
 
 from phogpt_raw.decode import fused as module
 from phogpt_raw.decode.engine import Engine
-from phogpt_raw.decode.fused import FusedStep, blocks_of, fused_step, linear_of
+from phogpt_raw.decode.fused import FusedStep, fused_step, linear_of, readable
+from phogpt_raw.decode.prefill import blocks_of
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.cache import Piece, Step
@@ -32,15 +39,8 @@ def plain(monkeypatch):
         monkeypatch.setattr(module, name, getattr(module, f"{name}_plain"))
 
 
-def filled(model, lengths=(7, 3, 12), positions=20):
-    device = model.head.device
-    cache = model.new_cache(len(lengths), positions)
-    dice = torch.Generator().manual_seed(0)
-    for n, length in enumerate(lengths):
-        ids = torch.randint(4, 4096, (1, length), generator=dice).to(device)
-        model(ids, cache=Piece(cache, first=n))
-    cache.place_B[:] = torch.tensor(lengths, device=device)
-    return cache
+def fused_over(model, cache):
+    return FusedStep(model, cache, blocks_of(model, readable))
 
 
 @pytest.mark.parametrize("lora", [dict(rank=4), dict(rank=1, targets=["Wqkv", "down_proj"])],
@@ -50,7 +50,7 @@ def test_the_plain_versions_are_the_models_forward(adapted, plain, lora):
     model, _ = adapted(nf4=True, **lora)
     model.eval()
     mine, other = filled(model), filled(model)
-    fused = FusedStep(model, mine, blocks_of(model))
+    fused = fused_over(model, mine)
     ids_B = torch.tensor([5, 99, 1234])
     for _ in range(3):
         hidden = fused(ids_B, 20)
@@ -58,36 +58,25 @@ def test_the_plain_versions_are_the_models_forward(adapted, plain, lora):
         torch.testing.assert_close(hidden, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
         for cache in (mine, other):
             cache.place_B += 1
-    for a, b in zip(mine.kv, other.kv, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    holds_the_same(mine, other)
 
 
 @torch.no_grad()
 def test_a_prompt_is_read_as_the_models_forward_reads_it(adapted, plain):
     model, _ = adapted(nf4=True)
     model.eval()
-    mine, other = model.new_cache(3, 30), model.new_cache(3, 30)
-    fused = FusedStep(model, mine, blocks_of(model))
-    ids_BL = torch.randint(4, 4096, (2, 25), generator=torch.Generator().manual_seed(0))
-    for start, stop in ((0, 16), (16, 25)):
-        found = fused.read(ids_BL[:, start:stop], Piece(mine, 1, start))
-        wanted = model(ids_BL[:, start:stop], cache=Piece(other, 1, start))
-        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
-    for a, b in zip(mine.kv, other.kv, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    reads_as_the_models_forward(model, lambda cache: fused_over(model, cache))
 
 
 @torch.no_grad()
 def test_an_adapter_that_is_switched_off_is_off(adapted, plain):
     model, _ = adapted(nf4=True)
     model.eval()
-    for layer in model.modules():
-        if hasattr(layer, "enable_adapters"):
-            layer.enable_adapters(False)
+    switch_adapters_off(model)
     cache, other = filled(model), filled(model)
     ids_B = torch.tensor([5, 99, 1234])
     assert linear_of(model.transformer.blocks[0].attn.Wqkv).A_RD is None
-    torch.testing.assert_close(FusedStep(model, cache, blocks_of(model))(ids_B, 20),
+    torch.testing.assert_close(fused_over(model, cache)(ids_B, 20),
                                model(ids_B[:, None], cache=Step(other, 3, 20))[:, 0],
                                rtol=0, atol=1e-4)
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from phogpt_raw.decode.prefill import Norm, read_prompt
-from phogpt_raw.model.adapters import plain_adapter
+from phogpt_raw.decode.prefill import Block, blocks_of, read_prompt
+from phogpt_raw.model.adapters import base_and_adapter
 from phogpt_raw.model.attention import OneTokenBias
 from phogpt_raw.model.cache import Cache, Piece
 from phogpt_raw.model.lora import dense
@@ -33,16 +33,6 @@ class Copy:
 
     def __call__(self, x_ND: torch.Tensor) -> torch.Tensor:
         return torch.addmm(self.bias_O, x_ND, self.weight_DO)
-
-
-@dataclass(frozen=True)
-class Block:
-    norm_1: Norm
-    Wqkv: Copy
-    out_proj: Copy
-    norm_2: Norm
-    up_proj: Copy
-    down_proj: Copy
 
 
 class DenseStep:
@@ -91,30 +81,21 @@ def dense_step(model: PhoGPT, cache: Cache) -> DenseStep | None:
     """A DenseStep where it can serve this model, as it is now: on a CPU in fp32 (in 16 bits the sum
     would round the adapter away), small, with adapters that are LoRA and nothing more."""
     config, head = model.config, model.head
-    weights = 4 * config.n_layers * config.d_model**2 * (1 + config.expansion_ratio // 2)
-    size = (weights + head.numel()) * head.element_size()
+    size = (config.linear_weights + head.numel()) * head.element_size()
     if (head.device.type != "cpu" or head.dtype != torch.float32 or size > MOST
             or config.clip_qkv is not None or config.no_bias):
         return None
-    blocks = []
-    for b in model.transformer.blocks:
-        copies = [copy_of(x) for x in (b.attn.Wqkv, b.attn.out_proj, b.ffn.up_proj,
-                                       b.ffn.down_proj)]
-        if None in copies:
-            return None
-        Wqkv, out_proj, up_proj, down_proj = copies
-        blocks.append(Block(Norm(b.norm_1), Wqkv, out_proj, Norm(b.norm_2), up_proj, down_proj))
-    return DenseStep(model, cache, blocks)
+    blocks = blocks_of(model, copy_of)
+    return None if blocks is None else DenseStep(model, cache, blocks)
 
 
 @torch.no_grad()
 def copy_of(layer: nn.Module) -> Copy | None:
     """The sum of a linear and its adapter; None where the adapter is more than LoRA."""
-    base, adapter = layer, None
-    if hasattr(layer, "lora_A"):
-        base, adapter = layer.base_layer, plain_adapter(layer)
-        if layer.merged or (adapter is None and not layer.disable_adapters):
-            return None
+    found = base_and_adapter(layer)
+    if found is None:
+        return None
+    base, adapter = found
     weight = dense(base.weight)
     if adapter is not None:
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from phogpt_raw.data.packing import round_up
 from phogpt_raw.decode.dense import dense_step
 from phogpt_raw.decode.fused import fused_step
 from phogpt_raw.decode.sampling import Sampler, Sampling
@@ -222,7 +223,7 @@ class Engine:
     def positions_for(self, rows: list[Row]) -> int:
         """So many that these rows have room to grow, or to end."""
         longest = max(len(row.prompt) + min(row.most, row.written + AHEAD) for row in rows)
-        return -(-longest // STEP) * STEP
+        return round_up(longest, STEP)
 
     def begin(self, positions: int) -> None:
         """The cache, and the state of each row on the device."""
@@ -269,9 +270,13 @@ class Engine:
         self.unread.append(self.sent(place))
         self.read(behind=0)
 
+    def place_of(self, key: int) -> int | None:
+        """Which row request `key` has; None where it has none."""
+        return next((n for n, row in enumerate(self.rows) if row.key == key), None)
+
     def leave(self, key: int) -> None:
         """Remove a row; the last row takes its place."""
-        n = next((n for n, row in enumerate(self.rows) if row.key == key), None)
+        n = self.place_of(key)
         if n is None:
             return
         last = len(self.rows) - 1
@@ -355,10 +360,10 @@ class Engine:
             pending = self.unread.popleft()
             tokens, ends = pending.read()
             for key, token, end in zip(pending.keys, tokens, ends, strict=True):
-                row = next((row for row in self.rows if row.key == key), None)
-                if row is None:
+                n = self.place_of(key)
+                if n is None:
                     continue  # it has left since
-                row.written += 1
+                self.rows[n].written += 1
                 if token != self.eos_id:
                     self.out.append(Token(key, token))
                 if end:
@@ -377,6 +382,5 @@ def answer(model: PhoGPT, prompts: list[list[int]], *, eos_id: int, pad_id: int,
 
 def rows_that_fit(config: ModelConfig, positions: int, itemsize: int, limit_mib: int) -> int:
     """Rows of `positions` tokens whose cache stays within limit_mib, at least one."""
-    positions = -(-positions // STEP) * STEP
-    row = cache_bytes(config.n_layers, config.d_model, 1, positions, itemsize)
+    row = cache_bytes(config.n_layers, config.d_model, 1, round_up(positions, STEP), itemsize)
     return max(1, limit_mib * 2**20 // row)

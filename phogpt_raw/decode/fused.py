@@ -14,13 +14,13 @@ B rows, D hidden, H heads, K head width, S positions, P parts, R rank; a "2" in 
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from phogpt_raw.decode.prefill import Norm, read_prompt
-from phogpt_raw.model.adapters import plain_adapter
+from phogpt_raw.decode.prefill import Block, Norm, blocks_of, read_prompt
+from phogpt_raw.model.adapters import base_and_adapter
 from phogpt_raw.model.cache import Cache, Piece
 from phogpt_raw.model.lora import compute_copy
 from phogpt_raw.model.nf4 import can_fuse, dequantise_fused
@@ -35,16 +35,6 @@ except ImportError:  # it comes with torch for CUDA on Linux, and only there
     triton = None
 
 PART, PARTS = 128, 16  # positions in a part, at least; parts of a row, at most
-
-
-@dataclass(frozen=True)
-class Block:
-    norm_1: Norm
-    Wqkv: Linear
-    out_proj: Linear
-    norm_2: Norm
-    up_proj: Linear
-    down_proj: Linear
 
 
 class FusedStep:
@@ -101,11 +91,10 @@ def linear_of(layer: nn.Module) -> Linear | None:
     """The linear of a layer and of its adapter; None where it is not NF4, or more than LoRA."""
     from bitsandbytes.nn import Linear4bit
 
-    base, adapter = layer, None
-    if hasattr(layer, "lora_A"):
-        base, adapter = layer.base_layer, plain_adapter(layer)
-        if layer.merged or (adapter is None and not layer.disable_adapters):
-            return None
+    found = base_and_adapter(layer)
+    if found is None:
+        return None
+    base, adapter = found
     state = nf4_state(base.weight) if isinstance(base, Linear4bit) else None
     if state is None:
         return None
@@ -128,24 +117,16 @@ def fused_step(model: PhoGPT, cache: Cache) -> FusedStep | None:
             or cache.rows > MOST or config.clip_qkv is not None or config.no_bias
             or width not in (32, 64, 128, 256)):
         return None
-    blocks = blocks_of(model)
+    blocks = blocks_of(model, readable)
     if blocks is None or not works(head.device, head.dtype):
         return None
     return FusedStep(model, cache, blocks)
 
 
-def blocks_of(model: PhoGPT) -> list[Block] | None:
-    """What the kernels read of each block; None where they cannot read one."""
-    blocks = []
-    for b in model.transformer.blocks:
-        linears = [linear_of(layer) for layer in (b.attn.Wqkv, b.attn.out_proj, b.ffn.up_proj,
-                                                  b.ffn.down_proj)]
-        if not all(linear and fits(*linear.shape) and can_fuse(linear.fields)
-                   for linear in linears):
-            return None
-        Wqkv, out_proj, up_proj, down_proj = linears
-        blocks.append(Block(Norm(b.norm_1), Wqkv, out_proj, Norm(b.norm_2), up_proj, down_proj))
-    return blocks
+def readable(layer: nn.Module) -> Linear | None:
+    """`linear_of` a layer whose shape all kernels can take; None of any other."""
+    linear = linear_of(layer)
+    return linear if linear and fits(*linear.shape) and can_fuse(linear.fields) else None
 
 
 @functools.cache

@@ -1,13 +1,14 @@
-"""A prompt through all blocks at once, without what training needs of a forward.
+"""A model's weights gathered for decoding, and a prompt through all blocks at once.
 
 The model's own forward does the same through modules, PEFT's layers and autograd functions; for a
-short prompt their bookkeeping takes longer than the GPU does. fused.py and dense.py, which have the
-weights gathered already, say what a linear is.
+short prompt their bookkeeping takes longer than the GPU does. fused.py and dense.py say what a
+linear is.
 
 B rows, L tokens, D hidden, H heads, K head width.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,36 @@ class Norm:
         return torch.layer_norm(x_BLD, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def read_prompt(model: PhoGPT, ids_BL: torch.Tensor, piece: Piece, blocks: list,
+@dataclass(frozen=True)
+class Block:
+    """The weights of a block; a linear is what a step reads of it and of its adapter."""
+
+    norm_1: Norm
+    Wqkv: object
+    out_proj: object
+    norm_2: Norm
+    up_proj: object
+    down_proj: object
+
+
+def blocks_of(model: PhoGPT, gather: Callable[[nn.Module], object]) -> list[Block] | None:
+    """All blocks, with gather(layer) of each linear; None where that is None for one."""
+    blocks = []
+    for b in model.transformer.blocks:
+        layers = (b.attn.Wqkv, b.attn.out_proj, b.ffn.up_proj, b.ffn.down_proj)
+        linears = [gather(layer) for layer in layers]
+        if any(linear is None for linear in linears):
+            return None
+        Wqkv, out_proj, up_proj, down_proj = linears
+        blocks.append(Block(Norm(b.norm_1), Wqkv, out_proj, Norm(b.norm_2), up_proj, down_proj))
+    return blocks
+
+
+def read_prompt(model: PhoGPT, ids_BL: torch.Tensor, piece: Piece, blocks: list[Block],
                 linear: Callable[[torch.Tensor, object], torch.Tensor]) -> torch.Tensor:
     """Hidden states [B, L, D] after the last norm; keys and values go to the cache.
 
-    blocks: each with norm_1, Wqkv, out_proj, norm_2, up_proj, down_proj. linear(x, w): x [B, L, …]
-    through one of these.
+    linear(x, w): x [B, L, …] through one of the blocks' linears.
     """
     config = model.config
     heads, scale = (3, config.n_heads, config.d_model // config.n_heads), config.softmax_scale

@@ -19,8 +19,7 @@ COLDEST = 1e-6
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0 is greedy: the likeliest token each time; so is one so small that logits over
-    it would be infinite. top_k 0, top_p 1, min_p 0 and
-    repetition_penalty 1 are off."""
+    it would be infinite. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off."""
 
     temperature: float = 0.0
     top_k: int = 0

@@ -210,6 +210,17 @@ def plain_adapter(layer) -> str | None:
     return name if plain else None
 
 
+def base_and_adapter(layer: nn.Module) -> tuple[nn.Module, str | None] | None:
+    """(the linear below, the name of the adapter that applies or None) of a linear with or without
+    LoRA; None where the two are not what W x + LoRA gives: more than LoRA, or merged."""
+    if not hasattr(layer, "lora_A"):
+        return layer, None
+    adapter = plain_adapter(layer)
+    if layer.merged or (adapter is None and not layer.disable_adapters):
+        return None
+    return layer.base_layer, adapter
+
+
 def check_targets(model: PhoGPT, targets) -> None:
     if isinstance(targets, str):  # a regular expression, or all-linear: PEFT checks those itself
         return

@@ -42,6 +42,11 @@ class ModelConfig:
     clip_qkv: float | None = None
     softmax_scale: float | None = None
 
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all linears of all blocks: Wqkv, out_proj, up_proj, down_proj."""
+        return self.n_layers * self.d_model**2 * (4 + 2 * self.expansion_ratio)
+
     @classmethod
     def from_json(cls, config: dict, where: str = "config.json") -> "ModelConfig":
         """The config as VinAI ships it; raises Refusal naming the first field not supported."""

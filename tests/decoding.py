@@ -1,0 +1,42 @@
+"""What the tests of one-token steps share: caches that hold prompts, and the model's forward to
+hold a fast step against."""
+
+import torch
+
+from phogpt_raw.model.cache import Piece
+
+
+def filled(model, lengths=(7, 3, 12), rows=None, positions=20):
+    """A cache whose first rows hold random prompts of these lengths."""
+    device = model.head.device
+    cache = model.new_cache(rows or len(lengths), positions)
+    dice = torch.Generator().manual_seed(0)
+    for n, length in enumerate(lengths):
+        ids = torch.randint(4, 4096, (1, length), generator=dice).to(device)
+        model(ids, cache=Piece(cache, first=n))
+    cache.place_B[: len(lengths)] = torch.tensor(lengths, device=device)
+    return cache
+
+
+def reads_as_the_models_forward(model, step_over) -> None:
+    """Assert that a prompt in two pieces gives the forward's hidden states, keys and values;
+    step_over(cache): the fast step."""
+    mine, other = model.new_cache(3, 30), model.new_cache(3, 30)
+    fast = step_over(mine)
+    ids_BL = torch.randint(4, 4096, (2, 25), generator=torch.Generator().manual_seed(0))
+    for start, stop in ((0, 16), (16, 25)):
+        found = fast.read(ids_BL[:, start:stop], Piece(mine, 1, start))
+        wanted = model(ids_BL[:, start:stop], cache=Piece(other, 1, start))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    holds_the_same(mine, other)
+
+
+def holds_the_same(mine, other) -> None:
+    for a, b in zip(mine.kv, other.kv, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def switch_adapters_off(model) -> None:
+    for layer in model.modules():
+        if hasattr(layer, "enable_adapters"):
+            layer.enable_adapters(False)
