@@ -24,7 +24,7 @@ STEPS = 5  # under the profiler
 
 
 class Ours:
-    """The engine; its steps captured or eager."""
+    """The engine, its steps captured."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, rank: int):
         if not (folder / "adapters").exists():
@@ -36,13 +36,12 @@ class Ours:
         load_adapters(self.model, folder / "adapters", trainable=False)
         self.context_gib = context_gib()
 
-    def run(self, prompt: int, rows: int, new: int, capture: bool = True) -> dict:
+    def run(self, prompt: int, rows: int, new: int) -> dict:
         """Seconds of an engine over `rows` prompts: to the first token of each, and to the end of
         each step after that."""
         prompts = random_rows(self.model.config.vocab_size, rows, prompt, seed=0)
         began, ends = now(), []
-        with Engine(self.model, eos_id=NEVER, pad_id=PINNED_IDS["pad"], rows=rows,
-                    capture=capture) as engine:
+        with Engine(self.model, eos_id=NEVER, pad_id=PINNED_IDS["pad"], rows=rows) as engine:
             for key, ids in enumerate(prompts):
                 engine.add(key, ids, new)
             written = 0
