@@ -1,8 +1,8 @@
-"""The README's tables from bench/results/*.json: a T4 beside a V100, simulated beside measured.
+"""The documents' tables from bench/results/*.json: a T4 beside a V100, simulated beside measured.
 
-    python bench/compare.py             writes them between the markers of the READMEs
+    python bench/compare.py             writes them between the markers of README*.md and docs/*.md
     python bench/compare.py --simulate  simulates a T4 and a V100 anew first, in a minute or two
-    python bench/compare.py --check     exit 2 where a README and the results differ
+    python bench/compare.py --check     exit 2 where a document and the results differ
 
 A file saved on a real card (`python bench/memory.py --save`) becomes a column of its own.
 """
@@ -158,17 +158,19 @@ def epoch_cells(row: dict, cap: float | None) -> list[str]:
             f"{row['times_faster']:.1f}" if "times_faster" in row else ""]
 
 
-def decoding() -> list[str]:
-    """Tokens a second, newest results of each card and model."""
+def decoding(all_settings: bool = False) -> list[str]:
+    """Tokens a second, newest results of each card and model; all_settings: also of runs with
+    another number of tokens than the bench's default."""
     newest = {}
     for result in results.load("decode"):
-        if result["rank"] == Config.rank:
-            newest[result["model"], result["source"], card_of(result), result["dtype"]] = result
+        if result["rank"] == Config.rank and (all_settings or not result["label"]):
+            kind = tuple(result[key] for key in ("model", "source", "dtype", "label"))
+            newest[kind, result["card"]["name"]] = result
     order = list(NAMES)
     lines = ["| card | model | prompt | rows | who | tokens/s | first token | GiB | of the bound | "
              "times faster |", "|---" * 10 + "|"]
-    for result in sorted(newest.values(), key=lambda r: (order.index(r["model"]), r["source"],
-                                                         card_of(r))):
+    for result in sorted(newest.values(), key=lambda r: (
+            order.index(r["model"]), r["source"], card_of(r), r["label"] or "")):
         model = NAMES[result["model"]] + ("" if result["dtype"] == "fp16"
                                           else f", {result['dtype']}")
         lines += ["| " + " | ".join([f"{card_of(result)}, {result['source']}", model,
@@ -204,6 +206,7 @@ TABLES = {
     "time": lambda: across("step_time", time_cell),
     "epoch": epochs,
     "decode": decoding,
+    "decode-all": lambda: decoding(all_settings=True),
     "held-memory": held_memory,
     "held-time": held_time,
 }
@@ -231,7 +234,7 @@ def simulate() -> None:
 
 
 def rewritten(text: str, where: str) -> str:
-    """A README with its tables made anew; Refusal for markers that are not what they should be."""
+    """A document with its tables made anew; Refusal for a marker that is not as it should be."""
     for name in re.findall(r"<!-- table: (\S+) -->", text):
         if name not in TABLES:
             raise Refusal(f"{where}: no table {name}; there is {', '.join(TABLES)}")
@@ -251,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.simulate:
         simulate()
-    for file in sorted(ROOT.glob("README*.md")):
+    for file in sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")]):
         text = file.read_text("utf-8")
         made = rewritten(text, file.name)
         if made == text:

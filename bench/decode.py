@@ -34,6 +34,7 @@ from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
 from phogpt_raw.simulate.rates import CONTEXT
 
+NEW = 256
 PEERS = {"transformers": None, "transformers, static cache": "static"}
 
 
@@ -152,7 +153,8 @@ def parse(arguments):
                         "without a GPU: t4,v100; with one: measure)")
     parser.add_argument("--prompt", default="128", metavar="N,…", help="tokens (default 128)")
     parser.add_argument("--batch", default="1,8", metavar="N,…", help="rows (default 1,8)")
-    parser.add_argument("--new", type=count, default=256, help="tokens to write (default 256)")
+    parser.add_argument("--new", type=count, default=NEW, help=f"tokens to write (default "
+                        f"{NEW})")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
     parser.add_argument("--rank", type=count, default=16)
     parser.add_argument("--peers", default="shipped,static", metavar="shipped,static,none",
@@ -177,7 +179,8 @@ def parse(arguments):
         options.card = "t4,v100"
     known_cards(options)
     # for the result's name, and what the other benches can choose
-    options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
+    options.attention, options.optimizer = "auto", Config.optimizer
+    options.label = None if options.new == NEW else f"{options.new}-tokens"
     return options
 
 

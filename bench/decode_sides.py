@@ -14,6 +14,7 @@ import torch
 from bench.measure import context_gib
 from bench.process import now, serve
 from bench.random_data import random_rows
+from bench.sides import transformers_base
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.model.adapters import load_adapters, new_adapters
@@ -93,15 +94,9 @@ class Transformers:
     """transformers' MPT over bitsandbytes' linears with PEFT's adapter, as its users set it up."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, rank: int):
-        import transformers
         from peft import PeftModel
 
-        transformers.logging.set_verbosity_error()
-        model = transformers.MptForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": 0},
-            quantization_config=transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype))
+        model = transformers_base(folder, dtype)
         model.config.use_cache = True
         self.context_gib = context_gib()
         self.model = PeftModel.from_pretrained(model, folder / "adapters").eval()

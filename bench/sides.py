@@ -63,16 +63,10 @@ class Peer:
     """transformers' Trainer over PEFT's layers over bitsandbytes' linears."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
-        import transformers
         from peft import PeftModel, prepare_model_for_kbit_training
 
-        transformers.logging.set_verbosity_error()
         self.dtype = dtype
-        model = transformers.MptForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": 0},
-            quantization_config=transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype))
+        model = transformers_base(folder, dtype)
         model.config.use_cache = False
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
         self.context_gib = context_gib()
@@ -133,6 +127,18 @@ class Peer:
 
     def release(self) -> None:
         self.model.zero_grad()
+
+
+def transformers_base(folder: Path, dtype: torch.dtype):
+    """transformers' MPT over bitsandbytes' NF4 linears, loaded as its users do."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers.MptForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": 0},
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype))
 
 
 def timed(side, **order) -> dict:

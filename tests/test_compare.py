@@ -54,6 +54,14 @@ def test_tables_are_written_between_their_markers_and_nothing_else_changes(resul
     assert "as bench/results has it" in capsys.readouterr().out
 
 
+def test_documents_beside_the_readme_have_tables_too(results, tmp_path, capsys):
+    results("memory", "simulated", T4, [row(512, 7.77)])
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("<!-- table: memory -->\n<!-- end -->\n")
+    compare.main([])
+    assert "| 512 | 7.8 |" in (tmp_path / "docs" / "a.md").read_text()
+
+
 def test_a_table_that_differs_fails_the_check_and_stays_as_it_is(results, tmp_path, capsys):
     results("memory", "simulated", T4, [row(512, 7.77)])
     compare.main([])

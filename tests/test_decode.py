@@ -86,7 +86,10 @@ def test_cards_elsewhere_have_bounds_alone(tmp_path, monkeypatch, capsys):
     assert (result["what"], result["source"], row["who"]) == ("decode", "simulated", "bound")
     low, high = row["tokens_per_s"]
     assert low == pytest.approx(0.22e12 / row["bytes"]) and low < high
+    decode.main(["--card", "t4", "--batch", "1", "--new", "64", "--save"])
+    assert len(compare.decoding(all_settings=True)) == 5  # the other run has its own file and rows
     lines = compare.decoding()
+    assert len(lines) == 4
     assert lines[2].startswith("| T4, simulated | 7B5 | 128 | 1 | bound | 39.4 to 57.3 |")
 
 

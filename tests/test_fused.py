@@ -199,6 +199,31 @@ def test_captured_answers_are_the_eager_ones(on_gpu, sampling, fast, monkeypatch
 
 
 @pytest.mark.gpu
+def test_a_row_whose_end_is_read_late_takes_no_other_rows_token():
+    """The host is a step behind: the row that has ended is in the next step too, and another row
+    then moves to its place. In fp32, so that a batch is the same as each alone."""
+    model, _ = load_base("nano", dtype=torch.float32, device="cuda", nf4=False)
+    asked = prompts(5, 90, 33, 1, 60, 2, 7, 21)
+    most = [3, 40, 1, 17, 2, 29, 8, 40]
+
+    def answers(keys, eos_id=-1, **how):
+        found = {key: [] for key in keys}
+        with Engine(model, eos_id=eos_id, pad_id=3, **how) as engine:
+            for key in keys:
+                engine.add(key, asked[key], most[key])
+            for token in engine.run():
+                found[token.key].append(token.id)
+        return found
+
+    whole = answers(range(8), rows=1, capture=False)
+    end = whole[7][1]  # several answers have it
+    alone = {key: ids for n in range(8) for key, ids in answers([n], end, capture=False).items()}
+    assert len(alone[7]) == 2 and sum(map(len, alone.values())) > 60
+    for rows in (2, 3, 4, 8):
+        assert answers(range(8), end, rows=rows) == alone
+
+
+@pytest.mark.gpu
 def test_an_engine_gives_its_memory_back(on_gpu):
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
