@@ -100,20 +100,19 @@ def measure(options) -> None:
                  for name in ("ours", *(["transformers"] if options.peers else []))}
         rows = []
         for prompt in options.prompts:
+            forward = sides["ours"].run(forward=True, prompt=prompt, cap_gib=0)
             for batch in options.batches:
-                rows += turn(options, shape, sides, prompt, batch, rate)
-        forwards = {prompt: sides["ours"].run(forward=True, prompt=prompt, cap_gib=0)
-                    for prompt in options.prompts}
+                made = turn(options, shape, sides, prompt, batch, rate)
+                made[0]["forward_s"] = forward.get("forward_s")
+                rows += made
+                if options.save:  # after each, since transformers can take minutes for one
+                    file = results.save("decode", card, options, DTYPES[options.dtype], rows,
+                                        new=options.new, copy_bytes_per_s=rate)
         for side in sides.values():
             side.close()
-    for row in rows:
-        if row["who"] == "ours":
-            row["forward_s"] = forwards[row["prompt"]].get("forward_s")
     out.print(report.decode(rows, f"measured on {card.name}: {options.model}, NF4, "
                                   f"{options.dtype}, rank {options.rank}, {options.new} tokens"))
     if options.save:
-        file = results.save("decode", card, options, DTYPES[options.dtype], rows, new=options.new,
-                            copy_bytes_per_s=rate)
         out.print(f"saved {file}")
 
 
