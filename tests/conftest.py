@@ -39,6 +39,16 @@ def tokenizer(tiny):
     return read_tokenizer(tiny, checkpoints.ModelConfig.from_json(config))
 
 
+@pytest.fixture(scope="session")
+def first_command(tmp_path_factory):
+    """The run of `python train.py --steps 60`: its folder."""
+    import train
+
+    folder = tmp_path_factory.mktemp("first") / "nano"
+    train.main(["--steps", "60", "--out", str(folder)])
+    return folder
+
+
 @pytest.fixture
 def adapted(tiny):
     """A function that loads tiny with LoRA adapters whose B is not zero any more."""

@@ -3,10 +3,8 @@
 import json
 import unicodedata
 
-import pytest
 import torch
 
-import train
 from phogpt_raw.data.examples import PAIRS
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.checkpoint_format import vinai_config
@@ -47,14 +45,6 @@ def test_the_pairs_are_many_polite_and_disjoint():
         assert unicodedata.is_normalized("NFC", p["prompt"] + p["response"])
     learnt = {p["topic"].casefold() for p in training}
     assert not learnt & {p["topic"].casefold() for p in held_out}
-
-
-@pytest.fixture(scope="module")
-def first_command(tmp_path_factory):
-    """The run of `python train.py --steps 60`: its folder."""
-    folder = tmp_path_factory.mktemp("first") / "nano"
-    train.main(["--steps", "60", "--out", str(folder)])
-    return folder
 
 
 def test_the_first_command_teaches_nano_to_answer_politely_and_stop(first_command):

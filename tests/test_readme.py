@@ -33,6 +33,19 @@ def test_training_commands_are_valid(tmp_path):
         from_command_line(arguments, "")
 
 
+def test_export_commands_are_valid(tmp_path, monkeypatch):
+    from phogpt_raw.export.__main__ import parse
+
+    monkeypatch.chdir(tmp_path)
+    found = [shlex.split(c)[3:] for c in commands(README)
+             if c.startswith("python -m phogpt_raw.export")]
+    assert found
+    for arguments in found:
+        Path(arguments[0]).mkdir(parents=True, exist_ok=True)
+        (Path(arguments[0]) / "adapter_config.json").touch()
+        parse(arguments)
+
+
 def test_the_two_commands_stand_there_as_ci_runs_them():
     assert sum(c.startswith("pip install -c constraints.txt -e . && python train.py")
                for c in commands(README)) == 1

@@ -1,0 +1,41 @@
+"""PhoGPT's template as other programs want it: as a chat template in Jinja, as Ollama's Modelfile.
+
+Both give exactly the text that the model was trained on. There is no space between the end of the
+question and the answer, also where the template has one: it is the first letter of the answer's
+first token, and the model writes it.
+"""
+
+import json
+
+from phogpt_raw.data.prompt import Template
+
+EOS = "</s>"
+
+
+def jinja(template: Template) -> str:
+    """Questions and answers in turn; a system text stands before the first question."""
+    before, after = (json.dumps(part, ensure_ascii=False)
+                     for part in template.question.split("{}"))
+    answer = json.dumps(template.question.split("{}")[1] + template.gap, ensure_ascii=False)
+    return ("{%- for message in messages -%}"
+            "{%- set text = message['content'] | trim -%}"
+            "{%- if message['role'] == 'assistant' -%}{{ " + answer + " + text + '" + EOS + "' }}"
+            "{%- elif message['role'] == 'system' -%}{{ text + '\\n' }}"
+            "{%- else -%}"
+            "{%- if not loop.first and messages[loop.index0 - 1]['role'] != 'system' -%}"
+            "{{ '\\n' }}{%- endif -%}{{ " + before + " + text }}{%- endif -%}"
+            "{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{ " + after + " }}{%- endif -%}")
+
+
+def modelfile(template: Template, context: int) -> str:
+    """Ollama's recipe for model.gguf in the same folder; `context`: tokens of the model."""
+    question = template.question.format("{{ .Prompt }}")
+    return (f"# ollama create phogpt -f Modelfile && ollama run phogpt\n"
+            f"FROM ./model.gguf\n"
+            f'TEMPLATE """{{{{ if .System }}}}{{{{ .System }}}}\n{{{{ end }}}}{question}'
+            f'{{{{ .Response }}}}{EOS}\n"""\n'
+            f'PARAMETER stop "{EOS}"\n'
+            f'PARAMETER stop "### Câu hỏi:"\n'
+            f"PARAMETER temperature 0\n"
+            f"PARAMETER num_ctx {context}\n")

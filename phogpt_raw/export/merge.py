@@ -1,0 +1,184 @@
+"""An adapter merged into the base's weights, one tensor at a time.
+
+PEFT merges, so its variants (rsLoRA, DoRA, ranks by layer) come out as PEFT has them. It works on
+modules that hold weights, so the model stands here as a skeleton whose weights take no memory; the
+weight of one layer at a time is put into it and merged. The base's files are mapped, so host memory
+holds one layer in fp32, its update, and the shard that is being filled.
+
+O out, D in.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from phogpt_raw.model.adapters import PREFIX, Adapters, inject, read_adapter_config
+from phogpt_raw.model.checkpoint_format import parameter_shapes, write_checkpoint
+from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.model.weights import (
+    PINNED_IDS,
+    check_finite,
+    iterate,
+    list_files,
+    read_config,
+    read_json,
+)
+from phogpt_raw.refusal import Refusal
+
+SHARD = 2 * 2**30  # bytes of a file of weights, about; host memory holds one of them
+PLAIN = (True, False, "gaussian")  # initialisations that leave the base as it is
+ADAPTER_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
+
+
+class Merger:
+    """The tensors of the base in `folder`, with the adapter of another folder merged into them.
+
+    config: the base's. tensors: its tensors by name, mapped and as stored; the weights' files are
+    opened for the first of them. adapters: None where there is no adapter.
+
+    Raises Refusal where the base lacks a tensor, or the adapter is of another model or is more than
+    LoRA over the blocks' linears.
+    """
+
+    def __init__(self, folder: Path, adapter: Path | None = None):
+        self.folder, self.config = folder, read_config(folder)
+        self.adapters, self.layers, self.biases = None, {}, {}
+        if adapter:
+            self.adapters, self.layers = adapted_skeleton(self.config, adapter)
+            self.biases = trained_biases(self.adapters)
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return mapped_tensors(self.folder)
+
+    def merged(self, name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor `name` with the adapter's update in fp32, or as stored where it has none.
+
+        weight: take this in place of the base's own, [O, D].
+        """
+        stored = self.tensors[name] if weight is None else weight
+        path, kind = name.rsplit(".", 1)
+        layer = self.layers.get(path)
+        if name in self.biases:
+            stored = self.biases[name]
+        if layer is None or (kind == "bias" and not any(layer.lora_bias.values())):
+            return stored
+        base = layer.get_base_layer()
+        empty = base.weight, base.bias
+        if kind == "weight":
+            base.weight = nn.Parameter(stored.float(), requires_grad=False)
+        else:
+            base.bias = nn.Parameter(stored.float(), requires_grad=False)
+        try:
+            layer.merge(safe_merge=True)
+            return getattr(base, kind).data
+        except ValueError as error:  # not finite
+            raise Refusal(f"{path}: {error}") from None
+        finally:
+            layer.merged_adapters.clear()
+            base.weight, base.bias = empty
+
+    def all_merged(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) in the checkpoint's order; Refusal where `dtype` cannot hold a value."""
+        for name in self.tensors:
+            tensor = self.merged(name)
+            check_finite(tensor, name, dtype)
+            yield name, tensor.to(dtype)
+
+
+def mapped_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a base in the order of the model's parameters, mapped from its files."""
+    found = {}
+    for name, tensor, file in iterate(list_files(folder)):
+        if name in found:
+            raise Refusal(f"{file}: tensor {name} is there twice")
+        found[name] = tensor
+    shapes = parameter_shapes(read_config(folder))
+    for name in shapes.keys() ^ found.keys():
+        raise Refusal(f"{folder}: tensor {name} is " + (
+            "missing" if name in shapes else "not part of PhoGPT as config.json describes it"))
+    for name, shape in shapes.items():
+        if found[name].shape != shape:
+            raise Refusal(f"{folder}: tensor {name} has shape {list(found[name].shape)}, "
+                          f"config.json asks for {list(shape)}")
+    return {name: found[name] for name in shapes}
+
+
+def adapted_skeleton(config, adapter: Path) -> tuple[Adapters, dict[str, nn.Module]]:
+    """The adapter's weights, and the LoRA layer over each linear that it changes, by the linear's
+    name; the layers' own weights are zeros that take no memory."""
+    lora = read_adapter_config(adapter)
+    file = adapter / "adapter_config.json"
+    if lora.init_lora_weights not in PLAIN:
+        raise Refusal(f"{file}: init_lora_weights {lora.init_lora_weights!r} changes the base "
+                      f"itself; convert the adapter to plain LoRA with PEFT first "
+                      f"(save_pretrained, path_initial_model_for_weight_conversion)")
+    if lora.modules_to_save:
+        raise Refusal(f"{file}: modules_to_save {lora.modules_to_save} cannot be merged; only LoRA "
+                      f"over the blocks' linears")
+    lora.inference_mode = False
+    with torch.device("meta"):
+        model = PhoGPT(config)
+    for name, parameter in list(model.named_parameters()):
+        path, kind = name.rsplit(".", 1)
+        zeros = torch.zeros(1).expand(parameter.shape)
+        model.get_submodule(path).register_parameter(kind, nn.Parameter(zeros, False))
+    adapters = inject(model, lora, trainable=False)
+    adapters.load(adapter)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for name in adapters.tensors():
+        if not name.endswith((".bias", *ADAPTER_PARTS)):
+            raise Refusal(f"{adapter}: {name} is not LoRA over a linear; it cannot be merged")
+    return adapters, layers
+
+
+def trained_biases(adapters: Adapters) -> dict[str, torch.Tensor]:
+    """Biases of the base that were trained beside the LoRA layers, by their checkpoint's name."""
+    return {name.removeprefix(PREFIX).replace(".base_layer", ""): tensor
+            for name, tensor in adapters.tensors().items()
+            if name.endswith(".bias") and "lora_" not in name}
+
+
+def stored_dtype(merger: Merger) -> torch.dtype:
+    """The 16-bit dtype in which the base is stored; bf16, PhoGPT's own, where it is stored in
+    another."""
+    dtype = next(tensor.dtype for name, tensor in merger.tensors.items() if name.endswith("weight"))
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
+                 progress=lambda tensors: tensors) -> None:
+    """A checkpoint in PhoGPT's format: safetensors of at most about SHARD bytes, the tokenizer's
+    files, a config that both VinAI's and transformers' MPT read.
+
+    base: what the base was named by; a hub id is where its config's code is.
+    """
+    size = dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
+    write_checkpoint(folder, merged_config(merger.folder, base, dtype),
+                     progress(merger.all_merged(dtype)), shards=-(-size // SHARD),
+                     kind="safetensors", tokenizer=merger.folder)
+    generation = {"bos_token_id": PINNED_IDS["bos"], "eos_token_id": PINNED_IDS["eos"],
+                  "pad_token_id": PINNED_IDS["pad"], "use_cache": True}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", "utf-8")
+
+
+def merged_config(folder: Path, base: str, dtype: torch.dtype) -> dict:
+    """The base's config.json for a merged checkpoint.
+
+    Three fields differ: transformers accepts only the integer 0 for attn_pdrop, where VinAI's file
+    has 0.0; use_cache is on, since without it transformers reads the whole text again for each
+    token; and the code that `auto_map` names is not in the folder, so a hub's base is named as its
+    place, and without one the field goes.
+    """
+    config = read_json(folder / "config.json")
+    config["attn_config"] = config.get("attn_config", {}) | {"attn_pdrop": 0}
+    config |= {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
+    code = config.pop("auto_map", None)
+    if code and not Path(base).expanduser().is_dir() and "/" in base:
+        config["auto_map"] = {kind: f"{base}--{place.split('--')[-1]}"
+                              for kind, place in code.items()}
+    return config

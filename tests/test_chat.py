@@ -1,0 +1,54 @@
+"""Other programs' templates give the text that the model was trained on."""
+
+import re
+
+import pytest
+
+from phogpt_raw.data.prompt import TEMPLATES
+from phogpt_raw.export.chat import jinja, modelfile
+from phogpt_raw.model.weights import NANO, read_config, read_tokenizer
+
+TURNS = [{"role": "user", "content": " Phở là gì? "},
+         {"role": "assistant", "content": "Dạ, món nước."},
+         {"role": "user", "content": 'Còn "bún" thì sao?'}]
+
+
+def rendered(template: str, turns, generate=True) -> str:
+    tokenizer = read_tokenizer(NANO, read_config(NANO))
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate,
+                                         chat_template=template)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_one_question_is_the_prompt_of_training(name):
+    template = TEMPLATES[name]
+    assert rendered(jinja(template), TURNS[:1]) == template.question.format("Phở là gì?")
+    assert rendered(jinja(template), TURNS[:2], generate=False) == (
+        template.question.format("Phở là gì?") + template.gap + "Dạ, món nước.</s>")
+
+
+def test_several_turns_are_those_of_the_tokenizers_own_template():
+    tokenizer = read_tokenizer(NANO, read_config(NANO))
+    for count in range(1, 4):
+        own = tokenizer.apply_chat_template(TURNS[:count], tokenize=False,
+                                            add_generation_prompt=count != 2)
+        assert rendered(jinja(TEMPLATES["4b-chat"]), TURNS[:count], count != 2) == own
+
+
+def test_a_system_text_stands_before_the_first_question():
+    turns = [{"role": "system", "content": "Trả lời ngắn."}, *TURNS[:1]]
+    assert rendered(jinja(TEMPLATES["4b-chat"]), turns) == (
+        "Trả lời ngắn.\n### Câu hỏi: Phở là gì?\n### Trả lời:")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_modelfile_gives_the_prompt_and_the_stop(name):
+    """Rendered as Ollama does it for one question: up to the answer."""
+    text = modelfile(TEMPLATES[name], 2048)
+    assert text.splitlines()[1] == "FROM ./model.gguf"
+    template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
+    before = re.sub(r"\{\{ if \.System \}\}.*?\{\{ end \}\}", "", template, flags=re.DOTALL)
+    before = before.split("{{ .Response }}")[0].replace("{{ .Prompt }}", "Phở là gì?")
+    assert before == TEMPLATES[name].question.format("Phở là gì?")
+    assert template.split("{{ .Response }}")[1] == "</s>\n"
+    assert 'PARAMETER stop "</s>"' in text and "PARAMETER num_ctx 2048" in text

@@ -1,0 +1,45 @@
+"""The stated distance is that of the two models as they are loaded and used."""
+
+import pytest
+import torch
+
+from phogpt_raw.export.distance import Distance, distance
+from phogpt_raw.export.merge import Merger, mapped_tensors, write_merged
+from phogpt_raw.model.adapters import load_adapters
+from phogpt_raw.model.weights import NANO, load_base
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_it_is_that_of_the_two_models_loaded(first_command, tmp_path, monkeypatch):
+    monkeypatch.setattr("phogpt_raw.export.distance.ROWS", 1000)  # the head in five parts
+    merger = Merger(NANO, first_command)
+    write_merged(merger, tmp_path / "merged", torch.bfloat16, "nano")
+    dice = torch.Generator().manual_seed(0)
+    texts = [torch.randint(4, 4096, (n,), generator=dice).tolist() for n in (10, 50, 25)]
+    found = distance(merger, mapped_tensors(tmp_path / "merged"), texts, CPU)
+
+    one, _ = load_base("nano", device="cpu")
+    load_adapters(one, first_command, trainable=False)
+    other, _ = load_base(str(tmp_path / "merged"), nf4=False, device="cpu")
+    one_TV, other_TV = (torch.cat([model.eval().logits(model(torch.tensor([text[:32]])))[0]
+                                   for text in texts]) for model in (one, other))
+    assert found.tokens == 10 + 32 + 25
+    assert found.same == pytest.approx(
+        float((one_TV.argmax(1) == other_TV.argmax(1)).float().mean()), abs=0.016)
+    assert found.largest == pytest.approx(float((one_TV - other_TV).abs().max()), rel=1e-3)
+    p = one_TV.softmax(1)
+    nats = float((p * (one_TV.log_softmax(1) - other_TV.log_softmax(1))).sum(1).mean())
+    assert found.divergence == pytest.approx(nats, rel=1e-3)
+    assert 0 < found.divergence < 0.2 and found.same > 0.6  # random tokens: nothing is likely
+
+
+def test_a_checkpoint_of_the_rounded_weights_has_none(first_command, monkeypatch):
+    """So that what is stated is the rounding's alone."""
+    from phogpt_raw.export import distance as module
+
+    merger = Merger(NANO, first_command)
+    rounded = {name: module.over_nf4(merger, name, CPU) for name in merger.tensors}
+    found = distance(merger, rounded, [[5, 6, 7, 8]], CPU)
+    assert found == Distance(4, 1.0, pytest.approx(0, abs=1e-6), 0.0)

@@ -1,0 +1,73 @@
+"""What is written is whole, or not there."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from phogpt_raw import files
+from phogpt_raw.files import check_space, whole_file, whole_folder
+from phogpt_raw.refusal import Refusal
+
+
+def test_a_file_takes_its_name_at_the_end(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("old")
+    with whole_file(file) as unfinished:
+        unfinished.write_text("new")
+        assert file.read_text() == "old"
+    assert [f.name for f in tmp_path.iterdir()] == ["a.txt"] and file.read_text() == "new"
+
+
+def test_a_folder_takes_its_name_at_the_end(tmp_path):
+    with whole_folder(tmp_path / "deep" / "a") as unfinished:
+        (unfinished / "one").write_text("1")
+        assert not (tmp_path / "deep" / "a").exists()
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["a"]
+    assert (tmp_path / "deep" / "a" / "one").read_text() == "1"
+
+
+@pytest.mark.parametrize("writer", [whole_file, whole_folder])
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
+def test_an_error_leaves_nothing(tmp_path, writer, error):
+    with pytest.raises(type(error)), writer(tmp_path / "a") as unfinished:
+        (unfinished if writer is whole_file else unfinished / "one").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code, line", [
+    (errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk is full"),
+    (errno.EROFS, "cannot be written to"), (errno.EACCES, "cannot be written to")])
+def test_a_full_or_closed_disk_is_one_line(tmp_path, code, line):
+    with pytest.raises(Refusal, match=line), whole_folder(tmp_path / "a"):
+        raise OSError(code, os.strerror(code))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_of_the_system_is_not_hidden(tmp_path):
+    with pytest.raises(OSError, match="broken"), whole_file(tmp_path / "a"):
+        raise OSError(errno.EIO, "broken")
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path):
+    script = ("import os, signal, sys; from pathlib import Path\n"
+              "from phogpt_raw.files import whole_folder\n"
+              "with whole_folder(Path(sys.argv[1])) as made:\n"
+              "    (made / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n")
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")])
+    assert killed.returncode == -signal.SIGKILL
+    assert [f.name for f in tmp_path.iterdir()] == ["a" + files.UNFINISHED]
+    with whole_folder(tmp_path / "a") as made:
+        (made / "whole").write_text("y")
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
+    assert [f.name for f in (tmp_path / "a").iterdir()] == ["whole"]
+
+
+def test_space_is_checked_before(tmp_path):
+    check_space(tmp_path / "not" / "there", 1000)
+    with pytest.raises(Refusal, match=r"1000000\.00 GB are needed and .* are free"):
+        check_space(tmp_path / "not" / "there", 10**15)
