@@ -56,6 +56,15 @@ def test_every_variant_of_lora_merges_to_the_same_logits(tiny, tmp_path, lora):
     assert (logits(load_base(str(tiny), **CPU)[0]) - wanted).abs().max() > 1e-2
 
 
+def test_a_base_without_biases_is_merged_too(tmp_path):
+    config = checkpoints.vinai_config(d_model=64, n_heads=8, n_layers=1, vocab_size=4096,
+                                      max_seq_len=64, no_bias=True)
+    checkpoints.write_checkpoint(tmp_path / "base", config)
+    wanted = save_adapter(tmp_path / "base", tmp_path / "adapter")
+    found = merged_logits(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert (found - wanted).abs().max() < 1e-5
+
+
 def test_nano_with_its_trained_adapter_merges_to_the_same_logits(first_command, tmp_path):
     """On the held-out pairs: probabilities within 2e-6 were seen, logits of up to 27 within 3e-5,
     which is fp32's rounding of sums in another order."""
@@ -184,14 +193,17 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused(tiny, tmp_path):
         merger.merged("transformer.blocks.0.attn.Wqkv.weight")
 
 
-def test_merging_one_layer_leaves_the_next_as_it_was(tiny, tmp_path):
-    save_adapter(tiny, tmp_path / "adapter", use_dora=True)
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_merging_one_layer_leaves_the_next_as_it_was(tiny, tmp_path, lora):
+    save_adapter(tiny, tmp_path / "adapter", **lora)
     merger = Merger(tiny, tmp_path / "adapter")
-    name = "transformer.blocks.1.ffn.up_proj.weight"
-    once = merger.merged(name).clone()
+    path = "transformer.blocks.1.ffn.up_proj"
+    weight, bias = (merger.merged(f"{path}.{kind}").clone() for kind in ("weight", "bias"))
     merger.merged("transformer.blocks.0.ffn.up_proj.weight")
-    assert torch.equal(merger.merged(name), once)
-    zeros = torch.zeros_like(merger.tensors[name])
-    assert not torch.equal(merger.merged(name, zeros), once)
-    small = merger.layers[name.removesuffix(".weight")].base_layer.weight
-    assert small.untyped_storage().nbytes() == 4  # nothing is kept
+    assert torch.equal(merger.merged(f"{path}.weight"), weight)
+    assert torch.equal(merger.merged(f"{path}.bias"), bias)
+    zeros = torch.zeros_like(merger.tensors[f"{path}.weight"])
+    assert not torch.equal(merger.merged(f"{path}.weight", zeros), weight)
+    base = merger.layers[path].base_layer
+    for parameter in (base.weight, base.bias):  # nothing is kept
+        assert parameter.untyped_storage().nbytes() == 4 and not parameter.any()

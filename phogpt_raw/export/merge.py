@@ -68,11 +68,10 @@ class Merger:
         if layer is None or (kind == "bias" and not any(layer.lora_bias.values())):
             return stored
         base = layer.get_base_layer()
-        empty = base.weight, base.bias
-        if kind == "weight":
-            base.weight = nn.Parameter(stored.float(), requires_grad=False)
-        else:
-            base.bias = nn.Parameter(stored.float(), requires_grad=False)
+        zeros = base.weight, base.bias
+        base.weight, base.bias = (part if part is None else nn.Parameter(part.data, False)
+                                  for part in zeros)
+        setattr(base, kind, nn.Parameter(stored.float(), False))
         try:
             layer.merge(safe_merge=True)
             return getattr(base, kind).data
@@ -80,7 +79,7 @@ class Merger:
             raise Refusal(f"{path}: {error}") from None
         finally:
             layer.merged_adapters.clear()
-            base.weight, base.bias = empty
+            base.weight, base.bias = zeros
 
     def all_merged(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) in the checkpoint's order; Refusal where `dtype` cannot hold a value."""
