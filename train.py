@@ -5,6 +5,7 @@
 """
 
 from phogpt_raw.command_line import from_command_line
+from phogpt_raw.export import model_card
 from phogpt_raw.refusal import exits_cleanly
 from phogpt_raw.show import console, plots, startcard
 from phogpt_raw.simulate.fit import choose
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     with plots.drawn(run), console.Display(run) as show:
         loss, score = train(job, metrics, show)
     run.check_result(loss, score)
+    model_card.write(job)
     console.summary(run, job.examples.questions, score, show)
 
 
