@@ -5,8 +5,9 @@
 """
 
 from phogpt_raw.command_line import from_command_line
+from phogpt_raw.export import model_card
 from phogpt_raw.refusal import exits_cleanly
-from phogpt_raw.show import console, startcard
+from phogpt_raw.show import console, plots, startcard
 from phogpt_raw.simulate.fit import choose
 from phogpt_raw.training.limits import retry_without_graphs
 from phogpt_raw.training.metrics import Metrics
@@ -29,9 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     run.begin(job)
     metrics = Metrics(run.folder, state.step, job)
-    with console.Display(run) as show:
+    with plots.drawn(run), console.Display(run) as show:
         loss, score = train(job, metrics, show)
     run.check_result(loss, score)
+    model_card.write(job)
     console.summary(run, job.examples.questions, score, show)
 
 

@@ -1,4 +1,4 @@
-"""Figures of the benches as SVG, with matplotlib where the `bench` extra is installed."""
+"""Figures of the benches as SVG."""
 
 from pathlib import Path
 
@@ -24,10 +24,8 @@ AREAS = {
 
 def memory(found, rates: Rates, options) -> str:
     """Memory over a step's simulated time, by kind, as stacked areas; says where it lies."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no figure: matplotlib is not installed (pip install -e '.[bench]')"
+    import matplotlib
+
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 

@@ -86,6 +86,15 @@ class Config:
     def target_names(self) -> list[str]:
         return [name.strip() for name in self.targets.split(",") if name.strip()]
 
+    def hub_id(self) -> str | None:
+        """`model` where it is a repository of the hub; None where it is nano or a folder."""
+        local = self.model == "nano" or Path(self.model).expanduser().is_dir()
+        return None if local or self.model.count("/") != 1 else self.model
+
+    def base_name(self) -> str:
+        """What the base is called elsewhere: its hub id, or a folder's name without its path."""
+        return self.hub_id() or Path(self.model).expanduser().resolve().name
+
     def blocks_to_recompute(self, blocks: int) -> int:
         """--recompute, where it is not auto, as a number of the model's `blocks`."""
         if self.recompute in ("all", "none"):

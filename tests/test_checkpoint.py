@@ -32,6 +32,7 @@ def same(mine, reference):
 
 
 def assert_same_run(mine, reference):
+    """Two folders of one name, which the card and the curves bear as their title."""
     assert without_speed(metrics(mine)) == without_speed(metrics(reference))
     names = sorted(p.relative_to(reference) for p in reference.rglob("*") if p.is_file())
     assert sorted(p.relative_to(mine) for p in mine.rglob("*") if p.is_file()) == names
@@ -51,7 +52,7 @@ def assert_same_run(mine, reference):
     ["--dropout", 0.3, "--optimizer", "adamw", "--recompute", "none", "--micro-batch", 4],
 ], ids=["plain", "nf4-dropout", "adamw-dropout"])
 def test_broken_off_and_gone_on_is_the_straight_run_to_the_bit(train, tmp_path, how):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     assert train("--out", straight, *how)[0] == 0
     status, _, said = train("--out", broken, *how, at=(5, STOPPED))
     assert status == 130 and said.startswith("stopped by hand; with the same --out")
@@ -66,7 +67,7 @@ def test_broken_off_and_gone_on_is_the_straight_run_to_the_bit(train, tmp_path, 
 
 
 def test_a_run_may_be_broken_off_again_and_again(train, tmp_path):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     flags = ["--dropout", 0.3, "--save-every", 1]
     train("--out", straight, *flags)
     for _ in range(3):
@@ -77,7 +78,7 @@ def test_a_run_may_be_broken_off_again_and_again(train, tmp_path):
 
 def test_dropout_draws_other_numbers_without_the_saved_generators(train, tmp_path, monkeypatch):
     """The test above would notice: here the generators are not restored."""
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     train("--out", straight, "--dropout", 0.3)
     train("--out", broken, "--dropout", 0.3, at=(5, STOPPED))
     monkeypatch.setattr(checkpoint, "restore_random_state", lambda state: None)
@@ -86,7 +87,7 @@ def test_dropout_draws_other_numbers_without_the_saved_generators(train, tmp_pat
 
 
 def test_a_checkpoint_that_was_not_finished_is_not_there(train, tmp_path):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     train("--out", straight)
     train("--out", broken, at=(5, STOPPED))
     shutil.copytree(broken / "checkpoint-4", broken / "checkpoint-6.unfinished")
@@ -113,7 +114,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(train, tmp_path, 
 
 
 def test_a_torn_last_line_of_the_metrics_is_dropped(train, tmp_path):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     train("--out", straight)
     train("--out", broken, at=(5, STOPPED))
     with (broken / "metrics.jsonl").open("a") as file:
@@ -210,7 +211,7 @@ def test_a_checkpoint_of_several_gpus_opens_where_there_is_one(monkeypatch):
 
 
 def test_a_run_broken_off_before_its_first_checkpoint_begins_again(train, tmp_path):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     train("--out", straight)
     assert train("--out", broken, at=(1, STOPPED))[0] == 130
     assert train("--out", broken)[0] == 0

@@ -1,7 +1,6 @@
 """The benches without a card: what they say of cards that are elsewhere, and where they write."""
 
 import argparse
-import builtins
 import json
 import re
 import sys
@@ -196,7 +195,6 @@ def test_times_are_a_range_and_grow_with_the_row():
 
 
 def test_the_figure_shows_the_cards_limit_and_every_kind(tmp_path):
-    pytest.importorskip("matplotlib")
     [(card, rates, traces)] = cards(asked := options("--card", "t4", "--save"))
     found = traces.on(card, Setting(512, 1, 1, "none"))
     assert figures.memory(found, rates, asked) == f"figure {tmp_path}/figures/" \
@@ -214,21 +212,6 @@ def test_the_figure_shows_the_cards_limit_and_every_kind(tmp_path):
 
 def test_the_areas_of_the_figure_are_all_the_kinds():
     assert sorted(k for kinds in figures.AREAS.values() for k in kinds) == sorted(KINDS)
-
-
-def test_without_matplotlib_the_tables_come_and_a_line_says_so(monkeypatch, capsys):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "matplotlib":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    memory.main([*NANO, "--card", "t4"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "no figure: matplotlib is not installed (pip install -e '.[bench]')" in said
-    assert "saved activations" in said and "CUDA context" in said
 
 
 # -- a file's items

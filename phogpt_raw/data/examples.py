@@ -1,5 +1,6 @@
 """The training and the held-out examples of a run, from its files or from nano's bundled pairs."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,17 @@ PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
 @dataclass(frozen=True)
+class DataFile:
+    """A file that was read: its name without the path, and the SHA-256 of its bytes."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Examples:
-    """Encoded rows, the held-out ones' questions as typed, the template, why, and the file."""
+    """Encoded rows, the held-out ones' questions as typed, the template, why, and the files: `file`
+    of the training rows, `held_out_file` where the held-out ones come from another."""
 
     train: list[Example]
     held_out: list[Example]
@@ -23,6 +33,8 @@ class Examples:
     template: str
     template_reason: str
     source: str
+    file: DataFile | None = None
+    held_out_file: DataFile | None = None
 
 
 def load_examples(tokenizer, config: Config) -> Examples:
@@ -48,4 +60,10 @@ def load_examples(tokenizer, config: Config) -> Examples:
         for part in (rows, held_out)
     )
     return Examples(train, kept_out, [row.prompt for row in held_out], name, reason,
-                    Path(data).name)
+                    Path(data).name, identify(data), identify(val) if val else None)
+
+
+def identify(path: str) -> DataFile:
+    file = Path(path).expanduser()
+    with file.open("rb") as content:
+        return DataFile(file.name, hashlib.file_digest(content, "sha256").hexdigest())

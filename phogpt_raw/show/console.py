@@ -135,6 +135,10 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
     which = (_("step {n}, the lowest validation loss", n=state.best_step) if last
              else _("step {n}, the last", n=state.best_step))
     lines[_("adapter")] = f"{run.folder} ({which})"
+    about = [name for name in ("README.md", "loss.png", "loss.svg")
+             if (run.folder / name).is_file()]
+    if about:
+        lines[_("beside it")] = ", ".join(about)
     listing(_("done"), lines)
     if last and last.answers and first["answers"]:
         heading(_("held-out questions"))

@@ -33,7 +33,12 @@ class Score:
 
     @property
     def val_ppl(self) -> float:
-        return math.exp(min(self.val_loss, 700))
+        return perplexity(self.val_loss)
+
+
+def perplexity(loss: float) -> float:
+    """e^loss, of a loss in nats per token; a loss over 700 would overflow."""
+    return math.exp(min(loss, 700))
 
 
 def evaluate(model: PhoGPT, tokenizer, examples: list[Example], config: Config, limits: Limits,

@@ -80,6 +80,17 @@ class Metrics:
             metrics.write(json.dumps(row) + "\n")
 
 
+def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(rows of steps, rows of evaluations) of a run's metrics.jsonl, none where there is no file.
+
+    A last row torn by a power cut is left out. null stands for a value that was not finite.
+    """
+    file = folder / "metrics.jsonl"
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
+
+
 def peak_bytes(forward) -> int | None:
     """The most GPU memory in use since the step began; None on a CPU."""
     if not torch.cuda.is_available():

@@ -1,0 +1,260 @@
+"""README.md of a run's folder, in the hub's format: what the adapter is and how it is used.
+
+The card is written for a stranger, so it names no path of the machine that trained: data files by
+name and hash, a base in a folder by the folder's name. It depends on the run alone, not on the day.
+A README.md without MARK is somebody else's and stays.
+"""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+from phogpt_raw.cards import dtype_name
+from phogpt_raw.data.prompt import TEMPLATES
+from phogpt_raw.messages import _
+from phogpt_raw.show.console import say
+from phogpt_raw.show.plots import replace_file
+from phogpt_raw.training.evaluate import perplexity
+from phogpt_raw.training.metrics import read_metrics
+from phogpt_raw.training.setup import Job
+
+MARK = "<!-- written by phogpt-raw, which writes it anew; delete this line to keep your changes -->"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+BODY = """\
+# {title}
+
+A LoRA adapter for {base}, trained on questions and answers in Vietnamese. It is not a model by
+itself: it needs its base.{unpublished}
+
+{results}
+
+{picture}## How to use it
+
+`FOLDER` is the folder of this file. A question must be wrapped in the template of its training,
+{template}, without a space at the end; the answer ends with `</s>`:
+
+```text
+{question}
+```
+
+**Here** ({project}), over the same base in 4 bits; the template is put around the question:
+
+```bash
+python generate.py --adapter FOLDER {model}"Câu hỏi của bạn"
+```
+
+**With PEFT on transformers**: PhoGPT has a bias on every linear layer and norm (193 in PhoGPT-7B5),
+and transformers' MPT has none. It drops a checkpoint's biases with no more than a line in its load
+report, and the adapter then sits on another model; and it refuses VinAI's `attn_pdrop: 0.0`. So put
+the biases back (`BASE` is the base's folder):
+
+```python
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import MptConfig, MptForCausalLM
+
+config = json.loads(Path("BASE/config.json").read_text())
+config["attn_config"]["attn_pdrop"] = 0
+model = MptForCausalLM(MptConfig.from_dict(config))
+for name, module in model.named_modules():
+    if name != "lm_head" and getattr(module, "bias", 0) is None:
+        module.bias = torch.nn.Parameter(torch.zeros(module.weight.shape[0]))
+for shard in Path("BASE").glob("pytorch_model*.bin"):
+    found = model.load_state_dict(torch.load(shard), strict=False)
+    assert not found.unexpected_keys
+model = PeftModel.from_pretrained(model, "FOLDER")
+```
+
+or merge adapter and base into one 16-bit checkpoint, for programs that know PhoGPT's biases:
+
+```bash
+python -m phogpt_raw.export FOLDER OUT --merged
+```
+
+**With llama.cpp**, which knows the biases: merged into the base (the template is in the file),
+
+```bash
+python -m phogpt_raw.export FOLDER OUT --gguf q8_0
+llama-cli -m OUT/model.gguf
+```
+
+or as a small file over a published GGUF of the same base (`llama-completion` is `llama-cli` in
+versions before 2026):
+
+```bash
+python -m phogpt_raw.export FOLDER OUT --lora-gguf
+llama-completion -m PhoGPT.gguf --lora OUT/adapter.gguf -no-cnv -e -p '{escaped}'
+```
+
+## How it was trained
+
+{training}
+
+## Data
+
+{data}
+
+## Versions
+
+{versions}
+"""
+
+
+def write(job: Job) -> None:
+    """Write folder/README.md of a run that has ended with an adapter.
+
+    A card that cannot be written is one line and never an error: the run counts for more.
+    """
+    file = job.run.folder / "README.md"
+    try:
+        if file.is_file() and MARK not in file.read_text("utf-8", errors="replace"):
+            return say(_("{file} is not of this program and stays as it is", file=file))
+        replace_file(file, card(job).encode("utf-8"))
+    except OSError as error:
+        say(_("{file} was not written ({reason})", file=file, reason=error.strerror or error))
+
+
+def card(job: Job) -> str:
+    """The whole text: front matter, mark, body."""
+    config, folder = job.config, job.run.folder
+    template = TEMPLATES[job.examples.template].question.format("Câu hỏi của bạn")
+    hub_id, name = config.hub_id(), plain(config.base_name())
+    if hub_id:
+        base, unpublished = f"[{hub_id}](https://huggingface.co/{hub_id})", ""
+    elif config.model == "nano":
+        base = "`nano`, the very small PhoGPT that comes with phogpt-raw"
+        unpublished = " That base is not on the hub."
+    else:
+        base = f"the model in a folder named {name}"
+        unpublished = (" That folder was on the computer that trained; which model it holds, only "
+                       "its owner can say.")
+    picture = ("![training and held-out loss, learning rate](loss.png)\n\n"
+               if (folder / "loss.png").is_file() else "")
+    body = BODY.format(
+        title=plain(folder.resolve().name), base=base, unpublished=unpublished, picture=picture,
+        results=results(job), template=f"`{job.examples.template}`", question=template,
+        escaped=template.replace("\n", "\\n"), project=f"phogpt-raw {version('phogpt-raw')}",
+        model="" if hub_id or config.model == "nano" else "--model BASE ",
+        training=table(hyper_parameters(job)), data=table(data(job)),
+        versions=table({package: version(package) for package in PACKAGES}),
+    )
+    return f"---\n{front_matter(job)}\n---\n{MARK}\n\n{body}"
+
+
+def front_matter(job: Job) -> str:
+    """The hub's metadata as YAML. The base and its licence only where they are known: `base_model`
+    must be a repository of the hub, and a folder's licence is its owner's to say."""
+    from huggingface_hub import ModelCardData
+
+    hub_id = job.config.hub_id()
+    known = dict(base_model=hub_id, base_model_relation="adapter") if hub_id else {}
+    if hub_id and hub_id.startswith("vinai/PhoGPT"):
+        known["license"] = "bsd-3-clause"  # the base's, since November 2024
+    tags = ["lora", *(["qlora"] if job.config.nf4 else []), "phogpt", "vietnamese"]
+    return ModelCardData(language=["vi"], library_name="peft", pipeline_tag="text-generation",
+                         tags=tags, **known).to_yaml()
+
+
+def results(job: Job) -> str:
+    """A table of the step whose adapter this is: losses, perplexity, answers that stop."""
+    state, kept = job.run.state, job.run.state.best_step
+    steps, evaluations = read_metrics(job.run.folder)
+    if not job.examples.held_out:
+        losses = {row["step"]: row["loss"] for row in steps}
+        return (f"This is the adapter of step {kept:,}, the last. No rows were held out, so there "
+                f"is only the training loss, in nats per token: {number(losses.get(1))} at the "
+                f"first step, {number(losses.get(kept))} at step {kept:,}.")
+    before, after = state.first["val_loss"], state.best_loss
+    lines = ["| on the held-out rows | before training | this adapter |", "|---|---|---|",
+             line("loss, nats per token", number(before), number(after)),
+             line("perplexity", number(perplexity(before)), number(perplexity(after)))]
+    stops = {row["step"]: row["stops"] for row in evaluations}
+    if state.first["stops"] is not None and stops.get(kept) is not None:
+        lines.append(line("answers that end by themselves", f"{state.first['stops']:.0%}",
+                          f"{stops[kept]:.0%}"))
+    return (f"This is the adapter of step {kept:,} of {state.step:,}, which had the lowest "
+            f"validation loss.\n\n" + "\n".join(lines))
+
+
+def hyper_parameters(job: Job) -> dict[str, str]:
+    config, run = job.config, job.run
+    lora = job.model.peft_config["default"]
+    targets = lora.target_modules
+    kinds = [name for name, on in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if on]
+    batch = (f"at most {config.batch_tokens:,} tokens" if config.batch_tokens
+             else f"{config.batch_size} examples")
+    rate = (f"{config.lr:g} after {config.warmup} steps of warm-up, then a cosine to "
+            f"{config.lr * config.lr_floor:g}")
+    epochs = run.steps / job.stream.steps(1)
+    if not config.batch_tokens:
+        epochs = run.steps * config.batch_size / len(job.examples.train)
+    return {
+        "adapter": ", ".join(["LoRA", *kinds]),
+        "rank, alpha, dropout": f"{lora.r}, {lora.lora_alpha:g}, {lora.lora_dropout:g}",
+        "targets": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        **({"began from": f"the adapter in a folder named {Path(config.adapter).resolve().name}"}
+           if config.adapter else {}),
+        "base": config.base_name() + (f", revision {config.revision}" if config.revision else ""),
+        "base's precision": "NF4 with double quantisation" if config.nf4 else "not quantised",
+        "computed in": dtype_name(job.model.head.dtype),
+        "steps": f"{run.steps:,} ({epochs:.1f} epochs), {run.state.skipped:,} skipped",
+        "one step": batch,
+        "longest example": f"{config.max_len:,} tokens",
+        "learning rate": rate,
+        "optimizer": f"{config.optimizer}, weight decay {config.weight_decay:g}, "
+                     f"gradient clipped to {config.clip:g}",
+        "loss": "on the answer and its end token only",
+        "template": job.examples.template,
+        "seed": str(config.seed),
+    }
+
+
+def data(job: Job) -> dict[str, str]:
+    """Rows and files, by name and hash."""
+    examples = job.examples
+    held_out = f"{len(examples.held_out):,} rows"
+    if examples.held_out and not examples.held_out_file:
+        held_out += " of the same file"
+    return {
+        "training": f"{len(examples.train):,} rows",
+        **file_lines("file", examples.file),
+        "held out": held_out,
+        **file_lines("held-out file", examples.held_out_file),
+    }
+
+
+def file_lines(what: str, file) -> dict[str, str]:
+    return {what: file.name, f"SHA-256 of the {what}": file.sha256} if file else {}
+
+
+def table(lines: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(line(*pair) for pair in lines.items())])
+
+
+def line(*cells: str) -> str:
+    return f"| {' | '.join(map(plain, cells))} |"
+
+
+def plain(text: str) -> str:
+    """Text that stays what it is in Markdown, in a table too.
+
+    >>> print(plain("a_b|c <d> _e_\\n[f]"))
+    a_b\\|c \\<d\\> \\_e\\_ \\[f\\]
+    """
+    return re.sub(r"([\\`*\[\]<>|#$~&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+
+
+def number(value: float | None) -> str:
+    """Four digits; None stands for a value that was not finite."""
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # phogpt-raw run from its folder
+        return "not installed"

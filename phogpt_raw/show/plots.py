@@ -1,0 +1,219 @@
+"""loss.svg and loss.png of a run: losses, learning rate and skipped steps, from its metrics.jsonl.
+
+The picture brings its own light background, so that it reads the same in a light and a dark viewer.
+Letters of the SVG are drawn as outlines: no viewer then needs a font with Vietnamese letters. The
+same metrics give the same bytes. matplotlib is imported when a picture is drawn, since it takes a
+second which the start of a run should not wait for.
+"""
+
+import logging
+import unicodedata
+import warnings
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from phogpt_raw.messages import _
+from phogpt_raw.show.console import say
+from phogpt_raw.training.metrics import read_metrics
+from phogpt_raw.training.run import Run
+
+MOST = 1000  # points of a curve; of more steps the lowest and the highest loss of each bin is drawn
+SMOOTHED_FROM = 30  # steps: fewer are read without a running mean
+LOG_FROM = 20  # times the lowest loss: a higher one would flatten everything else
+BACKGROUND, INK, GRID = "#fcfcfa", "#24292f", "#dddfe3"
+TRAINING, HELD_OUT, SKIPPED = "#1f6fb2", "#c2410c", "#a21caf"
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib and has all Vietnamese letters
+    "font.size": 9, "svg.fonttype": "path", "svg.hashsalt": "phogpt",
+    "figure.facecolor": BACKGROUND, "axes.facecolor": BACKGROUND, "savefig.facecolor": BACKGROUND,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
+    "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
+}
+
+
+@contextmanager
+def drawn(run: Run):
+    """Draw the curves of a run when the block ends, in whatever way: a run that fails needs them
+    most. A picture that cannot be drawn is one line and never an error."""
+    try:
+        yield
+    finally:
+        try:
+            draw(run.folder, run.config.base_name())
+        except Exception as error:  # a full disk, a damaged font cache: the run counts for more
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            say(_("{folder}: loss.svg and loss.png were not drawn ({reason})", folder=run.folder,
+                  reason=reason))
+
+
+def draw(folder: Path, base: str) -> None:
+    """Write loss.svg and loss.png from folder/metrics.jsonl; nothing where it has no rows yet.
+
+    base: the name of the base model, for the title.
+    """
+    steps, evaluations = read_metrics(folder)
+    if not steps and not evaluations:
+        return
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its font cache is nobody's concern
+    from matplotlib import style
+
+    title = folder.resolve().name
+    with style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that no font has is drawn as a box
+        svg, png = pictures(steps, evaluations, title, base)
+    replace_file(folder / "loss.svg", svg)
+    replace_file(folder / "loss.png", png)
+
+
+def pictures(steps: list[dict], evaluations: list[dict], title: str, base: str):
+    """(SVG, PNG) as bytes."""
+    from matplotlib.figure import Figure  # not pyplot, which holds figures for the whole process
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    training_loss(losses, steps)
+    held_out_loss(losses, evaluations)
+    skipped_steps(losses, steps)
+    learning_rate(rates, steps)
+    values = np.concatenate([column(steps, "loss"), column(evaluations, "val_loss")])
+    scale(losses, values[np.isfinite(values)])
+    dress(figure, losses, rates, max(row["step"] for row in steps + evaluations), title, base)
+    svg, png = BytesIO(), BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(png, format="png", metadata={"Software": None})
+    return svg.getvalue(), png.getvalue()
+
+
+def training_loss(axes, steps: list[dict]) -> None:
+    """Each step's loss, faint where there are enough steps for a running mean over it; a loss that
+    was not finite is a gap."""
+    if not steps:
+        return
+    step, loss = column(steps, "step"), column(steps, "loss")
+    many = len(steps) >= SMOOTHED_FROM
+    label = _("training loss, each step")
+    if len(steps) > MOST:
+        at, low, high = extremes(step, loss)
+        axes.fill_between(at, low, high, color=TRAINING, alpha=0.25, linewidth=0, label=label)
+    else:
+        axes.plot(step, loss, color=TRAINING, alpha=0.4 if many else 1, linewidth=1, label=label,
+                  marker="o", markersize=2.5 if many else 5, markeredgewidth=0, clip_on=False)
+    if many:
+        window = max(5, len(steps) // 40)
+        smooth, thin = running_mean(loss, window), slice(None, None, -(-len(steps) // MOST))
+        axes.plot(step[thin], smooth[thin], color=TRAINING, linewidth=1.8,
+                  label=_("its mean over {n:,} steps", n=window))
+
+
+def held_out_loss(axes, evaluations: list[dict]) -> None:
+    """The held-out loss, the lowest one after the first step named and ringed."""
+    if not evaluations:
+        return
+    step, loss = column(evaluations, "step"), column(evaluations, "val_loss")
+    label, trained = _("held-out loss"), np.isfinite(loss) & (step > 0)
+    if trained.any():
+        best = np.flatnonzero(trained)[loss[trained].argmin()]
+        label = _("held-out loss, lowest {loss:.3f} at step {step:,}", loss=loss[best],
+                  step=int(step[best]))
+        axes.plot(step[best], loss[best], "o", markersize=10, markerfacecolor="none",
+                  markeredgecolor=HELD_OUT, markeredgewidth=1.2, clip_on=False, zorder=4)
+    thin = slice(None, None, -(-len(step) // MOST))
+    axes.plot(step[thin], loss[thin], color=HELD_OUT, linewidth=1.8, label=label, zorder=3,
+              marker="o", markersize=5 if len(step) <= 100 else 0, clip_on=False)
+
+
+def skipped_steps(axes, steps: list[dict]) -> None:
+    """A mark at the foot of the panel for each step that was skipped: `skipped` counts them."""
+    count = [row["skipped"] for row in steps]
+    at = [row["step"] for row, before, now in zip(steps, [0, *count], count, strict=False)
+          if now > before]
+    if at:
+        shown = at[:: -(-len(at) // MOST)]
+        axes.plot(shown, [0.02] * len(shown), "|", color=SKIPPED, markersize=9, markeredgewidth=1.5,
+                  transform=axes.get_xaxis_transform(), zorder=5, clip_on=False,
+                  label=_("skipped steps: {n:,}", n=len(at)))
+
+
+def learning_rate(axes, steps: list[dict]) -> None:
+    thin = steps[:: -(-len(steps) // MOST) or 1]
+    axes.plot(column(thin, "step"), column(thin, "lr"), color=INK, linewidth=1.2,
+              marker="o" if len(thin) == 1 else None, markersize=5, clip_on=False)
+
+
+def scale(axes, finite: np.ndarray) -> None:
+    """Logarithmic where one loss is so high that a linear scale would flatten the others."""
+    if not len(finite):
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, _("no loss was finite"), transform=axes.transAxes, ha="center")
+    elif finite.min() > 0 and finite.max() > LOG_FROM * finite.min():
+        axes.set_yscale("log")
+
+
+def dress(figure, losses, rates, last: int, title: str, base: str) -> None:
+    """Title, legend and labels; `last` is the last step."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
+
+    rates.set_xlim(-0.01 * last, 1.01 * max(1, last))
+    rates.set_ylim(bottom=0)
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    rates.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    rates.yaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10]))
+    rates.yaxis.set_major_formatter(FuncFormatter(lambda rate, _place: f"{rate:g}"))
+    losses.set_ylabel(_("loss, nats per token"))
+    rates.set_ylabel(_("learning rate"))
+    rates.set_xlabel(_("optimizer step"))
+    figure.align_ylabels()
+    legend = losses.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2, borderaxespad=0,
+                           handlelength=1.6, borderpad=0)
+    over = 12 + 14 * -(-len(legend.get_texts()) // 2)  # points, above the legend's rows
+    # Names are not mathematics: a $ in one stays a $.
+    losses.set_title(one_line(title), loc="left", fontsize=13, fontweight="bold", pad=over + 14,
+                     parse_math=False)
+    losses.annotate(one_line(_("LoRA on {base}", base=base)), (0, 1), (0, over),
+                    xycoords="axes fraction", textcoords="offset points", parse_math=False)
+
+
+def one_line(name: str, width: int = 60) -> str:
+    """A name as letters that a font has whole (NFC), without line breaks, cut in the middle."""
+    name = " ".join(unicodedata.normalize("NFC", name).split())
+    return name if len(name) <= width else f"{name[: width // 2]} … {name[-width // 2 + 3 :]}"
+
+
+def column(rows: list[dict], name: str) -> np.ndarray:
+    """A column as fp64 [rows]; null, which stands for what is not finite, is NaN."""
+    return np.array([row[name] for row in rows], dtype=float)
+
+
+def extremes(step: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(step, lowest, highest) of at most MOST bins of steps; NaN where none of a bin is finite."""
+    starts = np.arange(0, len(step), -(-len(step) // MOST))
+    return (step[starts], np.fmin.reduceat(loss, starts), np.fmax.reduceat(loss, starts))
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the finite values at most window / 2 away, [n]; NaN where there are none.
+
+    >>> running_mean(np.array([1.0, 2.0, np.nan, 6.0]), 3).tolist()
+    [1.5, 1.5, 4.0, 6.0]
+    """
+    half, finite = window // 2, np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    place = np.arange(len(values))
+    first, end = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
+    count = counts[end] - counts[first]
+    return np.where(count > 0, (sums[end] - sums[first]) / np.maximum(count, 1), np.nan)
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write `content` beside the file and rename it: the file is whole, or the one before."""
+    unfinished = file.with_name(file.name + ".unfinished")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
