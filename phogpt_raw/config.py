@@ -87,9 +87,7 @@ class Config:
         return [name.strip() for name in self.targets.split(",") if name.strip()]
 
     def hub_id(self) -> str | None:
-        """`model` where it is a repository of the hub; None where it is nano or a folder."""
-        local = self.model == "nano" or Path(self.model).expanduser().is_dir()
-        return None if local or self.model.count("/") != 1 else self.model
+        return hub_id(self.model)
 
     def base_name(self) -> str:
         """What the base is called elsewhere: its hub id, or a folder's name without its path."""
@@ -109,6 +107,12 @@ LOWEST = dict(steps=1, batch_size=1, batch_tokens=1, micro_batch=1, max_len=8, p
               save_every=0, hold_out=0, seed=0, weight_decay=0, max_skipped=1)
 CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))
+
+
+def hub_id(model: str) -> str | None:
+    """A base that is a repository of the hub; None for nano or a folder."""
+    local = model == "nano" or Path(model).expanduser().is_dir()
+    return None if local or model.count("/") != 1 else model
 
 
 def flag(field: str) -> str:

@@ -26,7 +26,7 @@ def test_all_kinds_in_one_folder(first_command, tmp_path, capsys):
     export(first_command, tmp_path / "out", "--merged", "--gguf", "f16", "--lora-gguf")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "model.gguf", "Modelfile", "adapter.gguf"}
+        "tokenizer_config.json", "model.gguf", "Modelfile", "adapter.gguf", "README.md"}
     said = " ".join(capsys.readouterr().out.split())
     assert "have the same likeliest token as the adapter on NF4" in said
     assert f"llama-quantize {tmp_path}/out/model.gguf {tmp_path}/out/model-q4_k_m.gguf Q4_K_M" in (
@@ -48,7 +48,8 @@ def test_the_merged_folder_answers(first_command, tmp_path, capsys):
 
 def test_a_base_is_exported_without_an_adapter(tiny, tmp_path, capsys):
     export(tiny, tmp_path / "out", "--gguf", "q4_0")
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.gguf", "Modelfile"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "model.gguf", "Modelfile", "README.md"}
     assert "llama-quantize" not in capsys.readouterr().out  # not from 4 bits
 
 
@@ -66,11 +67,12 @@ def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
     shutil.copytree(ROOT / "phogpt_raw" / "nano" / "base", base)
     (base / "pytorch_model.bin").unlink()
     export(first_command, tmp_path / "out", "--lora-gguf", "--model", base)
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["adapter.gguf"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"adapter.gguf", "README.md"}
 
 
 @pytest.mark.parametrize("flags, line", [
-    ([], "what to write? choose one or more of --merged, --gguf and --lora-gguf"),
+    ([], "what to write, and where? name a folder OUT and one or more of --merged"),
+    (["--push", "me/it"], "what to write, and where?"),
     (["--gguf", "q4_k_m"], "argument --gguf: invalid choice"),
     (["--merged", "--model", "/not/there"], "--model /not/there: no such folder")])
 def test_what_cannot_be_is_one_line(first_command, tmp_path, flags, line, capsys):
@@ -143,7 +145,8 @@ def test_killed_in_the_middle_nothing_stands_under_the_final_name(tiny, tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["out" + UNFINISHED]
     export(tiny, tmp_path / "out", "--gguf", "f16")
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.gguf", "Modelfile"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "model.gguf", "Modelfile", "README.md"}
 
 
 def test_refusals_come_before_the_weights_are_read(first_command, tmp_path):

@@ -3,6 +3,7 @@
     python -m phogpt_raw.export runs/nano-001 out --merged       a checkpoint for transformers
     python -m phogpt_raw.export runs/nano-001 out --gguf q8_0    for llama.cpp and Ollama
     python -m phogpt_raw.export runs/nano-001 out --lora-gguf    for llama.cpp, over the base's GGUF
+    python -m phogpt_raw.export runs/nano-001 --push USER/NAME   the adapter and its card, to the hub
 
 The adapter's base is read as it is stored and never quantised on the way. The folder is written
 whole or not at all.
@@ -18,10 +19,11 @@ from tqdm import tqdm
 
 from phogpt_raw.cards import DTYPES, dtype_name
 from phogpt_raw.command_line import Parser
+from phogpt_raw.config import hub_id
 from phogpt_raw.data.examples import PAIRS
 from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_row
 from phogpt_raw.data.rows import read_rows
-from phogpt_raw.export import gguf
+from phogpt_raw.export import exported_card, gguf, push
 from phogpt_raw.export.chat import jinja, modelfile
 from phogpt_raw.export.distance import distance
 from phogpt_raw.export.merge import Merger, mapped_tensors, stored_dtype, write_merged
@@ -40,7 +42,8 @@ def parse(arguments):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="the folder of a run or of a checkpoint; or a "
                         "base (nano, a folder, a hub id), to export it without an adapter")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; must not exist")
+    parser.add_argument("out", metavar="OUT", type=Path, nargs="?",
+                        help="the folder to write; must not exist")
     parser.add_argument("--merged", action="store_true", help="a checkpoint in PhoGPT's format, "
                         "the adapter merged into the base's weights")
     parser.add_argument("--gguf", choices=gguf.KINDS, help="model.gguf for llama.cpp, merged, and "
@@ -53,11 +56,18 @@ def parse(arguments):
                         help="default: the run's, else by the tokenizer")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
                         help="of --merged; auto: the base's own")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload OUT to this repository of the "
+                        "hub (a new one is private); without OUT, the run's adapter and card. The "
+                        "token is HF_TOKEN's, or that of hf auth login")
     options = parser.parse_args(arguments)
-    if not (options.merged or options.gguf or options.lora_gguf):
-        raise Refusal("what to write? choose one or more of --merged, --gguf and --lora-gguf")
-    if options.out.exists():
+    written = options.merged or options.gguf or options.lora_gguf
+    if bool(options.out) != bool(written) or not (written or options.push):
+        raise Refusal("what to write, and where? name a folder OUT and one or more of --merged, "
+                      "--gguf and --lora-gguf; or --push USER/NAME alone")
+    if options.out and options.out.exists():
         raise Refusal(f"{options.out}: exists already; name a folder that does not")
+    if options.push:
+        push.check(options.push)
     options.adapter = Path(options.run).expanduser()
     if not (options.adapter / "adapter_config.json").is_file():
         options.adapter = None
@@ -69,6 +79,16 @@ def parse(arguments):
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    if options.out:
+        write(options)
+    if options.push:
+        folder = options.out or Path(options.run).expanduser()
+        out.print(push.in_words(folder, options.push), markup=False)
+        out.print(push.push(folder, options.push), markup=False)
+
+
+def write(options) -> None:
+    """Make OUT, and say what is in it."""
     if options.gguf or options.lora_gguf:
         gguf.import_gguf()
     base = options.model or (named_base(options.adapter) if options.adapter else options.run)
@@ -93,6 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
             (made / "Modelfile").write_text(text, "utf-8")
         if options.lora_gguf:
             gguf.write_adapter(merger, made / "adapter.gguf")
+        exported_card.write(
+            made / "README.md", title=name, base=hub_id(base), template=template,
+            adapted=merger.adapters is not None, kind=options.gguf, lora=options.lora_gguf,
+            merged=dtype_name(dtype) if options.merged else None)
     seconds = time.monotonic() - begun
     say_uses(options, base, template, seconds)
 
@@ -115,9 +139,9 @@ def bytes_needed(options, merger: Merger, dtype: torch.dtype) -> int:
     return size
 
 
-def progress(what: str):
-    """Tensors as they are, with a progress line on a terminal."""
-    return lambda tensors: tqdm(tensors, desc=what, unit=" tensors", leave=False, disable=None)
+def progress(what: str, unit: str = "tensors"):
+    """What is gone through, with a progress line on a terminal."""
+    return lambda parts: tqdm(parts, desc=what, unit=f" {unit}", leave=False, disable=None)
 
 
 def say_distance(merger: Merger, made: Path, dtype, tokenizer, template: str) -> None:
@@ -126,7 +150,8 @@ def say_distance(merger: Merger, made: Path, dtype, tokenizer, template: str) ->
     rows = read_rows(PAIRS / "heldout.jsonl")[:COMPARED]
     texts = [encode_row(tokenizer, TEMPLATES[template], row, 1024).ids for row in rows]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = distance(merger, mapped_tensors(made), texts, device)
+    found = distance(merger, mapped_tensors(made), texts, device,
+                     progress("compared", "blocks"))
     out.print(_("merged, {dtype}: of {n} predictions in {texts} Vietnamese texts {same:.1%} have "
                 "the same likeliest token as the adapter on NF4; mean divergence {nats:.2g} nats, "
                 "largest difference of a logit {largest:.2g}. The adapter was trained over weights "

@@ -36,13 +36,14 @@ class Distance:
 
 @torch.no_grad()
 def distance(merger: Merger, merged: dict[str, torch.Tensor], texts: list[list[int]],
-             device: torch.device) -> Distance:
+             device: torch.device, progress=lambda blocks: blocks) -> Distance:
     """Between the adapter on NF4 and the tensors `merged` of a checkpoint, on token ids."""
     config, texts = merger.config, [text[:TOKENS] for text in texts]
     longest = max(map(len, texts))
     ids_BL = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
     real_BL = torch.tensor([[n < len(text) for n in range(longest)] for text in texts])
-    on_nf4 = final_states(config, lambda name: over_nf4(merger, name, device), ids_BL, device)
+    on_nf4 = final_states(config, lambda name: over_nf4(merger, name, device), ids_BL, device,
+                          progress)
     in_16 = final_states(config, lambda name: merged[name], ids_BL, device)
     both_2TD = torch.stack([on_nf4[real_BL], in_16[real_BL]])
     one_TV, other_TV = both_heads(merger.tensors["transformer.wte.weight"],
@@ -62,7 +63,8 @@ def over_nf4(merger: Merger, name: str, device: torch.device) -> torch.Tensor:
     return merger.merged(name, dequantise(rounded).cpu())
 
 
-def final_states(config: ModelConfig, tensor_of, ids_BL: torch.Tensor, device) -> torch.Tensor:
+def final_states(config: ModelConfig, tensor_of, ids_BL: torch.Tensor, device,
+                 progress=lambda blocks: blocks) -> torch.Tensor:
     """Hidden states [B, L, D] after the last norm in fp32; tensor_of(name): a weight."""
     def weights(path: str, module: nn.Module) -> dict[str, torch.Tensor]:
         return {name: tensor_of(f"{path}.{name}").to(device, torch.float32)
@@ -75,7 +77,7 @@ def final_states(config: ModelConfig, tensor_of, ids_BL: torch.Tensor, device) -
     slopes_H = alibi_slopes(config.n_heads, config.alibi_bias_max).to(device)
     length = ids_BL.shape[1]
     seen = Bias(slopes_H, length, length, x_BLD.dtype, None)
-    for n in range(config.n_layers):
+    for n in progress(range(config.n_layers)):
         x_BLD = functional_call(block, weights(f"transformer.blocks.{n}", block), (x_BLD, seen))
     return functional_call(norm, weights("transformer.norm_f", norm), (x_BLD,))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from phogpt_raw.config import hub_id
 from phogpt_raw.model.adapters import PREFIX, Adapters, inject, read_adapter_config
 from phogpt_raw.model.checkpoint_format import parameter_shapes, write_checkpoint
 from phogpt_raw.model.phogpt import PhoGPT
@@ -177,7 +178,7 @@ def merged_config(folder: Path, base: str, dtype: torch.dtype) -> dict:
     config["attn_config"] = config.get("attn_config", {}) | {"attn_pdrop": 0}
     config |= {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     code = config.pop("auto_map", None)
-    if code and not Path(base).expanduser().is_dir() and "/" in base:
+    if code and hub_id(base):
         config["auto_map"] = {kind: f"{base}--{place.split('--')[-1]}"
                               for kind, place in code.items()}
     return config

@@ -42,6 +42,18 @@ def in_words(folder: Path, repo: str) -> str:
              for file in files) / 1e6, names=", ".join(file.name for file in files))
 
 
+def check(repo: str) -> None:
+    """Raise Refusal for what can be known before anything is written: the name, the token."""
+    from huggingface_hub import get_token
+
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise Refusal(f"--push {repo}: must be USER/NAME")
+    if not get_token():
+        raise Refusal(f"--push {repo}: no token; make one with write access on "
+                      f"https://huggingface.co/settings/tokens and set HF_TOKEN, or use "
+                      f"hf auth login")
+
+
 def push(folder: Path, repo: str, *, private: bool = True) -> str:
     """Upload files_to_push(folder) in one commit to the hub's model repository `repo`
     (USER/NAME), made where it is not there yet; returns its address.
@@ -50,16 +62,11 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
     that exists stays as visible as it is. Raises Refusal, in one line, for whatever the hub or the
     network refuse.
     """
-    if repo.count("/") != 1 or not all(repo.split("/")):
-        raise Refusal(f"--push {repo}: must be USER/NAME")
+    check(repo)
     files = files_to_push(folder)
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub import errors as hub
 
-    if not get_token():
-        raise Refusal(f"--push {repo}: no token; make one with write access on "
-                      f"https://huggingface.co/settings/tokens and set HF_TOKEN, or use "
-                      f"hf auth login")
     api = HfApi()
     parts = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=content(file))
              for file in files]

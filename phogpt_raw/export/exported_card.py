@@ -1,0 +1,61 @@
+"""README.md of an exported folder, in the hub's format: what each file is and how it is used."""
+
+from pathlib import Path
+
+from phogpt_raw.data.prompt import TEMPLATES
+from phogpt_raw.export.model_card import plain
+
+HEAD = """\
+# {title}
+
+{what}, exported by phogpt-raw. PhoGPT is an MPT with biases, 193 of them in PhoGPT-7B5; a program that
+builds MPT without them drops them, and has another model.
+
+A question must be wrapped in the template of the training, `{template}`, without a space at the end; the
+answer ends with `</s>`:
+
+```text
+{question}
+```
+"""
+MERGED = """\
+**The checkpoint** (`config.json`, `*.safetensors`, tokenizer) is in PhoGPT's own format, in {dtype}. With
+phogpt-raw: `python generate.py --model FOLDER "Câu hỏi của bạn"`. transformers' own MPT reads it without its
+biases, which must be put back.
+"""
+GGUF = """\
+**`model.gguf`** ({kind}) is for llama.cpp, with tokenizer and chat template in it: `llama-cli -m
+model.gguf`. With Ollama: `ollama create phogpt -f Modelfile`, then `ollama run phogpt`.
+"""
+LORA = """\
+**`adapter.gguf`** is the adapter alone, for llama.cpp over a GGUF of the same base: `llama-cli -m BASE.gguf
+--lora adapter.gguf`.
+"""
+
+
+def write(file: Path, *, title: str, base: str | None, template: str, adapted: bool,
+          merged: str | None, kind: str | None, lora: bool) -> None:
+    """base: a repository of the hub, None where it is a folder. merged: the checkpoint's dtype;
+    kind: the GGUF's; None where there is none."""
+    parts = [MERGED.format(dtype=merged) if merged else "", GGUF.format(kind=kind) if kind else "",
+             LORA if lora else ""]
+    head = HEAD.format(
+        title=plain(title), template=template,
+        what="A fine-tuned PhoGPT" if adapted else "A PhoGPT",
+        question=TEMPLATES[template].question.format("Câu hỏi của bạn"))
+    text = "\n".join([head, *filter(None, parts)])
+    front = front_matter(base, "adapter" if lora and not (merged or kind) else "merge"
+                         if merged else "quantized", kind or lora)
+    file.write_text(f"---\n{front}\n---\n\n{text}", "utf-8")
+
+
+def front_matter(base: str | None, relation: str, gguf) -> str:
+    """The hub's metadata as YAML; base and licence only where they are known."""
+    from huggingface_hub import ModelCardData
+
+    known = dict(base_model=base, base_model_relation=relation) if base else {}
+    if base and base.startswith("vinai/PhoGPT"):
+        known["license"] = "bsd-3-clause"  # the base's, since November 2024
+    tags = ["phogpt", "vietnamese", *(["gguf"] if gguf else [])]
+    return ModelCardData(language=["vi"], pipeline_tag="text-generation", tags=tags,
+                         **known).to_yaml()
