@@ -48,6 +48,7 @@ class Config:
     targets: str = "Wqkv,out_proj,up_proj,down_proj"  # linear layers that get adapters
     # precision and memory
     nf4: bool = True  # quantise the base to NF4; --no-nf4 keeps plain weights
+    nf4_cache: str | None = None  # a folder that keeps the quantised base: later starts are faster
     dtype: str = "auto"  # auto, fp16, bf16 or fp32: what activations are computed in
     recompute: str = "auto"  # blocks recomputed in backward: all, none, N, or as the card forces
     capture: bool = True  # on a GPU, run shapes that come again as CUDA graphs
@@ -80,6 +81,7 @@ class Config:
             raise Refusal(f"--epochs {self.epochs}: must be positive")
         if not re.fullmatch(r"auto|all|none|\d+", self.recompute):
             raise Refusal(f"--recompute {self.recompute}: auto, all, none or a number of blocks")
+        check_nf4_cache(self.nf4_cache, nf4=self.nf4)
         if self.val is not None and self.hold_out:
             raise Refusal("--val and --hold-out: give one of them")
 
@@ -113,6 +115,11 @@ def hub_id(model: str) -> str | None:
     """A base that is a repository of the hub; None for nano or a folder."""
     local = model == "nano" or Path(model).expanduser().is_dir()
     return None if local or model.count("/") != 1 else model
+
+
+def check_nf4_cache(folder: str | Path | None, *, nf4: bool) -> None:
+    if folder is not None and not nf4:
+        raise Refusal(f"--nf4-cache {folder}: keeps NF4 weights; leave it out with --no-nf4")
 
 
 def flag(field: str) -> str:

@@ -214,6 +214,16 @@ def nf4_fields(state) -> NF4Fields:
                      state.shape, state.dtype)
 
 
+def make_nf4_state(fields: NF4Fields):
+    """The QuantState with these fields, equal to the one that nf4_fields read them from."""
+    from bitsandbytes.functional import QuantState
+
+    of_scales = QuantState(absmax=fields.scale_scales, code=fields.scale_code, blocksize=256,
+                           dtype=torch.float32)
+    return QuantState(absmax=fields.scales, shape=fields.shape, code=fields.code, blocksize=64,
+                      quant_type="nf4", dtype=fields.dtype, offset=fields.offset, state2=of_scales)
+
+
 def set_dequantised_dtype(state, dtype: torch.dtype) -> None:
     """Set the dtype that dequantising gives; the 4 bits themselves have none."""
     state.dtype = dtype

@@ -18,6 +18,7 @@ from phogpt_raw.model.nf4 import (
     dequantise_plain,
     fused_works,
     nf4_linear,
+    stored_shapes,
 )
 from phogpt_raw.private_apis import nf4_fields
 
@@ -79,6 +80,17 @@ def test_the_offset_of_the_scales_is_known_to_the_host():
     """Reading it from a GPU at each dequantising would wait for the GPU."""
     state = random_nf4((256, 64), torch.float32, "cpu").quant_state
     assert state.offset_on_host == float(state.offset)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(256, 64), (65, 3), (17, 40), (700, 96)], ids=str)
+def test_the_parts_of_a_weight_have_the_shapes_that_a_cache_expects(shape, device):
+    weight = random_nf4(shape, torch.float32, device)
+    fields = nf4_fields(weight.quant_state)
+    for part, kind in stored_shapes(torch.Size(shape)).items():
+        tensor = getattr(fields, part, weight.data)
+        assert (tensor.dtype, tuple(tensor.shape)) == kind, part
+        assert tensor.device.type == device
 
 
 @pytest.mark.gpu

@@ -267,6 +267,21 @@ def test_a_4_bit_weight_has_a_state_with_the_fields_that_decode_it():
                            (torch.float32, (2,)), (torch.float32, (256,))]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_state_made_of_its_fields_is_the_one_they_came_from(device):
+    """Down to the list of its attributes: a new one that we do not set would be lost in a cache."""
+    with without_it(f"make it with QuantState.from_dict, whose keys are a file format; else {PIN}"):
+        weight = nf4_linear(torch.randn(700, 96, device=device), torch.bfloat16, device).weight
+        old = nf4_state(weight)
+        new = private_apis.make_nf4_state(nf4_fields(old))
+        for a, b in ((new, old), (new.state2, old.state2)):
+            assert vars(a).keys() == vars(b).keys() - {"offset_on_host"}
+            for name, value in vars(a).items():
+                assert name == "state2" or value is vars(b)[name] or value == vars(b)[name], name
+        wanted = bitsandbytes.functional.dequantize_4bit(weight.data, old)
+        assert torch.equal(bitsandbytes.functional.dequantize_4bit(weight.data, new), wanted)
+
+
 def test_the_dtype_that_dequantising_gives_can_be_set():
     with without_it(f"cast the result of dequantize_4bit in model/nf4.py; else {PIN}"):
         weight = nf4_linear(torch.randn(64, 64), torch.float32, "cpu").weight

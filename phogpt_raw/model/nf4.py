@@ -25,6 +25,7 @@ from torch import nn
 from phogpt_raw.private_apis import (
     NF4Fields,
     attach_state,
+    make_nf4_state,
     nf4_fields,
     nf4_state,
     set_dequantised_dtype,
@@ -56,17 +57,47 @@ def quantise(weight_OD: torch.Tensor, dtype: torch.dtype):
     return packed, state
 
 
+def stored_state(fields: NF4Fields):
+    """The QuantState that `quantise` made, from its fields alone."""
+    state = make_nf4_state(fields)
+    state.offset_on_host = float(fields.offset)
+    return state
+
+
+def stored_shapes(shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """(dtype, shape) of all that stands for an NF4 weight of `shape`: `packed`, and NF4Fields'
+    tensors under their names there."""
+    blocks = -(-shape.numel() // WEIGHTS)
+    return {
+        "packed": (torch.uint8, (-(-shape.numel() // 2), 1)),
+        "scales": (torch.uint8, (blocks,)),
+        "code": (torch.float32, (16,)),
+        "offset": (torch.float32, ()),
+        "scale_scales": (torch.float32, (-(-blocks // SCALES),)),
+        "scale_code": (torch.float32, (256,)),
+    }
+
+
+def kept_in_nf4(module: nn.Module, kind: str) -> bool:
+    """Whether an NF4 model has the parameter `kind` of this module in 4 bits: a linear's weight."""
+    return kind == "weight" and isinstance(module, nn.Linear)
+
+
 def nf4_linear(weight_OD: torch.Tensor, dtype: torch.dtype, device,
                bias: nn.Parameter | None = None):
     """bitsandbytes' Linear4bit that holds `weight_OD` in NF4 and computes in `dtype`."""
+    return linear_of(*quantise(weight_OD.to(device), dtype), bias)
+
+
+def linear_of(packed: torch.Tensor, state, bias: nn.Parameter | None = None):
+    """bitsandbytes' Linear4bit over what `quantise` gave."""
     import bitsandbytes as bnb
 
-    out_features, in_features = weight_OD.shape
+    fields = nf4_fields(state)
+    out_features, in_features = fields.shape
     with torch.device("meta"):
-        linear = bnb.nn.Linear4bit(
-            in_features, out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
-        )
-    packed, state = quantise(weight_OD.to(device), dtype)
+        linear = bnb.nn.Linear4bit(in_features, out_features, bias=False,
+                                   compute_dtype=fields.dtype, quant_type="nf4")
     linear.weight = bnb.nn.Params4bit(
         packed, requires_grad=False, quant_type="nf4", quant_state=state, module=linear,
         bnb_quantized=True)

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from phogpt_raw.model.nf4 import nf4_linear
+from phogpt_raw.config import check_nf4_cache
+from phogpt_raw.model.nf4 import kept_in_nf4, nf4_linear
+from phogpt_raw.model.nf4_cache import NF4Cache, make_key
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal
 
@@ -33,16 +35,20 @@ def load_base(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
+    nf4_cache: str | Path | None = None,
 ) -> tuple[PhoGPT, "PreTrainedTokenizerFast"]:  # noqa: F821
     """A frozen PhoGPT and its tokenizer; `model` is `nano`, a folder or a hub id.
 
     `dtype` is the compute dtype (default fp32 on the CPU, fp16 elsewhere). nf4=False keeps plain
-    weights in it. Raises Refusal where the folder, the config, a file or a key is not as it should.
+    weights in it. `nf4_cache` is a folder that keeps the quantised weights after a first load; from
+    then on they are read from there (nf4_cache.py). Raises Refusal where the folder, the config, a
+    file or a key is not as it should.
     """
+    check_nf4_cache(nf4_cache, nf4=nf4)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     folder = find_folder(model, revision)
-    phogpt = read_model(folder, nf4=nf4, dtype=dtype, device=device)
+    phogpt = read_model(folder, nf4=nf4, dtype=dtype, device=device, nf4_cache=nf4_cache)
     return phogpt, read_tokenizer(folder, phogpt.config)
 
 
@@ -122,9 +128,35 @@ def read_tokenizer(folder: Path, config: ModelConfig):
     return tokenizer
 
 
-def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.device) -> PhoGPT:
-    """Build on the meta device, then fill each parameter as its tensor is read."""
+def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.device,
+               nf4_cache: str | Path | None = None) -> PhoGPT:
+    """The frozen PhoGPT of a model folder: from its cache where `nf4_cache` holds a whole one, else
+    from the checkpoint, and then the cache is made."""
+    check_nf4_cache(nf4_cache, nf4=nf4)
     config = read_config(folder)
+    cache = nf4_cache and find_cache(folder, nf4_cache, dtype=dtype, device=device)
+    phogpt = cache.load(config, device) if cache else None
+    if phogpt is None:
+        phogpt = read_checkpoint(folder, config, nf4=nf4, dtype=dtype, device=device)
+        if cache:
+            cache.keep(phogpt)
+    return frozen(phogpt, nf4=nf4, device=device)
+
+
+def find_cache(folder: Path, caches: str | Path, *, dtype: torch.dtype,
+               device: torch.device) -> NF4Cache:
+    """Where among `caches` the NF4 weights of a model folder are kept, whether there or not."""
+    key = make_key([folder / "config.json", *list_files(folder)], dtype, device)
+    base = folder.resolve()
+    if base.parent.name == "snapshots":  # of the hub: …/models--vinai--PhoGPT-4B/snapshots/0a1b…
+        base = base.parents[1]
+    name = "nano" if folder == NANO else base.name.split("--")[-1]
+    return NF4Cache(Path(caches).expanduser(), name, str(base), key)
+
+
+def read_checkpoint(folder: Path, config: ModelConfig, *, nf4: bool, dtype: torch.dtype,
+                    device: torch.device) -> PhoGPT:
+    """Build on the meta device, then fill each parameter as its tensor is read."""
     with torch.device("meta"):
         phogpt = PhoGPT(config)
     wanted = {name: p.shape for name, p in phogpt.named_parameters()}
@@ -150,7 +182,7 @@ def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.dev
             f"{folder}: {len(wanted)} tensors are missing ({biases} of them biases), the first is "
             f"{next(iter(wanted))}{hint}"
         )
-    return frozen(phogpt, nf4=nf4, device=device)
+    return phogpt
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -211,7 +243,7 @@ def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device
     module = phogpt.get_submodule(path)
     there = tensor.to(device)  # checked and cast on the device, not on the host
     check_finite(there, name, dtype)
-    if nf4 and kind == "weight" and isinstance(module, nn.Linear):
+    if nf4 and kept_in_nf4(module, kind):
         parent, child = path.rsplit(".", 1)
         linear = nf4_linear(there, dtype, device, bias=module.bias)
         setattr(phogpt.get_submodule(parent), child, linear)

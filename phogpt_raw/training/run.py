@@ -23,7 +23,7 @@ from phogpt_raw.training.step import Training
 # May differ when a run goes on: everything else would make it another run.
 FREE = {"out", "dry_run", "steps", "epochs", "eval_every", "eval_answers", "answer_tokens",
         "save_every", "max_skipped", "micro_batch", "packing", "pack_len", "recompute", "capture",
-        "loss_mib"}
+        "loss_mib", "nf4_cache"}
 
 
 @dataclass

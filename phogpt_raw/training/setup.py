@@ -146,7 +146,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     check_asked(config, shape)
 
     model = read_model(find_folder(config.model, config.revision), nf4=config.nf4, dtype=dtype,
-                       device=torch.device(card.device))
+                       device=torch.device(card.device), nf4_cache=config.nf4_cache)
     if config.adapter:
         adapters = load_adapters(model, config.adapter, base=config.model)
     else:
