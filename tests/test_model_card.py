@@ -183,12 +183,13 @@ def test_a_card_of_ours_without_its_mark_is_somebodys(train, tmp_path):
 
 
 def test_a_full_disk_costs_the_card_and_not_the_run(train, tmp_path, monkeypatch):
-    def full(_file, _content):
+    def full(_job):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_card, "replace_file", full)
+    monkeypatch.setattr(model_card, "card", full)
     status, said, _ = train("--out", tmp_path / "run")
-    assert status == 0 and "README.md was not written (No space left on device)" in said
+    assert status == 0 and "README.md was not written" in said and "the disk is full" in said
+    assert not list((tmp_path / "run").glob("README*"))
 
 
 def test_a_run_that_failed_has_no_card(train, tmp_path):

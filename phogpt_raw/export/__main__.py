@@ -2,8 +2,8 @@
 
     python -m phogpt_raw.export runs/nano-001 out --merged       a checkpoint for transformers
     python -m phogpt_raw.export runs/nano-001 out --gguf q8_0    for llama.cpp and Ollama
-    python -m phogpt_raw.export runs/nano-001 out --lora-gguf    for llama.cpp, over the base's GGUF
-    python -m phogpt_raw.export runs/nano-001 --push USER/NAME   the adapter and its card, to the hub
+    python -m phogpt_raw.export runs/nano-001 out --lora-gguf    for llama.cpp, over a base's GGUF
+    python -m phogpt_raw.export runs/nano-001 --push ME/NAME     adapter and card, to the hub
 
 The adapter's base is read as it is stored and never quantised on the way. The folder is written
 whole or not at all.

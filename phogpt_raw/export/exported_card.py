@@ -8,28 +8,28 @@ from phogpt_raw.export.model_card import plain
 HEAD = """\
 # {title}
 
-{what}, exported by phogpt-raw. PhoGPT is an MPT with biases, 193 of them in PhoGPT-7B5; a program that
-builds MPT without them drops them, and has another model.
+{what}, exported by phogpt-raw. PhoGPT is an MPT with biases, 193 of them in PhoGPT-7B5. A program
+that builds MPT without them drops them, and has another model.
 
-A question must be wrapped in the template of the training, `{template}`, without a space at the end; the
-answer ends with `</s>`:
+A question must be wrapped in the template of the training, `{template}`, without a space at the
+end; the answer ends with `</s>`:
 
 ```text
 {question}
 ```
 """
 MERGED = """\
-**The checkpoint** (`config.json`, `*.safetensors`, tokenizer) is in PhoGPT's own format, in {dtype}. With
-phogpt-raw: `python generate.py --model FOLDER "Câu hỏi của bạn"`. transformers' own MPT reads it without its
-biases, which must be put back.
+**The checkpoint** (`config.json`, `*.safetensors`, tokenizer) is in PhoGPT's own format, in
+{dtype}. With phogpt-raw: `python generate.py --model FOLDER "Câu hỏi của bạn"`. transformers' own
+MPT reads it without its biases, which must be put back.
 """
 GGUF = """\
 **`model.gguf`** ({kind}) is for llama.cpp, with tokenizer and chat template in it: `llama-cli -m
 model.gguf`. With Ollama: `ollama create phogpt -f Modelfile`, then `ollama run phogpt`.
 """
 LORA = """\
-**`adapter.gguf`** is the adapter alone, for llama.cpp over a GGUF of the same base: `llama-cli -m BASE.gguf
---lora adapter.gguf`.
+**`adapter.gguf`** is the adapter alone, for llama.cpp over a GGUF of the same base: `llama-cli -m
+BASE.gguf --lora adapter.gguf`.
 """
 
 

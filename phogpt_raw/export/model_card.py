@@ -11,9 +11,10 @@ from pathlib import Path
 
 from phogpt_raw.cards import dtype_name
 from phogpt_raw.data.prompt import TEMPLATES
+from phogpt_raw.files import whole_file
 from phogpt_raw.messages import _
+from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import say
-from phogpt_raw.show.plots import replace_file
 from phogpt_raw.training.evaluate import perplexity
 from phogpt_raw.training.metrics import read_metrics
 from phogpt_raw.training.setup import Job
@@ -113,9 +114,11 @@ def write(job: Job) -> None:
     try:
         if file.is_file() and MARK not in file.read_text("utf-8", errors="replace"):
             return say(_("{file} is not of this program and stays as it is", file=file))
-        replace_file(file, card(job).encode("utf-8"))
-    except OSError as error:
-        say(_("{file} was not written ({reason})", file=file, reason=error.strerror or error))
+        with whole_file(file) as unfinished:
+            unfinished.write_text(card(job), "utf-8")
+    except (OSError, Refusal) as error:
+        say(_("{file} was not written ({reason})", file=file,
+              reason=getattr(error, "strerror", None) or error))
 
 
 def card(job: Job) -> str:

@@ -20,7 +20,6 @@ the checksum meanwhile, and no model is returned before both agree.
 import json
 import os
 import re
-import secrets
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,15 +34,16 @@ import xxhash
 from torch import nn
 
 from phogpt_raw.cards import DTYPES, dtype_name
+from phogpt_raw.files import UNFINISHED, whole_file
 from phogpt_raw.messages import _
 from phogpt_raw.model.nf4 import kept_in_nf4, linear_of, stored_shapes, stored_state
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.private_apis import NF4Fields, nf4_fields, nf4_state
+from phogpt_raw.refusal import Refusal
 
 FORMAT = 1  # of the file: a change of names or of the checksum makes all older files stale
 HEAD = 2**16  # bytes at a weight file's beginning that tell it from another of its size
 CHUNK = 2**26  # bytes that are copied to the host at once while writing
-UNFINISHED = ".unfinished"
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
@@ -136,30 +136,22 @@ def write(phogpt: PhoGPT, file: Path, key: dict, base: str = "") -> int:
     host memory. Raises OSError where it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    for left in family(file, r"\.[0-9a-f]{8}" + re.escape(UNFINISHED)):
+    for left in family(file, re.escape(UNFINISHED)):
         left.unlink(missing_ok=True)
     tensors = stored_tensors(phogpt)
+    # The checksum is the first entry, so that its zeros are the first of the header.
     head = header(tensors, {"checksum": 32 * "0", "key": json.dumps(key), "base": base})
     hasher = xxhash.xxh3_128(head)
-    unfinished = file.with_name(f"{file.name}.{secrets.token_hex(4)}{UNFINISHED}")
-    try:
-        with unfinished.open("xb") as opened:
-            opened.write(head)
-            for tensor in tensors.values():
-                for part in tensor.contiguous().flatten().view(torch.uint8).split(CHUNK):
-                    part = part.cpu().numpy()
-                    hasher.update(part)
-                    opened.write(part)
-            opened.seek(0)
-            opened.write(head.replace(32 * b"0", hasher.hexdigest().encode(), 1))
-            opened.flush()
-            os.fsync(opened.fileno())
-            size = opened.seek(0, os.SEEK_END)
-        unfinished.replace(file)
-    except BaseException:  # Ctrl-C too
-        unfinished.unlink(missing_ok=True)
-        raise
-    return size
+    with whole_file(file) as unfinished, unfinished.open("xb") as opened:
+        opened.write(head)
+        for tensor in tensors.values():
+            for part in tensor.contiguous().flatten().view(torch.uint8).split(CHUNK):
+                part = part.cpu().numpy()
+                hasher.update(part)
+                opened.write(part)
+        opened.seek(0)
+        opened.write(head.replace(32 * b"0", hasher.hexdigest().encode(), 1))
+        return opened.seek(0, os.SEEK_END)
 
 
 def header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
@@ -315,9 +307,9 @@ class NF4Cache:
         standard error and ends no run."""
         try:
             size = write(phogpt, self.file, self.key, self.base)
-        except OSError as error:
+        except (OSError, Refusal) as error:
             say(_("NF4 cache {file} cannot be written ({reason}); the run goes on without it",
-                  file=self.file, reason=error.strerror or error))
+                  file=self.file, reason=getattr(error, "strerror", None) or error))
             return
         say(_("NF4 cache written to {file} ({size})", file=self.file, size=human(size)))
         for file, _reason in self.stale():

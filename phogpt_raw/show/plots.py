@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from phogpt_raw.files import whole_file
 from phogpt_raw.messages import _
 from phogpt_raw.show.console import say
 from phogpt_raw.training.metrics import read_metrics
@@ -65,8 +66,9 @@ def draw(folder: Path, base: str) -> None:
     with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a letter that no font has is drawn as a box
         svg, png = pictures(steps, evaluations, title, base)
-    replace_file(folder / "loss.svg", svg)
-    replace_file(folder / "loss.png", png)
+    for name, content in (("loss.svg", svg), ("loss.png", png)):
+        with whole_file(folder / name) as file:
+            file.write_bytes(content)
 
 
 def pictures(steps: list[dict], evaluations: list[dict], title: str, base: str):
@@ -207,13 +209,3 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     first, end = np.maximum(place - half, 0), np.minimum(place + half + 1, len(values))
     count = counts[end] - counts[first]
     return np.where(count > 0, (sums[end] - sums[first]) / np.maximum(count, 1), np.nan)
-
-
-def replace_file(file: Path, content: bytes) -> None:
-    """Write `content` beside the file and rename it: the file is whole, or the one before."""
-    unfinished = file.with_name(file.name + ".unfinished")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)

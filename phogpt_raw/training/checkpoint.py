@@ -8,36 +8,29 @@ no state, it follows from the step. It is written under another name and renamed
 import ast
 import json
 import math
-import os
 import random
 import shutil
 from pathlib import Path
 
 import torch
 
+from phogpt_raw.files import whole_folder
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.optim import load_state
 from phogpt_raw.training.step import Training
-
-UNFINISHED = ".unfinished"
 
 
 def save(run: Path, step: int, training: Training, state: dict) -> Path:
     """Write run/checkpoint-<step>; `state` (of the run) is what `read_state` returns."""
     final = run / f"checkpoint-{step}"
-    folder = final.with_name(final.name + UNFINISHED)
-    shutil.rmtree(folder, ignore_errors=True)
-    training.adapters.save(folder)
-    tensors = {"optimizer": training.optimizer.state_dict(),
-               "scaler": training.scaler.state_dict(), "random": random_state()}
-    torch.save(tensors, folder / "training_state.pt")
-    text = json.dumps(state, indent=2, ensure_ascii=False)
-    (folder / "progress.json").write_text(text + "\n", "utf-8")
-    for file in folder.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    folder.rename(final)
+    with whole_folder(final) as folder:
+        training.adapters.save(folder)
+        tensors = {"optimizer": training.optimizer.state_dict(),
+                   "scaler": training.scaler.state_dict(), "random": random_state()}
+        torch.save(tensors, folder / "training_state.pt")
+        text = json.dumps(state, indent=2, ensure_ascii=False)
+        (folder / "progress.json").write_text(text + "\n", "utf-8")
+        shutil.rmtree(final, ignore_errors=True)
     return final
 
 
