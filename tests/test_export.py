@@ -53,6 +53,17 @@ def test_a_base_is_exported_without_an_adapter(tiny, tmp_path, capsys):
     assert "llama-quantize" not in capsys.readouterr().out  # not from 4 bits
 
 
+def test_a_base_in_nf4_is_what_later_starts_read(tiny, tmp_path, capsys, monkeypatch):
+    from phogpt_raw.model.weights import load_base
+
+    export(tiny, tmp_path / "out", "--nf4")
+    assert f"--model {tiny} --nf4-cache {tmp_path}/out" in " ".join(capsys.readouterr().out.split())
+    [file] = (tmp_path / "out").glob("*.safetensors")
+    monkeypatch.setattr("phogpt_raw.model.weights.nf4_linear", None)  # nothing is quantised
+    load_base(str(tiny), device="cpu", nf4_cache=tmp_path / "out")
+    assert f"base read from NF4 cache {file}" in capsys.readouterr().err
+
+
 def test_the_runs_template_is_the_exports(first_command, tmp_path):
     run = shutil.copytree(first_command, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from phogpt_raw.cards import DTYPES, dtype_name
+from phogpt_raw.cards import DTYPES, dtype_name, this_card, training_dtype
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import hub_id
 from phogpt_raw.data.examples import PAIRS
@@ -29,8 +29,16 @@ from phogpt_raw.export.distance import distance
 from phogpt_raw.export.merge import Merger, mapped_tensors, stored_dtype, write_merged
 from phogpt_raw.files import check_space, whole_folder
 from phogpt_raw.messages import _
+from phogpt_raw.model import nf4_cache
 from phogpt_raw.model.adapters import named_base
-from phogpt_raw.model.weights import find_folder, read_json, read_tokenizer
+from phogpt_raw.model.nf4 import NF4_BYTES
+from phogpt_raw.model.weights import (
+    find_cache,
+    find_folder,
+    read_json,
+    read_model,
+    read_tokenizer,
+)
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import listing, out
 
@@ -50,20 +58,23 @@ def parse(arguments):
                         "a Modelfile for Ollama")
     parser.add_argument("--lora-gguf", "--lora_gguf", action="store_true", help="adapter.gguf: the "
                         "adapter alone, for llama.cpp over a GGUF of the same base")
+    parser.add_argument("--nf4", action="store_true", help="the base's weights in NF4, as this "
+                        "machine quantises them; train.py and generate.py read them with "
+                        "--nf4-cache OUT")
     parser.add_argument("--model", help="the base (default: the one that the adapter names)")
     parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
     parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES],
                         help="default: the run's, else by the tokenizer")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                        help="of --merged; auto: the base's own")
+                        help="of --merged (auto: the base's own) and of --nf4 (auto: the card's)")
     parser.add_argument("--push", metavar="USER/NAME", help="upload OUT to this repository of the "
                         "hub (a new one is private); without OUT, the run's adapter and card. The "
                         "token is HF_TOKEN's, or that of hf auth login")
     options = parser.parse_args(arguments)
-    written = options.merged or options.gguf or options.lora_gguf
+    written = options.merged or options.gguf or options.lora_gguf or options.nf4
     if bool(options.out) != bool(written) or not (written or options.push):
         raise Refusal("what to write, and where? name a folder OUT and one or more of --merged, "
-                      "--gguf and --lora-gguf; or --push USER/NAME alone")
+                      "--gguf, --lora-gguf and --nf4; or --push USER/NAME alone")
     if options.out and options.out.exists():
         raise Refusal(f"{options.out}: exists already; name a folder that does not")
     if options.push:
@@ -92,7 +103,7 @@ def write(options) -> None:
     if options.gguf or options.lora_gguf:
         gguf.import_gguf()
     base = options.model or (named_base(options.adapter) if options.adapter else options.run)
-    weights = options.merged or options.gguf
+    weights = options.merged or options.gguf or options.nf4
     folder = find_folder(base, options.revision, **({} if weights else {"files": ["*.json"]}))
     merger = Merger(folder, options.adapter)
     tokenizer = read_tokenizer(folder, merger.config)
@@ -113,6 +124,8 @@ def write(options) -> None:
             (made / "Modelfile").write_text(text, "utf-8")
         if options.lora_gguf:
             gguf.write_adapter(merger, made / "adapter.gguf")
+        if options.nf4:
+            write_nf4(folder, made, options.dtype)
         exported_card.write(
             made / "README.md", title=name, base=hub_id(base), template=template,
             adapted=merger.adapters is not None, kind=options.gguf, lora=options.lora_gguf,
@@ -134,9 +147,21 @@ def bytes_needed(options, merger: Merger, dtype: torch.dtype) -> int:
     size = 2**24  # tokenizer, metadata, adapter
     if options.merged:
         size += dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
+    if options.nf4:  # the embedding in fp32 at most
+        size += int(NF4_BYTES * merger.config.linear_weights)
+        size += 4 * merger.config.vocab_size * merger.config.d_model
     if options.gguf:
         size += sum(rows.nbytes for rows in gguf.model_tensors(merger, options.gguf))
     return size
+
+
+def write_nf4(folder: Path, made: Path, asked: str) -> None:
+    """The base of a model folder in NF4, in the dtype that a run on this machine would take."""
+    card = this_card()
+    dtype, _reason = training_dtype(card, asked)
+    where = dict(dtype=dtype, device=torch.device(card.device))
+    cache = find_cache(folder, made, **where)
+    nf4_cache.write(read_model(folder, nf4=True, **where), cache.file, cache.key, cache.base)
 
 
 def progress(what: str, unit: str = "tensors"):
@@ -180,6 +205,9 @@ def say_uses(options, base: str, template: str, seconds: float) -> None:
     if options.gguf in ("f32", "f16"):
         commands.append((_("Smaller, by llama.cpp's own tool (the gguf package has no K types):"),
                          f"llama-quantize {folder}/model.gguf {folder}/model-q4_k_m.gguf Q4_K_M"))
+    if options.nf4:
+        commands.append((_("Start from the base in NF4:"),
+                         f"python train.py --model {shlex.quote(base)} --nf4-cache {folder} …"))
     if options.lora_gguf:
         commands.append((_("llama.cpp over a GGUF of {base}:", base=base),
                          f"llama-cli -m BASE.gguf --lora {folder}/adapter.gguf -no-cnv "
