@@ -10,14 +10,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from phogpt_raw.refusal import Refusal
 
 UNFINISHED = ".unfinished"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -55,7 +55,8 @@ def removed_on_error(path: Path) -> Iterator[None]:
         remove(path)
         yield
     except BaseException as error:
-        remove(path)
+        with suppress(OSError):
+            remove(path)
         number = error_number(error)
         if number in FULL:
             raise Refusal(f"{path.parent}: the disk is full; nothing was written. Free some space, "

@@ -48,6 +48,15 @@ def test_a_full_or_closed_disk_is_one_line(tmp_path, code, line):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["taken/a", "x" * 300])
+def test_a_name_that_cannot_be_is_one_line(tmp_path, name):
+    (tmp_path / "taken").write_text("a file")
+    for writer in (whole_file, whole_folder):
+        with pytest.raises(Refusal, match="cannot be written to"), writer(tmp_path / name) as made:
+            made.write_text("x")
+    assert [f.name for f in tmp_path.iterdir()] == ["taken"]
+
+
 def test_another_error_of_the_system_is_not_hidden(tmp_path):
     with pytest.raises(OSError, match="broken"), whole_file(tmp_path / "a"):
         raise OSError(errno.EIO, "broken")
