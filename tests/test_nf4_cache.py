@@ -22,7 +22,7 @@ from safetensors import safe_open
 import generate
 from phogpt_raw import load_base
 from phogpt_raw.data.batches import Window
-from phogpt_raw.model import nf4, nf4_cache, weights
+from phogpt_raw.model import nf4, nf4_cache, nf4_file, weights
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.nf4 import dequantise
 from phogpt_raw.private_apis import nf4_fields, nf4_state
@@ -380,10 +380,10 @@ def rewrite(file, change, change_key=lambda key: None):
     change_key(key)
     tensors = dict(sorted(tensors.items(), key=lambda pair: -pair[1].element_size()))
     metadata = {"checksum": 32 * "0", "key": json.dumps(key), "base": metadata["base"]}
-    head = nf4_cache.header(tensors, metadata)
+    head = nf4_file.header(tensors, metadata)
     data = b"".join(t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
                     for t in tensors.values())
-    digest = nf4_cache.xxhash.xxh3_128_hexdigest(head + data)
+    digest = nf4_file.xxhash.xxh3_128_hexdigest(head + data)
     file.write_bytes(head.replace(32 * b"0", digest.encode(), 1) + data)
 
 
@@ -409,7 +409,7 @@ def test_a_damaged_cache_is_said_and_made_again(load, base, caches, damage):
     model, said = load()
     first, second = said.splitlines()
     assert first.startswith(f"NF4 cache {file}: ") and part in first
-    assert first.endswith("; it is made again from the checkpoint")
+    assert first.endswith("; it is rebuilt from the checkpoint")
     assert second.startswith(f"NF4 cache written to {file} (")
     assert only(caches).read_bytes() == whole
     assert_equal(model, load_base(str(base), device="cpu")[0])
@@ -513,7 +513,7 @@ def test_a_cache_can_be_written_for_someone_else(base, caches, load):
     """As an export does: the file under its own name in a folder of its own."""
     model, _ = load_base(str(base), device="cpu")
     cache = weights.find_cache(base, caches, dtype=torch.float32, device=torch.device("cpu"))
-    size = nf4_cache.write(model, cache.file, cache.key, cache.base)
+    size = nf4_file.write(model, cache.file, cache.key, cache.base)
     assert only(caches).stat().st_size == size
     assert "read from" in load()[1]
 
@@ -568,32 +568,18 @@ def test_a_cache_without_nf4_is_refused_at_once(train, base, caches, capsys, mon
 # -- memory
 
 MEASURE = """
-import gc, json, sys, threading, time, torch
+import sys, torch
 torch.set_num_threads(1)
+sys.path.insert(0, "tests")
+from anonymous_memory import growth
 from phogpt_raw import load_base
 
-def rss_anon():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
-
 warm_up, folder, caches = sys.argv[1:]
+how = dict(device="cpu", dtype=torch.bfloat16, nf4_cache=caches)
 for _ in range(2):
-    load_base(warm_up, device="cpu", dtype=torch.bfloat16, nf4_cache=caches)
-gc.collect()
-before, highest, loading = rss_anon(), 0, True
-
-def watch():
-    global highest
-    while loading:
-        highest = max(highest, rss_anon())
-        time.sleep(0.001)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model, _ = load_base(folder, device="cpu", dtype=torch.bfloat16, nf4_cache=caches)
-loading = False
-watcher.join()
-print(highest - before)
+    load_base(warm_up, **how)
+model, bytes = growth(lambda: load_base(folder, **how))
+print(bytes)
 """
 
 

@@ -425,37 +425,22 @@ def test_a_hub_id_while_offline_is_refused(tmp_path, monkeypatch):
 # -- memory
 
 MEASURE = """
-import gc, json, sys, threading, time, torch
+import json, sys, torch
 torch.set_num_threads(1)
+sys.path.insert(0, "tests")
+from anonymous_memory import growth
 from phogpt_raw import load_base
-
-def rss_anon():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 warm_up, folder = sys.argv[1:]
 for kind in ("nf4", "plain"):
     kwargs = dict(nf4=kind == "nf4", dtype=torch.bfloat16, device="cpu")
     load_base(warm_up, **kwargs)  # libraries that are imported on the way
-    gc.collect()  # the model before may still wait for it
-    before, highest, loading = rss_anon(), 0, True
-
-    def watch():
-        global highest
-        while loading:
-            highest = max(highest, rss_anon())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    model, _ = load_base(folder, **kwargs)
-    loading = False
-    watcher.join()
+    (model, _), bytes = growth(lambda: load_base(folder, **kwargs))
     resident = sum(p.nbytes for p in model.parameters())
     for p in model.parameters():
         if state := getattr(p, "quant_state", None):
             resident += state.absmax.nbytes + state.state2.absmax.nbytes
-    print(json.dumps(dict(kind=kind, growth=highest - before, resident=resident)))
+    print(json.dumps(dict(kind=kind, growth=bytes, resident=resident)))
     del model, p, state
 """
 

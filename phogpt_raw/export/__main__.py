@@ -29,7 +29,7 @@ from phogpt_raw.export.distance import distance
 from phogpt_raw.export.merge import Merger, mapped_tensors, stored_dtype, write_merged
 from phogpt_raw.files import check_space, whole_folder
 from phogpt_raw.messages import _
-from phogpt_raw.model import nf4_cache
+from phogpt_raw.model import nf4_file
 from phogpt_raw.model.adapters import named_base
 from phogpt_raw.model.nf4 import NF4_BYTES
 from phogpt_raw.model.weights import (
@@ -161,7 +161,7 @@ def write_nf4(folder: Path, made: Path, asked: str) -> None:
     dtype, _reason = training_dtype(card, asked)
     where = dict(dtype=dtype, device=torch.device(card.device))
     cache = find_cache(folder, made, **where)
-    nf4_cache.write(read_model(folder, nf4=True, **where), cache.file, cache.key, cache.base)
+    nf4_file.write(read_model(folder, nf4=True, **where), cache.file, cache.key, cache.base)
 
 
 def progress(what: str, unit: str = "tensors"):

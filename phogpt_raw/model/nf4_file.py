@@ -1,0 +1,197 @@
+"""The quantised base as one file: written, checked and read.
+
+A safetensors file of all parameters: norms, biases and the embedding in the compute dtype under
+their names in the checkpoint, and for a linear's weight six tensors, `NAME.packed` and the fields
+of `NF4Fields` (`NAME.scales`, …). Its metadata holds
+
+- `checksum`: XXH3-128 of the whole file, with zeros in the place of the checksum itself;
+- `key`: what the bits depend on, as JSON (nf4_cache.py);
+- `base`: where the checkpoint lay, which tells a stale cache from another base of the same name.
+
+A file with another checksum, other tensors or other shapes is damaged, and is not used.
+
+The file is mapped, and each tensor copied from there to the device, on a CPU too: what happens to
+the file later does not reach the model, and training never writes to it. A second thread computes
+the checksum meanwhile, and no model is returned before both agree.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import nn
+
+from phogpt_raw.cards import DTYPES
+from phogpt_raw.files import whole_file
+from phogpt_raw.messages import _
+from phogpt_raw.model.nf4 import kept_in_nf4, linear_of, stored_shapes, stored_state
+from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.private_apis import NF4Fields, nf4_fields, nf4_state
+
+CHUNK = 2**26  # bytes that are copied to the host at once while writing
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+
+
+class Damaged(Exception):
+    """Why a cache cannot be used, in a few words."""
+
+
+def expected(phogpt: PhoGPT, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple]]:
+    """(dtype, shape) of each tensor that the file of such a model holds, under its name there."""
+    wanted = {}
+    for name, parameter in phogpt.named_parameters():
+        if kept_in_nf4(*owner(phogpt, name)):
+            parts = stored_shapes(parameter.shape).items()
+            wanted |= {f"{name}.{part}": kind for part, kind in parts}
+        else:
+            wanted[name] = dtype, tuple(parameter.shape)
+    return wanted
+
+
+def owner(phogpt: PhoGPT, name: str) -> tuple[nn.Module, str]:
+    """The module of a parameter, and the parameter's name there."""
+    path, kind = name.rsplit(".", 1)
+    return phogpt.get_submodule(path), kind
+
+
+def stored_tensors(phogpt: PhoGPT) -> dict[str, torch.Tensor]:
+    """Every tensor of a quantised PhoGPT under its name in the file: the fp32 ones first, then 16
+    bits, then bytes, so that each lies at a multiple of its own size."""
+    tensors = {}
+    for name, parameter in phogpt.named_parameters():
+        if (state := nf4_state(parameter)) is None:
+            tensors[name] = parameter.data
+        else:
+            fields = nf4_fields(state)
+            for part in stored_shapes(fields.shape):
+                tensors[f"{name}.{part}"] = getattr(fields, part, parameter.data)
+    return dict(sorted(tensors.items(), key=lambda pair: -pair[1].element_size()))
+
+
+def write(phogpt: PhoGPT, file: Path, key: dict, base: str = "") -> int:
+    """Write a quantised PhoGPT, as read_model returns it and without adapters; returns the bytes.
+
+    `key` is nf4_cache.make_key's for the checkpoint that phogpt came from, `base` its place. The
+    file is whole or not there: it is written beside under another name, flushed to the disk and
+    renamed. At most 64 MiB are in host memory. Raises OSError or Refusal where it cannot be
+    written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = stored_tensors(phogpt)
+    # The checksum is the first entry, so that its zeros are the first of the header.
+    head = header(tensors, {"checksum": 32 * "0", "key": json.dumps(key), "base": base})
+    hasher = xxhash.xxh3_128(head)
+    with whole_file(file) as unfinished, unfinished.open("xb") as opened:
+        opened.write(head)
+        for tensor in tensors.values():
+            for part in tensor.contiguous().flatten().view(torch.uint8).split(CHUNK):
+                part = part.cpu().numpy()
+                hasher.update(part)
+                opened.write(part)
+        opened.seek(0)
+        opened.write(head.replace(32 * b"0", hasher.hexdigest().encode(), 1))
+        return opened.seek(0, os.SEEK_END)
+
+
+def header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """The beginning of a safetensors file whose tensors follow in this order: the length of the
+    JSON in 8 bytes, then the JSON, padded so that the tensors begin at a multiple of 64. Metadata
+    stand before all names, the checksum before all else: nothing can be taken for it."""
+    entries, begin = {"__metadata__": metadata}, 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.nbytes
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
+                         "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+class Header(NamedTuple):
+    """What stands before the tensors."""
+
+    raw: bytes
+    entries: dict[str, dict]  # of each tensor
+    key: dict
+    base: str
+    checksum: str
+
+
+def read_header(file: Path) -> Header:
+    """The header of a file that `write` has written; raises Damaged."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 0 < length < os.path.getsize(file):
+            raise Damaged(_("damaged: its header is cut off"))
+        text = opened.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__")
+        key = json.loads(metadata["key"])
+        if not isinstance(key["source"], list):
+            raise ValueError
+        return Header(length.to_bytes(8, "little") + text, entries, key, metadata["base"],
+                      metadata["checksum"])
+    except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, or other JSON
+        raise Damaged(_("damaged: its header cannot be read")) from None
+
+
+def checksum(file: Path, head: Header) -> str:
+    """The checksum of a file as it is, which `head.checksum` should be.
+
+    Read into one small buffer and not through the map: faster, since no pages are mapped for it.
+    """
+    hasher = xxhash.xxh3_128(head.raw.replace(head.checksum.encode(), 32 * b"0", 1))
+    buffer = memoryview(bytearray(2**20))
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(len(head.raw))
+        while size := opened.readinto(buffer):
+            hasher.update(buffer[:size])
+    return hasher.hexdigest()
+
+
+def read(file: Path, head: Header, config: ModelConfig, device: torch.device) -> PhoGPT:
+    """The PhoGPT that `write` has written, on the device and not yet frozen; raises Damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    with torch.device("meta"):
+        phogpt = PhoGPT(config)
+    wanted = expected(phogpt, DTYPES[head.key["dtype"]])
+    with ThreadPoolExecutor(1) as second:
+        computed = second.submit(checksum, file, head)
+        try:
+            with safe_open(file, framework="pt") as mapped:
+                if missing := wanted.keys() - mapped.keys():
+                    raise Damaged(_("damaged: tensor {name} is missing", name=min(missing)))
+                tensors = {}
+                for name in (name for name in head.entries if name in wanted):  # the file's order
+                    tensor = mapped.get_tensor(name)
+                    if (tensor.dtype, tuple(tensor.shape)) != wanted[name]:
+                        raise Damaged(_("damaged: tensor {name} has another shape or dtype",
+                                        name=name))
+                    tensors[name] = tensor.to(device, copy=True)
+        except SafetensorError as error:
+            raise Damaged(_("damaged: {reason}", reason=str(error).splitlines()[0])) from None
+        if computed.result() != head.checksum:
+            raise Damaged(_("damaged: its checksum is another"))
+    assemble(phogpt, tensors)
+    return phogpt
+
+
+def assemble(phogpt: PhoGPT, tensors: dict[str, torch.Tensor]) -> None:
+    """Make the file's tensors the parameters of a PhoGPT on the meta device."""
+    dtype = tensors["transformer.wte.weight"].dtype
+    for name, parameter in list(phogpt.named_parameters()):
+        module, kind = owner(phogpt, name)
+        if not kept_in_nf4(module, kind):
+            module.register_parameter(kind, nn.Parameter(tensors[name], requires_grad=False))
+            continue
+        parts = {part: tensors[f"{name}.{part}"] for part in stored_shapes(parameter.shape)}
+        packed = parts.pop("packed")
+        state = stored_state(NF4Fields(**parts, shape=parameter.shape, dtype=dtype))
+        phogpt.set_submodule(name.removesuffix(".weight"), linear_of(packed, state, module.bias))
