@@ -127,23 +127,32 @@ def held_time() -> list[str]:
     return lines
 
 
+def newest(what: str, wanted) -> list[dict]:
+    """The newest `wanted` result of a bench at the default rank, for each card, model, dtype and
+    label, in the order of a table."""
+    found = {}
+    for result in results.load(what):
+        if result["rank"] == Config.rank and result["model"] in NAMES and wanted(result):
+            kind = tuple(result[key] for key in ("model", "source", "dtype", "label"))
+            found[kind, result["card"]["name"]] = result
+    order = list(NAMES)
+    return sorted(found.values(), key=lambda r: (
+        order.index(r["model"]), r["source"], card_of(r), r["dtype"], r["label"] or ""))
+
+
+def whose(result: dict) -> list[str]:
+    """The cells of a row that say on what it was measured: card, model."""
+    dtype = "" if result["dtype"] == "fp16" else f", {result['dtype']}"
+    return [f"{card_of(result)}, {result['source']}", NAMES[result["model"]] + dtype]
+
+
 def epochs() -> list[str]:
     """An epoch of the 256 pairs by this loop and by the Trainer, newest results of each card."""
-    newest = {}
-    for result in results.load("epoch"):
-        if result["data"] is None and result["rank"] == Config.rank and result["model"] in NAMES:
-            kind = tuple(result[key] for key in ("model", "source", "dtype", "label"))
-            newest[kind, result["card"]["name"]] = result
-    order = list(NAMES)
-    found = sorted(newest.values(), key=lambda r: (
-        order.index(r["model"]), r["source"], card_of(r), r["dtype"], r["label"] or ""))
+    found = newest("epoch", lambda result: result["data"] is None)
     return ["| card | model | who | rows | s per example, steady | whole run | GiB allocated | "
             "times faster |", "|---" * 8 + "|",
             *("| " + " | ".join([
-                f"{card_of(result)}, {result['source']}",
-                NAMES[result["model"]] + ("" if result["dtype"] == "fp16"
-                                          else f", {result['dtype']}"),
-                *epoch_cells(row, result.get("cap_gib"))]) + " |"
+                *whose(result), *epoch_cells(row, result.get("cap_gib"))]) + " |"
               for result in found for row in result["rows"])]
 
 
@@ -161,20 +170,12 @@ def epoch_cells(row: dict, cap: float | None) -> list[str]:
 def decoding(all_settings: bool = False) -> list[str]:
     """Tokens a second, newest results of each card and model; all_settings: also of runs with
     another number of tokens than the bench's default."""
-    newest = {}
-    for result in results.load("decode"):
-        if result["rank"] == Config.rank and (all_settings or not result["label"]):
-            kind = tuple(result[key] for key in ("model", "source", "dtype", "label"))
-            newest[kind, result["card"]["name"]] = result
-    order = list(NAMES)
+    found = newest("decode", lambda result: all_settings or not result["label"])
     lines = ["| card | model | prompt | rows | who | tokens/s | first token | GiB | of the bound | "
              "times faster |", "|---" * 10 + "|"]
-    for result in sorted(newest.values(), key=lambda r: (
-            order.index(r["model"]), r["source"], card_of(r), r["label"] or "")):
-        model = NAMES[result["model"]] + ("" if result["dtype"] == "fp16"
-                                          else f", {result['dtype']}")
-        lines += ["| " + " | ".join([f"{card_of(result)}, {result['source']}", model,
-                                     *decode_cells(row)]) + " |" for row in result["rows"]]
+    for result in found:
+        lines += ["| " + " | ".join([*whose(result), *decode_cells(row)]) + " |"
+                  for row in result["rows"]]
     return lines
 
 

@@ -88,12 +88,9 @@ class Config:
     def target_names(self) -> list[str]:
         return [name.strip() for name in self.targets.split(",") if name.strip()]
 
-    def hub_id(self) -> str | None:
-        return hub_id(self.model)
-
     def base_name(self) -> str:
         """What the base is called elsewhere: its hub id, or a folder's name without its path."""
-        return self.hub_id() or Path(self.model).expanduser().resolve().name
+        return hub_id(self.model) or Path(self.model).expanduser().resolve().name
 
     def blocks_to_recompute(self, blocks: int) -> int:
         """--recompute, where it is not auto, as a number of the model's `blocks`."""

@@ -75,7 +75,7 @@ def test_two_exports_are_equal(merger, tmp_path):
     assert (tmp_path / "one-adapter").read_bytes() == (tmp_path / "two-adapter").read_bytes()
 
 
-def test_the_shape_and_the_tokenizer_are_told(merger, tmp_path):
+def test_the_shape_and_the_tokenizer_are_in_the_file(merger, tmp_path):
     write_model(merger, tmp_path / "m.gguf", "f32", name="tiny", chat_template="x")
     fields, _ = read(tmp_path / "m.gguf")
     assert fields["general.architecture"] == "mpt" and fields["general.name"] == "tiny"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from phogpt_raw.data.prompt import TEMPLATES
-from phogpt_raw.export.model_card import plain
+from phogpt_raw.export.model_card import metadata, plain
 
 HEAD = """\
 # {title}
@@ -44,18 +44,6 @@ def write(file: Path, *, title: str, base: str | None, template: str, adapted: b
         what="A fine-tuned PhoGPT" if adapted else "A PhoGPT",
         question=TEMPLATES[template].question.format("Câu hỏi của bạn"))
     text = "\n".join([head, *filter(None, parts)])
-    front = front_matter(base, "adapter" if lora and not (merged or kind) else "merge"
-                         if merged else "quantized", kind or lora)
-    file.write_text(f"---\n{front}\n---\n\n{text}", "utf-8")
-
-
-def front_matter(base: str | None, relation: str, gguf) -> str:
-    """The hub's metadata as YAML; base and licence only where they are known."""
-    from huggingface_hub import ModelCardData
-
-    known = dict(base_model=base, base_model_relation=relation) if base else {}
-    if base and base.startswith("vinai/PhoGPT"):
-        known["license"] = "bsd-3-clause"  # the base's, since November 2024
-    tags = ["phogpt", "vietnamese", *(["gguf"] if gguf else [])]
-    return ModelCardData(language=["vi"], pipeline_tag="text-generation", tags=tags,
-                         **known).to_yaml()
+    relation = "merge" if merged else "adapter" if lora and not kind else "quantized"
+    tags = ["phogpt", "vietnamese", *(["gguf"] if kind or lora else [])]
+    file.write_text(f"---\n{metadata(base, relation, tags)}\n---\n\n{text}", "utf-8")

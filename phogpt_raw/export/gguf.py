@@ -206,9 +206,3 @@ def write(writer, rows: list[Rows], progress=lambda tensors: tensors) -> None:
     for row in progress(rows):
         writer.write_tensor_data(row)
     writer.close()
-
-
-def file_bytes(merger: Merger, kind: str) -> int:
-    """Of model.gguf, about."""
-    return sum(row.nbytes for row in model_tensors(merger, kind)) + 2**24
-

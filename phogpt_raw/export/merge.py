@@ -17,14 +17,13 @@ import torch
 from torch import nn
 
 from phogpt_raw.config import hub_id
-from phogpt_raw.model.adapters import PREFIX, Adapters, inject, read_adapter_config
+from phogpt_raw.model.adapters import PREFIX, Adapters, load_adapters, read_adapter_config
 from phogpt_raw.model.checkpoint_format import parameter_shapes, write_checkpoint
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.model.weights import (
     PINNED_IDS,
+    accounted,
     check_finite,
-    iterate,
-    list_files,
     read_config,
     read_json,
 )
@@ -92,19 +91,8 @@ class Merger:
 
 def mapped_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a base in the order of the model's parameters, mapped from its files."""
-    found = {}
-    for name, tensor, file in iterate(list_files(folder)):
-        if name in found:
-            raise Refusal(f"{file}: tensor {name} is there twice")
-        found[name] = tensor
     shapes = parameter_shapes(read_config(folder))
-    for name in shapes.keys() ^ found.keys():
-        raise Refusal(f"{folder}: tensor {name} is " + (
-            "missing" if name in shapes else "not part of PhoGPT as config.json describes it"))
-    for name, shape in shapes.items():
-        if found[name].shape != shape:
-            raise Refusal(f"{folder}: tensor {name} has shape {list(found[name].shape)}, "
-                          f"config.json asks for {list(shape)}")
+    found = {name: tensor for name, tensor, _ in accounted(folder, shapes)}
     return {name: found[name] for name in shapes}
 
 
@@ -120,15 +108,13 @@ def adapted_skeleton(config, adapter: Path) -> tuple[Adapters, dict[str, nn.Modu
     if lora.modules_to_save:
         raise Refusal(f"{file}: modules_to_save {lora.modules_to_save} cannot be merged; only LoRA "
                       f"over the blocks' linears")
-    lora.inference_mode = False
     with torch.device("meta"):
         model = PhoGPT(config)
     for name, parameter in list(model.named_parameters()):
         path, kind = name.rsplit(".", 1)
         zeros = torch.zeros(1).expand(parameter.shape)
         model.get_submodule(path).register_parameter(kind, nn.Parameter(zeros, False))
-    adapters = inject(model, lora, trainable=False)
-    adapters.load(adapter)
+    adapters = load_adapters(model, adapter, trainable=False)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
     for name in adapters.tensors():
         if not name.endswith((".bias", *ADAPTER_PARTS)):

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from phogpt_raw.cards import dtype_name
+from phogpt_raw.config import hub_id
 from phogpt_raw.data.prompt import TEMPLATES
 from phogpt_raw.files import whole_file
 from phogpt_raw.messages import _
@@ -125,9 +126,9 @@ def card(job: Job) -> str:
     """The whole text: front matter, mark, body."""
     config, folder = job.config, job.run.folder
     template = TEMPLATES[job.examples.template].question.format("Câu hỏi của bạn")
-    hub_id, name = config.hub_id(), plain(config.base_name())
-    if hub_id:
-        base, unpublished = f"[{hub_id}](https://huggingface.co/{hub_id})", ""
+    hub, name = hub_id(config.model), plain(config.base_name())
+    if hub:
+        base, unpublished = f"[{hub}](https://huggingface.co/{hub})", ""
     elif config.model == "nano":
         base = "`nano`, the very small PhoGPT that comes with phogpt-raw"
         unpublished = " That base is not on the hub."
@@ -141,7 +142,7 @@ def card(job: Job) -> str:
         title=plain(folder.resolve().name), base=base, unpublished=unpublished, picture=picture,
         results=results(job), template=f"`{job.examples.template}`", question=template,
         escaped=template.replace("\n", "\\n"), project=f"phogpt-raw {version('phogpt-raw')}",
-        model="" if hub_id or config.model == "nano" else "--model BASE ",
+        model="" if hub or config.model == "nano" else "--model BASE ",
         training=table(hyper_parameters(job)), data=table(data(job)),
         versions=table({package: version(package) for package in PACKAGES}),
     )
@@ -149,17 +150,22 @@ def card(job: Job) -> str:
 
 
 def front_matter(job: Job) -> str:
+    """The hub's metadata as YAML."""
+    tags = ["lora", *(["qlora"] if job.config.nf4 else []), "phogpt", "vietnamese"]
+    return metadata(hub_id(job.config.model), "adapter", tags, library_name="peft")
+
+
+def metadata(base: str | None, relation: str, tags: list[str], **more) -> str:
     """The hub's metadata as YAML. The base and its licence only where they are known: `base_model`
     must be a repository of the hub, and a folder's licence is its owner's to say."""
     from huggingface_hub import ModelCardData
 
-    hub_id = job.config.hub_id()
-    known = dict(base_model=hub_id, base_model_relation="adapter") if hub_id else {}
-    if hub_id and hub_id.startswith("vinai/PhoGPT"):
-        known["license"] = "bsd-3-clause"  # the base's, since November 2024
-    tags = ["lora", *(["qlora"] if job.config.nf4 else []), "phogpt", "vietnamese"]
-    return ModelCardData(language=["vi"], library_name="peft", pipeline_tag="text-generation",
-                         tags=tags, **known).to_yaml()
+    if base:
+        more |= dict(base_model=base, base_model_relation=relation)
+        if base.startswith("vinai/PhoGPT"):
+            more["license"] = "bsd-3-clause"  # the base's, since November 2024
+    return ModelCardData(language=["vi"], pipeline_tag="text-generation", tags=tags,
+                         **more).to_yaml()
 
 
 def results(job: Job) -> str:

@@ -159,22 +159,30 @@ def read_checkpoint(folder: Path, config: ModelConfig, *, nf4: bool, dtype: torc
     """Build on the meta device, then fill each parameter as its tensor is read."""
     with torch.device("meta"):
         phogpt = PhoGPT(config)
-    wanted = {name: p.shape for name, p in phogpt.named_parameters()}
-    files = list_files(folder)
-    for name, tensor, file in iterate(files):
-        shape = wanted.pop(name, None)
-        if shape is None:
-            seen_before = name in dict(phogpt.named_parameters())
-            raise Refusal(f"{file}: tensor {name} " + (
-                "is there twice" if seen_before else
-                "is not part of PhoGPT as config.json describes it; wrong config, or renamed keys"))
-        if tensor.shape != shape:
-            raise Refusal(f"{file}: tensor {name} has shape {list(tensor.shape)}, config.json "
-                          f"asks for {list(shape)}")
+    shapes = {name: p.shape for name, p in phogpt.named_parameters()}
+    for name, tensor, file in accounted(folder, shapes):
         try:
             place(phogpt, name, tensor, nf4=nf4, dtype=dtype, device=device)
         except Refusal as refusal:
             raise Refusal(f"{file}: {refusal}") from None
+    return phogpt
+
+
+def accounted(folder: Path, shapes: dict[str, torch.Size]
+              ) -> Iterator[tuple[str, torch.Tensor, Path]]:
+    """(name, tensor, file) of each tensor of a model folder, not yet read; Refusal where they are
+    not exactly those of `shapes`: each of them once, and no other."""
+    wanted = dict(shapes)
+    for name, tensor, file in iterate(list_files(folder)):
+        shape = wanted.pop(name, None)
+        if shape is None:
+            raise Refusal(f"{file}: tensor {name} " + (
+                "is there twice" if name in shapes else
+                "is not part of PhoGPT as config.json describes it; wrong config, or renamed keys"))
+        if tensor.shape != shape:
+            raise Refusal(f"{file}: tensor {name} has shape {list(tensor.shape)}, config.json "
+                          f"asks for {list(shape)}")
+        yield name, tensor, file
     if wanted:
         biases = sum(name.endswith(".bias") for name in wanted)
         hint = "; PhoGPT has biases: was it saved by transformers' own MPT?" if biases else ""
@@ -182,7 +190,6 @@ def read_checkpoint(folder: Path, config: ModelConfig, *, nf4: bool, dtype: torc
             f"{folder}: {len(wanted)} tensors are missing ({biases} of them biases), the first is "
             f"{next(iter(wanted))}{hint}"
         )
-    return phogpt
 
 
 def list_files(folder: Path) -> list[Path]:

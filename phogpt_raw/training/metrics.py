@@ -40,10 +40,8 @@ class Metrics:
     def __init__(self, folder: Path, step: int, training: Training):
         self.file, self.training = folder / "metrics.jsonl", training
         self.started = self.seconds = 0.0  # of the step: its beginning, its duration
-        kept = []
-        if step and self.file.is_file():  # a row torn by a power cut is of a later step
-            kept = [row for row in self.file.read_text("utf-8").splitlines()
-                    if row.endswith("}") and json.loads(row)["step"] <= step]
+        kept = whole_rows(self.file) if step else []  # a torn row is of a later step
+        kept = [row for row in kept if json.loads(row)["step"] <= step]
         self.file.write_text("".join(row + "\n" for row in kept))
 
     def begin(self) -> None:
@@ -83,12 +81,16 @@ class Metrics:
 def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
     """(rows of steps, rows of evaluations) of a run's metrics.jsonl, none where there is no file.
 
-    A last row torn by a power cut is left out. null stands for a value that was not finite.
+    null stands for a value that was not finite.
     """
-    file = folder / "metrics.jsonl"
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = [json.loads(row) for row in whole_rows(folder / "metrics.jsonl")]
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
+
+
+def whole_rows(file: Path) -> list[str]:
+    """The lines of a metrics.jsonl but one torn by a power cut; none where there is no file."""
+    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+    return [line for line in lines if line.endswith("}")]
 
 
 def peak_bytes(forward) -> int | None:
