@@ -183,10 +183,16 @@ def norm_low(x_BD, norm: Norm, linear: Linear):
     (rows, width), rank = x_BD.shape, 0 if linear.A_RD is None else len(linear.A_RD)
     y = torch.empty(rows, 2, width // 2, dtype=x_BD.dtype, device=x_BD.device)
     low = torch.empty(rows, rank, dtype=x_BD.dtype, device=x_BD.device) if rank else None
-    norm_kernel[(rank + 1, rows)](x_BD, norm.weight, norm.bias, linear.A_RD, y, low, norm.eps,
-                                  linear.scaling, rank, width,
+    norm_kernel[(rank + 1, rows)](x_BD, norm.weight, norm.bias, pointer(linear.A_RD, y), y,
+                                  pointer(low, y), norm.eps, linear.scaling, rank, width,
                                   WIDTH=triton.next_power_of_2(width), num_warps=8)
     return y, low
+
+
+def pointer(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
+    """What a kernel takes for a tensor that may be None: it compiles the lines that use it, and
+    without an adapter (rank 0) no program reaches them."""
+    return other if tensor is None else tensor
 
 
 def attend_low_plain(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear):
@@ -222,8 +228,8 @@ def attend_low(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear):
     y = qkv_BF.new_empty(rows, 2, heads * width // 2)
     low = qkv_BF.new_empty(rows, rank) if rank else None
     join_kernel[(rank + 1, rows)](
-        sums, peaks, place_B, linear.A_RD, y, low, linear.scaling, rank, heads, parts, part,
-        HEAD=width, WIDTH=triton.next_power_of_2(heads * width), num_warps=16)
+        sums, peaks, place_B, pointer(linear.A_RD, y), y, pointer(low, y), linear.scaling, rank,
+        heads, parts, part, HEAD=width, WIDTH=triton.next_power_of_2(heads * width), num_warps=16)
     return y, low
 
 
