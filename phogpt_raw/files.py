@@ -2,10 +2,11 @@
 
 What is written goes under another name first, is flushed to the disk, and is renamed at the end. A
 run that is killed leaves only the unfinished name behind; the next write of the same name removes
-it.
+it. A folder is written by one process at a time, which a lock decides that ends with its process.
 """
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from phogpt_raw.refusal import Refusal
 
 UNFINISHED = ".unfinished"
+LOCK = ".lock"  # in a folder that is being written: without it the folder is somebody else's
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
@@ -25,6 +27,7 @@ def whole_file(file: Path) -> Iterator[Path]:
     """A path to write `file` under; it takes its name when the block ends without an error."""
     unfinished = file.with_name(file.name + UNFINISHED)
     with removed_on_error(unfinished):
+        remove(unfinished)
         yield unfinished
         flush(unfinished)
         os.replace(unfinished, file)
@@ -32,31 +35,67 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write the files of `folder` into, which must not exist; it takes its name
-    when the block ends without an error."""
+def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
+    """A folder to write the files of `folder` into, which must not exist; it takes its name when the
+    block ends without an error.
+
+    Raises Refusal where another process is writing the same folder, or its unfinished name is taken
+    by a folder that is not of this program; `ours` says that none but this program writes there.
+    """
     unfinished = folder.with_name(folder.name + UNFINISHED)
-    with removed_on_error(unfinished):
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        for file in (*unfinished.iterdir(), unfinished):
-            flush(file)
-        unfinished.rename(folder)
+    with in_words(unfinished):
+        try:
+            unfinished.mkdir(parents=True)
+        except FileExistsError:
+            if not (ours or (unfinished / LOCK).is_file()):
+                raise Refusal(f"{unfinished}: is in the way, because {folder} is written under "
+                              f"that name; move it away, or name another folder") from None
+        with locked(unfinished / LOCK, f"{folder}: another process is writing it"):
+            with removed_on_error(unfinished):
+                for left in unfinished.iterdir():
+                    if left.name != LOCK:
+                        remove(left)
+                yield unfinished
+                for path in (*unfinished.rglob("*"), unfinished):
+                    flush(path)
+                unfinished.rename(folder)
+            (folder / LOCK).unlink()
         flush(folder.parent)
 
 
 @contextmanager
-def removed_on_error(path: Path) -> Iterator[None]:
-    """Remove what an earlier write left under this name, and what this one leaves when it fails.
-
-    Raises Refusal where the disk is full or the place cannot be written to.
-    """
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Hold a lock on a file, which is made where it is missing; Refusal with the text `busy` where
+    another process holds it. The lock ends with the process, however that ends."""
+    opened = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
-        remove(path)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(busy) from None
         yield
-    except BaseException as error:
-        with suppress(OSError):
-            remove(path)
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """Remove what a write leaves under this name when it fails; Refusal as in_words has it."""
+    with in_words(path):
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                remove(path)
+            raise
+
+
+@contextmanager
+def in_words(path: Path) -> Iterator[None]:
+    """Raise Refusal where the disk is full or the place of `path` cannot be written to."""
+    try:
+        yield
+    except Exception as error:
         number = error_number(error)
         if number in FULL:
             raise Refusal(f"{path.parent}: the disk is full; nothing was written. Free some space, "

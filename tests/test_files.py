@@ -76,6 +76,45 @@ def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path):
     assert [f.name for f in (tmp_path / "a").iterdir()] == ["whole"]
 
 
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
+    with whole_folder(tmp_path / "a") as first:
+        (first / "one").write_text("1")
+        with pytest.raises(Refusal, match="a: another process is writing it"):
+            with whole_folder(tmp_path / "a"):
+                pass
+        assert (first / "one").read_text() == "1"
+    assert [f.name for f in (tmp_path / "a").iterdir()] == ["one"]
+
+
+def test_a_folder_that_appears_meanwhile_stays(tmp_path):
+    with pytest.raises(OSError), whole_folder(tmp_path / "a") as made:
+        (made / "one").write_text("1")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "mine").write_text("x")
+    assert [f.name for f in tmp_path.rglob("*")] == ["a", "mine"]
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
+    other = tmp_path / ("a" + files.UNFINISHED)
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(Refusal, match="is in the way"), whole_folder(tmp_path / "a"):
+        pass
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_folders_within_are_flushed_too(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append(path.name))
+    with whole_folder(tmp_path / "a") as made:
+        (made / "deep").mkdir()
+        (made / "deep" / "one").write_text("1")
+    assert {"one", "deep", "a" + files.UNFINISHED, tmp_path.name} <= set(flushed)
+    with whole_file(tmp_path / "b") as made:
+        made.write_text("1")
+    assert flushed[-2:] == ["b" + files.UNFINISHED, tmp_path.name]
+
+
 def test_space_is_checked_before(tmp_path):
     check_space(tmp_path / "not" / "there", 1000)
     with pytest.raises(Refusal, match=r"1000000\.00 GB are needed and .* are free"):

@@ -23,7 +23,7 @@ from phogpt_raw.training.step import Training
 def save(run: Path, step: int, training: Training, state: dict) -> Path:
     """Write run/checkpoint-<step>; `state` (of the run) is what `read_state` returns."""
     final = run / f"checkpoint-{step}"
-    with whole_folder(final) as folder:
+    with whole_folder(final, ours=True) as folder:
         training.adapters.save(folder)
         tensors = {"optimizer": training.optimizer.state_dict(),
                    "scaler": training.scaler.state_dict(), "random": random_state()}
