@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.decode.text import TextStream, loops
 from phogpt_raw.messages import _
-from phogpt_raw.model.adapters import load_adapters, named_base, read_adapter_config
+from phogpt_raw.model.adapter_config import Origin, named_base, read_origin
+from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import find_folder, load_base, read_config, read_tokenizer
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
@@ -35,7 +37,8 @@ def parse(arguments):
     parser.add_argument("--adapter", type=Path, help="the folder of a run, or of a checkpoint")
     parser.add_argument("--model", help="the base (default: the one the adapter names, or nano)")
     parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
-    parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES])
+    parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES],
+                        help="around the question (default: the run's, else the tokenizer's)")
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=256,
                         help="tokens of the answer, at most (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0,
@@ -53,13 +56,32 @@ def parse(arguments):
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end the answer before this text; may be given several times")
     parser.add_argument("--stats", action="store_true", help="say how fast it was, and the memory")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
+                        help="of the activations (default: the run's, where the card has it)")
+    parser.add_argument("--nf4", action="store_true", default=None,
+                        help="the base in 4 bits (default: as the run had it, else yes)")
     parser.add_argument("--no-nf4", "--no_nf4", dest="nf4", action="store_false")
     parser.add_argument("--nf4-cache", "--nf4_cache", metavar="DIR",
                         help="a folder that keeps the quantised base: later starts are faster")
     parser.add_argument("--no-capture", "--no_capture", dest="capture", action="store_false",
                         help="on a GPU: without CUDA graphs")
     return parser.parse_args(arguments)
+
+
+def base_of(options, made: Origin) -> tuple[str, str | None]:
+    """(base, revision): of --model, else those of the adapter's run, else nano."""
+    if options.model or not options.adapter:
+        return options.model or "nano", options.revision
+    return named_base(options.adapter), options.revision or made.revision
+
+
+def dtype_for(card, asked: str, of_the_run: str):
+    """The dtype asked for; else the run's, unless the card at hand is of another kind and computes
+    in another."""
+    if asked == "auto" and of_the_run != "auto":
+        with suppress(Refusal):
+            return training_dtype(card, of_the_run)[0]
+    return training_dtype(card, asked)[0]
 
 
 def sampling_of(options) -> Sampling:
@@ -104,22 +126,23 @@ def main(arguments: list[str] | None = None) -> None:
         raise Refusal("the question is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in question):
         raise Refusal("the question is not UTF-8; convert it, or type it anew")
-    check_nf4_cache(options.nf4_cache, nf4=options.nf4)
     sampling = sampling_of(options)
     stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as answers are
     card = this_card()
-    dtype, _reason = training_dtype(card, options.dtype)
-    if options.adapter:
-        read_adapter_config(options.adapter)
-    base = options.model or (named_base(options.adapter) if options.adapter else "nano")
-    folder = find_folder(base, options.revision, files=["*.json"])
+    made = read_origin(options.adapter) if options.adapter else Origin("nano")
+    nf4 = options.nf4 if options.nf4 is not None else made.nf4
+    check_nf4_cache(options.nf4_cache, nf4=nf4)
+    dtype = dtype_for(card, options.dtype, made.dtype)
+    base, revision = base_of(options, made)
+    folder = find_folder(base, revision, files=["*.json"])
     shape = read_config(folder)
     tokenizer = read_tokenizer(folder, shape)
-    template, _reason = choose_template(tokenizer, options.template)
+    asked = made.template if options.template == "auto" else options.template
+    template, _reason = choose_template(tokenizer, asked)
     prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
     most = bounded(options, prompt, shape.max_seq_len)
-    model, tokenizer = load_base(base, nf4=options.nf4, dtype=dtype, device=card.device,
-                                 revision=options.revision, nf4_cache=options.nf4_cache)
+    model, tokenizer = load_base(base, nf4=nf4, dtype=dtype, device=card.device,
+                                 revision=revision, nf4_cache=options.nf4_cache)
     if options.adapter:
         load_adapters(model, options.adapter, trainable=False)
     stream, ids, begun, first = TextStream(tokenizer, stops), [], time.perf_counter(), None

@@ -92,6 +92,12 @@ class Config:
         """What the base is called elsewhere: its hub id, or a folder's name without its path."""
         return hub_id(self.model) or Path(self.model).expanduser().resolve().name
 
+    def base_reference(self) -> str:
+        """What the adapter's files name as the base: a folder by its whole path, so that it is
+        found from any other."""
+        folder = Path(self.model).expanduser()
+        return str(folder.resolve()) if self.model != "nano" and folder.is_dir() else self.model
+
     def blocks_to_recompute(self, blocks: int) -> int:
         """--recompute, where it is not auto, as a number of the model's `blocks`."""
         if self.recompute in ("all", "none"):
@@ -115,6 +121,8 @@ def hub_id(model: str) -> str | None:
 
 
 def check_nf4_cache(folder: str | Path | None, *, nf4: bool) -> None:
+    if folder == "":
+        raise Refusal("--nf4-cache: names no folder")
     if folder is not None and not nf4:
         raise Refusal(f"--nf4-cache {folder}: keeps NF4 weights; leave it out with --no-nf4")
 

@@ -36,8 +36,8 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
-    """A folder to write the files of `folder` into, which must not exist; it takes its name when the
-    block ends without an error.
+    """A folder to write the files of `folder` into, which must not exist; it takes its name when
+    the block ends without an error.
 
     Raises Refusal where another process is writing the same folder, or its unfinished name is taken
     by a folder that is not of this program; `ours` says that none but this program writes there.

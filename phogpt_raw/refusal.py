@@ -7,7 +7,9 @@ keeps its traceback.
 
 import functools
 import os
+import signal
 import sys
+import threading
 
 from phogpt_raw.messages import _
 
@@ -20,14 +22,19 @@ class RunFailed(RuntimeError):
     """One sentence: why the run ends without a result, and what is left of it."""
 
 
-def exits_cleanly(main):
+def exits_cleanly(main=None, *, stopped: str = _("stopped by hand")):
     """Decorate a command: an error for people becomes one line on stderr and an exit status.
 
-    Refusal and a full GPU: 2; RunFailed: 1; Ctrl-C: 130.
+    Refusal and a full GPU: 2; RunFailed: 1; Ctrl-C: 130; SIGTERM: 143, after what is unfinished has
+    been removed. `stopped` is what Ctrl-C says.
     """
+    if main is None:
+        return functools.partial(exits_cleanly, stopped=stopped)
 
     @functools.wraps(main)
     def command(*args, **kwargs):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             return main(*args, **kwargs)
         except (Refusal, RunFailed) as error:
@@ -44,8 +51,7 @@ def exits_cleanly(main):
                     "--max-new-tokens"), file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(_("stopped by hand; with the same --out train.py goes on from its last "
-                    "checkpoint"), file=sys.stderr)
+            print(stopped, file=sys.stderr)
             sys.exit(130)
 
     return command

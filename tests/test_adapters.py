@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from phogpt_raw.decode.engine import answer
-from phogpt_raw.model.adapters import TARGETS, load_adapters, named_base, new_adapters
+from phogpt_raw.model.adapter_config import named_base
+from phogpt_raw.model.adapters import TARGETS, load_adapters, new_adapters
 from phogpt_raw.model.flat import FlatBuffer
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal

@@ -79,9 +79,9 @@ def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path):
 def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
     with whole_folder(tmp_path / "a") as first:
         (first / "one").write_text("1")
-        with pytest.raises(Refusal, match="a: another process is writing it"):
-            with whole_folder(tmp_path / "a"):
-                pass
+        busy = pytest.raises(Refusal, match="a: another process is writing it")
+        with busy, whole_folder(tmp_path / "a"):
+            pass
         assert (first / "one").read_text() == "1"
     assert [f.name for f in (tmp_path / "a").iterdir()] == ["one"]
 

@@ -234,3 +234,20 @@ def test_stats_are_said_beside_the_answer(ask, tiny):
     assert out == expected(tiny, 6).lstrip() + "\n"
     assert re.search(r"\(\d+ tokens read, 6 written; the first after 0\.\d+ s, then [\d.,]+ "
                      r"tokens/s\)", err)
+
+
+def test_the_runs_template_and_precision_are_the_answers(ask, first_command, tmp_path, monkeypatch):
+    """What a flag says counts more."""
+    run = shutil.copytree(first_command, tmp_path / "run")
+    made = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(made | {"template": "7b5-instruct", "nf4": False}))
+    loaded, encoded = [], []
+    load, encode = generate.load_base, generate.encode_prompt
+    monkeypatch.setattr(generate, "load_base",
+                        lambda *a, **k: loaded.append(k["nf4"]) or load(*a, **k))
+    monkeypatch.setattr(generate, "encode_prompt", lambda tokenizer, template, question:
+                        encoded.append(template.question) or encode(tokenizer, template, question))
+    for flags in ([], ["--nf4", "--template", "4b-chat"]):
+        assert ask("--adapter", run, "--max-new-tokens", 2, *flags, QUESTION)[0] == 0
+    assert loaded == [False, True]
+    assert encoded == ["### Câu hỏi:\n{}\n\n### Trả lời:", "### Câu hỏi: {}\n### Trả lời:"]

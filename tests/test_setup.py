@@ -82,7 +82,7 @@ def test_a_base_with_values_that_are_not_finite_is_refused_by_name(tmp_path, nam
     tensors = write_checkpoint(tmp_path / "base")
     tensors[name].view(-1)[-1] = value
     write_checkpoint(tmp_path / "base", tensors=tensors)
-    said = f"pytorch_model.bin: tensor {name} holds values .* which bfloat16 cannot hold"
+    said = f"pytorch_model.bin: tensor {name} holds NaN or infinite values"
     with pytest.raises(Refusal, match=said):
         load_base(str(tmp_path / "base"), dtype=torch.bfloat16, device="cpu")
 
@@ -94,6 +94,6 @@ def test_a_weight_too_large_for_fp16_is_refused(tmp_path, name):
     tensors[name][5, 5] = 1e6
     write_checkpoint(tmp_path / "base", tensors=tensors)
     load_base(str(tmp_path / "base"), dtype=torch.float32, device="cpu")
-    said = f"{name} holds values from .* to 9.99e.05, which float16 cannot hold"
+    said = f"{name} holds values up to 9.99e.05, and fp16 ends at 6.55e.04"
     with pytest.raises(Refusal, match=said):
         load_base(str(tmp_path / "base"), dtype=torch.float16, device="cpu")

@@ -75,7 +75,11 @@ def choose_template(tokenizer, asked: str = "auto") -> tuple[str, str]:
         return asked, _("asked for by --template")
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "?"}]
-        shown = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            shown = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # Jinja's, or whatever the template itself raises
+            raise Refusal(f"the tokenizer's chat template cannot be used ({error}); name one of "
+                          f"PhoGPT's with --template") from None
         for name, template in TEMPLATES.items():
             if shown == template.question.format("?"):
                 return name, _("the tokenizer's chat template")

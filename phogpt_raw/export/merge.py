@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from phogpt_raw.config import hub_id
-from phogpt_raw.model.adapters import PREFIX, Adapters, load_adapters, read_adapter_config
+from phogpt_raw.model.adapter_config import read_adapter_config
+from phogpt_raw.model.adapters import PREFIX, Adapters, load_adapters
 from phogpt_raw.model.checkpoint_format import parameter_shapes, write_checkpoint
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.model.weights import (

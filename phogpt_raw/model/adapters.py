@@ -16,6 +16,7 @@ from types import MethodType
 import torch
 from torch import nn
 
+from phogpt_raw.model.adapter_config import read_adapter_config
 from phogpt_raw.model.flat import FlatBuffer
 from phogpt_raw.model.lora import lora_linear
 from phogpt_raw.model.phogpt import PhoGPT
@@ -57,6 +58,9 @@ class Adapters(FlatBuffer):
             if view.shape != tensors[name].shape:
                 raise Refusal(f"{where}: {name} has shape {list(tensors[name].shape)}, this model "
                               f"needs {list(view.shape)}")
+            if not tensors[name].is_floating_point():
+                raise Refusal(f"{where}: {name} is stored as {tensors[name].dtype}, not as "
+                              f"floating-point numbers")
             view.copy_(tensors[name])
         self.cast()
 
@@ -99,11 +103,12 @@ def new_adapters(
     dropout: float = 0.0,
     targets: tuple[str, ...] = TARGETS,
     base: str | None = None,
+    revision: str | None = None,
     seed: int = 0,
 ) -> Adapters:
     """Inject fresh LoRA layers: A uniform (Kaiming), B zero, scaled by alpha / rank.
 
-    `base` is what adapter_config.json names as the model below.
+    `base` and its `revision` are what adapter_config.json names as the model below.
     """
     from peft import LoraConfig
 
@@ -111,46 +116,25 @@ def new_adapters(
     return inject(model, LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets),
         bias="none", task_type="CAUSAL_LM", base_model_name_or_path=base,
+        revision=revision,
     ))
 
 
 def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
-                  trainable: bool = True) -> Adapters:
+                  revision: str | None = None, trainable: bool = True) -> Adapters:
     """Inject the adapters of a folder, with its own rank, alpha and targets.
 
-    `base`: what they name as the model below when saved again; None leaves what they name now.
+    `base`, `revision`: what they name as the model below when saved again; without a base they
+    name what they name now.
     trainable=False is for decoding: no gradients, and no memory for them.
     """
     config = read_adapter_config(Path(folder))
     config.inference_mode = False
-    config.base_model_name_or_path = base or config.base_model_name_or_path
+    if base:
+        config.base_model_name_or_path, config.revision = base, revision
     adapters = inject(model, config, trainable)
     adapters.load(folder)
     return adapters
-
-
-def named_base(folder: Path) -> str:
-    """The base that an adapter folder names."""
-    base = read_adapter_config(Path(folder)).base_model_name_or_path
-    if not base:
-        raise Refusal(f"{folder}: names no base model; say which with --model")
-    return base
-
-
-def read_adapter_config(folder: Path):
-    from peft import LoraConfig, PeftConfig
-
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise Refusal(f"{file}: missing; name a folder that a run has written, such as "
-                      f"runs/nano-001")
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise Refusal(f"{file}: cannot be read ({error})") from None
-    if not isinstance(config, LoraConfig):
-        raise Refusal(f"{file}: a {config.peft_type} adapter; only LoRA is supported")
-    return config
 
 
 def inject(model: PhoGPT, config, trainable: bool = True) -> Adapters:

@@ -9,6 +9,7 @@ Files are memory-mapped, so what a load holds in anonymous host memory is one te
 """
 
 import json
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from phogpt_raw.cards import dtype_name
 from phogpt_raw.config import check_nf4_cache
 from phogpt_raw.model.nf4 import kept_in_nf4, nf4_linear
 from phogpt_raw.model.nf4_cache import NF4Cache, make_key
@@ -55,10 +57,12 @@ def load_base(
 def find_folder(model: str, revision: str | None = None, files: list[str] = FILES) -> Path:
     """The folder of `nano`, of a path, or of a hub repository, whose `files` are fetched or found
     in the cache."""
-    if model == "nano":
-        return NANO
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
+    local = NANO if model == "nano" else Path(model).expanduser()
+    if local.is_dir():
+        if revision:
+            raise Refusal(f"--revision {revision}: is for a repository of the hub; {model} is on "
+                          f"this computer and has none")
+        return local
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise Refusal(f"--model {model}: no such folder, and not a hub id such as vinai/PhoGPT-4B")
     from huggingface_hub import errors as hub
@@ -263,11 +267,13 @@ def check_finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> None:
     if tensor.is_meta or not tensor.is_floating_point():
         return
     low, high = (float(end) for end in tensor.aminmax())
-    limit = torch.finfo(dtype).max
-    if not -limit <= low <= high <= limit:  # nan is not, either
-        raise Refusal(f"tensor {name} holds values from {low:.3g} to {high:.3g}, which "
-                      f"{str(dtype).removeprefix('torch.')} cannot hold; fetch the checkpoint "
-                      f"again, or use another --dtype")
+    largest, limit = max(-low, high), torch.finfo(dtype).max
+    if not math.isfinite(low + high):
+        raise Refusal(f"tensor {name} holds NaN or infinite values: the file is damaged; fetch it "
+                      f"again, or take an earlier checkpoint")
+    if largest > limit:
+        raise Refusal(f"tensor {name} holds values up to {largest:.3g}, and {dtype_name(dtype)} "
+                      f"ends at {limit:.3g}; take another dtype")
 
 
 def frozen(phogpt: PhoGPT, *, nf4: bool, device) -> PhoGPT:

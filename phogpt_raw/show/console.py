@@ -18,6 +18,8 @@ from phogpt_raw.training.run import Run
 
 out = Rich(highlight=False, soft_wrap=True)
 
+STOPPED = _("stopped by hand; with the same --out train.py goes on from its last checkpoint")
+
 
 def listing(title: str, lines: dict[str, str]) -> None:
     """A titled list of name and value."""

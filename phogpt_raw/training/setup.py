@@ -17,12 +17,12 @@ from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Stream, TokenStream
 from phogpt_raw.data.examples import Examples, load_examples
 from phogpt_raw.data.packing import Packing
+from phogpt_raw.model.adapter_config import read_adapter_config
 from phogpt_raw.model.adapters import (
     Adapters,
     check_targets,
     load_adapters,
     new_adapters,
-    read_adapter_config,
 )
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import find_folder, read_config, read_model, read_tokenizer
@@ -147,12 +147,13 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
 
     model = read_model(find_folder(config.model, config.revision), nf4=config.nf4, dtype=dtype,
                        device=torch.device(card.device), nf4_cache=config.nf4_cache)
+    base = config.base_reference()
     if config.adapter:
-        adapters = load_adapters(model, config.adapter, base=config.model)
+        adapters = load_adapters(model, config.adapter, base, config.revision)
     else:
         adapters = new_adapters(model, rank=config.rank, alpha=config.alpha,
                                 dropout=config.dropout, targets=config.target_names(),
-                                base=config.model, seed=config.seed)
+                                base=base, revision=config.revision, seed=config.seed)
     not_captured = why_not(model, card.device, config.capture)
     training = wire(model, adapters, optimizer=config.optimizer, lr=config.lr,
                     weight_decay=config.weight_decay, clip=config.clip,

@@ -1,0 +1,97 @@
+"""What an adapter's folder says of itself: checked, and how its run was made."""
+
+import json
+import shutil
+
+import pytest
+
+from phogpt_raw.model.adapter_config import Origin, named_base, read_adapter_config, read_origin
+from phogpt_raw.refusal import Refusal
+
+LORA = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path="nano", r=8,
+            lora_alpha=16, target_modules=["Wqkv"])
+RUN = dict(model="nano", template="7b5-instruct", rank=8, nf4=False, dtype="fp32",
+           revision="v1")
+
+
+def adapter(folder, **changed):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(LORA | changed))
+    return folder
+
+
+@pytest.mark.parametrize("changed", [
+    {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"up_proj": 4}},
+    {"alpha_pattern": {"up_proj": 2.5}}, {"target_modules": r".*\.(Wqkv|up_proj)"},
+    {"base_model_name_or_path": None}])
+def test_what_peft_can_have_is_read(tmp_path, changed):
+    config = read_adapter_config(adapter(tmp_path, **changed))
+    for name, value in changed.items():
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize("changed, line", [
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path 3 is not text"),
+    ({"r": 0}, "cannot be read|r 0 is not a whole number from 1"),
+    ({"r": -1}, "r -1 is not"), ({"r": "8"}, "r '8' is not"), ({"r": True}, "r True is not"),
+    ({"r": 10**9}, "r 1000000000 is not"), ({"rank_pattern": {"Wqkv": 0}}, "rank_pattern Wqkv 0"),
+    ({"rank_pattern": [1]}, "rank_pattern is not an object|cannot be read"),
+    ({"rank_pattern": {"(": 2}}, "'\\(' is not a regular expression"),
+    ({"lora_alpha": 0}, "lora_alpha 0 is not a positive number"),
+    ({"lora_alpha": -2}, "lora_alpha -2"), ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+    ({"lora_alpha": float("inf")}, "lora_alpha inf"), ({"lora_alpha": "16"}, "lora_alpha '16'"),
+    ({"alpha_pattern": {"Wqkv": None}}, "alpha_pattern Wqkv None"),
+    ({"lora_dropout": 1}, "lora_dropout 1"), ({"lora_dropout": "x"}, "lora_dropout 'x'"),
+    ({"target_modules": "("}, "'\\(' is not a regular expression"),
+    ({"target_modules": [3]}, "target_modules holds something else"),
+    ({"layer_replication": [[0, 1]]}, "layer_replication is not supported"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices is not supported"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out is not supported"),
+    ({"use_qalora": True}, "use_qalora is not supported|cannot be read"),
+    ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+     "loftq_config is not supported|cannot be read"),
+    ({"peft_type": "IA3", "feedforward_modules": []}, "only LoRA is supported|cannot be read"),
+    ({"peft_type": 7}, "cannot be read")])
+def test_what_cannot_be_used_is_one_line_with_the_file(tmp_path, changed, line):
+    with pytest.raises(Refusal, match=line) as refused:
+        read_adapter_config(adapter(tmp_path, **changed))
+    assert str(tmp_path / "adapter_config.json") in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_how_a_run_was_made_is_found_from_its_adapter_and_its_checkpoints(tmp_path):
+    run = adapter(tmp_path / "run")
+    (run / "config.json").write_text(json.dumps(RUN))
+    made = Origin("nano", "v1", "7b5-instruct", nf4=False, dtype="fp32")
+    assert read_origin(run) == made
+    assert read_origin(adapter(run / "checkpoint-30")) == made
+
+
+def test_an_adapter_from_elsewhere_names_its_base_alone(tmp_path):
+    assert read_origin(adapter(tmp_path / "a", revision="v2")) == Origin("nano", "v2")
+    # a model's config.json beside it, or above it, is not a run's
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mpt", "d_model": 64}))
+    (tmp_path / "a" / "config.json").write_text("[]")
+    assert read_origin(tmp_path / "a") == Origin("nano", "v2")
+
+
+@pytest.mark.parametrize("field, value", [("template", ["x"]), ("template", "alpaca"),
+                                          ("nf4", "yes"), ("dtype", 16), ("revision", 3)])
+def test_a_recorded_value_that_cannot_be_is_one_line(tmp_path, field, value):
+    (adapter(tmp_path) / "config.json").write_text(json.dumps(RUN | {field: value}))
+    with pytest.raises(Refusal, match=f"config.json: {field} "):
+        read_origin(tmp_path)
+
+
+def test_a_base_that_is_no_longer_there_is_said_to_be_the_adapters(tmp_path):
+    base = tmp_path / "base"
+    folder = adapter(tmp_path / "a", base_model_name_or_path=str(base))
+    with pytest.raises(Refusal, match=f"a: its base is {base}, and no such folder is there; say "
+                                      f"with --model where it is now"):
+        named_base(folder)
+    base.mkdir()
+    assert named_base(folder) == str(base)
+    shutil.rmtree(base)
+    assert named_base(folder, "elsewhere") == "elsewhere"
+    assert named_base(adapter(tmp_path / "b", base_model_name_or_path="vinai/PhoGPT-4B")) == (
+        "vinai/PhoGPT-4B")
