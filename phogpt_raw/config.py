@@ -96,7 +96,7 @@ class Config:
         """What the adapter's files name as the base: a folder by its whole path, so that it is
         found from any other."""
         folder = Path(self.model).expanduser()
-        return str(folder.resolve()) if self.model != "nano" and folder.is_dir() else self.model
+        return str(folder.absolute()) if self.model != "nano" and folder.is_dir() else self.model
 
     def blocks_to_recompute(self, blocks: int) -> int:
         """--recompute, where it is not auto, as a number of the model's `blocks`."""

@@ -44,11 +44,12 @@ def test_a_system_text_stands_before_the_first_question():
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_modelfile_gives_the_prompt_and_the_stop(name):
     """Rendered as Ollama does it for one question: up to the answer."""
-    text = modelfile(TEMPLATES[name], 2048)
+    text = modelfile(TEMPLATES[name], 8192)
     assert text.splitlines()[1] == "FROM ./model.gguf"
     template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
     before = re.sub(r"\{\{ if \.System \}\}.*?\{\{ end \}\}", "", template, flags=re.DOTALL)
     before = before.split("{{ .Response }}")[0].replace("{{ .Prompt }}", "Phở là gì?")
     assert before == TEMPLATES[name].question.format("Phở là gì?")
     assert template.split("{{ .Response }}")[1] == "</s>\n"
-    assert 'PARAMETER stop "</s>"' in text and "PARAMETER num_ctx 2048" in text
+    parameters = re.findall(r"^PARAMETER (.*)$", text, re.MULTILINE)
+    assert parameters == ['stop "</s>"', 'stop "### Câu hỏi:"', "temperature 0", "num_ctx 8192"]

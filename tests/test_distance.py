@@ -1,5 +1,6 @@
 """The stated distance is that of the two models as they are loaded and used."""
 
+import checkpoints
 import pytest
 import torch
 
@@ -40,6 +41,29 @@ def test_a_checkpoint_of_the_rounded_weights_has_none(first_command, monkeypatch
     from phogpt_raw.export import distance as module
 
     merger = Merger(NANO, first_command)
-    rounded = {name: module.over_nf4(merger, name, CPU) for name in merger.tensors}
+    rounded = {name: module.over_nf4(merger, CPU, name) for name in merger.tensors}
     found = distance(merger, rounded, [[5, 6, 7, 8]], CPU)
     assert found == Distance(4, 1.0, pytest.approx(0, abs=1e-6), 0.0)
+
+
+def test_over_plain_weights_it_is_the_rounding_to_the_dtype_alone(first_command):
+    merger = Merger(NANO, first_command)
+    same = {name: merger.merged(name) for name in merger.tensors}
+    assert distance(merger, same, [[5, 6, 7, 8]], CPU, nf4=False) == Distance(
+        4, 1.0, pytest.approx(0, abs=1e-6), 0.0)
+
+
+@torch.no_grad()
+def test_the_configs_own_values_count(tmp_path):
+    """Norms' epsilon, ALiBi's slopes, a head wider than one part."""
+    from phogpt_raw.export.distance import final_states
+
+    config = checkpoints.vinai_config(
+        d_model=64, n_heads=4, n_layers=2, vocab_size=4096, max_seq_len=64,
+        layer_norm_epsilon=0.5, attn_config={"alibi_bias_max": 2})
+    checkpoints.write_checkpoint(tmp_path / "base", config, dtype=torch.float32)
+    model, _ = load_base(str(tmp_path / "base"), nf4=False, device="cpu")
+    tensors = mapped_tensors(tmp_path / "base")
+    ids = torch.randint(4, 4096, (1, 30), generator=torch.Generator().manual_seed(0))
+    found = final_states(model.config, tensors.__getitem__, ids, CPU)
+    torch.testing.assert_close(found, model(ids), rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from phogpt_raw.export.__main__ import main
+from phogpt_raw.export.merge import Merger
 from phogpt_raw.files import UNFINISHED
 
 pytest.importorskip("gguf")
@@ -28,7 +29,7 @@ def test_all_kinds_in_one_folder(first_command, tmp_path, capsys):
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "model.gguf", "Modelfile", "adapter.gguf", "README.md"}
     said = " ".join(capsys.readouterr().out.split())
-    assert "have the same likeliest token as the adapter on NF4" in said
+    assert "The merged checkpoint (bf16) beside the adapter on its NF4 base" in said
     assert f"llama-quantize {tmp_path}/out/model.gguf {tmp_path}/out/model-q4_k_m.gguf Q4_K_M" in (
         said)
     assert f"--lora {tmp_path}/out/adapter.gguf" in said and "ollama create phogpt" in said
@@ -57,10 +58,12 @@ def test_a_base_in_nf4_is_what_later_starts_read(tiny, tmp_path, capsys, monkeyp
     from phogpt_raw.model.weights import load_base
 
     export(tiny, tmp_path / "out", "--nf4")
-    assert f"--model {tiny} --nf4-cache {tmp_path}/out" in " ".join(capsys.readouterr().out.split())
-    [file] = (tmp_path / "out").glob("*.safetensors")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"--model {tiny} --nf4-cache {tmp_path}/out/nf4" in said
+    [file] = (tmp_path / "out" / "nf4").glob("*.safetensors")
+    assert list((tmp_path / "out").iterdir()) == [file.parent]
     monkeypatch.setattr("phogpt_raw.model.weights.nf4_linear", None)  # nothing is quantised
-    load_base(str(tiny), device="cpu", nf4_cache=tmp_path / "out")
+    load_base(str(tiny), device="cpu", nf4_cache=file.parent)
     assert f"base read from NF4 cache {file}" in capsys.readouterr().err
 
 
@@ -70,6 +73,140 @@ def test_the_runs_template_is_the_exports(first_command, tmp_path):
     (run / "config.json").write_text(json.dumps(config | {"template": "7b5-instruct"}))
     export(run, tmp_path / "out", "--gguf", "q8_0")
     assert "### Câu hỏi:\n{{ .Prompt }}" in (tmp_path / "out" / "Modelfile").read_text("utf-8")
+
+
+def test_of_a_checkpoint_the_template_is_its_runs(first_command, tmp_path, capsys):
+    run = shutil.copytree(first_command, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"template": "7b5-instruct"}))
+    export(run / "checkpoint-30", tmp_path / "out", "--gguf", "q8_0")
+    assert "### Câu hỏi:\n{{ .Prompt }}" in (tmp_path / "out" / "Modelfile").read_text("utf-8")
+    assert "# nano + run checkpoint-30" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_a_merged_folder_knows_its_template(first_command, tmp_path):
+    from phogpt_raw.data.prompt import choose_template
+    from phogpt_raw.model.weights import read_config, read_tokenizer
+
+    export(first_command, tmp_path / "out", "--merged", "--template", "7b5-instruct")
+    tokenizer = read_tokenizer(tmp_path / "out", read_config(tmp_path / "out"))
+    assert choose_template(tokenizer) == ("7b5-instruct", "the tokenizer's chat template")
+
+
+def test_a_run_over_plain_weights_is_compared_with_those(first_command, tmp_path, capsys):
+    run = shutil.copytree(first_command, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"nf4": False}))
+    export(run, tmp_path / "out", "--merged", "--dtype", "fp32")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "beside the adapter on its base" in said and "the same in 100.0%" in said
+    assert "4 bits" not in said
+
+
+def test_a_merge_far_from_the_adapter_is_warned_of(first_command, tmp_path, capsys, monkeypatch):
+    from phogpt_raw.export.distance import Distance
+
+    for same, warned in ((0.81, False), (0.79, True)):
+        monkeypatch.setattr("phogpt_raw.export.__main__.distance",
+                            lambda *_, same=same: Distance(100, same, 1.0, 9.0))
+        export(first_command, tmp_path / f"out-{same}", "--merged")
+        said = capsys.readouterr().out
+        assert ("Ask both the same questions before" in " ".join(said.split())) == warned
+
+
+def test_a_revision_is_for_the_hub_alone(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export(tiny, tmp_path / "out", "--gguf", "f16", "--revision", "v1")
+    assert "--revision v1: is for a repository of the hub" in capsys.readouterr().err
+
+
+def test_commands_that_are_printed_name_revision_and_dtype(tiny, tmp_path, capsys, monkeypatch):
+    """The revision is the adapter's run's; a hub's base is imitated."""
+    from phogpt_raw.export import __main__ as module
+
+    asked = []
+    monkeypatch.setattr(module, "find_folder", lambda base, revision, files=None:
+                        asked.append((base, revision)) or tiny)
+    monkeypatch.setattr(module, "named_base", lambda folder, model: "vinai/PhoGPT-4B")
+    (tmp_path / "run").mkdir()
+    save = json.dumps(dict(peft_type="LORA", base_model_name_or_path="vinai/PhoGPT-4B", r=4,
+                           lora_alpha=8, target_modules=["Wqkv"], revision="v7"))
+    (tmp_path / "run" / "adapter_config.json").write_text(save)
+    monkeypatch.setattr(module, "Merger", lambda folder, adapter: Merger(folder))
+    export(tmp_path / "run", tmp_path / "out", "--nf4", "--dtype", "fp32")
+    assert set(asked) == {("vinai/PhoGPT-4B", "v7")}
+    said = " ".join(capsys.readouterr().out.split())
+    assert (f"python train.py --model vinai/PhoGPT-4B --revision v7 --dtype fp32 --nf4-cache "
+            f"{tmp_path}/out/nf4") in said
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export(tiny, "~/out", "--gguf", "f16")
+    assert (tmp_path / "out" / "model.gguf").is_file()
+
+
+def test_a_link_that_leads_nowhere_is_in_the_way(tiny, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SystemExit):
+        export(tiny, tmp_path / "out", "--gguf", "f16")
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(tiny, tmp_path, signal_):
+    script = ("import sys, time\nfrom phogpt_raw.export import gguf, __main__\n"
+              "gguf.write_model = lambda *a, **k: (print('half', flush=True), time.sleep(60))\n"
+              "__main__.main(sys.argv[1:])\n")
+    command = [sys.executable, "-c", script, tiny, tmp_path / "out", "--gguf", "f16"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          cwd=ROOT) as process:
+        assert process.stdout.readline() == "half\n"
+        process.send_signal(signal_)
+        said = process.communicate()[1]
+    assert process.returncode == 128 + signal_ and list(tmp_path.iterdir()) == []
+    assert said == ("stopped by hand\n" if signal_ == signal.SIGINT else "")
+
+
+@pytest.mark.parametrize("spoil, line", [
+    (lambda base: write_json(base / "tokenizer_config.json", chat_template="{% if %}"),
+     "the tokenizer's chat template cannot be used"),
+    (lambda base: write_json(base / "tokenizer.json", normalizer={"type": "NFC"}),
+     "not a tokenizer of PhoGPT's kind")])
+def test_what_needs_no_weights_is_refused_before_they_are_read(tmp_path, capsys, spoil, line):
+    base = shutil.copytree(ROOT / "phogpt_raw" / "nano" / "base", tmp_path / "base")
+    (base / "pytorch_model.bin").write_bytes(b"damaged")
+    spoil(base)
+    with pytest.raises(SystemExit) as stopped:
+        export(base, tmp_path / "out", "--gguf", "f16")
+    assert stopped.value.code == 2 and line in capsys.readouterr().err
+
+
+def write_json(file, **changed):
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changed), "utf-8")
+
+
+@pytest.mark.parametrize("flags, relation", [
+    (["--merged", "--gguf", "f16"], "merge"), (["--gguf", "f16"], "quantized"),
+    (["--lora-gguf"], "adapter"), (["--lora-gguf", "--gguf", "f16"], "quantized")])
+def test_the_card_says_what_it_is_to_its_base(flags, relation, first_command, tmp_path,
+                                              monkeypatch):
+    monkeypatch.setattr("phogpt_raw.export.__main__.hub_id", lambda base: "vinai/PhoGPT-4B")
+    export(first_command, tmp_path / "out", *flags)
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"base_model_relation: {relation}\n" in card and "A fine-tuned PhoGPT" in card
+
+
+@pytest.mark.parametrize("flags", [["--merged"], ["--merged", "--dtype", "fp32"],
+                                   ["--gguf", "f32"], ["--gguf", "q4_0"], ["--nf4"],
+                                   ["--merged", "--gguf", "f16", "--nf4"]])
+def test_the_space_needed_is_that_of_the_files(flags, first_command, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("phogpt_raw.export.__main__.check_space",
+                        lambda folder, size: asked.append(size))
+    export(first_command, tmp_path / "out", *flags)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert 0 < asked[0] - written < 2**24 + 2**21
 
 
 def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
@@ -84,6 +221,8 @@ def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
 @pytest.mark.parametrize("flags, line", [
     ([], "what to write, and where? name a folder OUT and one or more of --merged"),
     (["--push", "me/it"], "what to write, and where?"),
+    (["--nf4", "--push", "me/it"], "which is not uploaded; add --merged"),
+    (["--merged", "--push", "me/a--b"], "--push me/a--b: not a name the hub allows"),
     (["--gguf", "q4_k_m"], "argument --gguf: invalid choice"),
     (["--merged", "--model", "/not/there"], "--model /not/there: no such folder")])
 def test_what_cannot_be_is_one_line(first_command, tmp_path, flags, line, capsys):

@@ -119,3 +119,12 @@ def test_space_is_checked_before(tmp_path):
     check_space(tmp_path / "not" / "there", 1000)
     with pytest.raises(Refusal, match=r"1000000\.00 GB are needed and .* are free"):
         check_space(tmp_path / "not" / "there", 10**15)
+
+
+def test_space_is_enough_to_the_byte(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("Usage", "free")(1000))
+    check_space(tmp_path, 1000)
+    with pytest.raises(Refusal):
+        check_space(tmp_path, 1001)

@@ -1,7 +1,9 @@
 """generate.py from a question to the answer on standard output."""
 
 import io
+import json
 import re
+import shutil
 import sys
 import unicodedata
 

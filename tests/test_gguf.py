@@ -170,5 +170,29 @@ def test_rows_that_do_not_divide_into_blocks_are_refused(tmp_path):
 
 def test_fp16_that_would_overflow_is_refused(merger, tmp_path):
     merger.tensors["transformer.blocks.0.attn.Wqkv.weight"] = torch.full((192, 64), 1e5)
-    with pytest.raises(Refusal, match=r"attn_qkv.* and fp16 ends at"):
+    with pytest.raises(Refusal, match=r"attn_qkv.* and F16 ends at"):
         write_model(merger, tmp_path / "m", "f16", name="x", chat_template="")
+
+
+@pytest.mark.parametrize("kind, largest", [("q8_0", 127 * 65504), ("q4_0", 8 * 65504)])
+def test_a_scale_that_would_overflow_is_refused(merger, tmp_path, kind, largest):
+    """A block of a quantised type has its scale in fp16."""
+    name = "transformer.blocks.0.attn.Wqkv.weight"
+    merger.tensors[name] = torch.full((192, 64), 0.99 * largest)
+    write_model(merger, tmp_path / "m", kind, name="x", chat_template="")
+    _, tensors = read(tmp_path / "m")
+    found = values(tensors["blk.0.attn_qkv.weight"])
+    assert abs(found.max() / (0.99 * largest) - 1) < 0.15
+    merger.tensors[name] = torch.full((192, 64), 1.01 * largest)
+    with pytest.raises(Refusal, match="take --gguf f32"):
+        write_model(merger, tmp_path / "m", kind, name="x", chat_template="")
+
+
+def test_the_feed_forward_may_be_of_another_width(tmp_path):
+    config = checkpoints.vinai_config(d_model=64, n_heads=4, n_layers=1, vocab_size=4096,
+                                      max_seq_len=64, expansion_ratio=2)
+    checkpoints.write_checkpoint(tmp_path / "base", config)
+    write_model(Merger(tmp_path / "base"), tmp_path / "m", "f16", name="x", chat_template="")
+    fields, tensors = read(tmp_path / "m")
+    assert fields["mpt.feed_forward_length"] == 128
+    assert list(tensors["blk.0.ffn_up.weight"].shape) == [64, 128]

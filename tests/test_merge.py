@@ -1,6 +1,7 @@
 """Merged weights are what the adapter did over the same weights."""
 
 import json
+import shutil
 
 import checkpoints
 import pytest
@@ -207,3 +208,28 @@ def test_merging_one_layer_leaves_the_next_as_it_was(tiny, tmp_path, lora):
     base = merger.layers[path].base_layer
     for parameter in (base.weight, base.bias):  # nothing is kept
         assert parameter.untyped_storage().nbytes() == 4 and not parameter.any()
+
+
+@pytest.mark.parametrize("stored, merged", [
+    (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16), (torch.float64, torch.bfloat16)])
+def test_a_base_in_another_precision_is_merged_to_16_bits(tmp_path, stored, merged):
+    checkpoints.write_checkpoint(tmp_path / "base", dtype=stored)
+    save_adapter(tmp_path / "base", tmp_path / "adapter")
+    merger = Merger(tmp_path / "base", tmp_path / "adapter")
+    assert stored_dtype(merger) == merged
+    write_merged(merger, tmp_path / "merged", merged, "x")
+    assert {t.dtype for t in mapped_tensors(tmp_path / "merged").values()} == {merged}
+
+
+def test_the_end_and_padding_of_generation_are_phogpts(tiny, tmp_path):
+    config = json.loads((tiny / "config.json").read_text())
+    odd = shutil.copytree(tiny, tmp_path / "odd")
+    (odd / "config.json").write_text(json.dumps(config | {"attn_config": None}))
+    write_merged(Merger(odd), tmp_path / "merged", torch.bfloat16, "x", chat_template="{{ 1 }}")
+    said = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert said == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "use_cache": True}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["attn_config"] == {
+        "attn_pdrop": 0}
+    tokenizer = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
+    assert tokenizer["chat_template"] == "{{ 1 }}" and tokenizer["eos_token"] == "</s>"

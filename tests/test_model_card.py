@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUESTIONS, write_rows
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from phogpt_raw.config import Config
 from phogpt_raw.export import model_card
@@ -200,13 +202,18 @@ def test_a_run_that_failed_has_no_card(train, tmp_path):
 # -- what it promises
 
 
-def test_its_lines_for_peft_give_our_logits(tmp_path, adapted, tiny):
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_its_lines_for_peft_give_our_logits(tmp_path, adapted, tiny, kind):
     """The Python that the card shows, run as it stands there but for the two folders."""
     model, adapters = adapted()
     adapters.save(tmp_path / "adapter")
     text = model_card.card(job_of(tmp_path, model="nano"))
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code = code.replace("BASE", str(tiny)).replace("FOLDER", str(tmp_path / "adapter"))
+    base = shutil.copytree(tiny, tmp_path / "base")
+    if kind == "safetensors":
+        save_file(torch.load(base / "pytorch_model.bin"), base / "model.safetensors")
+        (base / "pytorch_model.bin").unlink()
+    code = code.replace("BASE", str(base)).replace("FOLDER", str(tmp_path / "adapter"))
     names = {}
     exec(code, names)
     ids = torch.randint(4, 4000, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -214,6 +221,10 @@ def test_its_lines_for_peft_give_our_logits(tmp_path, adapted, tiny):
         theirs = names["model"].eval()(input_ids=ids).logits
         ours = model.eval().logits(model(ids))
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
+    for file in (*base.glob("*.bin"), *base.glob("*.safetensors")):
+        file.unlink()
+    with pytest.raises(AssertionError):  # and never a random model in silence
+        exec(code, {})
 
 
 def test_its_command_for_here_is_one_that_generate_takes(card):

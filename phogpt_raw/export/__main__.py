@@ -10,8 +10,11 @@ whole or not at all.
 """
 
 import argparse
+import os
+import re
 import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,19 +33,21 @@ from phogpt_raw.export.merge import Merger, mapped_tensors, stored_dtype, write_
 from phogpt_raw.files import check_space, whole_folder
 from phogpt_raw.messages import _
 from phogpt_raw.model import nf4_file
-from phogpt_raw.model.adapters import named_base
+from phogpt_raw.model.adapter_config import Origin, named_base, read_origin
 from phogpt_raw.model.nf4 import NF4_BYTES
+from phogpt_raw.model.nf4_cache import human
 from phogpt_raw.model.weights import (
     find_cache,
     find_folder,
-    read_json,
     read_model,
     read_tokenizer,
 )
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import listing, out
 
-COMPARED = 8  # texts over which a merged checkpoint is compared with the adapter on NF4
+COMPARED = 8  # texts over which a merged checkpoint is compared with the adapter on its base
+ENOUGH = 0.8  # share of equal likeliest tokens below which a person is warned
+NF4 = "nf4"  # OUT's folder for the cache, which is for this computer alone and is never uploaded
 
 
 def parse(arguments):
@@ -59,8 +64,8 @@ def parse(arguments):
     parser.add_argument("--lora-gguf", "--lora_gguf", action="store_true", help="adapter.gguf: the "
                         "adapter alone, for llama.cpp over a GGUF of the same base")
     parser.add_argument("--nf4", action="store_true", help="the base's weights in NF4, as this "
-                        "machine quantises them; train.py and generate.py read them with "
-                        "--nf4-cache OUT")
+                        "computer quantises them, without an adapter; train.py and generate.py "
+                        "read them with --nf4-cache OUT/nf4")
     parser.add_argument("--model", help="the base (default: the one that the adapter names)")
     parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
     parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES],
@@ -71,20 +76,32 @@ def parse(arguments):
                         "hub (a new one is private); without OUT, the run's adapter and card. The "
                         "token is HF_TOKEN's, or that of hf auth login")
     options = parser.parse_args(arguments)
-    written = options.merged or options.gguf or options.lora_gguf or options.nf4
-    if bool(options.out) != bool(written) or not (written or options.push):
+    check(options)
+    return options
+
+
+def check(options) -> None:
+    """Raise Refusal for flags that do not go together; find the run's adapter."""
+    model = options.merged or options.gguf or options.lora_gguf
+    if bool(options.out) != bool(model or options.nf4) or not (options.out or options.push):
         raise Refusal("what to write, and where? name a folder OUT and one or more of --merged, "
                       "--gguf, --lora-gguf and --nf4; or --push USER/NAME alone")
-    if options.out and options.out.exists():
-        raise Refusal(f"{options.out}: exists already; name a folder that does not")
+    if options.out:
+        options.out = options.out.expanduser()
+        if os.path.lexists(options.out):
+            raise Refusal(f"{options.out}: exists already; name a folder that does not")
     if options.push:
+        if options.out and not model:
+            raise Refusal("--push: --nf4 writes a file for this computer, which is not uploaded; "
+                          "add --merged, --gguf or --lora-gguf, or leave out --push")
         push.check(options.push)
-    options.adapter = Path(options.run).expanduser()
+    options.run = str(Path(options.run).expanduser()) if options.run.startswith("~") else (
+        options.run)
+    options.adapter = Path(options.run)
     if not (options.adapter / "adapter_config.json").is_file():
         options.adapter = None
         if options.lora_gguf:
             raise Refusal(f"--lora-gguf: {options.run} holds no adapter (adapter_config.json)")
-    return options
 
 
 @exits_cleanly
@@ -93,54 +110,86 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out:
         write(options)
     if options.push:
-        folder = options.out or Path(options.run).expanduser()
+        folder = options.out or Path(options.run)
         out.print(push.in_words(folder, options.push), markup=False)
         out.print(push.push(folder, options.push), markup=False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a base, maybe with an adapter over it, and how the adapter was made."""
+
+    base: str
+    revision: str | None
+    nf4: bool  # whether the adapter was trained over NF4 weights
+    name: str
+    template: str
+    tokenizer: object
+    merger: Merger
+
+
+def find_source(options) -> Source:
+    """Everything but the weights; Refusal for what they are not needed to know."""
+    made = read_origin(options.adapter) if options.adapter else Origin(options.run)
+    base, revision = options.model or made.base, options.revision
+    if options.adapter:
+        base = named_base(options.adapter, options.model)
+    if not options.model:
+        revision = revision or made.revision
+    folder = find_folder(base, revision, files=["*.json"])
+    merger = Merger(folder, options.adapter)
+    if options.gguf:
+        gguf.check_model(merger)
+    if options.lora_gguf:
+        gguf.check_plain(merger)
+    tokenizer = read_tokenizer(folder, merger.config)
+    asked = made.template if options.template == "auto" else options.template
+    name = Path(base).expanduser().resolve().name
+    if options.adapter:
+        name += f" + {run_name(options.adapter)}"
+    return Source(base, revision, made.nf4, name, choose_template(tokenizer, asked)[0], tokenizer,
+                  merger)
+
+
+def run_name(adapter: Path) -> str:
+    """nano-001, or nano-001 checkpoint-30."""
+    folder = adapter.resolve()
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
+    return f"{folder.parent.name} {folder.name}" if is_checkpoint else folder.name
 
 
 def write(options) -> None:
     """Make OUT, and say what is in it."""
     if options.gguf or options.lora_gguf:
         gguf.import_gguf()
-    base = options.model or (named_base(options.adapter) if options.adapter else options.run)
-    weights = options.merged or options.gguf or options.nf4
-    folder = find_folder(base, options.revision, **({} if weights else {"files": ["*.json"]}))
-    merger = Merger(folder, options.adapter)
-    tokenizer = read_tokenizer(folder, merger.config)
-    template = template_of(options, tokenizer)
+    source = find_source(options)
+    merger, template = source.merger, TEMPLATES[source.template]
+    if options.merged or options.gguf or options.nf4:
+        find_folder(source.base, source.revision)  # the weights too
     dtype = DTYPES[options.dtype] if options.dtype != "auto" else (
         stored_dtype(merger) if options.merged else torch.float32)
     check_space(options.out, bytes_needed(options, merger, dtype))
-    name = options.adapter.resolve().name if options.adapter else Path(base).name
     begun = time.monotonic()
     with whole_folder(options.out) as made:
         if options.merged:
-            write_merged(merger, made, dtype, base, progress("merged"))
-            say_distance(merger, made, dtype, tokenizer, template)
+            write_merged(merger, made, dtype, source.base, progress("merged"),
+                         chat_template=jinja(template))
+            say_distance(source, made, dtype)
         if options.gguf:
-            gguf.write_model(merger, made / "model.gguf", options.gguf, name=name,
-                             chat_template=jinja(TEMPLATES[template]), progress=progress("gguf"))
-            text = modelfile(TEMPLATES[template], merger.config.max_seq_len)
+            gguf.write_model(merger, made / "model.gguf", options.gguf, name=source.name,
+                             chat_template=jinja(template), progress=progress("gguf"))
+            text = modelfile(template, merger.config.max_seq_len)
             (made / "Modelfile").write_text(text, "utf-8")
         if options.lora_gguf:
             gguf.write_adapter(merger, made / "adapter.gguf")
         if options.nf4:
-            write_nf4(folder, made, options.dtype)
-        exported_card.write(
-            made / "README.md", title=name, base=hub_id(base), template=template,
-            adapted=merger.adapters is not None, kind=options.gguf, lora=options.lora_gguf,
-            merged=dtype_name(dtype) if options.merged else None)
-    seconds = time.monotonic() - begun
-    say_uses(options, base, template, seconds)
-
-
-def template_of(options, tokenizer) -> str:
-    """The name of the template: as asked for, as the run was trained, else by the tokenizer."""
-    file = options.adapter and options.adapter / "config.json"
-    asked = options.template
-    if asked == "auto" and file and file.is_file():
-        asked = read_json(file).get("template", "auto")
-    return choose_template(tokenizer, asked)[0]
+            write_nf4(merger.folder, made / NF4, options.dtype)
+        if options.merged or options.gguf or options.lora_gguf:
+            exported_card.write(
+                made / "README.md", title=source.name, base=hub_id(source.base),
+                template=source.template, adapted=merger.adapters is not None, kind=options.gguf,
+                lora=options.lora_gguf, merged=dtype_name(dtype) if options.merged else None)
+    say_uses(options, source, time.monotonic() - begun)
 
 
 def bytes_needed(options, merger: Merger, dtype: torch.dtype) -> int:
@@ -169,31 +218,46 @@ def progress(what: str, unit: str = "tensors"):
     return lambda parts: tqdm(parts, desc=what, unit=f" {unit}", leave=False, disable=None)
 
 
-def say_distance(merger: Merger, made: Path, dtype, tokenizer, template: str) -> None:
+def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
+    merger = source.merger
     if merger.adapters is None:
         return
     rows = read_rows(PAIRS / "heldout.jsonl")[:COMPARED]
-    texts = [encode_row(tokenizer, TEMPLATES[template], row, 1024).ids for row in rows]
+    template = TEMPLATES[source.template]
+    texts = [encode_row(source.tokenizer, template, row, 1024).ids for row in rows]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = distance(merger, mapped_tensors(made), texts, device,
+    found = distance(merger, mapped_tensors(made), texts, device, source.nf4,
                      progress("compared", "blocks"))
-    out.print(_("merged, {dtype}: of {n} predictions in {texts} Vietnamese texts {same:.1%} have "
-                "the same likeliest token as the adapter on NF4; mean divergence {nats:.2g} nats, "
-                "largest difference of a logit {largest:.2g}. The adapter was trained over weights "
-                "rounded to 4 bits, and is merged into them before that rounding.",
-                dtype=dtype_name(dtype), n=found.tokens, texts=len(texts), same=found.same,
-                nats=found.divergence, largest=found.largest), markup=False)
+    values = dict(dtype=dtype_name(dtype), n=found.tokens, texts=len(texts), same=found.same,
+                  nats=found.divergence, largest=found.largest)
+    if source.nf4:
+        said = _("The merged checkpoint ({dtype}) beside the adapter on its NF4 base, {n} "
+                 "predictions in {texts} Vietnamese texts: the likeliest token is the same in "
+                 "{same:.1%}; the mean divergence is {nats:.2g} nats; logits differ by at most "
+                 "{largest:.2g}. The adapter was trained on weights rounded to 4 bits; the merged "
+                 "checkpoint has the unrounded weights.", **values)
+    else:
+        said = _("The merged checkpoint ({dtype}) beside the adapter on its base, {n} predictions "
+                 "in {texts} Vietnamese texts: the likeliest token is the same in {same:.1%}; the "
+                 "mean divergence is {nats:.2g} nats; logits differ by at most {largest:.2g}.",
+                 **values)
+    out.print(said, markup=False)
+    if found.same < ENOUGH:
+        out.print(_("That is a large difference. Ask both the same questions before you use the "
+                    "merged checkpoint."), markup=False)
 
 
-def say_uses(options, base: str, template: str, seconds: float) -> None:
+def say_uses(options, source: Source, seconds: float) -> None:
     """What was written, and the command that uses each."""
     folder = shlex.quote(str(options.out))
-    files = sorted(options.out.iterdir())
-    size = sum(file.stat().st_size for file in files) / 1e9
+    files = sorted(file for file in options.out.rglob("*") if file.is_file())
     listing(_("written to {folder}", folder=options.out), {
-        _("files"): ", ".join(file.name for file in files),
-        _("size"): _("{size:.2f} GB in {seconds:.0f} s", size=size, seconds=seconds)})
-    question = shlex.quote(TEMPLATES[template].question.format("Phở bò là gì?"))
+        _("files"): ", ".join(str(file.relative_to(options.out)) for file in files),
+        _("size"): _("{size} in {seconds:.0f} s", seconds=seconds,
+                     size=human(sum(file.stat().st_size for file in files)))})
+    question = shlex.quote(TEMPLATES[source.template].question.format("Phở bò là gì?"))
+    base = shlex.quote(source.base) + (
+        f" --revision {shlex.quote(source.revision)}" if source.revision else "")
     commands = []
     if options.merged:
         commands.append((_("Ask the merged checkpoint:"),
@@ -205,13 +269,17 @@ def say_uses(options, base: str, template: str, seconds: float) -> None:
     if options.gguf in ("f32", "f16"):
         commands.append((_("Smaller, by llama.cpp's own tool (the gguf package has no K types):"),
                          f"llama-quantize {folder}/model.gguf {folder}/model-q4_k_m.gguf Q4_K_M"))
-    if options.nf4:
-        commands.append((_("Start from the base in NF4:"),
-                         f"python train.py --model {shlex.quote(base)} --nf4-cache {folder} …"))
     if options.lora_gguf:
-        commands.append((_("llama.cpp over a GGUF of {base}:", base=base),
-                         f"llama-cli -m BASE.gguf --lora {folder}/adapter.gguf -no-cnv "
-                         f"-p {question}"))
+        commands.append((_("llama.cpp over a GGUF of the base (in versions before 2026 "
+                           "llama-completion is llama-cli):"),
+                         f"llama-completion -m BASE/model.gguf --lora {folder}/adapter.gguf "
+                         f"-no-cnv -p {question}"))
+        commands.append((_("That GGUF of the base, if you have none:"),
+                         f"python -m phogpt_raw.export {base} BASE --gguf q8_0"))
+    if options.nf4:
+        dtype = "" if options.dtype == "auto" else f" --dtype {options.dtype}"
+        commands.append((_("Start from the base in NF4 (the base alone, without an adapter):"),
+                         f"python train.py --model {base}{dtype} --nf4-cache {folder}/{NF4} …"))
     for what, command in commands:
         out.print(f"\n{what}\n  {command}", markup=False)
 

@@ -1,4 +1,4 @@
-"""How far a merged checkpoint's predictions are from those of the adapter on NF4 weights.
+"""How far a merged checkpoint's predictions are from those of the adapter on its base.
 
 The adapter was trained over weights rounded to 4 bits, and is merged into the weights before that
 rounding; then the sum is rounded to 16 bits. Both models read the same text here, block by block,
@@ -8,6 +8,7 @@ T tokens, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +37,19 @@ class Distance:
 
 @torch.no_grad()
 def distance(merger: Merger, merged: dict[str, torch.Tensor], texts: list[list[int]],
-             device: torch.device, progress=lambda blocks: blocks) -> Distance:
-    """Between the adapter on NF4 and the tensors `merged` of a checkpoint, on token ids."""
+             device: torch.device, nf4: bool = True, progress=lambda blocks: blocks) -> Distance:
+    """Between the adapter on the base and the tensors `merged` of a checkpoint, on token ids.
+
+    nf4: the base's linears in NF4, or as they are stored.
+    """
     config, texts = merger.config, [text[:TOKENS] for text in texts]
     longest = max(map(len, texts))
     ids_BL = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
     real_BL = torch.tensor([[n < len(text) for n in range(longest)] for text in texts])
-    on_nf4 = final_states(config, lambda name: over_nf4(merger, name, device), ids_BL, device,
-                          progress)
+    over_base = partial(over_nf4, merger, device) if nf4 else merger.merged
+    on_base = final_states(config, over_base, ids_BL, device, progress)
     in_16 = final_states(config, lambda name: merged[name], ids_BL, device)
-    both_2TD = torch.stack([on_nf4[real_BL], in_16[real_BL]])
+    both_2TD = torch.stack([on_base[real_BL], in_16[real_BL]])
     one_TV, other_TV = both_heads(merger.tensors["transformer.wte.weight"],
                                   merged["transformer.wte.weight"], both_2TD)
     divergence = F.kl_div(other_TV.log_softmax(1), one_TV.log_softmax(1), reduction="batchmean",
@@ -54,7 +58,7 @@ def distance(merger: Merger, merged: dict[str, torch.Tensor], texts: list[list[i
                     float(divergence), float((one_TV - other_TV).abs().max()))
 
 
-def over_nf4(merger: Merger, name: str, device: torch.device) -> torch.Tensor:
+def over_nf4(merger: Merger, device: torch.device, name: str) -> torch.Tensor:
     """The tensor `name`, a linear's weight rounded to NF4 before the adapter is merged."""
     weight = merger.tensors[name]
     if not (name.endswith(".weight") and weight.dim() == 2 and ".blocks." in name):

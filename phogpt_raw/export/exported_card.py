@@ -19,7 +19,7 @@ end; the answer ends with `</s>`:
 ```
 """
 MERGED = """\
-**The checkpoint** (`config.json`, `*.safetensors`, tokenizer) is in PhoGPT's own format, in
+**The checkpoint** (`config.json`, `model*.safetensors`, tokenizer) is in PhoGPT's own format, in
 {dtype}. With phogpt-raw: `python generate.py --model FOLDER "Câu hỏi của bạn"`. transformers' own
 MPT reads it without its biases, which must be put back.
 """
@@ -28,8 +28,12 @@ GGUF = """\
 model.gguf`. With Ollama: `ollama create phogpt -f Modelfile`, then `ollama run phogpt`.
 """
 LORA = """\
-**`adapter.gguf`** is the adapter alone, for llama.cpp over a GGUF of the same base: `llama-cli -m
-BASE.gguf --lora adapter.gguf`.
+**`adapter.gguf`** is the adapter alone, for llama.cpp over a GGUF of the same base
+(`llama-completion` is `llama-cli` in versions before 2026):
+
+```bash
+llama-completion -m BASE.gguf --lora adapter.gguf -no-cnv -e -p '{escaped}'
+```
 """
 
 
@@ -37,12 +41,13 @@ def write(file: Path, *, title: str, base: str | None, template: str, adapted: b
           merged: str | None, kind: str | None, lora: bool) -> None:
     """base: a repository of the hub, None where it is a folder. merged: the checkpoint's dtype;
     kind: the GGUF's; None where there is none."""
+    question = TEMPLATES[template].question.format("Câu hỏi của bạn")
     parts = [MERGED.format(dtype=merged) if merged else "", GGUF.format(kind=kind) if kind else "",
-             LORA if lora else ""]
+             LORA.format(escaped=question.replace("\n", "\\n")) if lora else ""]
     head = HEAD.format(
         title=plain(title), template=template,
         what="A fine-tuned PhoGPT" if adapted else "A PhoGPT",
-        question=TEMPLATES[template].question.format("Câu hỏi của bạn"))
+        question=question)
     text = "\n".join([head, *filter(None, parts)])
     relation = "merge" if merged else "adapter" if lora and not kind else "quantized"
     tags = ["phogpt", "vietnamese", *(["gguf"] if kind or lora else [])]

@@ -22,6 +22,8 @@ KINDS = ("f32", "f16", "q8_0", "q4_0")
 # The patterns by which PhoGPT's and nano's tokenizers cut text before BPE: both the set that
 # llama.cpp has under BLOOM's name.
 PATTERNS = (" ?[^(\\s|[.,!?…。，、।۔،])]+", " ?[^\\s.,!?()|…。，、।۔،]+")
+# The largest value that a type can hold: a block of a quantised one has its scale in fp16.
+LARGEST = {"F16": 65504, "Q8_0": 127 * 65504, "Q4_0": 8 * 65504}
 CHUNK = 2**23  # elements that are converted at once
 
 
@@ -53,8 +55,11 @@ class Rows:
     def tofile(self, file) -> None:
         quantise = import_gguf().quants.quantize
         tensor = self.make()
-        check_finite(tensor, self.name, torch.float16 if self.type.name == "F16"
-                     else torch.float32)
+        check_finite(tensor, self.name, torch.float32)
+        largest, limit = float(tensor.abs().max()), LARGEST.get(self.type.name, float("inf"))
+        if largest > limit:
+            raise Refusal(f"tensor {self.name} holds values up to {largest:.3g}, and "
+                          f"{self.type.name} ends at {limit:.3g}; take --gguf f32")
         rows = max(1, CHUNK * self.shape[0] // self.shape.numel())
         for start in range(0, len(tensor), rows):
             part = np.ascontiguousarray(tensor[start : start + rows].float().cpu().numpy())
@@ -84,7 +89,7 @@ def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_templa
                 progress=lambda tensors: tensors) -> None:
     """model.gguf; `name` is what it says of itself, `kind` one of KINDS."""
     gguf = import_gguf()
-    check_supported(merger.config)
+    check_model(merger)
     writer = gguf.GGUFWriter(file, "mpt")
     writer.add_name(name)
     writer.add_languages(["vi"])
@@ -97,8 +102,14 @@ def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_templa
     write(writer, list(model_tensors(merger, kind)), progress)
 
 
+def check_model(merger: Merger) -> None:
+    """Raise Refusal for what llama.cpp would do otherwise, without an error; reads no weights."""
+    check_supported(merger.config)
+    file = merger.folder / "tokenizer.json"
+    check_tokenizer(read_json(file), str(file))
+
+
 def check_supported(config: ModelConfig) -> None:
-    """Raise Refusal for what llama.cpp would compute otherwise, without an error."""
     width = config.d_model // config.n_heads
     if config.softmax_scale is not None and abs(config.softmax_scale * width**0.5 - 1) > 1e-6:
         raise Refusal(f"config.json: softmax_scale {config.softmax_scale}: llama.cpp always takes "
@@ -118,14 +129,10 @@ def add_shape(writer, config: ModelConfig) -> None:
 
 
 def add_tokenizer(writer, folder: Path, size: int) -> None:
-    """The tokenizer of a model folder; ids that the embedding has beyond it are unused tokens.
-
-    Raises Refusal where it is not the kind of tokenizer that PhoGPT has.
-    """
+    """The tokenizer of a model folder; ids that the embedding has beyond it are unused tokens."""
     gguf = import_gguf()
     file = folder / "tokenizer.json"
     content = read_json(file)
-    check_tokenizer(content, str(file))
     tokens = [f"[PAD{n}]" for n in range(size)]
     types = [gguf.TokenType.UNUSED] * size
     for text, n in content["model"]["vocab"].items():

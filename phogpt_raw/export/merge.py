@@ -8,7 +8,6 @@ holds one layer in fp32, its update, and the shard that is being filled.
 O out, D in.
 """
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import nn
 from phogpt_raw.config import hub_id
 from phogpt_raw.model.adapter_config import read_adapter_config
 from phogpt_raw.model.adapters import PREFIX, Adapters, load_adapters
-from phogpt_raw.model.checkpoint_format import parameter_shapes, write_checkpoint
+from phogpt_raw.model.checkpoint_format import parameter_shapes, write_checkpoint, write_json
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.model.weights import (
     PINNED_IDS,
@@ -138,19 +137,25 @@ def stored_dtype(merger: Merger) -> torch.dtype:
 
 
 def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
-                 progress=lambda tensors: tensors) -> None:
+                 progress=lambda tensors: tensors, chat_template: str | None = None) -> None:
     """A checkpoint in PhoGPT's format: safetensors of at most about SHARD bytes, the tokenizer's
     files, a config that both VinAI's and transformers' MPT read.
 
-    base: what the base was named by; a hub id is where its config's code is.
+    base: what the base was named by; a hub id is where its config's code is. chat_template: in
+    Jinja, in place of the tokenizer's, so that the checkpoint knows in which it was trained.
     """
     size = dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
     write_checkpoint(folder, merged_config(merger.folder, base, dtype),
                      progress(merger.all_merged(dtype)), shards=-(-size // SHARD),
                      kind="safetensors", tokenizer=merger.folder)
+    tokenizer = folder / "tokenizer_config.json"
+    if chat_template:
+        settings = read_json(tokenizer) if tokenizer.is_file() else {}
+        write_json(tokenizer, settings | {"chat_template": chat_template})
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would be read in its place
     generation = {"bos_token_id": PINNED_IDS["bos"], "eos_token_id": PINNED_IDS["eos"],
                   "pad_token_id": PINNED_IDS["pad"], "use_cache": True}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", "utf-8")
+    write_json(folder / "generation_config.json", generation)
 
 
 def merged_config(folder: Path, base: str, dtype: torch.dtype) -> dict:
@@ -162,7 +167,7 @@ def merged_config(folder: Path, base: str, dtype: torch.dtype) -> dict:
     place, and without one the field goes.
     """
     config = read_json(folder / "config.json")
-    config["attn_config"] = config.get("attn_config", {}) | {"attn_pdrop": 0}
+    config["attn_config"] = (config.get("attn_config") or {}) | {"attn_pdrop": 0}
     config |= {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     code = config.pop("auto_map", None)
     if code and hub_id(base):

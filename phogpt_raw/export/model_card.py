@@ -57,6 +57,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import MptConfig, MptForCausalLM
 
 config = json.loads(Path("BASE/config.json").read_text())
@@ -65,9 +66,12 @@ model = MptForCausalLM(MptConfig.from_dict(config))
 for name, module in model.named_modules():
     if name != "lm_head" and getattr(module, "bias", 0) is None:
         module.bias = torch.nn.Parameter(torch.zeros(module.weight.shape[0]))
-for shard in Path("BASE").glob("pytorch_model*.bin"):
-    found = model.load_state_dict(torch.load(shard), strict=False)
-    assert not found.unexpected_keys
+missing = {{name for name, _ in model.named_parameters()}}
+for shard in [*Path("BASE").glob("*.bin"), *Path("BASE").glob("*.safetensors")]:
+    tensors = load_file(shard) if shard.suffix == ".safetensors" else torch.load(shard)
+    assert not model.load_state_dict(tensors, strict=False).unexpected_keys
+    missing -= tensors.keys()
+assert not missing
 model = PeftModel.from_pretrained(model, "FOLDER")
 ```
 
@@ -139,9 +143,10 @@ def card(job: Job) -> str:
     picture = ("![training and held-out loss, learning rate](loss.png)\n\n"
                if (folder / "loss.png").is_file() else "")
     body = BODY.format(
-        title=plain(folder.resolve().name), base=base, unpublished=unpublished, picture=picture,
-        results=results(job), template=f"`{job.examples.template}`", question=template,
-        escaped=template.replace("\n", "\\n"), project=f"phogpt-raw {version('phogpt-raw')}",
+        title=f"{name} + {plain(folder.resolve().name)}", base=base, unpublished=unpublished,
+        picture=picture, results=results(job), template=f"`{job.examples.template}`",
+        question=template, escaped=template.replace("\n", "\\n"),
+        project=f"phogpt-raw {version('phogpt-raw')}",
         model="" if hub or config.model == "nano" else "--model BASE ",
         training=table(hyper_parameters(job)), data=table(data(job)),
         versions=table({package: version(package) for package in PACKAGES}),
