@@ -8,6 +8,7 @@ Greedy unless --temperature is given, streamed as it is written, ended by the mo
 """
 
 import argparse
+import codecs
 import sys
 import time
 import unicodedata
@@ -26,7 +27,13 @@ from phogpt_raw.decode.text import TextStream, loops
 from phogpt_raw.messages import _
 from phogpt_raw.model.adapter_config import Origin, named_base, read_origin
 from phogpt_raw.model.adapters import load_adapters
-from phogpt_raw.model.weights import find_folder, load_base, read_config, read_tokenizer
+from phogpt_raw.model.weights import (
+    WITHOUT_WEIGHTS,
+    find_folder,
+    load_base,
+    read_config,
+    read_tokenizer,
+)
 from phogpt_raw.refusal import Refusal, exits_cleanly
 
 
@@ -66,6 +73,19 @@ def parse(arguments):
     parser.add_argument("--no-capture", "--no_capture", dest="capture", action="store_false",
                         help="on a GPU: without CUDA graphs")
     return parser.parse_args(arguments)
+
+
+def from_stdin() -> str:
+    """Standard input as text, with or without the mark that Windows puts before it."""
+    read = getattr(sys.stdin, "buffer", None)
+    if read is None:
+        return sys.stdin.read()
+    content = read.read()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise Refusal("the question is not UTF-8; save it as UTF-8, or type it anew") from None
 
 
 def base_of(options, made: Origin) -> tuple[str, str | None]:
@@ -121,7 +141,8 @@ def say(line: str) -> None:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    question = sys.stdin.read() if options.question == "-" else options.question
+    question = from_stdin() if options.question == "-" else options.question
+    question = question.removeprefix("\ufeff")
     if not question.strip():
         raise Refusal("the question is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in question):
@@ -134,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_nf4_cache(options.nf4_cache, nf4=nf4)
     dtype = dtype_for(card, options.dtype, made.dtype)
     base, revision = base_of(options, made)
-    folder = find_folder(base, revision, files=["*.json"])
+    folder = find_folder(base, revision, files=WITHOUT_WEIGHTS)
     shape = read_config(folder)
     tokenizer = read_tokenizer(folder, shape)
     asked = made.template if options.template == "auto" else options.template

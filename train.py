@@ -53,9 +53,10 @@ def train(job, metrics, show):
     if state.step == 0:
         evaluation()
     job.model.train()
-    while state.step < run.steps:
+    while not run.ended:
         window = job.stream.window(state.step)
-        lr = lr_at(state.applied, run.steps, config.lr, config.warmup, config.lr_floor)
+        lr = lr_at(state.applied, run.steps, config.lr, config.warmup_of(run.steps),
+                   config.lr_floor)
         job.optimizer.param_groups[0]["lr"] = lr
 
         metrics.begin()

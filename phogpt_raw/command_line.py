@@ -13,12 +13,15 @@ import types
 import typing
 from pathlib import Path
 
+from phogpt_raw.cards import this_card
 from phogpt_raw.config import Config, flag
 from phogpt_raw.refusal import Refusal
 
 PRESETS = Path(__file__).parent / "presets"
 # Of these one is given; a flag takes the place of either in a preset.
 EITHER = (("steps", "epochs"), ("batch_size", "batch_tokens"), ("val", "hold_out"))
+ADAPTERS_OWN = ("rank", "alpha", "dropout", "targets")  # fields that --adapter decides
+CARDS = {"T4": "t4", "V100": "v100"}  # part of a GPU's name: its preset
 
 
 def comments() -> dict[str, str]:
@@ -40,38 +43,77 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(description: str) -> Parser:
-    """Flags for every field, with - or _, plus --preset."""
-    built = Parser(description=description, argument_default=argparse.SUPPRESS,
-                   allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    built.add_argument("--preset", metavar="P", help=f"{', '.join(preset_names())} or a TOML file")
+    """A flag for every field, with - or _, in the groups of Config's own headings."""
+    built = Parser(usage="%(prog)s [options]", description=description,
+                   argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    nano = read_preset("nano")
+    groups = {}
+    for title, names in headings().items():
+        groups |= dict.fromkeys(names, built.add_argument_group(title))
     for field in dataclasses.fields(Config):
-        names = dict.fromkeys([f"--{flag(field.name)}", f"--{field.name}"])
+        group, kind = groups[field.name], field_type(field)
         help_text = comments()[field.name].replace("%", "%%")
-        if field.default is not None:
-            help_text += f" (default {field.default})"
-        kind = field_type(field)
+        defaults = [] if field.default is None else [f"default {field.default}"]
+        if field.name in nano:
+            defaults.append(f"{nano[field.name]} for nano")
+        if defaults:
+            help_text += f" ({', '.join(defaults)})"
+        aliases = dict.fromkeys([f"--{flag(field.name)}", f"--{field.name}"])
+        shown, *others = aliases
         if kind is bool:
-            built.add_argument(*names, action=argparse.BooleanOptionalAction, help=help_text)
-            built.add_argument(f"--no_{field.name}", dest=field.name, action="store_false",
-                               help=argparse.SUPPRESS)  # argparse makes --no-… alone
+            group.add_argument(shown, action=argparse.BooleanOptionalAction, help=help_text)
+            for off, value in ((f"--{field.name}", True), (f"--no_{field.name}", False)):
+                if off not in (shown, f"--no-{field.name}"):
+                    hidden(group, off, field.name, action="store_const", const=value)
         else:
-            built.add_argument(*names, type=kind, metavar=kind.__name__.upper(), help=help_text)
+            group.add_argument(shown, type=kind, metavar=kind.__name__.upper(), help=help_text)
+            for other in others:
+                hidden(group, other, field.name, type=kind)
     return built
+
+
+def hidden(group, name: str, field: str, **how) -> None:
+    """Another spelling of a flag, which --help does not list."""
+    group.add_argument(name, dest=field, help=argparse.SUPPRESS, **how)
+
+
+def headings() -> dict[str, list[str]]:
+    """Config's fields under the comments that stand above them."""
+    found, names = {}, []
+    for line in inspect.getsource(Config).splitlines():
+        if heading := re.fullmatch(r"    # (.+)", line):
+            names = found[heading[1]] = []
+        elif field := re.match(r"    (\w+): ", line):
+            names.append(field[1])
+    return {title: names for title, names in found.items() if names}
 
 
 def from_command_line(arguments: list[str] | None, description: str) -> Config:
     """The Config of a command line; Refusal for whatever cannot be."""
     given = vars(parser(description).parse_args(arguments))
-    preset = given.pop("preset", None)
-    if preset is None and given.get("model", Config.model) == "nano":
-        preset = "nano"  # the embedded base wants another learning rate than a 7B does
-    values = read_preset(preset) if preset else {}
+    preset = given.pop("preset", None) or preset_for(given.get("model", Config.model))
+    values = {} if preset in (None, "none") else read_preset(preset)
     if any({"batch_size", "batch_tokens"} <= set(source) for source in (given, values)):
         raise Refusal("--batch-size and --batch-tokens: give one of them")
     for pair in EITHER:
         if set(pair) & set(given):
             values = {name: value for name, value in values.items() if name not in pair}
-    return Config(**{**values, **given})
+    if given.get("adapter"):
+        for name in ADAPTERS_OWN:
+            if name in given:
+                raise Refusal(f"--{name}: an adapter has its own; leave the flag out with "
+                              f"--adapter, or start a new adapter without it")
+    return Config(preset=preset, **{**values, **given})
+
+
+def preset_for(model: str) -> str | None:
+    """The preset where none is named: nano's, for it wants another learning rate than a 7B; else
+    that of the GPU at hand, None for a GPU without one."""
+    if model == "nano":
+        return "nano"
+    name = this_card().name
+    return next((preset for part, preset in CARDS.items() if part in name), None)
 
 
 def preset_names() -> list[str]:
@@ -88,7 +130,7 @@ def read_preset(preset: str) -> dict:
         values = tomllib.loads(file.read_text("utf-8"))
     except ValueError as error:  # not TOML, or not UTF-8
         raise Refusal(f"{file}: not TOML ({error})") from None
-    fields = {field.name: field for field in dataclasses.fields(Config)}
+    fields = {field.name: field for field in dataclasses.fields(Config) if field.name != "preset"}
     for key, value in values.items():
         if key not in fields:
             raise Refusal(f"{file}: unknown key {key}; known are {', '.join(fields)}")

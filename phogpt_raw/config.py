@@ -14,17 +14,18 @@ from phogpt_raw.refusal import Refusal
 
 @dataclass(frozen=True)
 class Config:
-    # what
+    # what is trained, on what
+    preset: str | None = None  # t4, v100, nano, none, or a TOML file; default: by model and card
     model: str = "nano"  # nano, a folder, or a hub id such as vinai/PhoGPT-4B-Chat
     revision: str | None = None  # the hub repository's branch, tag or commit
     data: str | None = None  # training rows; default for nano: its bundled pairs
     val: str | None = None  # held-out rows; default for nano: its bundled ones
-    hold_out: int = 0  # rows of --data kept out for validation where --val is not given
+    hold_out: float | None = None  # rows of --data kept for validation: a count, or a share (0.05)
     template: str = "auto"  # auto, 7b5-instruct or 4b-chat: how a row becomes a prompt
     out: str | None = None  # run folder; default runs/<model>-NNN, a new number each time
     adapter: str | None = None  # go on from this adapter (its rank and targets) with new data
     dry_run: bool = False  # print what the run would do, and train nothing
-    # how long
+    # how long it is trained
     steps: int | None = None  # optimizer steps; or --epochs
     epochs: float | None = None  # passes over the data; or --steps (default: 3 epochs)
     # one optimizer step
@@ -35,7 +36,7 @@ class Config:
     packing: bool = True  # the examples of a step share rows; same result, less time
     pack_len: int | None = None  # its tokens, at most; a longer example has a row of its own
     lr: float = 2e-4  # peak learning rate
-    warmup: int = 10  # steps of linear warm-up
+    warmup: int | None = None  # steps of linear warm-up; default: 5, at most a tenth of the steps
     lr_floor: float = 0.1  # where the cosine ends, as a share of the peak
     clip: float = 1.0  # largest gradient norm
     weight_decay: float = 0.0  # AdamW's decoupled decay; LoRA's B starts at zero and needs none
@@ -54,10 +55,11 @@ class Config:
     capture: bool = True  # on a GPU, run shapes that come again as CUDA graphs
     loss_mib: int = 256  # MiB that one chunk of logits may take, its transients included
     # evaluation and saving
-    eval_every: int = 0  # steps between evaluations; 0: only before, and at the end
+    eval_every: int = 50  # steps between evaluations; 0: only before, and at the end
     eval_answers: int = 8  # held-out answers written at an evaluation, to see whether they stop
     answer_tokens: int = 96  # tokens such an answer may have
-    save_every: int = 0  # steps between checkpoints, beside those at evaluations and at the end
+    patience: int = 0  # evaluations without a lower loss after which the run ends; 0: never
+    save_every: int = 50  # steps between checkpoints, beside those at evaluations and at the end
     max_skipped: int = 20  # steps skipped in a row (gradients not finite) before the run stops
 
     def __post_init__(self):
@@ -84,6 +86,14 @@ class Config:
         check_nf4_cache(self.nf4_cache, nf4=self.nf4)
         if self.val is not None and self.hold_out:
             raise Refusal("--val and --hold-out: give one of them")
+        if self.hold_out and self.hold_out >= 1 and self.hold_out % 1:
+            raise Refusal(f"--hold-out {self.hold_out}: a share is below 1, a count is whole")
+        if self.patience and not self.eval_every:
+            raise Refusal("--patience: counts evaluations; set --eval-every too")
+
+    def warmup_of(self, steps: int) -> int:
+        """Steps of warm-up of a run of so many steps."""
+        return min(WARMUP, steps // 10) if self.warmup is None else self.warmup
 
     def target_names(self) -> list[str]:
         return [name.strip() for name in self.targets.split(",") if name.strip()]
@@ -109,7 +119,9 @@ class Config:
 
 LOWEST = dict(steps=1, batch_size=1, batch_tokens=1, micro_batch=1, max_len=8, pack_len=1,
               warmup=0, rank=1, loss_mib=1, eval_every=0, eval_answers=0, answer_tokens=1,
-              save_every=0, hold_out=0, seed=0, weight_decay=0, max_skipped=1)
+              save_every=0, hold_out=0, seed=0, weight_decay=0, max_skipped=1,
+              patience=0)
+WARMUP = 5  # steps: AdamW's second moment needs a few before the rate is at its peak
 CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))
 

@@ -14,6 +14,14 @@ import threading
 from phogpt_raw.messages import _
 
 
+def write_utf8(stream) -> None:
+    """Have a stream write Vietnamese where the system's encoding cannot, as a redirected output on
+    Windows: in UTF-8; a terminal keeps its encoding and shows `?` for what it lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    if hasattr(stream, "reconfigure") and encoding.lower().replace("-", "") != "utf8":
+        stream.reconfigure(**({"errors": "replace"} if stream.isatty() else {"encoding": "utf-8"}))
+
+
 class Refusal(ValueError):
     """One sentence: what is wrong, where (file and line, flag, tensor), and what to do."""
 
@@ -35,6 +43,8 @@ def exits_cleanly(main=None, *, stopped: str = _("stopped by hand")):
     def command(*args, **kwargs):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        for stream in (sys.stdout, sys.stderr):
+            write_utf8(stream)
         try:
             return main(*args, **kwargs)
         except (Refusal, RunFailed) as error:

@@ -143,7 +143,10 @@ def train(tiny, rows, capsys, monkeypatch):
                 patch.setattr(script, "lr_at", breaking_off(script.lr_at, *at))
             status = 0
             try:
-                script.main(command_line({**SMALL, "--model": tiny, "--data": rows}, flags))
+                settings = {**SMALL, "--model": tiny, "--data": rows}
+                if "--adapter" in flags:  # which has a rank of its own
+                    del settings["--rank"]
+                script.main(command_line(settings, flags))
             except SystemExit as left:
                 status = left.code
         said = capsys.readouterr()

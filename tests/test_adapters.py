@@ -564,3 +564,56 @@ def test_an_adapter_that_trains_biases_is_refused_in_sixteen_bits(adapted, tmp_p
 def test_no_target_at_all_is_refused():
     with pytest.raises(Refusal, match="--targets: names no linear layer; the model has Wqkv, "):
         new_adapters(base(), rank=4, alpha=8, targets=[])
+
+
+# -- adapters from elsewhere
+
+
+def test_an_adapter_in_the_older_format_is_read_weights_only(saved, tmp_path):
+    folder, _, adapters = saved
+    older = shutil.copytree(folder, tmp_path / "older")
+    tensors = load_file(older / "adapter_model.safetensors")
+    (older / "adapter_model.safetensors").unlink()
+    torch.save(tensors, older / "adapter_model.bin")
+    assert torch.equal(load_adapters(base(), older).flat, adapters.flat)
+    torch.save({"x": Unpickled()}, older / "adapter_model.bin")
+    with pytest.raises(Refusal, match=r"adapter_model\.bin: cannot be read"):
+        load_adapters(base(), older)
+
+
+class Unpickled:
+    """A class of its own, which weights_only=True does not make."""
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "gaussian", False])
+def test_how_an_adapter_was_initialised_does_not_matter(saved, tmp_path, kind):
+    folder, _, adapters = saved
+    other = shutil.copytree(folder, tmp_path / "other")
+    file = other / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": kind}))
+    assert torch.equal(load_adapters(base(), other).flat, adapters.flat)
+
+
+def test_a_target_that_matches_nothing_is_no_fault_of_a_finished_adapter(saved, tmp_path):
+    """Stock PEFT made it so, and its file has every tensor that the others need."""
+    folder, _, adapters = saved
+    other = shutil.copytree(folder, tmp_path / "other")
+    file = other / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"target_modules": [*config["target_modules"], "q_proj"]}))
+    assert torch.equal(load_adapters(base(), other).flat, adapters.flat)
+    file.write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    with pytest.raises(Refusal, match=r"adapter_config\.json: .*q_proj"):
+        load_adapters(base(), other)
+    with pytest.raises(Refusal, match="--targets: the model has no linear layer q_proj"):
+        new_adapters(base(), rank=4, alpha=8, targets=["Wqkv", "q_proj"])
+
+
+def test_integers_are_no_weights(saved, tmp_path):
+    folder, _, _ = saved
+    other = shutil.copytree(folder, tmp_path / "other")
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()},
+              other / "adapter_model.safetensors")
+    with pytest.raises(Refusal, match=r"is stored as torch\.int8"):
+        load_adapters(base(), other)

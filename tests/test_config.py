@@ -25,7 +25,7 @@ FLAGS = [
     "--lr", "--lr-floor", "--max-len", "--max-skipped", "--micro-batch", "--model",
     "--nf4", "--nf4-cache", "--no-capture", "--no-dry-run", "--no-nf4", "--no-packing",
     "--optimizer", "--out",
-    "--pack-len", "--packing",
+    "--pack-len", "--packing", "--patience",
     "--preset", "--rank", "--recompute", "--revision", "--save-every",
     "--seed", "--steps", "--targets", "--template", "--val",
     "--warmup", "--weight-decay",
@@ -67,7 +67,7 @@ def test_a_flag_takes_the_place_of_its_other_in_a_preset(tmp_path):
     read_one = read("--preset", both, "--batch-size", "4", "--steps", "7", "--val", "v.jsonl")
     assert (read_one.batch_size, read_one.batch_tokens) == (4, None)
     assert (read_one.steps, read_one.epochs) == (7, None)
-    assert (read_one.val, read_one.hold_out) == ("v.jsonl", 0)
+    assert (read_one.val, read_one.hold_out) == ("v.jsonl", None)
     assert read("--preset", "t4", "--batch-tokens", "512").batch_tokens == 512
 
 
@@ -202,3 +202,31 @@ def test_a_refusal_reaches_the_shell_as_one_line_and_status_2():
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert "--step 5" in line
+
+
+@pytest.mark.parametrize("name, preset", [
+    ("Tesla T4", "t4"), ("Tesla V100-SXM2-16GB", "v100"), ("NVIDIA H100 80GB HBM3", None),
+    ("CPU", None)])
+def test_a_card_brings_its_preset(monkeypatch, name, preset):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(command_line, "this_card", lambda: SimpleNamespace(name=name))
+    assert read("--model", "x/y").preset == preset
+    assert read("--model", "x/y") == Config(**(
+        command_line.read_preset(preset) if preset else {}), model="x/y", preset=preset)
+    assert read("--model", "x/y", "--preset", "none").dtype == "auto"
+    assert read().preset == "nano"
+    assert read("--model", "x/y", "--steps", "9", "--dtype", "bf16").dtype == "bf16"
+
+
+@pytest.mark.parametrize("steps, warmup", [(3, 0), (10, 1), (49, 4), (60, 5), (5000, 5)])
+def test_warm_up_is_at_most_a_tenth_of_the_steps(steps, warmup):
+    assert Config().warmup_of(steps) == warmup
+    assert Config(warmup=7).warmup_of(steps) == 7
+
+
+def test_help_lists_each_flag_once_in_groups_with_nanos_defaults():
+    text = parser("").format_help()
+    assert "one optimizer step:" in text and text.count("--micro-batch") == 1
+    assert "--micro_batch" not in text and "--no_nf4" not in text
+    assert "(default 0.0002, 0.003 for nano)" in " ".join(text.split())

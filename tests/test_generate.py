@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from phogpt_raw.decode import text as module
 from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
+from phogpt_raw.refusal import write_utf8
 
 QUESTION = "Phở bò là gì?"
 
@@ -253,3 +255,36 @@ def test_the_runs_template_and_precision_are_the_answers(ask, first_command, tmp
         assert ask("--adapter", run, "--max-new-tokens", 2, *flags, QUESTION)[0] == 0
     assert loaded == [False, True]
     assert encoded == ["### Câu hỏi:\n{}\n\n### Trả lời:", "### Câu hỏi: {}\n### Trả lời:"]
+
+
+@pytest.mark.parametrize("encode", [
+    lambda text: text.encode("utf-8"), lambda text: text.encode("utf-8-sig"),
+    lambda text: text.encode("utf-16")], ids=["utf-8", "with a mark", "utf-16"])
+def test_a_question_from_a_file_of_any_editor(encode, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(encode(QUESTION))))
+    assert generate.from_stdin() == QUESTION
+
+
+def test_a_question_in_another_encoding_is_refused(ask, monkeypatch):
+    content = io.BytesIO("Phở là gì?".encode("cp1258", "replace"))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=content))
+    status, _, error = ask("-")
+    assert status == 2 and "not UTF-8" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp1258", "ascii", "utf-8"])
+def test_an_output_of_another_encoding_gets_utf8(encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    write_utf8(stream)
+    stream.write("Dạ, phở ạ")
+    stream.flush()
+    assert stream.buffer.getvalue().decode("utf-8") == "Dạ, phở ạ"
+
+
+def test_a_terminal_of_another_encoding_keeps_it():
+    stream = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    stream.isatty = lambda: True
+    write_utf8(stream)
+    stream.write("Dạ, phở ạ")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"D?, ph? ?"

@@ -74,7 +74,7 @@ def test_rows_after_the_checkpoint_are_dropped_when_a_run_resumes(tmp_path):
 
 
 def run_of(tmp_path, steps, eval_every, step=0):
-    run = Run(Config(out=str(tmp_path / "run"), eval_every=eval_every), steps)
+    run = Run(Config(out=str(tmp_path / "run"), eval_every=eval_every), steps, None)
     run.state.step = step
     return run
 

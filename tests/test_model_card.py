@@ -94,7 +94,7 @@ def test_data_is_named_by_file_and_hash_and_no_path_of_the_machine_is_told(card,
 def test_settings_are_the_adapters_own_where_a_run_goes_on_from_one(train, card, tmp_path):
     first = tmp_path / "trước"
     train("--out", first, "--rank", 2, "--steps", 1, "--eval-answers", 0)
-    text = card("--adapter", first, "--rank", 16)
+    text = card("--adapter", first)
     assert row_of(text, "rank, alpha, dropout") == ["2, 32, 0"]
     assert row_of(text, "began from") == ["the adapter in a folder named trước"]
     assert row_of(text, "steps") == ["7 (3.1 epochs), 0 skipped"]

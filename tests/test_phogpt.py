@@ -364,3 +364,32 @@ def test_a_missing_field_is_refused_by_name(field):
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(Refusal, match=r"d_model 48.*n_heads 5"):
         ModelConfig.from_json(small_config(6) | dict(n_heads=5))
+
+
+@pytest.mark.parametrize("fields", [
+    {"norm_eps": 1e-3}, {"norm_eps": 1e-3, "layer_norm_epsilon": 1e-3}])
+def test_llm_foundrys_name_of_the_norms_epsilon_is_honoured(fields):
+    config = small_config(6)
+    config.pop("layer_norm_epsilon", None)
+    assert ModelConfig.from_json(config | fields).layer_norm_epsilon == 1e-3
+
+
+@pytest.mark.parametrize("fields, said", [
+    ({"norm_eps": 1e-3, "layer_norm_epsilon": 1e-5}, "two names of one value"),
+    ({"ffn_config": {"ffn_type": "mptmlp", "ffn_act_fn": {"name": "relu"}}}, "ffn_act_fn"),
+    ({"ffn_config": {"ffn_type": "mptglu"}}, "ffn_type"), ({"ffn_act_fn": "relu"}, "ffn_act_fn"),
+    ({"attn_config": {"attn_logit_softcapping": 1.0}}, "attn_logit_softcapping"),
+    ({"attn_config": [1]}, "attn_config is not an object"),
+    ({"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
+    ({"n_layers": 10**6}, "n_layers = 1000000 is not a whole number from 1 to 1,024"),
+    ({"n_layers": True}, "n_layers = True"), ({"n_layers": 2.0}, "n_layers = 2.0"),
+    ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon"),
+    ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon"),
+    ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon"),
+    ({"layer_norm_epsilon": None}, "layer_norm_epsilon"),
+    ({"attn_config": {"alibi_bias_max": 0}}, "alibi_bias_max"),
+    ({"attn_config": {"clip_qkv": -1}}, "clip_qkv"),
+    ({"attn_config": {"softmax_scale": float("inf")}}, "softmax_scale")])
+def test_what_would_be_computed_otherwise_is_refused_by_name(fields, said):
+    with pytest.raises(Refusal, match=f"config.json: .*{said}"):
+        ModelConfig.from_json(small_config(6) | fields)

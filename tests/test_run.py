@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -163,7 +164,6 @@ def test_more_steps_go_on_with_a_complete_run(train, tmp_path):
     (["--rank", 8], "--rank"),
     (["--no-nf4"], "--nf4"),
     (["--optimizer", "adamw"], "--optimizer"),
-    (["--hold-out", 2], "--hold-out"),
 ])
 def test_going_on_with_another_setting_is_refused_by_its_flag(train, tmp_path, flags, said):
     out = tmp_path / "run"
@@ -175,14 +175,41 @@ def test_going_on_with_another_setting_is_refused_by_its_flag(train, tmp_path, f
     assert len(metrics(out)[0]) == 1
 
 
-def test_going_on_with_other_data_is_refused(train, tmp_path):
+@pytest.mark.parametrize("change, said", [
+    (lambda lines: lines.append(lines[0].replace("?", "!")), "1 new or edited"),
+    (lambda lines: lines.__delitem__(5), "1 gone"),
+    (lambda lines: lines.reverse(), "in another order"),
+    (lambda lines: lines.__setitem__(5, lines[5].replace('"}', ' nữa"}')), "1 new or edited")])
+def test_going_on_with_other_rows_is_refused_and_says_which(train, tmp_path, rows, change, said):
+    out, lines = tmp_path / "run", rows.read_text("utf-8").splitlines()
+    train("--out", out, "--steps", 1, "--eval-answers", 0, "--hold-out", 0)
+    change(lines)
+    rows.write_text("\n".join(lines) + "\n", "utf-8")
+    status, _, line = train("--out", out, "--steps", 2, "--hold-out", 0)
+    assert status == 2 and line.count("\n") == 1
+    assert "its training rows have changed since it began" in line and said in line
+    assert ("rows.jsonl:" in line) == ("edited" in said)
+
+
+def test_another_division_of_the_rows_is_refused(train, tmp_path):
+    train("--out", tmp_path / "run", "--steps", 1, "--eval-answers", 0)
+    status, _, line = train("--out", tmp_path / "run", "--steps", 2, "--hold-out", 2)
+    assert status == 2 and "its training rows have changed" in line
+
+
+def test_the_same_rows_may_come_from_another_place(train, tmp_path, rows, monkeypatch):
     out = tmp_path / "run"
     train("--out", out, "--steps", 1, "--eval-answers", 0)
-    other = write_rows(tmp_path / "other.jsonl")
-    status, _, line = train("--out", out, "--data", other)
-    assert status == 2
-    assert "this run has --data" in line
-    assert str(other) in line
+    other = shutil.copy(rows, tmp_path / "moved.jsonl")
+    assert train("--out", out, "--steps", 2, "--data", other)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    assert train("--out", "run", "--steps", 3, "--data", "./moved.jsonl")[0] == 0
+
+
+def test_the_base_may_be_spelled_otherwise(train, tmp_path, tiny, monkeypatch):
+    train("--out", tmp_path / "run", "--steps", 1, "--eval-answers", 0)
+    monkeypatch.chdir(tiny.parent)
+    assert train("--out", tmp_path / "run", "--steps", 2, "--model", tiny.name)[0] == 0
 
 
 def test_a_folder_with_an_adapter_and_no_checkpoint_is_not_written_over(train, tmp_path):
@@ -198,8 +225,13 @@ def test_a_folder_with_an_adapter_and_no_checkpoint_is_not_written_over(train, t
 def test_an_adapter_is_gone_on_from_with_its_own_rank(train, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     train("--out", first)
-    status, said, _ = train("--out", second, "--adapter", first, "--rank", 16)
+    status, said, _ = train("--out", second, "--adapter", first)
     assert status == 0
+    recorded = json.loads((second / "config.json").read_text())
+    assert (recorded["rank"], recorded["alpha"]) == (4, 32)
+    for flag, value in (("--rank", 16), ("--alpha", 8), ("--targets", "Wqkv"), ("--dropout", 0.1)):
+        status, _, line = train("--out", tmp_path / "third", "--adapter", first, flag, value)
+        assert status == 2 and f"{flag}: an adapter has its own" in line
     assert f"rank 4, alpha 32, on Wqkv, down_proj, out_proj, up_proj, going on from {first}" in (
         " ".join(said.split()))
     best = min(row["val_loss"] for row in metrics(first)[1])
@@ -571,3 +603,57 @@ def test_going_on_from_an_adapter_names_the_base_it_was_put_on(train, tmp_path, 
     train("--out", tmp_path / "second", "--adapter", tmp_path / "first", "--model", other)
     config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(other)
+
+
+# -- what the summary speaks of, and an early end
+
+
+def scores_of(monkeypatch, *losses):
+    """Evaluations that give these losses, and answers that name them."""
+    left = list(losses)
+
+    def next_score(*_, **__):
+        loss = left.pop(0)
+        return evaluate.Score(loss, loss / 10, [f"answer at {loss}"] * 2)
+
+    monkeypatch.setattr(setup, "evaluate", next_score)
+
+
+def test_the_summary_is_of_the_adapter_that_was_kept(train, tmp_path, monkeypatch):
+    scores_of(monkeypatch, 5.0, 3.0, 4.0, 4.5, 4.75)
+    _, said, _ = train("--out", tmp_path / "run")
+    done = said.split("\ndone")[1]
+    assert "5.000 before, 3.000 after (-40%)" in done and "50% before, 30% after" in done
+    assert "(step 2, the" in done and "answer at 3.0" in done and "answer at 4.75" not in done
+    assert "no better" not in done
+
+
+def test_a_run_that_only_made_it_worse_says_so(train, tmp_path, monkeypatch):
+    scores_of(monkeypatch, 3.0, 4.0, 5.0, 6.0, 7.0)
+    status, said, _ = train("--out", tmp_path / "run")
+    assert status == 0 and "This training made the model no better" in said
+
+
+def test_patience_ends_a_run_that_gets_no_better(train, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    scores_of(monkeypatch, 9.0, 3.0, 4.0, 4.0, 1.0)
+    status, said, _ = train("--out", out, "--steps", 20, "--patience", 2)
+    assert status == 0 and "ended early: no better in 2 evaluations" in said
+    assert [row["step"] for row in metrics(out)[0]][-1] == 6
+    assert (out / "checkpoint-6").is_dir() and "(step 2, the" in said
+    status, _, line = train("--out", out, "--steps", 20, "--patience", 2)
+    assert status == 2 and "this run is complete (6 steps)" in line
+
+
+def test_patience_is_forgotten_at_each_better_score(train, tmp_path, monkeypatch):
+    scores_of(monkeypatch, 9.0, 3.0, 4.0, 2.0, 4.0, 1.0)
+    status, said, _ = train("--out", tmp_path / "run", "--steps", 10, "--patience", 2)
+    assert status == 0 and "\ndone" in said
+
+
+def test_a_resumed_run_remembers_what_it_kept(train, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    scores_of(monkeypatch, 5.0, 3.0, 4.0, 4.0, 4.5)
+    train("--out", out, "--steps", 4)
+    _, said, _ = train("--out", out, "--steps", 6)
+    assert "5.000 before, 3.000 after" in said and "answer at 3.0" in said

@@ -173,7 +173,7 @@ def learned_positions(folder):
 
 
 def an_untied_head(folder):
-    rewrite(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone()}))
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))
     return "pytorch_model.bin", "lm_head.weight"
 
 
@@ -285,6 +285,12 @@ def test_refused(tmp_path, tiny, spoil):
         load(folder)
     for part in parts:
         assert part in str(refusal.value)
+
+
+def test_a_head_that_is_stored_beside_the_equal_embedding_is_accepted(tmp_path, tiny):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone()}))
+    load(folder)
 
 
 class Burglar:

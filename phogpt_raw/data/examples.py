@@ -1,16 +1,17 @@
 """The training and the held-out examples of a run, from its files or from nano's bundled pairs."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-
-import torch
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row
-from phogpt_raw.data.rows import read_rows
+from phogpt_raw.data.rows import Row, read_rows
 from phogpt_raw.refusal import Refusal
 
+DEFAULT_SHARE, ENOUGH = 0.05, 40  # held out unless --hold-out says otherwise, of so many rows
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
@@ -42,25 +43,61 @@ def load_examples(tokenizer, config: Config) -> Examples:
     data, val = config.data, config.val
     if data is None and config.model == "nano":
         data = str(PAIRS / "train.jsonl")
-        val = val or (None if config.hold_out else str(PAIRS / "heldout.jsonl"))
+        val = val or (str(PAIRS / "heldout.jsonl") if config.hold_out is None else None)
     if data is None:
         raise Refusal("--data: name a file of rows, such as --data rows.jsonl with lines "
                       '{"prompt": "…", "response": "…"}')
     name, reason = choose_template(tokenizer, config.template)
     rows, held_out = read_rows(data), read_rows(val) if val else []
-    if config.hold_out:
-        if config.hold_out >= len(rows):
-            raise Refusal(f"--hold-out {config.hold_out}: {data} has only {len(rows)} rows")
-        dice = torch.Generator().manual_seed(config.seed)
-        order = torch.randperm(len(rows), generator=dice).tolist()
-        held_out = [rows[i] for i in order[: config.hold_out]]
-        rows = [rows[i] for i in sorted(order[config.hold_out :])]
+    if not val:
+        rows, held_out = divide(rows, hold_out_of(config, len(rows)), data)
     train, kept_out = (
         [encode_row(tokenizer, TEMPLATES[name], row, config.max_len) for row in part]
         for part in (rows, held_out)
     )
     return Examples(train, kept_out, [row.prompt for row in held_out], name, reason,
                     Path(data).name, identify(data), identify(val) if val else None)
+
+
+def hold_out_of(config: Config, rows: int) -> float:
+    """--hold-out, or its default."""
+    if config.hold_out is None:
+        return DEFAULT_SHARE if rows >= ENOUGH else 0
+    return config.hold_out
+
+
+def divide(rows: list[Row], hold_out: float, data: str) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows), both in the file's order.
+
+    The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
+    share: rows that are added later move none of the others. From 1 on it is a count, reached or
+    passed by as few as equal rows force.
+    """
+    if not hold_out:
+        return rows, []
+    places = sorted({hash_of(row) for row in rows})
+    most = hold_out * 2**64 if hold_out < 1 else -1
+    if hold_out >= 1 or places[0] >= most:  # a share of a few rows: one is held out at least
+        wanted, copies = max(1, hold_out), Counter(map(hash_of, rows))
+        reached = accumulate(copies[place] for place in places)
+        most = next((place + 1 for place, n in zip(places, reached, strict=True) if n >= wanted),
+                    2**64)
+    kept = [row for row in rows if hash_of(row) >= most]
+    if not kept:
+        raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(rows)} rows, "
+                      f"{len(places)} of them different")
+    return kept, [row for row in rows if hash_of(row) < most]
+
+
+def hash_of(row: Row) -> int:
+    """A number below 2^64 from a row's text, in which capitals and spaces do not count."""
+    text = "\0".join(" ".join(part.casefold().split()) for part in (row.prompt, row.response))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def fingerprint(example: Example) -> str:
+    """12 hexadecimal digits that tell an encoded row from others."""
+    return hashlib.sha256(repr((example.ids, example.targets)).encode()).hexdigest()[:12]
 
 
 def identify(path: str) -> DataFile:

@@ -37,6 +37,7 @@ from phogpt_raw.model.adapter_config import Origin, named_base, read_origin
 from phogpt_raw.model.nf4 import NF4_BYTES
 from phogpt_raw.model.nf4_cache import human
 from phogpt_raw.model.weights import (
+    WITHOUT_WEIGHTS,
     find_cache,
     find_folder,
     read_model,
@@ -136,7 +137,7 @@ def find_source(options) -> Source:
         base = named_base(options.adapter, options.model)
     if not options.model:
         revision = revision or made.revision
-    folder = find_folder(base, revision, files=["*.json"])
+    folder = find_folder(base, revision, files=WITHOUT_WEIGHTS)
     merger = Merger(folder, options.adapter)
     if options.gguf:
         gguf.check_model(merger)

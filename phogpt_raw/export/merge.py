@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from phogpt_raw.config import hub_id
-from phogpt_raw.model.adapter_config import read_adapter_config
 from phogpt_raw.model.adapters import PREFIX, Adapters, load_adapters
 from phogpt_raw.model.checkpoint_format import parameter_shapes, write_checkpoint, write_json
 from phogpt_raw.model.phogpt import PhoGPT
@@ -30,7 +29,6 @@ from phogpt_raw.model.weights import (
 from phogpt_raw.refusal import Refusal
 
 SHARD = 2 * 2**30  # bytes of a file of weights, about; host memory holds one of them
-PLAIN = (True, False, "gaussian")  # initialisations that leave the base as it is
 ADAPTER_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
 
 
@@ -99,15 +97,6 @@ def mapped_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def adapted_skeleton(config, adapter: Path) -> tuple[Adapters, dict[str, nn.Module]]:
     """The adapter's weights, and the LoRA layer over each linear that it changes, by the linear's
     name; the layers' own weights are zeros that take no memory."""
-    lora = read_adapter_config(adapter)
-    file = adapter / "adapter_config.json"
-    if lora.init_lora_weights not in PLAIN:
-        raise Refusal(f"{file}: init_lora_weights {lora.init_lora_weights!r} changes the base "
-                      f"itself; convert the adapter to plain LoRA with PEFT first "
-                      f"(save_pretrained, path_initial_model_for_weight_conversion)")
-    if lora.modules_to_save:
-        raise Refusal(f"{file}: modules_to_save {lora.modules_to_save} cannot be merged; only LoRA "
-                      f"over the blocks' linears")
     with torch.device("meta"):
         model = PhoGPT(config)
     for name, parameter in list(model.named_parameters()):

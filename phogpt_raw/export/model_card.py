@@ -201,7 +201,7 @@ def hyper_parameters(job: Job) -> dict[str, str]:
     kinds = [name for name, on in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if on]
     batch = (f"at most {config.batch_tokens:,} tokens" if config.batch_tokens
              else f"{config.batch_size} examples")
-    rate = (f"{config.lr:g} after {config.warmup} steps of warm-up, then a cosine to "
+    rate = (f"{config.lr:g} after {config.warmup_of(run.steps)} steps of warm-up, then a cosine to "
             f"{config.lr * config.lr_floor:g}")
     epochs = run.steps / job.stream.steps(1)
     if not config.batch_tokens:

@@ -17,9 +17,13 @@ from phogpt_raw.refusal import Refusal
 # Fields that must be unset: they change the base, or what an adapter computes.
 UNSUPPORTED = (
     "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "layer_replication",
-    "loftq_config", "megatron_config", "monteclora_config", "target_parameters",
+    "loftq_config", "megatron_config", "modules_to_save", "monteclora_config",
+    "target_parameters",
     "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
 )
+# Initialisations that leave the base's weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ)
+# subtract what they put into the adapter, and the base that they leave is not the one in the files.
+PLAIN = (True, False, "gaussian", "orthogonal", "eva")
 HIGHEST_RANK = 2**16
 
 
@@ -47,6 +51,10 @@ def check(config, file: Path) -> None:
         if getattr(config, field, None):
             raise Refusal(f"{file}: {field} is not supported, only LoRA, rsLoRA and DoRA over "
                           f"linear layers")
+    if config.init_lora_weights not in PLAIN:
+        raise Refusal(f"{file}: init_lora_weights {config.init_lora_weights!r} changes the base's "
+                      f"weights themselves; convert the adapter to plain LoRA with PEFT first "
+                      f"(save_pretrained, path_initial_model_for_weight_conversion)")
     base = config.base_model_name_or_path
     if not isinstance(base, str | None):
         raise Refusal(f"{file}: base_model_name_or_path {base!r} is not text")

@@ -85,8 +85,13 @@ class Adapters(FlatBuffer):
         from safetensors.torch import load_file
 
         file = Path(folder) / "adapter_model.safetensors"
+        older = file.with_suffix(".bin")  # of PEFT before 0.6
         try:
-            tensors = load_file(file)
+            if older.is_file() and not file.is_file():
+                file = older
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                tensors = load_file(file)
         except FileNotFoundError:
             raise Refusal(f"{file}: missing; --adapter names a folder that a run has written") \
                 from None
@@ -112,6 +117,7 @@ def new_adapters(
     """
     from peft import LoraConfig
 
+    check_targets(model, targets)
     torch.manual_seed(seed)
     return inject(model, LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets),
@@ -130,6 +136,7 @@ def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
     """
     config = read_adapter_config(Path(folder))
     config.inference_mode = False
+    config.init_lora_weights = True  # the weights are read next; PEFT need not make them
     if base:
         config.base_model_name_or_path, config.revision = base, revision
     adapters = inject(model, config, trainable)
@@ -140,16 +147,18 @@ def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
 def inject(model: PhoGPT, config, trainable: bool = True) -> Adapters:
     """Put the LoRA layers that PEFT's `config` describes into the model.
 
-    Raises Refusal where a target is not in the model, or a bias would be trained in 16 bits.
+    Raises Refusal where no target is in the model, or a bias would be trained in 16 bits.
     """
     from peft import inject_adapter_in_model
 
-    check_targets(model, config.target_modules)
     if config.bias != "none" and model.head.dtype != torch.float32:
         raise Refusal(f"adapter_config.json: bias {config.bias!r} trains biases, which are frozen "
                       f"here in {str(model.head.dtype).removeprefix('torch.')}; use an adapter "
                       f"with bias \"none\", or --dtype fp32")
-    inject_adapter_in_model(config, model)
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise Refusal(f"adapter_config.json: {' '.join(str(error).split())}") from None
     model.train(model.training)  # the new layers too: they begin in training mode, with dropout
     fuse(model)
     return Adapters(model, trainable)

@@ -50,17 +50,24 @@ class ModelConfig:
     @classmethod
     def from_json(cls, config: dict, where: str = "config.json") -> "ModelConfig":
         """The config as VinAI ships it; raises Refusal naming the first field not supported."""
-        attention = config.get("attn_config") or {}
+        parts = {part: config.get(part) or {} for part in ("attn_config", "ffn_config")}
+        for part, fields in parts.items():
+            if not isinstance(fields, dict):
+                raise Refusal(f"{where}: {part} is not an object")
         for field, supported in SUPPORTED.items():
-            name = field.removeprefix("attn_config.")
-            value = (attention if name != field else config).get(name, supported[0])
+            part, _, name = field.rpartition(".")
+            value = parts.get(part, config).get(name, supported[0])
             if value not in supported:
                 raise Refusal(
                     f"{where}: {field} = {value!r} is not supported, only "
                     f"{' or '.join(repr(s) for s in supported)}; this is not a PhoGPT model"
                 )
         fields = cls.__dataclass_fields__
-        given = {k: v for k, v in {**config, **attention}.items() if k in fields}
+        given = {k: v for k, v in {**config, **parts["attn_config"]}.items() if k in fields}
+        epsilon = config.get("norm_eps")  # llm-foundry's name
+        if epsilon is not None and given.setdefault("layer_norm_epsilon", epsilon) != epsilon:
+            raise Refusal(f"{where}: layer_norm_epsilon and norm_eps are two names of one value, "
+                          f"and differ")
         try:
             shape = cls(**given)
         except TypeError as error:
@@ -68,8 +75,15 @@ class ModelConfig:
         for field in ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len",
                       "expansion_ratio"):
             value = getattr(shape, field)
-            if not isinstance(value, int) or value < 1:
-                raise Refusal(f"{where}: {field} = {value!r} is not a positive whole number")
+            if type(value) is not int or not 1 <= value <= LARGEST.get(field, 2**24):
+                raise Refusal(f"{where}: {field} = {value!r} is not a whole number from 1 to "
+                              f"{LARGEST.get(field, 2**24):,}")
+        for field in ("layer_norm_epsilon", "alibi_bias_max", "clip_qkv", "softmax_scale"):
+            value = getattr(shape, field)
+            if value is None and fields[field].default is None:
+                continue
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise Refusal(f"{where}: {field} = {value!r} is not a positive number")
         if shape.d_model % shape.n_heads:
             raise Refusal(f"{where}: d_model {shape.d_model} is not divided by n_heads "
                           f"{shape.n_heads}")
@@ -84,8 +98,14 @@ PUBLISHED = {
 
 # Learned positions are switched off by MPT itself where ALiBi is on (VinAI's raw file says true):
 # should a checkpoint really hold them, loading refuses their key.
+LARGEST = {"n_layers": 1024, "d_model": 2**16, "n_heads": 1024, "expansion_ratio": 64}
 SUPPORTED = {
     "model_type": ("mpt",),
+    "quantization_config": (None,),
+    "ffn_config.ffn_type": ("mptmlp",),
+    "ffn_config.ffn_act_fn": (None, {"name": "gelu"}, {"name": "gelu", "approximate": "none"}),
+    "ffn_act_fn": (None,),
+    "attn_config.attn_logit_softcapping": (None,),
     "attn_config.alibi": (True,),
     "attn_config.attn_type": ("multihead_attention",),
     "attn_config.attn_uses_sequence_id": (False,),

@@ -26,7 +26,9 @@ from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal
 
 NANO = Path(__file__).parents[1] / "nano" / "base"
-FILES = ["*.json", "*.safetensors", "*.bin"]  # of a hub repository; never its code
+WITHOUT_WEIGHTS = ["*.json", "*.jinja"]  # of a hub repository: config and tokenizer
+FILES = [*WITHOUT_WEIGHTS, "*.safetensors", "*.bin"]  # never its code
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"  # some writers store both
 PINNED_IDS = dict(unk=0, bos=1, eos=2, pad=3)
 
 
@@ -176,9 +178,12 @@ def accounted(folder: Path, shapes: dict[str, torch.Size]
               ) -> Iterator[tuple[str, torch.Tensor, Path]]:
     """(name, tensor, file) of each tensor of a model folder, not yet read; Refusal where they are
     not exactly those of `shapes`: each of them once, and no other."""
-    wanted = dict(shapes)
+    wanted, heads, embedding = dict(shapes), [], None
     for name, tensor, file in iterate(list_files(folder)):
         shape = wanted.pop(name, None)
+        if name == HEAD:
+            heads.append((tensor, file))
+            continue
         if shape is None:
             raise Refusal(f"{file}: tensor {name} " + (
                 "is there twice" if name in shapes else
@@ -186,7 +191,13 @@ def accounted(folder: Path, shapes: dict[str, torch.Size]
         if tensor.shape != shape:
             raise Refusal(f"{file}: tensor {name} has shape {list(tensor.shape)}, config.json "
                           f"asks for {list(shape)}")
+        if name == EMBEDDING:
+            embedding = tensor
         yield name, tensor, file
+    for head, file in heads:
+        if embedding is not None and not torch.equal(head, embedding):
+            raise Refusal(f"{file}: tensor {HEAD} is another than {EMBEDDING}; PhoGPT's head is "
+                          f"its embedding")
     if wanted:
         biases = sum(name.endswith(".bias") for name in wanted)
         hint = "; PhoGPT has biases: was it saved by transformers' own MPT?" if biases else ""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from phogpt_raw.messages import _
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.metrics import StepRow
-from phogpt_raw.training.run import Run
+from phogpt_raw.training.run import Run, record
 
 out = Rich(highlight=False, soft_wrap=True)
 
@@ -126,14 +126,15 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
     if state.skipped:
         steps += _("; {n} skipped", n=state.skipped)
     lines = {_("steps"): steps}
+    best = state.best or (last and record(last))  # a run of before the best score was kept
     if last:
         lines[_("validation loss")] = _(
             "{before:.3f} before, {after:.3f} after ({change:+.0%})", before=first["val_loss"],
-            after=last.val_loss, change=last.val_loss / first["val_loss"] - 1)
-        if last.answers and first["answers"]:
+            after=best["val_loss"], change=best["val_loss"] / first["val_loss"] - 1)
+        if best["answers"] and first["answers"]:
             lines[_("answers that stop")] = _(
                 "{before:.0%} before, {after:.0%} after, of {n}", before=first["stops"],
-                after=last.stops, n=len(last.answers))
+                after=best["stops"], n=len(best["answers"]))
     which = (_("step {n}, the lowest validation loss", n=state.best_step) if last
              else _("step {n}, the last", n=state.best_step))
     lines[_("adapter")] = f"{run.folder} ({which})"
@@ -141,10 +142,16 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
              if (run.folder / name).is_file()]
     if about:
         lines[_("beside it")] = ", ".join(about)
-    listing(_("done"), lines)
-    if last and last.answers and first["answers"]:
+    early = state.step < run.steps
+    listing(_("ended early: no better in {n} evaluations", n=state.not_better) if early
+            else _("done"), lines)
+    if last and best["val_loss"] >= first["val_loss"]:
+        out.print("\n" + _("This training made the model no better on the held-out rows: even its "
+                           "best step has a higher loss than the untrained adapter. Try a lower "
+                           "--lr, or more rows."), markup=False)
+    if last and best["answers"] and first["answers"]:
         heading(_("held-out questions"))
-        shown = zip(questions, first["answers"], last.answers, strict=False)
+        shown = zip(questions, first["answers"], best["answers"], strict=False)
         for question, before, after in islice(shown, 2):
             out.print(f"\n{question}", markup=False)
             out.print("  " + _("before  {answer}", answer=one_line(before)), markup=False,

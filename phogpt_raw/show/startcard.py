@@ -6,6 +6,8 @@ from itertools import groupby
 import torch
 
 from phogpt_raw.cards import capability, dtype_name
+from phogpt_raw.config import Config
+from phogpt_raw.data.examples import DEFAULT_SHARE
 from phogpt_raw.data.prompt import IGNORED, Example
 from phogpt_raw.messages import _
 from phogpt_raw.model.attention import choose_attention
@@ -20,15 +22,16 @@ def show(job: Job, choice: Choice) -> None:
     lengths = [len(e.ids) for e in job.examples.train]
     longest, dtype = max(lengths), job.model.head.dtype
     listing("PhoGPT raw", {
+        **({_("preset"): preset_line(config)} if config.preset else {}),
         _("model"): model_line(job),
         _("adapters"): adapters_line(job),
         _("card"): card_line(job),
         _("dtype"): f"{dtype_name(dtype)}: {job.dtype_reason}",
         _("attention"): attention_line(job),
         _("data"): _(
-            "{n:,} rows of {file}, median {median} tokens, longest {longest}; {held} held out",
+            "{n:,} rows of {file}, median {median} tokens, longest {longest}; {held}",
             n=len(lengths), file=job.examples.source, median=int(statistics.median(lengths)),
-            longest=longest, held=len(job.examples.held_out)),
+            longest=longest, held=held_out_line(job)),
         _("template"): f"{job.examples.template}: {job.examples.template_reason}",
         _("steps"): steps_line(job),
         _("packing"): packing_line(job),
@@ -46,6 +49,18 @@ def show(job: Job, choice: Choice) -> None:
     if cut:
         say(_("{n} rows are longer than --max-len {limit}: their answers are cut and have no </s> "
               "(the first: {where})", n=len(cut), limit=config.max_len, where=cut[0].where))
+
+
+def preset_line(config: Config) -> str:
+    return _("{name} (--preset none: without)", name=config.preset)
+
+
+def held_out_line(job: Job) -> str:
+    n, config = len(job.examples.held_out), job.config
+    if n and config.hold_out is None and not job.examples.held_out_file:
+        return _("{n:,} held out ({share:.0%}; --hold-out 0 trains on all)", n=n,
+                 share=DEFAULT_SHARE)
+    return _("{n:,} held out", n=n)
 
 
 def model_line(job: Job) -> str:
@@ -133,7 +148,7 @@ def optimizer_line(job: Job) -> str:
     else:
         kind = _("AdamW, 8-bit state (paging needs a GPU)")
     return kind + _("; learning rate to {peak:g} in {warmup} steps, then a cosine to {end:g}; clip "
-                    "{clip:g}", peak=config.lr, warmup=config.warmup,
+                    "{clip:g}", peak=config.lr, warmup=config.warmup_of(job.run.steps),
                     end=config.lr * config.lr_floor, clip=config.clip)
 
 

@@ -1,18 +1,22 @@
 """A run's folder: its name, its configuration, the state of the run and its best adapter.
 
-DIR/config.json, metrics.jsonl, checkpoint-N/, and the result, adapter_model.safetensors with
-adapter_config.json: the adapter of the lowest validation loss, the last where nothing is held out.
+DIR/config.json, rows.json, metrics.jsonl, checkpoint-N/, and the result,
+adapter_model.safetensors with adapter_config.json: the adapter of the lowest validation loss, the
+last where nothing is held out.
 """
 
 import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from phogpt_raw import config as configuration
 from phogpt_raw.config import Config
+from phogpt_raw.data.examples import Examples, fingerprint
+from phogpt_raw.data.prompt import Example
 from phogpt_raw.messages import _
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.refusal import Refusal, RunFailed
@@ -20,10 +24,13 @@ from phogpt_raw.training import checkpoint
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.step import Training
 
-# May differ when a run goes on: everything else would make it another run.
-FREE = {"out", "dry_run", "steps", "epochs", "eval_every", "eval_answers", "answer_tokens",
-        "save_every", "max_skipped", "micro_batch", "packing", "pack_len", "recompute", "capture",
-        "loss_mib", "nf4_cache"}
+# May differ when a run goes on: everything else would make it another run. Where the rows come from
+# may differ too: the rows themselves are compared.
+FREE = {"preset", "data", "val", "hold_out", "patience", "out", "dry_run", "steps", "epochs",
+        "eval_every", "eval_answers", "answer_tokens", "save_every", "max_skipped", "micro_batch",
+        "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
+
+ROWS = "rows.json"  # fingerprints of the rows with which the run began
 
 
 @dataclass
@@ -35,7 +42,9 @@ class RunState:
     skipped_in_row: int = 0
     best_loss: float = math.inf
     best_step: int = 0
-    first: dict = field(default_factory=dict)
+    not_better: int = 0  # evaluations since the best one
+    first: dict = field(default_factory=dict)  # score before training: val_loss, stops, answers
+    best: dict = field(default_factory=dict)  # the same of the adapter that was kept
 
     @property
     def applied(self) -> int:
@@ -48,17 +57,19 @@ class RunState:
 
 
 class Run:
-    """The folder of a run, new or resumed."""
+    """The folder of a run, new or resumed. `examples` are those that the run trains on and holds
+    out; a run that goes on must have the same."""
 
-    def __init__(self, config: Config, steps: int):
-        self.folder = Path(config.out) if config.out else next_number(config.model)
-        self.config, self.steps = config, steps
+    def __init__(self, config: Config, steps: int, examples: Examples):
+        self.folder = (Path(config.out).expanduser() if config.out
+                       else next_number(config.model))
+        self.config, self.steps, self.examples = config, steps, examples
         self.state = RunState()
         self.checkpoint = checkpoint.newest(self.folder)
         if self.checkpoint:
             self.check_same()
             self.state = RunState(**checkpoint.read_state(self.checkpoint))
-            if self.state.step >= steps:
+            if self.ended:
                 self.check_adapter()
                 raise Refusal(
                     f"{self.folder}: this run is complete ({self.state.step} steps). Ask it: "
@@ -78,16 +89,40 @@ class Run:
         before = dataclasses.asdict(Config()) | json.loads(file.read_text("utf-8"))
         now = dataclasses.asdict(self.config)
         for name in sorted(now.keys() - FREE):
-            if before[name] != now[name]:
+            if place(name, before[name]) != place(name, now[name]):
                 raise Refusal(
                     f"--out {self.folder}: this run has --{configuration.flag(name)} "
                     f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
                 )
 
+        self.check_rows()
+
+    def check_rows(self) -> None:
+        """Raise Refusal where the rows are not those with which the run began, and say which."""
+        file = self.folder / ROWS
+        if not file.is_file():  # a run of before the rows were recorded
+            return
+        began = json.loads(file.read_text("utf-8"))
+        for part, name in (("train", "training"), ("held_out", "held-out")):
+            examples = getattr(self.examples, part)
+            change = changes(began[part], examples)
+            if change:
+                raise Refusal(f"--out {self.folder}: its {name} rows have changed since it began: "
+                              f"{change}; go on with the same rows, or name another --out")
+
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are taken, or --patience evaluations brought nothing better."""
+        state, patience = self.state, self.config.patience
+        return state.step >= self.steps or 0 < patience <= state.not_better
+
     def begin(self, training: Training) -> None:
         """Make the folder, or restore the newest checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
         configuration.save(self.config, self.folder / "config.json")
+        rows = {part: [fingerprint(example) for example in getattr(self.examples, part)]
+                for part in ("train", "held_out")}
+        (self.folder / ROWS).write_text(json.dumps(rows, indent=0) + "\n", "utf-8")
         if self.checkpoint:
             checkpoint.load(self.checkpoint, training)
 
@@ -105,18 +140,20 @@ class Run:
                                   "--dtype, or fetch the base again", folder=self.folder,
                                   dtype=self.config.dtype))
             if score:
-                state.first = dict(val_loss=score.val_loss, stops=score.stops,
-                                   answers=score.answers)
+                state.first = record(score)
         elif state.applied and (score is None or score.val_loss < state.best_loss):
             state.best_loss = score.val_loss if score else math.inf
-            state.best_step = state.step
+            state.best_step, state.best = state.step, record(score)
+            state.not_better = 0
             adapters.save(self.folder)
+        else:
+            state.not_better += 1
 
     def save(self, training: Training) -> None:
         checkpoint.save(self.folder, self.state.step, training, dataclasses.asdict(self.state))
 
     def due(self, every: int) -> bool:
-        """Whether something is due after this step: every so often, and at the end."""
+        """Whether something is due after this step: every so often, and at the last."""
         step = self.state.step
         return step == self.steps or (every > 0 and step % every == 0)
 
@@ -167,6 +204,37 @@ class Run:
                      "or fp32, and another --out")
         return _("the last good checkpoint is {good}; go on from it with --adapter {good}, a "
                  "lower --lr and another --out", good=good)
+
+
+def record(score: Score | None) -> dict:
+    """What a checkpoint keeps of a score; nothing where nothing is held out."""
+    if score is None:
+        return {}
+    return dict(val_loss=score.val_loss, stops=score.stops, answers=score.answers)
+
+
+def place(name: str, value):
+    """A setting as it is compared: of a folder its whole path, however it was written."""
+    if name in ("model", "adapter") and value and Path(value).expanduser().is_dir():
+        return str(Path(value).expanduser().resolve())
+    return value
+
+
+def changes(began: list[str], examples: list[Example]) -> str:
+    """What is another than the fingerprints with which a run began; nothing where all are there."""
+    now = [fingerprint(example) for example in examples]
+    if now == began:
+        return ""
+    added, removed = Counter(now) - Counter(began), Counter(began) - Counter(now)
+    if not added and not removed:
+        return f"the same {len(now):,} rows in another order"
+    parts = []
+    if added:
+        first = next(e for e, known in zip(examples, now, strict=True) if known in added)
+        parts.append(f"{added.total():,} new or edited (the first: {first.where})")
+    if removed:
+        parts.append(f"{removed.total():,} gone")
+    return f"{', '.join(parts)} ({len(began):,} rows then, {len(now):,} now)"
 
 
 def next_number(model: str) -> Path:

@@ -25,7 +25,13 @@ from phogpt_raw.model.adapters import (
     new_adapters,
 )
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.model.weights import find_folder, read_config, read_model, read_tokenizer
+from phogpt_raw.model.weights import (
+    WITHOUT_WEIGHTS,
+    find_folder,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.evaluate import Score, evaluate
 from phogpt_raw.training.graphs import GraphedModel, why_not
@@ -104,13 +110,20 @@ class Job(Training):
                 for shape in self.stream.window(step).shapes(self.limits.micro_batch))
 
 
+def with_own_adapter(config: Config) -> Config:
+    """The config with the rank, alpha, dropout and targets of the adapter that --adapter names."""
+    lora = read_adapter_config(Path(config.adapter).expanduser())
+    targets = lora.target_modules
+    targets = targets if isinstance(targets, str) else ",".join(sorted(targets))
+    return replace(config, rank=lora.r, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
+                   targets=targets)
+
+
 def check_asked(config: Config, shape: ModelConfig) -> None:
-    """Raise Refusal where the base lacks what --adapter, --targets or --recompute name."""
-    with torch.device("meta"):
-        model = PhoGPT(shape)
-    targets = (read_adapter_config(Path(config.adapter)).target_modules if config.adapter
-               else config.target_names())
-    check_targets(model, targets)
+    """Raise Refusal where the base lacks what --targets or --recompute name."""
+    if not config.adapter:
+        with torch.device("meta"):
+            check_targets(PhoGPT(shape), config.target_names())
     if config.recompute != "auto":
         config.blocks_to_recompute(shape.n_layers)
 
@@ -134,22 +147,24 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     `examples` take the place of the config's files. How rows are packed and --recompute auto are
     not decided here: they need a simulated step (simulate/fit.py).
     """
+    if config.adapter:
+        config = with_own_adapter(config)
     card = this_card()
     dtype, dtype_reason = training_dtype(card, config.dtype)
-    folder = find_folder(config.model, config.revision, files=["*.json"])
+    folder = find_folder(config.model, config.revision, files=WITHOUT_WEIGHTS)
     shape = read_config(folder)
     tokenizer = read_tokenizer(folder, shape)
     examples = examples or load_examples(tokenizer, config)
     stream = make_stream(examples, config, tokenizer.pad_token_id)
     steps = config.steps or stream.steps(config.epochs or 3)
-    run = Run(replace(config, dtype=dtype_name(dtype)), steps)
+    run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
     check_asked(config, shape)
 
     model = read_model(find_folder(config.model, config.revision), nf4=config.nf4, dtype=dtype,
                        device=torch.device(card.device), nf4_cache=config.nf4_cache)
     base = config.base_reference()
     if config.adapter:
-        adapters = load_adapters(model, config.adapter, base, config.revision)
+        adapters = load_adapters(model, Path(config.adapter).expanduser(), base, config.revision)
     else:
         adapters = new_adapters(model, rank=config.rank, alpha=config.alpha,
                                 dropout=config.dropout, targets=config.target_names(),

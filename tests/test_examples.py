@@ -1,0 +1,91 @@
+"""Which rows are trained on and which are held out."""
+
+import json
+
+import pytest
+from conftest import write_rows
+
+from phogpt_raw.config import Config
+from phogpt_raw.data.examples import divide, fingerprint, load_examples
+from phogpt_raw.data.rows import Row
+from phogpt_raw.model.weights import NANO, read_config, read_tokenizer
+from phogpt_raw.refusal import Refusal
+
+
+def rows(*numbers, spelled="câu hỏi {}"):
+    return [Row(spelled.format(n), f"trả lời {n}", f"rows.jsonl:{n}") for n in numbers]
+
+
+def asked(part):
+    return {row.prompt for row in part}
+
+
+@pytest.mark.parametrize("hold_out, held", [(0, 0), (1, 1), (7, 7), (99, 99)])
+def test_a_count_is_held_out(hold_out, held):
+    train, held_out = divide(rows(*range(100)), hold_out, "f")
+    assert len(held_out) == held and len(train) == 100 - held
+    assert asked(train).isdisjoint(asked(held_out))
+    for part in (train, held_out):  # in the file's order
+        assert [int(row.prompt.split()[-1]) for row in part] == sorted(
+            int(row.prompt.split()[-1]) for row in part)
+
+
+def test_a_share_is_about_that_share_and_at_least_one_row():
+    for count in (1000, 20, 2):
+        train, held_out = divide(rows(*range(count)), 0.05, "f")
+        assert len(train) + len(held_out) == count and train
+        assert len(held_out) == 1 if count == 2 else 1 <= len(held_out) < 0.1 * count
+
+
+def test_with_a_share_new_rows_move_none_of_the_others():
+    _, before = divide(rows(*range(200)), 0.1, "f")
+    _, after = divide(rows(*range(1000, 1300), *range(199, -1, -1)), 0.1, "f")
+    assert asked(before) == asked(after) & asked(rows(*range(200)))
+    assert len(asked(after)) > len(asked(before))
+
+
+def test_rows_that_differ_only_in_spaces_and_capitals_are_on_one_side():
+    both = rows(*range(50)) + rows(*range(50), spelled="  CÂU   hỏi {} ")
+    for hold_out in (0.2, 11):
+        train, held_out = divide(both, hold_out, "f")
+        same = [{" ".join(prompt.casefold().split()) for prompt in asked(part)}
+                for part in (train, held_out)]
+        assert same[0].isdisjoint(same[1])
+    assert len(held_out) == 12  # as few more than 11 as pairs allow
+
+
+@pytest.mark.parametrize("numbers, hold_out", [(range(12), 12), (range(12), 40), ([3] * 12, 1),
+                                               ([3], 0.05)])
+def test_nothing_left_to_train_on_is_refused(numbers, hold_out):
+    with pytest.raises(Refusal, match=r"--hold-out .*: f has only"):
+        divide(rows(*numbers), hold_out, "f")
+
+
+def loaded(tmp_path, count, **config):
+    file = write_rows(tmp_path / "rows.jsonl",
+                      [(f"câu hỏi {n}", f"trả lời {n}") for n in range(count)])
+    tokenizer = read_tokenizer(NANO, read_config(NANO))
+    return load_examples(tokenizer, Config(data=str(file), **config))
+
+
+@pytest.mark.parametrize("count, config, held", [
+    (39, {}, (0, 0)), (200, {}, (1, 25)), (200, {"hold_out": 0}, (0, 0)),
+    (200, {"hold_out": 3}, (3, 3)), (39, {"hold_out": 0.2}, (1, 20))])
+def test_a_twentieth_of_enough_rows_is_held_out_unless_said_otherwise(tmp_path, count, config,
+                                                                     held):
+    examples = loaded(tmp_path, count, **config)
+    assert held[0] <= len(examples.held_out) <= held[1]
+    assert len(examples.train) + len(examples.held_out) == count
+
+
+def test_nano_has_its_own_held_out_rows():
+    tokenizer = read_tokenizer(NANO, read_config(NANO))
+    assert len(load_examples(tokenizer, Config()).held_out) == 76
+    assert len(load_examples(tokenizer, Config(hold_out=5)).held_out) == 5
+
+
+def test_a_fingerprint_tells_ids_and_targets(tmp_path):
+    first, second = loaded(tmp_path, 2).train
+    again = loaded(tmp_path, 2).train[0]
+    assert fingerprint(first) == fingerprint(again) != fingerprint(second)
+    assert len(json.dumps(fingerprint(first))) == 14
