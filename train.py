@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         return startcard.example(job.tokenizer, job.examples.train[0])
 
     run.begin(job)
-    metrics = Metrics(run.folder, state.step, job)
+    metrics = Metrics(run.folder, state.step, job, config.tensorboard)
     with plots.drawn(run), console.Display(run) as show:
         loss, score = train(job, metrics, show)
     run.check_result(loss, score)

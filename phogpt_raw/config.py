@@ -60,6 +60,7 @@ class Config:
     answer_tokens: int = 96  # tokens such an answer may have
     patience: int = 0  # evaluations without a lower loss after which the run ends; 0: never
     save_every: int = 50  # steps between checkpoints, beside those at evaluations and at the end
+    tensorboard: bool = False  # also write the values of metrics.jsonl for TensorBoard
     max_skipped: int = 20  # steps skipped in a row (gradients not finite) before the run stops
 
     def __post_init__(self):

@@ -24,10 +24,11 @@ FLAGS = [
     "--eval-answers", "--eval-every", "--help", "--hold-out", "--loss-mib",
     "--lr", "--lr-floor", "--max-len", "--max-skipped", "--micro-batch", "--model",
     "--nf4", "--nf4-cache", "--no-capture", "--no-dry-run", "--no-nf4", "--no-packing",
+    "--no-tensorboard",
     "--optimizer", "--out",
     "--pack-len", "--packing", "--patience",
     "--preset", "--rank", "--recompute", "--revision", "--save-every",
-    "--seed", "--steps", "--targets", "--template", "--val",
+    "--seed", "--steps", "--targets", "--template", "--tensorboard", "--val",
     "--warmup", "--weight-decay",
 ]
 

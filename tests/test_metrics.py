@@ -103,3 +103,34 @@ def test_the_time_left_counts_steps_and_evaluations(tmp_path):
     assert display.seconds_left() == pytest.approx(5 * 2.0 + 2 * 30.0)
     run.state.step = 10
     assert display.seconds_left() == pytest.approx(30.0)
+
+
+# -- TensorBoard
+
+
+def test_tensorboard_gets_the_values_of_the_file(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    window = Window(ragged_examples(3), 3)
+    metrics = Metrics(tmp_path, 0, TRAINING, tensorboard=True)
+    for step in (1, 2):
+        metrics.begin()
+        metrics.step(RunState(step=step), stats(loss=3.0 / step), window, lr=0.1)
+    metrics.step(RunState(step=3), stats(loss=float("nan")), window, lr=0.1)  # not a number
+    metrics.evaluation(2, Score(1.25, None, []))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
+    assert [(e.step, e.value) for e in board.Scalars("val_loss")] == [(2, 1.25)]
+
+
+def test_without_its_package_tensorboard_is_refused(monkeypatch):
+    import sys
+
+    from phogpt_raw.refusal import Refusal
+    from phogpt_raw.training.metrics import summary_writer
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(Refusal, match=r"pip install .*'\.\[tensorboard\]'"):
+        summary_writer()

@@ -44,7 +44,7 @@ from phogpt_raw.model.weights import (
     read_tokenizer,
 )
 from phogpt_raw.refusal import Refusal, exits_cleanly
-from phogpt_raw.show.console import listing, out
+from phogpt_raw.show.console import listing, out, paragraph
 
 COMPARED = 8  # texts over which a merged checkpoint is compared with the adapter on its base
 ENOUGH = 0.8  # share of equal likeliest tokens below which a person is warned
@@ -242,10 +242,10 @@ def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
                  "in {texts} Vietnamese texts: the likeliest token is the same in {same:.1%}; the "
                  "mean divergence is {nats:.2g} nats; logits differ by at most {largest:.2g}.",
                  **values)
-    out.print(said, markup=False)
+    paragraph(said)
     if found.same < ENOUGH:
-        out.print(_("That is a large difference. Ask both the same questions before you use the "
-                    "merged checkpoint."), markup=False)
+        paragraph(_("That is a large difference. Ask both the same questions before you use the "
+                    "merged checkpoint."))
 
 
 def say_uses(options, source: Source, seconds: float) -> None:

@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from phogpt_raw.cards import dtype_name
 from phogpt_raw.config import check_nf4_cache
+from phogpt_raw.messages import _
 from phogpt_raw.model.nf4 import kept_in_nf4, nf4_linear
 from phogpt_raw.model.nf4_cache import NF4Cache, make_key
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
@@ -166,7 +168,9 @@ def read_checkpoint(folder: Path, config: ModelConfig, *, nf4: bool, dtype: torc
     with torch.device("meta"):
         phogpt = PhoGPT(config)
     shapes = {name: p.shape for name, p in phogpt.named_parameters()}
-    for name, tensor, file in accounted(folder, shapes):
+    what = _("quantising the base") if nf4 else _("reading the base")
+    for name, tensor, file in tqdm(accounted(folder, shapes), desc=what, total=len(shapes),
+                                   unit=" tensors", leave=False, disable=None):
         try:
             place(phogpt, name, tensor, nf4=nf4, dtype=dtype, device=device)
         except Refusal as refusal:

@@ -5,10 +5,11 @@ On a terminal the progress line is live; anywhere else it is a plain line now an
 
 import shlex
 import sys
+import textwrap
 from itertools import islice
 
 from rich.console import Console as Rich
-from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from phogpt_raw.messages import _
@@ -22,12 +23,26 @@ STOPPED = _("stopped by hand; with the same --out train.py goes on from its last
 
 
 def listing(title: str, lines: dict[str, str]) -> None:
-    """A titled list of name and value."""
-    grid = Table.grid(padding=(0, 2))
-    for name, value in lines.items():
-        grid.add_row(f"[bold]{name}[/bold]", str(value).replace("[", r"\["))
+    """A titled list of name and value; on a terminal a long value goes on below itself."""
     heading(title)
-    out.print(grid)
+    indent = max(map(len, lines)) + 2
+    for name, value in lines.items():
+        text = wrapped(str(value), indent)
+        out.print(Text(name, "bold") + Text(" " * (indent - len(name)) + text))
+
+
+def paragraph(text: str, style: str = "") -> None:
+    """Sentences, wrapped at words."""
+    out.print(Text(wrapped(text), style))
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """Text broken between words where a terminal is narrower, its later lines indented; as it is
+    where no terminal reads it."""
+    if not out.is_terminal:
+        return text
+    return textwrap.fill(text, max(20, out.width - indent), break_long_words=False,
+                         break_on_hyphens=False).replace("\n", "\n" + " " * indent)
 
 
 def heading(title: str) -> None:
@@ -46,8 +61,8 @@ class Display:
         self.run = run
         self.live = sys.stderr.isatty()
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
-                        dynamic_ncols=True, desc=_("training"),
-                        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
+                        dynamic_ncols=True,
+                        bar_format="{n_fmt}/{total_fmt} |{bar:10}| {postfix}")
         self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 
     def __enter__(self) -> "Display":
@@ -146,18 +161,18 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
     listing(_("ended early: no better in {n} evaluations", n=state.not_better) if early
             else _("done"), lines)
     if last and best["val_loss"] >= first["val_loss"]:
-        out.print("\n" + _("This training made the model no better on the held-out rows: even its "
-                           "best step has a higher loss than the untrained adapter. Try a lower "
-                           "--lr, or more rows."), markup=False)
+        out.print()
+        paragraph(_("This training made the model no better on the held-out rows: even its best "
+                    "step has a higher loss than the untrained adapter. Try a lower --lr, or more "
+                    "rows."))
     if last and best["answers"] and first["answers"]:
         heading(_("held-out questions"))
         shown = zip(questions, first["answers"], best["answers"], strict=False)
         for question, before, after in islice(shown, 2):
-            out.print(f"\n{question}", markup=False)
-            out.print("  " + _("before  {answer}", answer=one_line(before)), markup=False,
-                      style="dim")
-            out.print("  " + _("after   {answer}", answer=one_line(after)), markup=False,
-                      style="green")
+            out.print()
+            paragraph(question)
+            for name, answer, style in ((_("before"), before, "dim"), (_("after"), after, "green")):
+                out.print(Text(f"  {name:<7} " + wrapped(one_line(answer), 10), style))
     question = one_line(questions[2]) if len(questions) > 2 else "…"
     command = ["python", "generate.py", "--adapter", str(run.folder)]
     out.print("\n" + _("Ask it yourself:"), markup=False)

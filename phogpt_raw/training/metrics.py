@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from phogpt_raw.data.batches import Window
+from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.graphs import GraphedModel
 from phogpt_raw.training.run import RunState
@@ -35,14 +36,16 @@ class StepRow:
 
 
 class Metrics:
-    """The file of a run; rows after `step` are dropped (a resumed run writes them again)."""
+    """The file of a run; rows after `step` are dropped (a resumed run writes them again).
+    `tensorboard`: the same values for TensorBoard, in folder/tensorboard."""
 
-    def __init__(self, folder: Path, step: int, training: Training):
+    def __init__(self, folder: Path, step: int, training: Training, tensorboard: bool = False):
         self.file, self.training = folder / "metrics.jsonl", training
         self.started = self.seconds = 0.0  # of the step: its beginning, its duration
         kept = whole_rows(self.file) if step else []  # a torn row is of a later step
         kept = [row for row in kept if json.loads(row)["step"] <= step]
         self.file.write_text("".join(row + "\n" for row in kept))
+        self.board = tensorboard and summary_writer()(folder / "tensorboard", purge_step=step + 1)
 
     def begin(self) -> None:
         """A step begins: its time and its peak memory count from here."""
@@ -76,6 +79,21 @@ class Metrics:
                for name, value in row.items()}
         with self.file.open("a") as metrics:
             metrics.write(json.dumps(row) + "\n")
+        if self.board:
+            for name in row.keys() - {"step"}:
+                if row[name] is not None:
+                    self.board.add_scalar(name, row[name], row["step"])
+            self.board.flush()
+
+
+def summary_writer():
+    """torch's SummaryWriter; Refusal where the package that it needs is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise Refusal("--tensorboard: needs the package tensorboard: pip install -c "
+                      "constraints.txt -e '.[tensorboard]'") from None
+    return SummaryWriter
 
 
 def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:

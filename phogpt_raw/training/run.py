@@ -26,9 +26,9 @@ from phogpt_raw.training.step import Training
 
 # May differ when a run goes on: everything else would make it another run. Where the rows come from
 # may differ too: the rows themselves are compared.
-FREE = {"preset", "data", "val", "hold_out", "patience", "out", "dry_run", "steps", "epochs",
-        "eval_every", "eval_answers", "answer_tokens", "save_every", "max_skipped", "micro_batch",
-        "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
+FREE = {"preset", "data", "val", "hold_out", "out", "dry_run", "steps", "epochs", "eval_every",
+        "eval_answers", "answer_tokens", "patience", "save_every", "tensorboard", "max_skipped",
+        "micro_batch", "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
 
 ROWS = "rows.json"  # fingerprints of the rows with which the run began
 

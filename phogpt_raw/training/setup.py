@@ -37,6 +37,7 @@ from phogpt_raw.training.evaluate import Score, evaluate
 from phogpt_raw.training.graphs import GraphedModel, why_not
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import chunk_rows
+from phogpt_raw.training.metrics import summary_writer
 from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.run import Run
 from phogpt_raw.training.step import Training
@@ -147,6 +148,8 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     `examples` take the place of the config's files. How rows are packed and --recompute auto are
     not decided here: they need a simulated step (simulate/fit.py).
     """
+    if config.tensorboard:
+        summary_writer()
     if config.adapter:
         config = with_own_adapter(config)
     card = this_card()
