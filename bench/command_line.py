@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import CHOICES, Config
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.simulate.rates import KNOWN, Known, known_card
+from phogpt_raw.simulate.rates import KNOWN, Known, known
 
 ATTENTION = {"auto": nullcontext,
              "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}
@@ -83,7 +83,7 @@ def parse(built: Parser, arguments) -> argparse.Namespace:
 
 def known_cards(options) -> list[Known]:
     """Those of --card; none where it is not given."""
-    return [known_card(name.strip()) for name in options.card.split(",")] if options.card else []
+    return [known(name.strip()) for name in options.card.split(",")] if options.card else []
 
 
 def count(text: str) -> int:

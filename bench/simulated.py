@@ -13,12 +13,12 @@ from phogpt_raw.config import Config
 from phogpt_raw.data.batches import MicroBatch, Window
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
-from phogpt_raw.model.weights import find_folder, read_config
+from phogpt_raw.model.weights import base_on_meta, find_folder, read_config
 from phogpt_raw.simulate.fit import Choice, attention_kernels, least_recompute
 from phogpt_raw.simulate.ledger import Trace
 from phogpt_raw.simulate.rates import CONTEXT, Rates, matmul_workspace
 from phogpt_raw.simulate.roofline import Seconds, by_phase, step_seconds
-from phogpt_raw.simulate.trace import META, base_on_meta, trace_step
+from phogpt_raw.simulate.trace import META, trace_step
 from phogpt_raw.training.setup import wire
 
 EFFICIENT = Card("", "cuda", (7, 5))  # a GPU that has only the memory-efficient kernel

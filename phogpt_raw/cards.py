@@ -25,6 +25,24 @@ class Card:
     memory_gib: float = 0.0
 
 
+# Cards that need not be here, as a run would see them: what --card names. Memory: what a process can
+# use, as Colab shows a T4's; sources in simulate/rates.py.
+KNOWN_CARDS = {
+    "t4": Card("Tesla T4", "cuda", (7, 5), 14.56),
+    "v100": Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 15.77),
+    "l4": Card("NVIDIA L4", "cuda", (8, 9), 22.0),
+    "a100": Card("NVIDIA A100-SXM4-40GB", "cuda", (8, 0), 39.4),
+    "h200": Card("NVIDIA H200", "cuda", (9, 0), 139.8),
+}
+
+
+def known_card(name: str) -> Card:
+    """A card by its short name; Refusal for one that is not in the list."""
+    if name.lower() not in KNOWN_CARDS:
+        raise Refusal(f"--card {name}: choose from {', '.join(KNOWN_CARDS)}")
+    return KNOWN_CARDS[name.lower()]
+
+
 def this_card() -> Card:
     """The first visible GPU, or the CPU."""
     if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ import types
 import typing
 from pathlib import Path
 
-from phogpt_raw.cards import this_card
+from phogpt_raw.cards import known_card, this_card
 from phogpt_raw.config import Config, flag
 from phogpt_raw.refusal import Refusal
 
@@ -92,7 +92,8 @@ def headings() -> dict[str, list[str]]:
 def from_command_line(arguments: list[str] | None, description: str) -> Config:
     """The Config of a command line; Refusal for whatever cannot be."""
     given = vars(parser(description).parse_args(arguments))
-    preset = given.pop("preset", None) or preset_for(given.get("model", Config.model))
+    preset = given.pop("preset", None) or preset_for(
+        given.get("model", Config.model), given.get("card"))
     values = {} if preset in (None, "none") else read_preset(preset)
     if any({"batch_size", "batch_tokens"} <= set(source) for source in (given, values)):
         raise Refusal("--batch-size and --batch-tokens: give one of them")
@@ -107,12 +108,12 @@ def from_command_line(arguments: list[str] | None, description: str) -> Config:
     return Config(preset=preset, **{**values, **given})
 
 
-def preset_for(model: str) -> str | None:
+def preset_for(model: str, card: str | None) -> str | None:
     """The preset where none is named: nano's, for it wants another learning rate than a 7B; else
-    that of the GPU at hand, None for a GPU without one."""
+    that of --card or of the GPU at hand, None for a GPU without one."""
     if model == "nano":
         return "nano"
-    name = this_card().name
+    name = (known_card(card) if card else this_card()).name
     return next((preset for part, preset in CARDS.items() if part in name), None)
 
 

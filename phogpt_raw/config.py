@@ -25,6 +25,7 @@ class Config:
     out: str | None = None  # run folder; default runs/<model>-NNN, a new number each time
     adapter: str | None = None  # go on from this adapter (its rank and targets) with new data
     dry_run: bool = False  # print what the run would do, and train nothing
+    card: str | None = None  # with --dry-run: plan for this card (t4, v100, …), which need not be here
     # how long it is trained
     steps: int | None = None  # optimizer steps; or --epochs
     epochs: float | None = None  # passes over the data; or --steps (default: 3 epochs)
@@ -89,6 +90,8 @@ class Config:
             raise Refusal("--val and --hold-out: give one of them")
         if self.hold_out and self.hold_out >= 1 and self.hold_out % 1:
             raise Refusal(f"--hold-out {self.hold_out}: a share is below 1, a count is whole")
+        if self.card and not self.dry_run:
+            raise Refusal(f"--card {self.card}: is for --dry-run; a run takes the card at hand")
         if self.patience and not self.eval_every:
             raise Refusal("--patience: counts evaluations; set --eval-every too")
 

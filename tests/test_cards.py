@@ -5,7 +5,7 @@ import torch
 
 from phogpt_raw.cards import Card, runs_on, this_card, training_dtype
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.simulate.rates import KNOWN, known_card, matmul_workspace
+from phogpt_raw.simulate.rates import KNOWN, known, matmul_workspace
 
 T4 = Card("Tesla T4", "cuda", (7, 5), 14.56)
 V100 = Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 15.77)
@@ -88,12 +88,12 @@ def test_a_card_that_this_build_cannot_run_on_is_refused_with_the_constraints_fi
 
 @pytest.mark.parametrize("name", ["t4", "T4", "h200"])
 def test_a_known_card_is_found_in_small_and_capital_letters(name):
-    assert known_card(name) is KNOWN[name.lower()]
+    assert known(name) is KNOWN[name.lower()]
 
 
 def test_an_unknown_card_is_one_line_that_names_the_known():
     with pytest.raises(Refusal, match=r"^--card t5: choose from t4, v100, l4, a100, h200$"):
-        known_card("t5")
+        known("t5")
 
 
 @pytest.mark.parametrize("name", KNOWN)

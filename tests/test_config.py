@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 FLAGS = [
     "--adapter", "--alpha", "--answer-tokens", "--batch-size", "--batch-tokens",
-    "--capture", "--clip",
+    "--capture", "--card", "--clip",
     "--data", "--dropout", "--dry-run", "--dtype", "--epochs",
     "--eval-answers", "--eval-every", "--help", "--hold-out", "--loss-mib",
     "--lr", "--lr-floor", "--max-len", "--max-skipped", "--micro-batch", "--model",

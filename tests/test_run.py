@@ -657,3 +657,20 @@ def test_a_resumed_run_remembers_what_it_kept(train, tmp_path, monkeypatch):
     train("--out", out, "--steps", 4)
     _, said, _ = train("--out", out, "--steps", 6)
     assert "5.000 before, 3.000 after" in said and "answer at 3.0" in said
+
+
+def test_a_plan_for_a_card_that_is_not_here_needs_no_weights(train, tmp_path, tiny):
+    shape = shutil.copytree(tiny, tmp_path / "shape")
+    (shape / "pytorch_model.bin").unlink()
+    status, said, error = train("--dry-run", "--card", "t4", "--model", shape)
+    assert status == 0, error
+    said = " ".join(said.split())
+    for part in ("preset t4", "card Tesla T4, 14.6 GiB, compute capability 7.5",
+                 "dtype fp16: asked for by --dtype", "attention efficient attention",
+                 "of 14.6 GiB with margins", "optimizer AdamW, 8-bit state, paged"):
+        assert part in said, part
+    assert "attention flash attention" in " ".join(
+        train("--dry-run", "--card", "a100", "--model", shape)[1].split())
+    status, _, line = train("--out", tmp_path / "run", "--card", "t4")
+    assert status == 2 and "--card t4: is for --dry-run" in line
+    assert "choose from t4, v100" in train("--dry-run", "--card", "t5")[2]

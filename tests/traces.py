@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend
 from phogpt_raw.data.batches import Window
 from phogpt_raw.model.adapters import TARGETS, inject
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.model.weights import base_on_meta
 from phogpt_raw.simulate.ledger import Op, Trace
-from phogpt_raw.simulate.trace import META, Kernels, Recorder, base_on_meta, trace_step
+from phogpt_raw.simulate.trace import META, Kernels, Recorder, trace_step
 from phogpt_raw.training.setup import wire
 
 EFFICIENT = SDPBackend.EFFICIENT_ATTENTION

@@ -25,6 +25,7 @@ from phogpt_raw.messages import _
 from phogpt_raw.model.nf4 import kept_in_nf4, nf4_linear
 from phogpt_raw.model.nf4_cache import NF4Cache, make_key
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.private_apis import make_scale_code
 from phogpt_raw.refusal import Refusal
 
 NANO = Path(__file__).parents[1] / "nano" / "base"
@@ -276,6 +277,18 @@ def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device
     else:
         there = there.to(dtype, copy=there is tensor)  # not a view of the mapped file
         module.register_parameter(kind, nn.Parameter(there, requires_grad=False))
+
+
+def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) -> PhoGPT:
+    """The module tree of a loaded checkpoint on the meta device, without its values."""
+    make_scale_code()  # on the CPU, before the first weight on the meta device
+    meta = torch.device("meta")
+    with meta:
+        phogpt = PhoGPT(shape)
+    for name, p in dict(phogpt.named_parameters()).items():
+        stored = torch.empty(p.shape, dtype=torch.bfloat16, device=meta)
+        place(phogpt, name, stored, nf4=nf4, dtype=dtype, device=meta)
+    return frozen(phogpt, nf4=nf4, device=meta)
 
 
 def check_finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> None:

@@ -1,6 +1,7 @@
 """What a run is about to do, before anything is trained: all that `--dry-run` prints."""
 
 import statistics
+from contextlib import nullcontext
 from itertools import groupby
 
 import torch
@@ -13,12 +14,17 @@ from phogpt_raw.messages import _
 from phogpt_raw.model.attention import choose_attention
 from phogpt_raw.model.documents import choose_kernel
 from phogpt_raw.show.console import heading, listing, out, say
-from phogpt_raw.simulate.fit import Choice
+from phogpt_raw.simulate.fit import Choice, attention_kernels
+from phogpt_raw.simulate.trace import Recorder
 from phogpt_raw.training.setup import Job
 
 
 def show(job: Job, choice: Choice) -> None:
     config, shape, run = job.config, job.model.config, job.run
+    plan = job.model.head.is_meta  # of a card that need not be here: it decides, not the device
+    kernels = Recorder(attention_kernels(job.card, job.model.head.dtype)) if plan else nullcontext()
+    with kernels:
+        attention = attention_line(job)
     lengths = [len(e.ids) for e in job.examples.train]
     longest, dtype = max(lengths), job.model.head.dtype
     listing("PhoGPT raw", {
@@ -27,7 +33,7 @@ def show(job: Job, choice: Choice) -> None:
         _("adapters"): adapters_line(job),
         _("card"): card_line(job),
         _("dtype"): f"{dtype_name(dtype)}: {job.dtype_reason}",
-        _("attention"): attention_line(job),
+        _("attention"): attention,
         _("data"): _(
             "{n:,} rows of {file}, median {median} tokens, longest {longest}; {held}",
             n=len(lengths), file=job.examples.source, median=int(statistics.median(lengths)),

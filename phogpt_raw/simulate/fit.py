@@ -25,9 +25,10 @@ from phogpt_raw.data.batches import Stream, Window
 from phogpt_raw.data.packing import ALIGNED, Packing, choose_packing, round_up
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.adapters import inject
+from phogpt_raw.model.weights import base_on_meta
 from phogpt_raw.simulate.ledger import Trace
 from phogpt_raw.simulate.rates import CONTEXT, matmul_workspace
-from phogpt_raw.simulate.trace import META, Kernels, base_on_meta, trace_step
+from phogpt_raw.simulate.trace import META, Kernels, trace_step
 from phogpt_raw.training.evaluate import CACHE_MIB
 from phogpt_raw.training.setup import Job, wire
 from phogpt_raw.training.step import Training

@@ -5,8 +5,7 @@ Each rate has its source; where sources differ, or there is none, a rate is a ra
 
 from dataclasses import dataclass
 
-from phogpt_raw.cards import GIB, Card
-from phogpt_raw.refusal import Refusal
+from phogpt_raw.cards import GIB, KNOWN_CARDS, Card, known_card
 
 MIB = 2**20
 
@@ -41,24 +40,24 @@ COLAB = (50e-6, 150e-6)  # its cores are two to four times slower than those the
 EFFICIENT = "attention 15 % of the matmul rate (measured on an H200 with this kernel) to 40 " \
             "(assumed)"
 KNOWN = {
-    "t4": Known(Card("Tesla T4", "cuda", (7, 5), 14.56), Rates(
+    "t4": Known(KNOWN_CARDS["t4"], Rates(
         (24 * T, 24 * T), (0.15, 0.4), (0.22 * T, 0.32 * T), (2e-6, 5e-6), COLAB,
         "24 TFLOP/s sustained of 65 under its 70 W cap (NVIDIA, forums.developer.nvidia.com/t/"
         f"264462); bandwidth 220 (arXiv 1903.07486) to 320 GB/s (data sheet); {EFFICIENT}; memory "
         "as Colab shows it")),
-    "v100": Known(Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 15.77), Rates(
+    "v100": Known(KNOWN_CARDS["v100"], Rates(
         (80 * T, 112 * T), (0.15, 0.4), (0.726 * T, 0.843 * T), (2e-6, 5e-6), COLAB,
         "matmul 80 TFLOP/s (assumed) to 112 (PCIe data sheet; SXM2 125); bandwidth 726 to 843 "
         f"GB/s measured by clpeak, of 900; {EFFICIENT}; memory 16 GB, reported")),
-    "l4": Known(Card("NVIDIA L4", "cuda", (8, 9), 22.0), Rates(
+    "l4": Known(KNOWN_CARDS["l4"], Rates(
         (60 * T, 97 * T), (0.15, 0.4), (0.21 * T, 0.3 * T), (2e-6, 4e-6), (36e-6, 100e-6),
         "half to four fifths of 121 TFLOP/s, 70 to 100 % of 300 GB/s (data sheet; shares assumed); "
         f"{EFFICIENT}")),
-    "a100": Known(Card("NVIDIA A100-SXM4-40GB", "cuda", (8, 0), 39.4), Rates(
+    "a100": Known(KNOWN_CARDS["a100"], Rates(
         (190 * T, 250 * T), (0.15, 0.4), (1.1 * T, 1.4 * T), (2e-6, 3e-6), (36e-6, 100e-6),
         "60 to 80 % of 312 TFLOP/s, 70 to 90 % of 1,555 GB/s (data sheet; shares assumed); "
         f"{EFFICIENT}")),
-    "h200": Known(Card("NVIDIA H200", "cuda", (9, 0), 139.8), Rates(
+    "h200": Known(KNOWN_CARDS["h200"], Rates(
         (645 * T, 675 * T), (0.4, 0.4), (3.6 * T, 3.6 * T), (2e-6, 2e-6), (36e-6, 36e-6),
         "matmul as measured, 645 TFLOP/s in fp16 to 675 in bf16; the others fitted to 24 measured "
         "steps (LOG.md)")),
@@ -66,10 +65,9 @@ KNOWN = {
 CONTEXT = 0.81 * GIB  # of CUDA, kernels loaded; an H200's. Smaller on cards of fewer processors
 
 
-def known_card(name: str) -> Known:
-    """A card by its short name; Refusal for one that is not in the list."""
-    if name.lower() not in KNOWN:
-        raise Refusal(f"--card {name}: choose from {', '.join(KNOWN)}")
+def known(name: str) -> Known:
+    """A card and its rates by its short name; Refusal for one that is not in the list."""
+    known_card(name)
     return KNOWN[name.lower()]
 
 

@@ -23,8 +23,7 @@ from torch.nn.attention import SDPBackend
 
 from phogpt_raw import private_apis
 from phogpt_raw.data.batches import Window
-from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.model.weights import frozen, place
+from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.private_apis import TorchDispatchMode, flop_registry, schema_of, storage_key
 from phogpt_raw.simulate.ledger import Op, Storage, Trace
 from phogpt_raw.training.optim import paged_bytes
@@ -179,17 +178,6 @@ def touched(tensor: torch.Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride else 1
     return elements * tensor.element_size()
-
-
-def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) -> PhoGPT:
-    """The module tree of a loaded checkpoint, without its values."""
-    private_apis.make_scale_code()  # on the CPU, before the first weight on the meta device
-    with META:
-        phogpt = PhoGPT(shape)
-    for name, p in dict(phogpt.named_parameters()).items():
-        stored = torch.empty(p.shape, dtype=torch.bfloat16, device=META)
-        place(phogpt, name, stored, nf4=nf4, dtype=dtype, device=META)
-    return frozen(phogpt, nf4=nf4, device=META)
 
 
 def trace_step(training: Training, window: Window, kernels: Kernels) -> Trace:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from phogpt_raw.cards import Card, dtype_name, this_card, training_dtype
+from phogpt_raw.cards import Card, dtype_name, known_card, this_card, training_dtype
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Stream, TokenStream
 from phogpt_raw.data.examples import Examples, load_examples
@@ -27,6 +27,7 @@ from phogpt_raw.model.adapters import (
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import (
     WITHOUT_WEIGHTS,
+    base_on_meta,
     find_folder,
     read_config,
     read_model,
@@ -152,7 +153,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
         summary_writer()
     if config.adapter:
         config = with_own_adapter(config)
-    card = this_card()
+    card = known_card(config.card) if config.card else this_card()
     dtype, dtype_reason = training_dtype(card, config.dtype)
     folder = find_folder(config.model, config.revision, files=WITHOUT_WEIGHTS)
     shape = read_config(folder)
@@ -163,8 +164,12 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
     check_asked(config, shape)
 
-    model = read_model(find_folder(config.model, config.revision), nf4=config.nf4, dtype=dtype,
-                       device=torch.device(card.device), nf4_cache=config.nf4_cache)
+    if config.dry_run and card.device == "cuda":  # a plan needs shapes alone
+        model = base_on_meta(shape, dtype, nf4=config.nf4)
+    else:
+        model = read_model(find_folder(config.model, config.revision), nf4=config.nf4,
+                           dtype=dtype, device=torch.device(card.device),
+                           nf4_cache=config.nf4_cache)
     base = config.base_reference()
     if config.adapter:
         adapters = load_adapters(model, Path(config.adapter).expanduser(), base, config.revision)
@@ -176,7 +181,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     training = wire(model, adapters, optimizer=config.optimizer, lr=config.lr,
                     weight_decay=config.weight_decay, clip=config.clip,
                     micro_batch=config.micro_batch, loss_mib=config.loss_mib,
-                    graphs=not_captured is None)
+                    graphs=not_captured is None and not model.head.is_meta)
     torch.manual_seed(config.seed)  # dropout's; a resumed run restores its own
     return Job(**vars(training), config=config, card=card, dtype_reason=dtype_reason,
                tokenizer=tokenizer, examples=examples, stream=stream, run=run,
