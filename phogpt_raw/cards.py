@@ -25,8 +25,8 @@ class Card:
     memory_gib: float = 0.0
 
 
-# Cards that need not be here, as a run would see them: what --card names. Memory: what a process can
-# use, as Colab shows a T4's; sources in simulate/rates.py.
+# Cards that need not be here, as a run would see them: what --card names. The memory is what a
+# process can use; the sources are in simulate/rates.py.
 KNOWN_CARDS = {
     "t4": Card("Tesla T4", "cuda", (7, 5), 14.56),
     "v100": Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 15.77),

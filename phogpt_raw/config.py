@@ -25,7 +25,7 @@ class Config:
     out: str | None = None  # run folder; default runs/<model>-NNN, a new number each time
     adapter: str | None = None  # go on from this adapter (its rank and targets) with new data
     dry_run: bool = False  # print what the run would do, and train nothing
-    card: str | None = None  # with --dry-run: plan for this card (t4, v100, …), which need not be here
+    card: str | None = None  # with --dry-run: plan for this card (t4, v100, …), not the one here
     # how long it is trained
     steps: int | None = None  # optimizer steps; or --epochs
     epochs: float | None = None  # passes over the data; or --steps (default: 3 epochs)
