@@ -150,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     sampling = sampling_of(options)
     stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as answers are
     card = this_card()
+    options.adapter = options.adapter and options.adapter.expanduser()
     made = read_origin(options.adapter) if options.adapter else Origin("nano")
     nf4 = options.nf4 if options.nf4 is not None else made.nf4
     check_nf4_cache(options.nf4_cache, nf4=nf4)

@@ -123,7 +123,7 @@ def preset_names() -> list[str]:
 
 def read_preset(preset: str) -> dict:
     """The keys of presets/<preset>.toml, or of a TOML file; unknown keys are refused."""
-    file = Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
+    file = Path(preset).expanduser() if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     if not file.is_file():
         raise Refusal(f"--preset {preset}: no such preset; there is {', '.join(preset_names())}, "
                       f"or name a .toml file")

@@ -293,6 +293,15 @@ def test_a_head_that_is_stored_beside_the_equal_embedding_is_accepted(tmp_path, 
     load(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_weights_that_are_not_floating_point_are_refused(tmp_path, tiny, dtype):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    name = "transformer.wte.weight"
+    rewrite(folder, lambda t: t.update({name: t[name].to(dtype)}))
+    with pytest.raises(Refusal, match=f"pytorch_model.bin: tensor {name} is stored as"):
+        load(folder)
+
+
 class Burglar:
     """Unpickled, it leaves a file."""
 

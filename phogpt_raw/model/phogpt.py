@@ -54,6 +54,9 @@ class ModelConfig:
         for part, fields in parts.items():
             if not isinstance(fields, dict):
                 raise Refusal(f"{where}: {part} is not an object")
+        if config.get("quantization_config"):
+            raise Refusal(f"{where}: the checkpoint is already quantised (quantization_config); "
+                          f"name the original one, which is quantised here while it is read")
         for field, supported in SUPPORTED.items():
             part, _, name = field.rpartition(".")
             value = parts.get(part, config).get(name, supported[0])
@@ -101,7 +104,6 @@ PUBLISHED = {
 LARGEST = {"n_layers": 1024, "d_model": 2**16, "n_heads": 1024, "expansion_ratio": 64}
 SUPPORTED = {
     "model_type": ("mpt",),
-    "quantization_config": (None,),
     "ffn_config.ffn_type": ("mptmlp",),
     "ffn_config.ffn_act_fn": (None, {"name": "gelu"}, {"name": "gelu", "approximate": "none"}),
     "ffn_act_fn": (None,),

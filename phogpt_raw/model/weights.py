@@ -268,6 +268,9 @@ def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device
     """
     path, kind = name.rsplit(".", 1)
     module = phogpt.get_submodule(path)
+    if not tensor.is_floating_point():
+        raise Refusal(f"tensor {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, not "
+                      f"as floating-point numbers; name a checkpoint that is not quantised")
     there = tensor.to(device)  # checked and cast on the device, not on the host
     check_finite(there, name, dtype)
     if nf4 and kept_in_nf4(module, kind):

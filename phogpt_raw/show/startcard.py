@@ -58,13 +58,13 @@ def show(job: Job, choice: Choice) -> None:
 
 
 def preset_line(config: Config) -> str:
-    return _("{name} (--preset none: without)", name=config.preset)
+    return _("{name} (--preset none turns it off)", name=config.preset)
 
 
 def held_out_line(job: Job) -> str:
     n, config = len(job.examples.held_out), job.config
     if n and config.hold_out is None and not job.examples.held_out_file:
-        return _("{n:,} held out ({share:.0%}; --hold-out 0 trains on all)", n=n,
+        return _("{n:,} held out (about {share:.0%}; --hold-out 0 trains on all)", n=n,
                  share=DEFAULT_SHARE)
     return _("{n:,} held out", n=n)
 
@@ -153,9 +153,10 @@ def optimizer_line(job: Job) -> str:
         kind = _("AdamW, 8-bit state, paged")
     else:
         kind = _("AdamW, 8-bit state (paging needs a GPU)")
-    return kind + _("; learning rate to {peak:g} in {warmup} steps, then a cosine to {end:g}; clip "
-                    "{clip:g}", peak=config.lr, warmup=config.warmup_of(job.run.steps),
-                    end=config.lr * config.lr_floor, clip=config.clip)
+    return kind + _("; learning rate {peak:g} after {warmup} steps of warm-up, then a cosine to "
+                    "{end:g}; gradient clipped to {clip:g}", peak=config.lr,
+                    warmup=config.warmup_of(job.run.steps), end=config.lr * config.lr_floor,
+                    clip=config.clip)
 
 
 def recompute_line(choice: Choice) -> str:
