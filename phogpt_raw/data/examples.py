@@ -85,7 +85,7 @@ def divide(rows: list[Row], hold_out: float, data: str) -> tuple[list[Row], list
     kept = [row for row in rows if hash_of(row) >= most]
     if not kept:
         raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(rows)} rows, "
-                      f"{len(places)} of them different")
+                      f"{len(places)} of them different; none would be left to train on")
     return kept, [row for row in rows if hash_of(row) < most]
 
 

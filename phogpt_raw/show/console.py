@@ -173,7 +173,7 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
             paragraph(question)
             for name, answer, style in ((_("before"), before, "dim"), (_("after"), after, "green")):
                 out.print(Text(f"  {name:<7} " + wrapped(one_line(answer), 10), style))
-    question = one_line(questions[2]) if len(questions) > 2 else "…"
+    question = one_line(questions[2]) if len(questions) > 2 else "Câu hỏi của bạn"
     command = ["python", "generate.py", "--adapter", str(run.folder)]
     out.print("\n" + _("Ask it yourself:"), markup=False)
     out.print(f"  {shlex.join(command)} {quoted(question)}", markup=False)
