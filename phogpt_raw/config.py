@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from phogpt_raw.files import write_text
 from phogpt_raw.refusal import Refusal
 
 
@@ -149,4 +150,4 @@ def flag(field: str) -> str:
 
 def save(config: Config, file: Path) -> None:
     text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
-    file.write_text(text + "\n", "utf-8")
+    write_text(file, text + "\n")

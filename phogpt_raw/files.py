@@ -34,6 +34,12 @@ def whole_file(file: Path) -> Iterator[Path]:
         flush(file.parent)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write a text file that is whole, the old one or the new one, whenever the program ends."""
+    with whole_file(file) as unfinished:
+        unfinished.write_text(text, "utf-8")
+
+
 @contextmanager
 def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
     """A folder to write the files of `folder` into, which must not exist; it takes its name when

@@ -11,6 +11,7 @@ from checkpoints import NANO, write_checkpoint
 from conftest import QUESTIONS, write_rows
 from safetensors.torch import load_file
 
+from phogpt_raw import files
 from phogpt_raw.model import phogpt
 from phogpt_raw.training import evaluate, setup
 from phogpt_raw.training import step as step_module
@@ -674,3 +675,24 @@ def test_a_plan_for_a_card_that_is_not_here_needs_no_weights(train, tmp_path, ti
     status, _, line = train("--out", tmp_path / "run", "--card", "t4")
     assert status == 2 and "--card t4: is for --dry-run" in line
     assert "choose from t4, v100" in train("--dry-run", "--card", "t5")[2]
+
+
+@pytest.mark.parametrize("name", ["config.json", "rows.json", "metrics.jsonl"])
+def test_a_resumed_run_that_is_killed_while_it_writes_keeps_its_old_files(train, tmp_path,
+                                                                          monkeypatch, name):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 2)
+    before = {file: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    replace = files.os.replace
+
+    def killed(old, new):
+        if new.name == name:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", killed)
+        assert train("--out", out, "--steps", 4)[0] == 130
+    assert (out / name).read_bytes() == before[out / name]
+    assert train("--out", out, "--steps", 4)[0] == 0
+    assert [row["step"] for row in metrics(out)[0]] == [1, 2, 3, 4]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from phogpt_raw.data.batches import Window
+from phogpt_raw.files import write_text
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.graphs import GraphedModel
@@ -44,7 +45,7 @@ class Metrics:
         self.started = self.seconds = 0.0  # of the step: its beginning, its duration
         kept = whole_rows(self.file) if step else []  # a torn row is of a later step
         kept = [row for row in kept if json.loads(row)["step"] <= step]
-        self.file.write_text("".join(row + "\n" for row in kept))
+        write_text(self.file, "".join(row + "\n" for row in kept))
         self.board = tensorboard and summary_writer()(folder / "tensorboard", purge_step=step + 1)
 
     def begin(self) -> None:

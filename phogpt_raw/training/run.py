@@ -17,6 +17,7 @@ from phogpt_raw import config as configuration
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples, fingerprint
 from phogpt_raw.data.prompt import Example
+from phogpt_raw.files import write_text
 from phogpt_raw.messages import _
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.refusal import Refusal, RunFailed
@@ -122,7 +123,7 @@ class Run:
         configuration.save(self.config, self.folder / "config.json")
         rows = {part: [fingerprint(example) for example in getattr(self.examples, part)]
                 for part in ("train", "held_out")}
-        (self.folder / ROWS).write_text(json.dumps(rows, indent=0) + "\n", "utf-8")
+        write_text(self.folder / ROWS, json.dumps(rows, indent=0) + "\n")
         if self.checkpoint:
             checkpoint.load(self.checkpoint, training)
 
