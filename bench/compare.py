@@ -215,12 +215,12 @@ TABLES = {
 
 
 def simulate() -> None:
-    """The saved simulations of both cards and models made anew, two at a time."""
+    """Simulate both cards and models again and save the results, two runs at a time."""
     def run(command: list[str]) -> None:
         line = " ".join(["python", *command])
         if subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
-            raise Refusal(f"{line} failed; its error stands above")
+            raise Refusal(f"{line} failed; see its error above")
         out.print(line)
 
     commands = [[f"bench/{bench}.py", "--card", ",".join(SIMULATED), "--model", model, "--save"]

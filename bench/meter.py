@@ -1,4 +1,4 @@
-"""A stopwatch and a memory meter for the phases of a step: `mark` callables for train_step.
+"""For the benches: a stopwatch and a memory meter, passed to train_step as `mark`.
 
 `mark(phase)` ends the phase before and begins a new one. Time and memory need separate runs: to
 read a peak the host must wait for the GPU, which takes time.

@@ -1,8 +1,8 @@
-"""Run a side of a comparison in its own process; requests and results are lines of JSON.
+"""For peer.py, epoch.py and decode.py: run a side of a comparison in its own process.
 
-The bench starts `python -m <module> …` as a `Side`; that module ends in `serve`. So no measurement
-includes the time to start a process and to load its weights, and no side's memory counts for
-another.
+The bench starts `python -m <module> …` as a `Side`; that module ends in `serve`. Requests and
+results are lines of JSON. No measurement includes the time to start a process and to load its
+weights, and no side's memory counts for another.
 """
 
 import json
@@ -36,7 +36,7 @@ class Side:
     def read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise Refusal(f"the process of {self.name} ended; its error stands above")
+            raise Refusal(f"the process of {self.name} ended; see its error above")
         return json.loads(line)
 
     def run(self, **order) -> dict:

@@ -1,4 +1,4 @@
-"""The tables that the benches print."""
+"""For the benches: the tables that they print."""
 
 from rich import box
 from rich.table import Table

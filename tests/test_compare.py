@@ -111,7 +111,7 @@ def test_a_simulation_that_fails_is_one_line_and_the_old_ones_stay(results, tmp_
     with pytest.raises(SystemExit) as stopped:  # in that folder there are no benches
         compare.main(["--simulate"])
     assert stopped.value.code == 2
-    assert "failed; its error stands above" in " ".join(capsys.readouterr().err.split())
+    assert "failed; see its error above" in " ".join(capsys.readouterr().err.split())
     assert list((tmp_path / "results").iterdir()) == before
 
 

@@ -436,7 +436,7 @@ def test_a_full_disk_leaves_nothing_and_the_run_goes_on(load, base, caches, monk
     monkeypatch.setattr(nf4_cache.os, "fsync", no_space)
     model, said = load()
     assert said.startswith(f"NF4 cache {caches}/PhoGPT-tiny-fp32-cpu-") and said.count("\n") == 1
-    assert "the disk is full" in said and "the run goes on without it" in said
+    assert "the disk is full" in said and "the run continues without it" in said
     assert list(caches.iterdir()) == []
     assert_equal(model, load_base(str(base), device="cpu")[0])
 
@@ -454,7 +454,7 @@ def test_a_write_that_the_system_breaks_off_leaves_nothing(base, caches):
     """A real one, after 300,000 bytes of a million."""
     run = subprocess.run([sys.executable, "-c", LIMITED, base, caches], cwd=ROOT, text=True,
                          capture_output=True, check=True)
-    assert "the disk is full" in run.stderr and "the run goes on without it" in run.stderr
+    assert "the disk is full" in run.stderr and "the run continues without it" in run.stderr
     assert list(caches.iterdir()) == []
 
 

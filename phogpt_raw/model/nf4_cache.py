@@ -126,7 +126,7 @@ class NF4Cache:
                 left.unlink(missing_ok=True)
             size = write(phogpt, self.file, self.key, self.base)
         except (OSError, Refusal) as error:
-            say(_("NF4 cache {file} cannot be written ({reason}); the run goes on without it",
+            say(_("NF4 cache {file} cannot be written ({reason}); the run continues without it",
                   file=self.file, reason=getattr(error, "strerror", None) or error))
             return
         say(_("NF4 cache written to {file} ({size})", file=self.file, size=human(size)))
