@@ -1,4 +1,4 @@
-"""The command line of the benches: a model, a grid of settings, here or for cards elsewhere."""
+"""The command line of memory.py and step_time.py: a model, a grid of settings, the cards."""
 
 import argparse
 from contextlib import nullcontext
@@ -64,7 +64,7 @@ def parser(description: str) -> Parser:
 
 
 def parse(built: Parser, arguments) -> argparse.Namespace:
-    """The options, those that depend on this machine made definite."""
+    """The parsed options, with defaults that depend on this machine filled in."""
     options = built.parse_args(arguments)
     gpu = torch.cuda.is_available()
     if options.measured is None:
@@ -82,19 +82,19 @@ def parse(built: Parser, arguments) -> argparse.Namespace:
 
 
 def known_cards(options) -> list[Known]:
-    """Those of --card; none where it is not given."""
+    """The cards of --card; empty where it is not given."""
     return [known(name.strip()) for name in options.card.split(",")] if options.card else []
 
 
 def count(text: str) -> int:
-    """argparse's type of a number that is at least 1."""
+    """argparse's type for an integer of at least 1."""
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
 
 
 def settings(options) -> list[Setting]:
-    """The grid of a command line; measured on a CPU short rows by default."""
+    """The grid of settings; short rows by default where a CPU is measured."""
     if not options.measured:
         default = "256,512,1024,2048,4096,8192,16384"
     else:

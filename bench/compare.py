@@ -1,10 +1,10 @@
-"""The documents' tables from bench/results/*.json: a T4 beside a V100, simulated beside measured.
+"""Write the tables of README*.md and docs/*.md from the saved results in bench/results/*.json.
 
-    python bench/compare.py             writes them between the markers of README*.md and docs/*.md
-    python bench/compare.py --simulate  simulates a T4 and a V100 anew first, in a minute or two
-    python bench/compare.py --check     exit 2 where a document and the results differ
+    python bench/compare.py             writes them between their markers
+    python bench/compare.py --simulate  simulates a T4 and a V100 again first, in a minute or two
+    python bench/compare.py --check     exit 2 where a document differs from the results
 
-A file saved on a real card (`python bench/memory.py --save`) becomes a column of its own.
+A result saved on a real card (`python bench/memory.py --save`) becomes a column of its own.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from phogpt_raw.show.console import out
 from phogpt_raw.simulate.rates import KNOWN
 
 ROOT = Path(__file__).parents[1]
-LARGE = 48  # GiB; larger cards are not what people rent for this and have no column
+LARGE = 48  # GiB; larger cards are rarely rented for this and have no column
 NAMES = {"7b5": "7B5", "4b": "4B"}
 SIMULATED = ("t4", "v100")
 
 
 def columns(what: str) -> dict[tuple[str, str], dict[int, dict]]:
-    """{(model, "T4, simulated"): {tokens: row}} of one row at a time, of the newest files."""
+    """{(model, "T4, simulated"): {tokens: row}} for one row at a time, from the newest files."""
     table: dict[tuple[str, str], dict[int, dict]] = {}
     for result in results.load(what):
         card = Card(**result["card"])
@@ -58,7 +58,7 @@ def short(card: Card) -> str:
 
 
 def across(what: str, cell) -> list[str]:
-    """Lines of a table: tokens down, models and cards across."""
+    """The lines of a table with tokens down, models and cards across."""
     table = columns(what)
     lengths = sorted({length for rows in table.values() for length in rows})
     return [
@@ -71,7 +71,7 @@ def across(what: str, cell) -> list[str]:
 
 
 def memory_cell(row: dict) -> str:
-    """GiB of the card, and how many blocks were recomputed."""
+    """GiB used on the card and, in brackets, how many blocks were recomputed."""
     if not row["fits"]:
         return "does not fit"
     blocks = row.get("blocks_recomputed", row["recompute"])
@@ -87,7 +87,7 @@ def time_cell(row: dict) -> str:
 
 
 def held_memory() -> list[str]:
-    """How far the simulation's memory was from the measured one, by file."""
+    """How far simulated memory was from measured memory, for each file."""
     lines = ["| card | model | dtype | rank | settings | allocated, worst | reserved, worst | "
              "graphs reserve above the eager step's peak |", "|---" * 8 + "|"]
     for result in results.load("memory"):
@@ -112,7 +112,7 @@ def peak(row: dict, kind: str) -> float:
 
 
 def held_time() -> list[str]:
-    """How far the simulated seconds of a step were from the measured ones, by file."""
+    """How far simulated seconds of a step were from measured ones, for each file."""
     lines = ["| card | model | dtype | work | settings | for | worst |", "|---" * 7 + "|"]
     for result in results.load("step_time"):
         rows = [r for r in result["rows"] if r["fits"] and "simulated_s" in r]
@@ -128,8 +128,8 @@ def held_time() -> list[str]:
 
 
 def newest(what: str, wanted) -> list[dict]:
-    """The newest `wanted` result of a bench at the default rank, for each card, model, dtype and
-    label, in the order of a table."""
+    """The newest `wanted` result at the default rank for each card, model, dtype and label, in the
+    order of a table."""
     found = {}
     for result in results.load(what):
         if result["rank"] == Config.rank and result["model"] in NAMES and wanted(result):
@@ -141,13 +141,14 @@ def newest(what: str, wanted) -> list[dict]:
 
 
 def whose(result: dict) -> list[str]:
-    """The cells of a row that say on what it was measured: card, model."""
+    """The cells that name what was measured: card, model."""
     dtype = "" if result["dtype"] == "fp16" else f", {result['dtype']}"
     return [f"{card_of(result)}, {result['source']}", NAMES[result["model"]] + dtype]
 
 
 def epochs() -> list[str]:
-    """An epoch of the 256 pairs by this loop and by the Trainer, newest results of each card."""
+    """An epoch of the 256 pairs by this loop and by the Trainer: the newest results of each
+    card."""
     found = newest("epoch", lambda result: result["data"] is None)
     return ["| card | model | who | rows | s per example, steady | whole run | GiB allocated | "
             "times faster |", "|---" * 8 + "|",
@@ -157,7 +158,7 @@ def epochs() -> list[str]:
 
 
 def epoch_cells(row: dict, cap: float | None) -> list[str]:
-    """What one side came to."""
+    """The cells with the results of one side."""
     if "steady_s" not in row:
         return [report.who(row), *["out of memory"] * 2, *[""] * 3]
     return [report.who(row) + ("" if row["fits"] or not cap else f", over {cap:g} GiB"),
@@ -168,7 +169,7 @@ def epoch_cells(row: dict, cap: float | None) -> list[str]:
 
 
 def decoding(all_settings: bool = False) -> list[str]:
-    """Tokens a second, newest results of each card and model; all_settings: also of runs with
+    """Tokens per second: the newest results of each card and model. all_settings: also those with
     another number of tokens than the bench's default."""
     found = newest("decode", lambda result: all_settings or not result["label"])
     lines = ["| card | model | prompt | rows | who | tokens/s | first token | GiB | of the bound | "
@@ -180,7 +181,7 @@ def decoding(all_settings: bool = False) -> list[str]:
 
 
 def decode_cells(row: dict) -> list[str]:
-    """A measured row, or the bound of a card elsewhere."""
+    """The cells of a measured row, or of the bound of a card that is not here."""
     cells = [f"{row['prompt']:,}", str(row["rows"]), row["who"]]
     if row["who"] == "bound":
         return [*cells, items.span(row["tokens_per_s"]), "", f"{row['gib']:.2f}", "", ""]
@@ -214,12 +215,12 @@ TABLES = {
 
 
 def simulate() -> None:
-    """The saved simulations of both cards and models made anew, two at a time."""
+    """Simulate both cards and models again and save the results, two runs at a time."""
     def run(command: list[str]) -> None:
         line = " ".join(["python", *command])
         if subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
-            raise Refusal(f"{line} failed; its error stands above")
+            raise Refusal(f"{line} failed; see its error above")
         out.print(line)
 
     commands = [[f"bench/{bench}.py", "--card", ",".join(SIMULATED), "--model", model, "--save"]
@@ -227,7 +228,7 @@ def simulate() -> None:
     begun = time.time()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, commands))
-    for name in SIMULATED:  # those of other days
+    for name in SIMULATED:  # delete the older results
         card = KNOWN[name].card.name.replace(" ", "-")
         for file in results.RESULTS.glob(f"*-simulated-{card}-*.json"):
             if file.stat().st_mtime < begun:
@@ -235,7 +236,7 @@ def simulate() -> None:
 
 
 def rewritten(text: str, where: str) -> str:
-    """A document with its tables made anew; Refusal for a marker that is not as it should be."""
+    """A document with new tables; raises Refusal for an unknown or incomplete marker."""
     for name in re.findall(r"<!-- table: (\S+) -->", text):
         if name not in TABLES:
             raise Refusal(f"{where}: no table {name}; there is {', '.join(TABLES)}")

@@ -1,16 +1,16 @@
-"""Tokens a second of the engine and of transformers' generate, from one checkpoint and adapter.
+"""Bench of decoding: tokens per second of the engine and of transformers' generate.
 
-    python bench/decode.py --model 7b5 --save               on a GPU: in turns, measured
-    python bench/decode.py --card t4,v100                   the bound by bytes, anywhere
+    python bench/decode.py --model 7b5 --save               on a GPU: both are measured
+    python bench/decode.py --card t4,v100                   the bound by memory, on any machine
 
-Both sides hold random weights in NF4 with an adapter on all four linears, and write --new tokens
-greedily after random prompts. transformers runs as it comes, and with its static cache. The rates
-are of all rows together, after the first token; the first token's time is that of reading the
-prompt.
+Both sides load one checkpoint of random weights in NF4, with an adapter on all four linears. They
+write --new tokens greedily after random prompts, in turns. transformers runs as it is shipped, and
+with its static cache. Rates are of all rows together, after the first token; the time of the first
+token is that of reading the prompt.
 
-A token must read every weight, the adapter and the cache once. These bytes over the rate at which
-the card copies memory bound the time of a step; for cards that are elsewhere that bound is all that
-is said.
+A step must read every weight, the adapter and the cache once. These bytes divided by the rate at
+which the card copies memory are the bound: the shortest possible time of a step. For cards that are
+not here only the bound is given.
 """
 
 import argparse
@@ -39,15 +39,15 @@ PEERS = {"transformers": None, "transformers, static cache": "static"}
 
 
 def step_bytes(shape: ModelConfig, rank: int, rows: int, tokens: float) -> float:
-    """What a step of `rows` rows must read, each row holding so many tokens: the linears in NF4,
-    the head and the adapter in 16 bits, keys and values."""
+    """Bytes that a step must read for `rows` rows of `tokens` tokens each: the linears in NF4, the
+    head and the adapter in 16 bits, keys and values."""
     return (NF4_BYTES * shape.linear_weights + 2 * shape.vocab_size * shape.d_model
             + 2 * adapter_weights(shape, rank)
             + cache_bytes(shape.n_layers, shape.d_model, rows, 1, 2) * tokens)
 
 
 def copy_rate(size: int = 2**30) -> float:
-    """Bytes/s, read and written, at which this GPU copies memory: the best of ten."""
+    """Bytes/s, read plus written, at which this GPU copies memory: the best of ten."""
     source = torch.empty(size, dtype=torch.uint8, device="cuda")
     target, times = torch.empty_like(source), []
     for _ in range(10):
@@ -58,7 +58,7 @@ def copy_rate(size: int = 2**30) -> float:
 
 
 def bound_rows(options, shape: ModelConfig, bandwidth: tuple[float, float]) -> list[dict]:
-    """For each prompt and batch: tokens/s at the bound for the card's worse and better rate, and
+    """For each prompt and batch: tokens/s at the bound, at the card's worse and better rate, and
     GiB of the model and its cache."""
     rows = []
     for prompt in options.prompts:
@@ -105,7 +105,7 @@ def measure(options) -> None:
                 made = turn(options, shape, sides, prompt, batch, rate)
                 made[0]["forward_s"] = forward.get("forward_s")
                 rows += made
-                if options.save:  # after each, since transformers can take minutes for one
+                if options.save:  # after each one, since transformers can take minutes
                     file = results.save("decode", card, options, DTYPES[options.dtype], rows,
                                         new=options.new, copy_bytes_per_s=rate)
         for side in sides.values():
@@ -157,8 +157,8 @@ def parse(arguments):
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
     parser.add_argument("--rank", type=count, default=16)
     parser.add_argument("--peers", default="shipped,static", metavar="shipped,static,none",
-                        help="transformers as it comes, and with its static cache")
-    parser.add_argument("--kernels", action="store_true", help="say which of ours take the time")
+                        help="transformers as shipped, and with its static cache")
+    parser.add_argument("--kernels", action="store_true", help="show the slowest of our kernels")
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
     options.prompts = whole_numbers(options.prompt, "--prompt")
@@ -177,7 +177,7 @@ def parse(arguments):
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)
-    # for the result's name, and what the other benches can choose
+    # options of other benches, needed for the name of the result
     options.attention, options.optimizer = "auto", Config.optimizer
     options.label = None if options.new == NEW else f"{options.new}-tokens"
     return options

@@ -1,7 +1,7 @@
-"""A side of decode.py, in its own process: this engine, or transformers' generate with PEFT.
+"""A side of decode.py in its own process: this engine, or transformers' generate with PEFT.
 
-Both read one checkpoint and one adapter, hold the weights in NF4, and write the same number of
-tokens greedily after the same random prompts; no token ends an answer.
+Both load one checkpoint in NF4 and one adapter, and write the same number of tokens greedily after
+the same random prompts; no token ends an answer.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from phogpt_raw.decode.engine import Engine
 from phogpt_raw.model.adapters import load_adapters, new_adapters
 from phogpt_raw.model.weights import PINNED_IDS, load_base
 
-NEVER = -1  # an end token that no token is
-STEPS = 5  # under the profiler
+NEVER = -1  # an end id that no token has
+STEPS = 5  # steps under the profiler
 
 
 class Ours:
-    """The engine, its steps captured."""
+    """The engine, with its steps as CUDA graphs."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, rank: int):
         if not (folder / "adapters").exists():
@@ -38,8 +38,8 @@ class Ours:
         self.context_gib = context_gib()
 
     def run(self, prompt: int, rows: int, new: int) -> dict:
-        """Seconds of an engine over `rows` prompts: to the first token of each, and to the end of
-        each step after that."""
+        """Seconds until the first token of every row, and until the end of each later step, with an
+        engine of `rows` prompts."""
         prompts = random_rows(self.model.config.vocab_size, rows, prompt, seed=0)
         began, ends = now(), []
         with Engine(self.model, eos_id=NEVER, pad_id=PINNED_IDS["pad"], rows=rows) as engine:
@@ -54,7 +54,7 @@ class Ours:
         return {"ends": ends, "fused": fast}
 
     def kernels(self, prompt: int, rows: int) -> dict:
-        """Seconds of each kind of kernel in a step of the engine as a graph, by name."""
+        """Seconds and number of each kind of kernel in a captured step of the engine, by name."""
         from torch.profiler import ProfilerActivity, profile
 
         prompts = random_rows(self.model.config.vocab_size, rows, prompt, seed=0)
@@ -73,7 +73,7 @@ class Ours:
                 for event in seen.key_averages() if event.self_device_time_total}
 
     def forward_s(self, prompt: int) -> float:
-        """Seconds of a forward in training over that many tokens, the median of five."""
+        """Seconds of a training forward over `prompt` tokens, the median of five."""
         [ids] = random_rows(self.model.config.vocab_size, 1, prompt, seed=0)
         ids_BL, times = torch.tensor([ids], device="cuda"), []
         for p in self.model.parameters():
@@ -91,7 +91,7 @@ class Ours:
 
 
 class Transformers:
-    """transformers' MPT over bitsandbytes' linears with PEFT's adapter, as its users set it up."""
+    """transformers' MPT over bitsandbytes' linears with PEFT's adapter, set up as its users do."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, rank: int):
         from peft import PeftModel
@@ -102,7 +102,7 @@ class Transformers:
         self.model = PeftModel.from_pretrained(model, folder / "adapters").eval()
 
     def run(self, prompt: int, rows: int, new: int, cache: str | None = None) -> dict:
-        """The same of `generate`; cache: its cache_implementation."""
+        """As Ours.run, for `generate`; cache: its cache_implementation."""
         from transformers import StoppingCriteria
 
         class Ends(StoppingCriteria):
@@ -124,8 +124,8 @@ class Transformers:
 
 
 def work(side, **order) -> dict:
-    """A run of a side, after one that warms it up: seconds to the first token and of each later
-    step, the median; tokens/s of all rows after the first token, and over the whole."""
+    """A run of a side, after a warm-up run: seconds to the first token, the median of the later
+    steps, and tokens/s of all rows, after the first token and over the whole."""
     if order.pop("forward", False):
         return {"forward_s": side.forward_s(**order)}
     if order.pop("kernels", False):

@@ -1,18 +1,18 @@
-"""Seconds an example of an epoch of short rows: train.py's own loop, and transformers' Trainer.
+"""Bench of an epoch of short rows: seconds per example of train.py's loop and of the Trainer.
 
-    python bench/epoch.py --model 7b5 --save                on a GPU: both in turns, measured
-    python bench/epoch.py --card t4,v100 --model 7b5        simulated, anywhere
-    python bench/epoch.py --data rows.jsonl                 a file in place of random rows
+    python bench/epoch.py --model 7b5 --save                on a GPU: both are measured, in turns
+    python bench/epoch.py --card t4,v100 --model 7b5        simulated, on any machine
+    python bench/epoch.py --data rows.jsonl                 a file instead of random rows
 
 The rows have random token ids and the lengths of 256 real pairs (lengths.json), with the loss on
 the answer. Ours is train.py with the values of the preset t4 (8 examples a step, packed, as CUDA
-graphs) on a card of --cap GiB. The Trainer, with PEFT and bitsandbytes as its users set it up, has
-gradient checkpointing and pads: 1 row at a time, 8 times a step, under the same cap; or more at
-once, grouped by length, without a cap.
+graphs) on a card of --cap GiB. transformers' Trainer, with PEFT and bitsandbytes set up as its
+users do, has gradient checkpointing and pads. It takes 1 row at a time, 8 times a step, under the
+same cap; or several at once, grouped by length, without a cap.
 
-`whole` is all of a run of one epoch in a new process: compiling, capturing and warming up included,
-loading weights and choosing the rows' lengths not. `steady` is the last of --epochs epochs of
-another run of ours; of the Trainer's one epoch it is the steps after the first quarter.
+`whole` is a run of one epoch in a new process, with compiling, capturing and warm-up, but without
+loading weights and choosing the rows' lengths. `steady` is, for ours, the last of --epochs epochs
+of another run; for the Trainer, the steps of its epoch after the first quarter.
 """
 
 import argparse
@@ -41,7 +41,7 @@ LENGTHS = Path(__file__).parent / "lengths.json"
 
 
 def random_examples(vocabulary: int) -> list[Example]:
-    """Random ids, each answer's last one </s>, in the lengths of the 256 pairs."""
+    """Examples of random ids that end in </s>, with the lengths of the 256 pairs."""
     made = []
     for n, (prompt, answer) in enumerate(json.loads(LENGTHS.read_text("utf-8"))["lengths"]):
         [ids] = random_rows(vocabulary, 1, prompt + answer - 1, seed=n)
@@ -51,7 +51,7 @@ def random_examples(vocabulary: int) -> list[Example]:
 
 
 def config_of(options) -> Config:
-    """The preset t4, saving and evaluating only at the end, and what the flags say otherwise."""
+    """The preset t4 with the values of the flags, without saving and evaluating during the run."""
     quiet = {"eval_every": 0, "save_every": 0}
     named = ("model", "data", "dtype", "rank", "packing", "batch_tokens", "recompute", "loss_mib",
              "epochs", "max_len")
@@ -59,7 +59,7 @@ def config_of(options) -> Config:
 
 
 def examples_of(options, config: Config) -> list[Example]:
-    """The rows of --data, or random ones; Refusal where the model has no such tokens, or one is
+    """The rows of --data, or random ones. Raises Refusal where the model lacks a token, or a row is
     longer than a window."""
     vocabulary = shape_of(options.model).vocab_size
     if not options.data:
@@ -157,7 +157,7 @@ def parse(arguments):
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)
-    # for the result's name, and what the other benches can choose
+    # options of other benches, needed for the name of the result
     options.attention, options.optimizer = "auto", Config.optimizer
     options.label = "-".join([*([] if options.packing else ["no-packing"]), *(
         [f"batch-tokens-{options.batch_tokens}"] if options.batch_tokens else [])]) or None

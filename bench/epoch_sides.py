@@ -1,9 +1,9 @@
-"""A side of epoch.py, in its own process: train.py's loop, or transformers' Trainer, over an epoch.
+"""A side of epoch.py in its own process: an epoch by train.py's loop, or by the Trainer.
 
-Both read the same token ids and train from one checkpoint and from the same first adapters. Both
-note the time when a step is done and the GPU has nothing left to do: a step lasts from the end of
-the step before, so that reading its rows counts too. The first lasts from the loop's beginning.
-Writing the adapter at the end is in no step.
+Both read the same token ids and start from one checkpoint and the same adapters. Both note the time
+when a step has ended and the GPU has finished. A step lasts from the end of the step before, which
+includes reading its rows; the first lasts from the start of the loop. Writing the adapter at the
+end is in no step.
 """
 
 import json
@@ -30,20 +30,20 @@ from phogpt_raw.training.setup import set_up
 
 
 class Ours:
-    """train.py's loop, set up over ready examples."""
+    """train.py's loop over given examples."""
 
     def __init__(self, config: Config, examples: list[Example]):
         self.job = set_up(config, all_train(examples))
-        # with the optimizer's pages, where they lie on the GPU: a cap is rather too small
+        # includes the optimizer's pages if they are on the GPU; the cap is then slightly too small
         self.context_gib = context_gib() if self.job.card.device == "cuda" else 0.0
         start = Path(config.model) / "adapters"
         if not start.exists():
             self.job.adapters.save(start)
 
     def run(self, memory_gib: float) -> dict:
-        """A whole run on a card of so much memory (0: this card's): its steps, and the layout of
+        """A whole run on a card of memory_gib GiB (0: this card's): its steps, and the layout of
         its last epoch."""
-        from train import train  # this process starts in the repository's root, epoch.py anywhere
+        from train import train  # works here: this process starts in the repository's root
 
         job = self.job
         if memory_gib:
@@ -75,7 +75,7 @@ class Ours:
 
 
 class Clock:
-    """Stands where train.py's display does, and notes each step's end and the peaks so far."""
+    """Takes the place of train.py's display; notes each step's end and the peaks so far."""
 
     def __init__(self):
         self.ends, self.gib, self.reserved = [time.perf_counter()], [], []
@@ -93,7 +93,7 @@ class Clock:
         return durations(self.ends)
 
     def peaks(self) -> dict:
-        """As metrics.jsonl has it, the activations that graphs save included; none on a CPU."""
+        """As in metrics.jsonl, with the activations that graphs save; empty on a CPU."""
         if not self.gib:
             return {}
         return {"allocated_gib": max(self.gib), "reserved_gib": max(self.reserved)}
@@ -104,7 +104,7 @@ def durations(ends: list[float]) -> list[float]:
 
 
 class TrainersEpoch(Peer):
-    """The Trainer over rows that are padded to the longest of their micro-batch."""
+    """The Trainer over rows padded to the longest of their micro-batch."""
 
     def __init__(self, config: Config, examples: list[Example]):
         super().__init__(Path(config.model), DTYPES[config.dtype])
@@ -112,7 +112,7 @@ class TrainersEpoch(Peer):
         self.batch_size = config.batch_size
 
     def run(self, micro_batch: int) -> dict:
-        """One epoch, at least `batch_size` examples a step; several rows at once are grouped by
+        """One epoch of at least `batch_size` examples a step; several rows at once are grouped by
         length."""
         from transformers import Trainer, TrainerCallback
 
@@ -138,13 +138,13 @@ class TrainersEpoch(Peer):
 
 
 def trainer_row(example: Example) -> dict:
-    """As transformers wants it: labels[i] is token i itself where it carries loss; the model moves
+    """In transformers' format: labels[i] is token i itself where it carries loss; the model shifts
     them by one."""
     return {"input_ids": example.ids, "labels": [IGNORED, *example.targets[:-1]]}
 
 
 class Padding:
-    """A collator: rows padded behind to the longest. It counts what it has made."""
+    """A collator that pads rows at the end to the longest; it counts the tokens."""
 
     def __init__(self):
         self.tokens, self.lengths = 0, set()

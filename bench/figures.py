@@ -1,4 +1,4 @@
-"""Figures of the benches as SVG."""
+"""The figure of memory.py as SVG: GPU memory over a simulated step, by kind."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from phogpt_raw.simulate.rates import Rates, matmul_workspace
 from phogpt_raw.simulate.roofline import op_seconds
 
 FIGURES = Path(__file__).parent / "figures"
-BINS = 120  # of a step's time
-# what a person asks about, from the bottom up; the rest is small
+BINS = 120  # of the time axis
+# kinds grouped for a reader, from the bottom up
 AREAS = {
     "base in NF4": ("NF4 weights", "NF4 constants", "plain weights", "norms and biases"),
     "embedding and head": ("embedding",),
@@ -23,13 +23,14 @@ AREAS = {
 
 
 def memory(found, rates: Rates, options) -> str:
-    """Memory over a step's simulated time, by kind, as stacked areas; says where it lies."""
+    """Write the figure: memory over a step's simulated time as stacked areas. Returns a line with
+    its path."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    # letters as text, and the same figure as the same file
+    # letters as text; a fixed salt, so that the same figure is the same file
     matplotlib.rcParams.update({"svg.hashsalt": "phogpt", "svg.fonttype": "none"})
     times, areas, phases = over_time(found, rates)
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
@@ -60,7 +61,8 @@ def memory(found, rates: Rates, options) -> str:
 
 
 def over_time(found, rates: Rates) -> tuple[list[float], dict[str, list[float]], dict[str, float]]:
-    """(seconds, {area: GiB at these}, {phase: its first second}); each of BINS shows its peak."""
+    """(seconds, {area: GiB at these}, {phase: its first second}); each of BINS bins has its
+    peak."""
     ends, now = [], 0.0
     for op in found.trace.ops:
         now += (op_seconds(op, rates, 0) + op_seconds(op, rates, 1)) / 2

@@ -1,4 +1,4 @@
-"""What a GPU does in a step: its kernels by kind, and the matmul rate that it could hold."""
+"""For step_time.py: a step's GPU kernels by kind, and the matmul rate that the GPU can sustain."""
 
 import re
 import time
@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# the first pattern that a kernel's name holds is its family
+# a kernel belongs to the first family whose pattern its name contains
 FAMILIES = {
     "attention": r"sdpa|fmha|flash|attention|cudnn.*(dot_do_o|convert_dq)",
     "NF4 to 16 bits": r"nf4|[dD]equantize",
@@ -21,7 +21,7 @@ FAMILIES = {
 
 
 def kernels(bench, window) -> tuple[dict[str, float], int]:
-    """{family: seconds} of a step's kernels, and their number; the profiler slows the step."""
+    """{family: seconds} of a step's kernels, and their number. The profiler slows the step."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         bench.run(window)
         torch.cuda.synchronize()
@@ -41,7 +41,8 @@ def family(kernel: str) -> str:
 
 
 def ceiling(dtype: torch.dtype, size: int = 8192, seconds: float = 2.0) -> dict[str, float]:
-    """FLOP/s of size³ matmuls on this GPU: ten after a rest, and once it is as warm as in a run."""
+    """FLOP/s of size³ matmuls on this GPU: `short` for ten after a rest, `sustained` once it is
+    warm."""
     a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
 
     def rate(count: int) -> float:

@@ -1,4 +1,4 @@
-"""Seconds per example of a file of rows, and hours of a run: what step_time.py says with --data."""
+"""For step_time.py --data: seconds per example of a file of rows, and hours of a run."""
 
 import statistics
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from phogpt_raw.model.weights import find_folder
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import clock
 
-MEASURED, SIMULATED = 8, 64  # windows that stand for all
+MEASURED, SIMULATED = 8, 64  # windows that represent all
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Items:
 
 
 def read(options) -> Items:
-    """The examples of --data; Refusal for a file or a run that cannot be."""
+    """The examples of --data; raises Refusal for a file or a run that is not possible."""
     if "," in options.micro_batch + options.recompute:
         raise Refusal("--data is timed at one --micro-batch and one --recompute")
     config = Config(model=options.model, data=options.data, max_len=options.max_len,
@@ -51,7 +51,7 @@ def tokenizer(name: str):
     place = find_folder(name) if name == "nano" else name
     try:
         found = PreTrainedTokenizerFast.from_pretrained(place)
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers has no more specific exception
         reason = str(error).strip().split("\n")[0]
         raise Refusal(f"--tokenizer {name}: cannot be read ({reason})") from None
     if found.eos_token is None:
@@ -62,8 +62,8 @@ def tokenizer(name: str):
 
 def estimate(options, items: Items, epoch: Epoch, most: int,
              seconds: Callable[[Window], tuple[float, ...] | None]) -> dict:
-    """The estimate for a file: `seconds(window)` of at most so many of its windows stand for all;
-    None where one of them does not fit the card."""
+    """The estimate for a file, from seconds(window) of at most `most` of its windows; its times are
+    None if one of them does not fit the card."""
     picked = epoch.some(most)
     taken = [seconds(window) for window in picked]
     examples = sum(len(window.examples) for window in picked)
@@ -83,7 +83,7 @@ def estimate(options, items: Items, epoch: Epoch, most: int,
 
 
 def line(estimate: dict) -> str:
-    """An estimate in words."""
+    """An estimate as one line of text."""
     how = estimate["layout"]
     file = (f"{estimate['data']}: {estimate['items']:,} examples, median "
             f"{estimate['tokens_median']:g} tokens, longest {estimate['tokens_longest']:,} "
@@ -97,7 +97,7 @@ def line(estimate: dict) -> str:
 
 
 def span(values) -> str:
-    """One number, or the two ends of a range.
+    """One number, or both ends of a range.
 
     >>> span([0.8594, 1.0275]), span([1411.2, 1953.4]), span([0.5, 0.5]), span([23.99])
     ('0.86 to 1.03', '1,411 to 1,953', '0.5', '24.0')

@@ -1,6 +1,6 @@
-"""Measuring: the very step that train.py takes, over random tokens, on this machine.
+"""For the benches: measure train.py's own step over random tokens on this machine.
 
-A setting that does not fit in memory is a result like any other.
+A setting that does not fit in memory is a result too.
 """
 
 import gc
@@ -37,7 +37,7 @@ class Bench:
         self.dtype, _ = training_dtype(self.card, options.dtype)
         self.model = self.load(options.model)
         self.adapters = new_adapters(self.model, rank=options.rank, alpha=32)
-        # before the optimizer: its pages are counted apart, wherever they lie
+        # before the optimizer, whose pages are counted separately
         self.context_gib = context_gib() if self.card.device == "cuda" else 0.0
         self.restart()
         self.cap_for_torch = self.cap()
@@ -49,7 +49,7 @@ class Bench:
                           device=torch.device(self.card.device))
 
     def restart(self) -> None:
-        """A fresh optimizer and loss scale over the adapters as they are."""
+        """A new optimizer and loss scale over the current adapters."""
         self.training = wire(self.model, self.adapters, optimizer=self.options.optimizer, lr=LR,
                              loss_mib=self.options.loss_mib)
 
@@ -59,14 +59,14 @@ class Bench:
                          self.options.documents)
 
     def described(self) -> dict:
-        """What a result says beside its rows: the kernel asked for, the cap and what it leaves."""
+        """What a result says in addition to its rows: attention kernel, cap, GiB left for torch."""
         several = {"documents": self.options.documents} if self.options.documents > 1 else {}
         return {"attention": self.options.attention, **several, "loss_mib": self.options.loss_mib,
                 "cap_gib": self.options.cap or None, "cap_for_torch_gib": self.cap_for_torch}
 
     def cap(self) -> float | None:
-        """Limit torch to --cap less CUDA's context and the optimizer's pages, which it does not
-        see; returns the GiB that are left."""
+        """Limit torch to --cap less CUDA's context and the optimizer's pages, which torch does not
+        count; returns the remaining GiB."""
         if not self.options.cap or self.card.device == "cpu":
             return None
         pages = paged_bytes(self.training.optimizer) / 2**30
@@ -79,7 +79,7 @@ class Bench:
         return left
 
     def begin(self, setting: Setting, *, capture: bool) -> None:
-        """Micro-batch and recompute as the setting says; eager, or graphs from the second step."""
+        """Set micro-batch and recompute; eager, or as graphs from the second step on."""
         limits, depth = self.training.limits, Config(recompute=setting.recompute)
         limits.micro_batch = setting.micro_batch
         limits.recompute = depth.blocks_to_recompute(self.model.config.n_layers)
@@ -91,13 +91,14 @@ class Bench:
         return train_step(self.training, window, mark)
 
     def rows(self, settings: list[Setting], measure):
-        """(setting, what measure(bench, setting, window) returns, None: out of memory) of each."""
+        """Yields (setting, measure(bench, setting, window)) for each; the second is None if out of
+        memory."""
         for setting in settings:
             yield setting, self.attempt(measure, setting, self.window(setting))
 
     def attempt(self, measure, setting: Setting, window: Window):
-        """What measure(bench, setting, window) returns; None where memory is too small for it.
-        Nothing of it stays on the GPU."""
+        """measure(bench, setting, window), or None if it runs out of memory. Frees what it used on
+        the GPU."""
         self.model.train()
         try:
             with ATTENTION[self.options.attention]():
@@ -112,13 +113,14 @@ class Bench:
         return result
 
     def release(self) -> None:
-        """Drop the graphs, and cuBLAS's workspaces: one for each stream, and graphs have theirs."""
+        """Free the graphs and cuBLAS's workspaces; each stream has one, and graphs have their own
+        stream."""
         self.training.forward = self.model
         free_matmul_workspaces()
 
     @property
     def captured(self) -> bool:
-        """Whether the steps run as graphs: asked for, possible, and every shape was captured."""
+        """Whether the steps run as graphs: requested, possible, and every shape captured."""
         graphs = getattr(self.training.forward, "graphs", {})
         return bool(graphs) and all(graphs.values())
 
@@ -129,7 +131,7 @@ def context_gib() -> float:
 
 
 def limit_torch_to(gib: float) -> None:
-    """Limit torch's allocator to so many GiB; 0: all there is."""
+    """Limit torch's allocator to `gib` GiB; 0: no limit."""
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total if gib else 1.0)
 
@@ -139,8 +141,8 @@ def limit_torch_to(gib: float) -> None:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peak GiB of an eager step by phase and kind, its loss, and what its graphs reserve (None
-    where it does not run as graphs)."""
+    """Peak GiB of an eager step by phase and kind; its loss; what its graphs reserve (None where it
+    does not run as graphs)."""
 
     by_phase: dict[str, dict[str, float]]
     loss: float
@@ -148,7 +150,7 @@ class Peaks:
 
 
 def peaks(bench: Bench, setting: Setting, window: Window) -> Peaks:
-    """The second eager step is measured: in the first, libraries allocate what they keep."""
+    """Measure the second eager step: in the first, libraries allocate what they keep."""
     bench.begin(setting, capture=False)
     bench.run(window)
     meter = MemoryMeter()
@@ -157,8 +159,8 @@ def peaks(bench: Bench, setting: Setting, window: Window) -> Peaks:
 
 
 def graph_memory(bench: Bench, setting: Setting, window: Window) -> dict[str, float] | None:
-    """GiB reserved as the step runs as graphs, and the most on the way there (the first step is
-    eager); None where it does not, or does not fit."""
+    """GiB reserved once the step runs as graphs, and the peak before that (the first step is
+    eager); None where it does not run as graphs, or does not fit."""
     bench.begin(setting, capture=bench.options.capture)
     if bench.training.forward is bench.model:
         return None
@@ -180,8 +182,8 @@ def graph_memory(bench: Bench, setting: Setting, window: Window) -> dict[str, fl
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds by phase of each timed step; whether it ran as graphs; its matmul FLOPs; kernels of
-    one step more."""
+    """Seconds by phase of each timed step; whether it ran as graphs; its matmul FLOPs; seconds and
+    number of kernels in one further step."""
 
     phases: list[dict[str, float]]
     captured: bool
@@ -197,7 +199,7 @@ def times(bench: Bench, setting: Setting, window: Window) -> Times:
 
 
 def phase_times(bench: Bench, setting: Setting, window: Window) -> list[dict[str, float]]:
-    """Seconds by phase of each of --steps steps, after --warmup others."""
+    """Seconds by phase of each of --steps steps, after --warmup untimed ones."""
     bench.begin(setting, capture=bench.options.capture)
     for _ in range(bench.options.warmup):
         bench.run(window)
@@ -220,8 +222,8 @@ def median_step(bench: Bench, setting: Setting, window: Window) -> float | None:
 
 
 def flops(bench: Bench, setting: Setting, window: Window) -> float:
-    """Matmul FLOPs of a step: for each weight of the blocks and token 4 (6 where recomputed:
-    forward again), for each weight of the head and supervised row 4; frozen weights have no
+    """Matmul FLOPs of a step: 4 for each weight of the blocks and token (6 where recomputed, for
+    the second forward), 4 for each weight of the head and supervised row. Frozen weights have no
     gradient."""
     config = bench.model.config
     block = (4 + 2 * config.expansion_ratio) * config.d_model**2

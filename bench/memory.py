@@ -1,11 +1,11 @@
-"""Peak memory of a training step: will it fit?
+"""Bench of memory: the peak of a training step. Will it fit?
 
     python bench/memory.py                                      PhoGPT-7B5 on a T4 and a V100
     python bench/memory.py --card t4 --model 4b --seq-len 4096,8192
     python bench/memory.py --measured --cap 14.56               on this GPU, with a T4's memory
 
-The step is train.py's own. Without a GPU it is simulated for each card, on tensors without values;
-on a GPU it is measured there and simulated beside it.
+The step is train.py's own. Without a GPU it is simulated for each card, on tensors without values.
+On a GPU it is measured, and simulated for comparison.
 """
 
 from dataclasses import asdict, replace
@@ -17,11 +17,11 @@ from phogpt_raw.cards import Card, dtype_name
 from phogpt_raw.refusal import exits_cleanly
 from phogpt_raw.show.console import out
 
-LONGEST = 16_384  # tokens; rows beyond that are not looked for
+LONGEST = 16_384  # tokens; longer rows are not tried
 
 
 def measure(options) -> None:
-    """A table of this machine's peaks, on a GPU beside the simulation's."""
+    """Print a table of this machine's peaks, on a GPU beside the simulated ones."""
     bench = Bench(options)
     out.print(report.remark(bench))
     gpu = bench.card.device == "cuda"
@@ -44,8 +44,8 @@ def measure(options) -> None:
 
 
 def simulate(options) -> None:
-    """A table for each card of --card; a ledger and a figure of the most tokens that fit it, in
-    rows no longer than the model was made for."""
+    """Print a table for each card of --card; then a ledger and a figure for the most tokens that
+    fit it in rows no longer than the model was made for."""
     shown: dict[str, OnCard] = {}
     for card, rates, traces in cards(options):
         found = [traces.on(card, setting) for setting in command_line.settings(options)]
@@ -73,7 +73,7 @@ def simulate(options) -> None:
 
 
 def longest_row(traces: Traces, card: Card, found: list[OnCard], step: int = 512) -> int:
-    """Tokens of the longest row, a multiple of `step`, that fits with every block recomputed."""
+    """Tokens of the longest row, in steps of `step`, that fits with all blocks recomputed."""
     def fits(length: int) -> bool:
         return traces.on(card, replace(found[0].setting, seq_len=length, recompute="all")).fits
 

@@ -1,7 +1,7 @@
-"""A stopwatch and a memory meter for the phases of a step: `mark` callables for train_step.
+"""For the benches: a stopwatch and a memory meter, passed to train_step as `mark`.
 
-`mark(phase)` ends the phase before and begins a new one. Time and memory are two runs: to read a
-peak the host must wait for the GPU, which would count as time.
+`mark(phase)` ends the phase before and begins a new one. Time and memory need separate runs: to
+read a peak the host must wait for the GPU, which takes time.
 """
 
 import time
@@ -27,7 +27,7 @@ class Stopwatch:
         self.points.append((phase, now))
 
     def read(self) -> dict[str, float]:
-        """End the last phase, wait for the GPU, return seconds by phase and begin anew."""
+        """End the last phase, wait for the GPU, and return seconds by phase; then start again."""
         self("end")
         if self.cuda:
             torch.cuda.synchronize()
@@ -39,17 +39,17 @@ class Stopwatch:
 
 
 def device_gib() -> float:
-    """GPU memory in use by all processes, as the driver counts it."""
+    """GPU memory in use by all processes, as the driver reports it."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**30
 
 
 class MemoryMeter:
-    """GiB by phase: peaks of torch's allocator and of what it has reserved, and the whole device.
+    """Peak GiB by phase: allocated and reserved by torch, and used on the whole device.
 
-    The whole device is what the driver counts as used at the phase's end, CUDA context, paged
-    optimizer state and other programs included: torch gives nothing back within a phase, so that is
-    its peak too. Without a GPU it is the process's resident memory at each phase's end.
+    The last is what the driver reports at the phase's end, with CUDA context, paged optimizer state
+    and other programs. torch releases nothing within a phase, so that is the phase's peak too.
+    Without a GPU it is the process's resident memory at each phase's end.
     """
 
     def __init__(self):
@@ -77,7 +77,7 @@ class MemoryMeter:
         }
 
     def read(self) -> dict[str, dict[str, float]]:
-        """End the last phase and return {phase: {kind: peak GiB}}, beginning anew."""
+        """End the last phase and return {phase: {kind: peak GiB}}; then start again."""
         self("end")
         peaks, self.peaks, self.phase = self.peaks, {}, None
         return peaks

@@ -1,15 +1,15 @@
-"""The same work through transformers' Trainer + PEFT + bitsandbytes and through this loop.
+"""Bench of steps: this loop against transformers' Trainer + PEFT + bitsandbytes.
 
     python bench/peer.py --model 7b5 --work 1x512,1x1024,1x2048 --save
     python bench/peer.py --model 7b5 --work 8x512 --dtype bf16 --cap 0 --loss-mib 1024 --save
 
-One process a side, both from one checkpoint of random weights whose biases are zero (transformers'
-MPT has none, so that both compute the same function), from the same adapters, on the same tokens.
-They take turns: a run of the peer, a run of ours, again. Before that both train for a number of
-steps from the same start, and the losses are held against each other.
+Each side is a process. Both load one checkpoint of random weights and the same adapters, and train
+on the same tokens. The biases are zero, because transformers' MPT has none: so both compute the
+same function. First both train for a number of steps from the same start, and their losses are
+compared. Then they take turns: a run of the peer, a run of ours, again.
 
-The peer is set up as its users do it: gradient checkpointing, paged_adamw_8bit, mixed precision,
-LoRA on all four linears. Needs a GPU with room for both at once.
+The peer is set up as its users do: gradient checkpointing, paged_adamw_8bit, mixed precision, LoRA
+on all four linears. Needs a GPU with room for both at once.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from phogpt_raw.show.console import out
 
 
 def adapter_weights(shape: ModelConfig, rank: int) -> int:
-    """LoRA's weights on the four linears of every block."""
+    """Number of LoRA's weights on the four linears of every block."""
     d, wide = shape.d_model, shape.expansion_ratio * shape.d_model
     return shape.n_layers * rank * ((d + 3 * d) + (d + d) + 2 * (d + wide))
 
 
 def compare(work: str, sides: dict[str, Side], options, cap_gib: float) -> dict:
-    """Losses from one start, then alternating pairs of timed runs; a row of the result."""
+    """A row of the result: losses from one start, then timed runs of both sides in turns."""
     micro_batch, seq_len = (int(part) for part in work.split("x"))
     order = {"micro_batch": micro_batch, "seq_len": seq_len, "recompute": options.recompute}
     ours, peer = sides["ours"], sides["peer"]
@@ -71,7 +71,7 @@ def compare(work: str, sides: dict[str, Side], options, cap_gib: float) -> dict:
 
 
 def summary(row: dict) -> dict:
-    """Medians over the pairs: seconds and GiB of each, and how many times faster ours is."""
+    """Medians over the pairs: seconds and GiB of each side, and how many times faster ours is."""
     pairs = row["pairs"]
     found = {}
     for name in ("peer", "ours", "eager"):
@@ -112,7 +112,7 @@ def parse(arguments):
         raise Refusal(f"--work {options.work}: rows x tokens, such as 1x512,8x512")
     if not re.fullmatch(r"all|none|\d+", options.recompute):
         raise Refusal(f"--recompute {options.recompute}: all, none or a number of blocks")
-    # for the result's name; the Trainer is given the same
+    # options of other benches, needed for the name of the result
     options.attention, options.label, options.optimizer = "auto", None, Config.optimizer
     return options
 

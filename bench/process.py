@@ -1,7 +1,8 @@
-"""A side of a comparison in a process of its own: orders and answers as lines of JSON.
+"""For peer.py, epoch.py and decode.py: run a side of a comparison in its own process.
 
-The bench starts `python -m <module> …` as a `Side`; that module ends in `serve`. The time to start
-a process and to load its weights is therefore in no measurement, and no side's memory in another's.
+The bench starts `python -m <module> …` as a `Side`; that module ends in `serve`. Requests and
+results are lines of JSON. No measurement includes the time to start a process and to load its
+weights, and no side's memory counts for another.
 """
 
 import json
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Side:
-    """A side's process; `context_gib`: GPU memory that it holds outside torch's allocator."""
+    """A side's process; context_gib: GPU memory that it uses outside torch's allocator."""
 
     def __init__(self, name: str, module: str, *arguments: str, **environment: str):
         self.name = name
@@ -35,7 +36,7 @@ class Side:
     def read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise Refusal(f"the process of {self.name} ended; its error stands above")
+            raise Refusal(f"the process of {self.name} ended; see its error above")
         return json.loads(line)
 
     def run(self, **order) -> dict:
@@ -49,9 +50,10 @@ class Side:
 
 
 def serve(make: Callable, run: Callable[..., dict]) -> None:
-    """Answer each order on standard input with run(side, **order) and its peaks on standard output.
+    """Answer each request on standard input with run(side, **request) and its peaks on standard
+    output.
 
-    `make` makes the side. The order's `cap_gib` is what torch may allocate, 0: all there is.
+    make: builds the side. `cap_gib` in a request: what torch may allocate; 0: no limit.
     """
     answers, sys.stdout = sys.stdout, sys.stderr
     side = make()
@@ -72,6 +74,6 @@ def serve(make: Callable, run: Callable[..., dict]) -> None:
 
 
 def now() -> float:
-    """Seconds of the host's clock, once the GPU has done all that it was given."""
+    """Seconds of the host's clock, after waiting for the GPU."""
     torch.cuda.synchronize()
     return time.perf_counter()

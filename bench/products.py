@@ -1,11 +1,11 @@
-"""Products of a few rows with a 4-bit matrix: bitsandbytes' and ours, at every shape of a model.
+"""Bench of products of a few rows with a 4-bit matrix: bitsandbytes' kernels and ours.
 
     python bench/products.py --save                  on a GPU
     python bench/products.py --model 4b --rows 1,2
 
-Microseconds of one product as a CUDA graph replays it, bias included. Copies of the matrix are
-taken in turn, more than the GPU's cache holds, as a model's layers are. TB/s: of the matrix' 4 bits
-and scales.
+It measures every matrix shape of a model: microseconds of one product in a replayed CUDA graph,
+bias included. The calls use more copies of the matrix than the GPU's cache holds, in turn, like the
+layers of a model. TB/s: of the matrix's 4 bits and scales.
 """
 
 import argparse
@@ -25,12 +25,13 @@ from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
 
-CACHE = 300e6  # bytes; no GPU's cache is so large
+CACHE = 300e6  # bytes; more than any GPU's cache
 REPLAYS = 7
 
 
 def replayed_s(run, calls: int) -> float:
-    """Seconds of one call of run(0), run(1), … in a CUDA graph, the median of several replays."""
+    """Seconds of one call among run(0), run(1), … in a CUDA graph, the median of several
+    replays."""
     run(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -51,7 +52,7 @@ def replayed_s(run, calls: int) -> float:
 
 @torch.no_grad()
 def measure(out_features: int, width: int, rows: list[int], dtype: torch.dtype) -> list[dict]:
-    """A row for each number of rows at this shape."""
+    """The results at this shape, one for each number of rows."""
     size = NF4_BYTES * out_features * width
     layers = []
     for _ in range(max(2, int(CACHE / size))):
@@ -82,7 +83,7 @@ def parse(arguments):
     options.counts = whole_numbers(options.rows, "--rows")
     if max(options.counts) > MOST:
         raise Refusal(f"--rows {options.rows}: the kernels take at most {MOST}")
-    # for the result's name, and what the other benches can choose
+    # options of other benches, needed for the name of the result
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     options.rank = Config.rank
     return options

@@ -1,4 +1,4 @@
-"""Random weights and random rows in the shape of a PhoGPT, for benches and tests."""
+"""For benches and tests: random weights and random rows in the shape of a PhoGPT."""
 
 from collections.abc import Iterator
 
@@ -20,13 +20,14 @@ def random_tensors(
     dtype: torch.dtype = torch.bfloat16,
     zero_biases: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter of the shape, each made when it is asked for.
+    """(name, tensor) of every parameter of the shape, each created when it is requested.
 
-    Matrices are normal with deviation 0.02. Biases and norms are random too (deviation 0.1, norm
-    weights around 1), so that a test notices when one is lost. zero_biases=True gives biases of 0
-    and norm weights of 1, as in a model before its first step.
-    The values depend on `seed` and on the kind of device, and are drawn in fp32: the largest
-    tensor, the embedding, needs 4 bytes per element for a moment (4.1 GB for 7B5).
+    Matrices are normal with standard deviation 0.02. Biases and norms are random too (deviation
+    0.1, norm weights around 1), so that a test notices a lost one. zero_biases=True gives biases of
+    0 and norm weights of 1, as in an untrained model.
+
+    The values depend on `seed` and on the kind of device. They are drawn in fp32: the largest
+    tensor, the embedding, temporarily needs 4 bytes per element (4.1 GB for 7B5).
     """
     generator = torch.Generator(device).manual_seed(seed)
     for name, size in parameter_shapes(shape).items():
@@ -46,7 +47,7 @@ def random_tensor(name: str, size: torch.Size, generator: torch.Generator) -> to
 
 
 def random_base(shape: ModelConfig, dtype: torch.dtype, device: str) -> PhoGPT:
-    """A frozen PhoGPT with random NF4 weights: as large and as fast as one that was trained."""
+    """A frozen PhoGPT with random NF4 weights: as large and as fast as a trained one."""
     with torch.device("meta"):
         phogpt = PhoGPT(shape)
     for name, tensor in random_tensors(shape, seed=0, device=device):
@@ -55,15 +56,15 @@ def random_base(shape: ModelConfig, dtype: torch.dtype, device: str) -> PhoGPT:
 
 
 def random_rows(vocabulary: int, rows: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Rows of random token ids, past the special ones."""
-    dice = torch.Generator().manual_seed(seed)
-    return torch.randint(4, vocabulary, (rows, length), generator=dice).tolist()
+    """Rows of random token ids, without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, vocabulary, (rows, length), generator=generator).tolist()
 
 
 def window_of(rows: list[list[int]], documents: int = 1) -> Window:
-    """A window of rows of token ids, all of which but the first of each document carry loss.
+    """A window of rows of token ids; all but the first of each document carry loss.
 
-    Each row is cut into so many documents of one length; what is left over is padding.
+    Each row is cut into `documents` documents of equal length; the remainder is padding.
     """
     length = len(rows[0]) // documents
     pieces = [ids[n * length : (n + 1) * length] for ids in rows for n in range(documents)]

@@ -1,4 +1,4 @@
-"""Tables: what the benches print of rows that were measured or simulated."""
+"""For the benches: the tables that they print."""
 
 from rich import box
 from rich.table import Table
@@ -26,7 +26,7 @@ def work(row: dict) -> str:
 
 
 def remark(bench: Bench) -> str:
-    """The line above a table: what was measured, on what."""
+    """The line above a table: what was measured, and where."""
     line = f"measured on {bench.card.name}, {bench.options.model}, " \
            f"{dtype_name(bench.dtype)}, rank {bench.options.rank}"
     if bench.cap_for_torch:
@@ -76,11 +76,11 @@ def simulated_memory(rows: list[dict]) -> Table:
 
 
 def ledger(shown: dict[str, OnCard]) -> Table:
-    """What is alive at the peak, by kind, and what torch does not see; a column for each GPU."""
+    """What is alive at the peak, by kind, and what torch does not count; a column for each GPU."""
     made = table("GiB by kind at the peak", ["kind", *(
         f"{card.split('-')[0]}, {f.setting.micro_batch} x {f.setting.seq_len}"
         for card, f in shown.items())], caption=(
-        "rounding, fragmentation: torch's allocator, imitated; pages: the optimizer's moments, in "
+        "rounding, fragmentation: of the simulated allocator; pages: the optimizer's moments, in "
         "managed memory, which torch does not count; context: measured on an H200, smaller cards "
         "take less; matmul workspace: what torch takes for cuBLAS"))
     rows = [f.memory_row() for f in shown.values()]
@@ -105,7 +105,7 @@ def ledger(shown: dict[str, OnCard]) -> Table:
 
 
 def measured_time(rows: list[dict], steps: int, limit: dict | None) -> list[Table]:
-    """The rows, and on a GPU (limit: its matmul FLOP/s) another table of the kernels."""
+    """The measured times; on a GPU (limit: its matmul FLOP/s) also a table of the kernels."""
     known = any("simulated_s" in row for row in rows)
     made = table(
         f"milliseconds, medians of {steps} steps",
@@ -139,7 +139,7 @@ def measured_time(rows: list[dict], steps: int, limit: dict | None) -> list[Tabl
 
 def simulated_time(rows: list[dict], rates: Rates) -> Table:
     made = table("seconds of a step", [
-        "work", "recomp.", "fits", "TFLOP", "GB", "seconds", "tokens/s", "s an example"],
+        "work", "recomp.", "fits", "TFLOP", "GB", "seconds", "tokens/s", "s/example"],
         caption=f"GB: read and written. *: eagerly (--no-capture) Python is slower than this "
                 f"card. Rates: {rates.source}")
     for row in rows:
@@ -166,17 +166,17 @@ def who(row: dict) -> str:
 
 
 def seconds_of(value) -> str:
-    """A measured time to three digits, a simulated one as a range."""
+    """A measured time with three digits, a simulated one as a range."""
     return span(value) if isinstance(value, list) else f"{value:.3g}"
 
 
 def epoch(rows: list[dict], title: str, cap: float = 0) -> Table:
-    """A row for each side; `cap`: GiB that a run had to keep under."""
+    """A row for each side; cap: GiB that a run had to stay under, 0: none."""
     made = table(title, ["", "rows", "examples", "fill", "steady", "whole", "GiB", "times"],
                  caption="rows: through the model in an epoch; examples: in a row; fill: what is "
-                 "not padding; seconds an example, GiB allocated; times: faster than the Trainer "
+                 "not padding; seconds per example, GiB allocated; times: faster than the Trainer "
                  "with 1 at once" + (f". *: not under {cap:g} GiB" if cap else ""))
-    made.columns[0].no_wrap = False  # its names can be long
+    made.columns[0].no_wrap = False  # names can be long
     for row in rows:
         name = who(row) + ("" if row["fits"] else "*")
         if "steady_s" not in row:
@@ -194,7 +194,7 @@ def epoch(rows: list[dict], title: str, cap: float = 0) -> Table:
 
 
 def decode(rows: list[dict], title: str) -> Table:
-    """Measured: ours and transformers' at each prompt and batch."""
+    """Measured decoding: ours and transformers' for each prompt and batch."""
     made = table(title, ["", "prompt", "rows", "tokens/s", "first s", "GiB", "of bound", "times"],
                  caption="tokens/s: of all rows, after the first token; first s: to the first "
                  "token; GiB allocated; of bound: what must be read, over the step and the card's "
@@ -213,7 +213,7 @@ def decode(rows: list[dict], title: str) -> Table:
 
 
 def decode_bounds(rows: list[dict], title: str) -> Table:
-    """Of a card elsewhere: what memory allows."""
+    """For a card that is not here: what its memory allows."""
     made = table(title, ["prompt", "rows", "GB a step", "tokens/s", "GiB"],
                  caption="tokens/s: if all that a step must read came at the card's worse to "
                  "better rate; GiB: weights, cache and CUDA's context")

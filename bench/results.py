@@ -1,4 +1,4 @@
-"""The results of the benches: one JSON for each run with --save, in bench/results."""
+"""Save and load the results of the benches: one JSON in bench/results for each run with --save."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def load(what: str) -> list[dict]:
 
 def save(what: str, card: Card, options, dtype: torch.dtype, rows: list[dict],
          source: str = "measured", **more) -> Path:
-    """bench/results/<what>-<card>-<model>-<dtype>-<date>.json; `more` beside the rows."""
+    """Write bench/results/<what>-<card>-<model>-<dtype>-<date>.json; `more`: further fields."""
     parts = [what, *([] if source == "measured" else [source]), card.name.replace(" ", "-"),
              Path(options.model).name, dtype_name(dtype)]
     if options.attention != "auto":

@@ -1,7 +1,8 @@
-"""A side of the comparison in peer.py: this loop, or transformers' Trainer, in its own process.
+"""A side of peer.py in its own process: this loop, or transformers' Trainer.
 
-Both train from one checkpoint of random weights and from the same adapters, whose first values are
-saved beside it by the side that comes first. peer.py starts this file, once a side.
+Both train from one checkpoint of random weights and from the same adapters. The side that starts
+first saves the adapters' initial values beside the checkpoint. peer.py starts this file once for
+each side.
 """
 
 import tempfile
@@ -23,13 +24,13 @@ SHARDS = 8  # of 1.9 GB each for 7B5
 
 
 def start(name: str, folder: Path, options) -> Side:
-    """`ours` or `peer` over the checkpoint in `folder`, started."""
+    """Start the side `ours` or `peer` over the checkpoint in `folder`."""
     return Side(name, "bench.sides", name, "--model", str(folder), "--dtype", options.dtype,
                 "--rank", str(options.rank), "--loss-mib", str(options.loss_mib))
 
 
 class Ours:
-    """This loop, its micro-batches captured or eager, over a checkpoint folder."""
+    """This loop over a checkpoint folder, captured or eager."""
 
     def __init__(self, options):
         self.bench = Bench(options)
@@ -43,7 +44,7 @@ class Ours:
         adapters.load(start)
 
     def steps(self, micro_batch: int, seq_len: int, count: int, path: str, recompute: str):
-        """(loss, seconds) of each of `count` steps, from the first adapters on."""
+        """Yields (loss, seconds) for each of `count` steps, starting from the first adapters."""
         bench, vocabulary = self.bench, self.bench.model.config.vocab_size
         bench.adapters.flat.data.copy_(self.first)
         bench.adapters.cast()
@@ -105,8 +106,8 @@ class Peer:
         yield from zip(losses, times, strict=True)
 
     def train(self, kind, rows: list[dict], clock, collator=None, **arguments) -> None:
-        """Train with a Trainer of this `kind`, from the first adapters on, set up as its users do;
-        `arguments` are TrainingArguments'."""
+        """Train with a Trainer of class `kind`, starting from the first adapters, set up as its
+        users do; arguments: further TrainingArguments."""
         from transformers import TrainingArguments
 
         for name, p in self.model.named_parameters():
@@ -121,7 +122,7 @@ class Peer:
                 "bf16": self.dtype == torch.bfloat16, **arguments})
             trainer = kind(self.model, given, train_dataset=rows, data_collator=collator,
                            callbacks=[clock])
-            if trainer.accelerator.scaler is not None:  # as ours: 2^16 skips the first steps
+            if trainer.accelerator.scaler is not None:  # as ours; 2^16 skips the first steps
                 trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12)
             trainer.train()
 
@@ -150,8 +151,8 @@ def timed(side, **order) -> dict:
 def write_random_checkpoint(folder: Path, shape: ModelConfig, seed: int = 0) -> None:
     """Random weights that our reader and transformers' MPT read alike, with nano's tokenizer.
 
-    transformers' MPT has no biases, so all are zero. It accepts only the integer 0 for attn_pdrop,
-    where VinAI's file has 0.0.
+    transformers' MPT has no biases, so all are zero. For attn_pdrop it accepts only the integer 0;
+    VinAI's file has 0.0.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = vinai_config(shape, attn_config={"attn_pdrop": 0})

@@ -1,4 +1,4 @@
-"""Simulating: the step of a setting on GPUs that need not be here; each trace is made once."""
+"""For the benches: the step of a setting simulated on GPUs that are not here; traces are reused."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,22 +27,22 @@ EFFICIENT = Card("", "cuda", (7, 5))  # a GPU that has only the memory-efficient
 def shape_of(model: str) -> ModelConfig:
     if model in PUBLISHED:
         return PUBLISHED[model]
-    return read_config(find_folder(model, files=["config.json"]))  # not gigabytes of weights
+    return read_config(find_folder(model, files=["config.json"]))  # without the weights
 
 
 @dataclass(frozen=True)
 class GivenBatch:
-    """A window of one micro-batch, which is given: all that a simulated step asks of a window."""
+    """A window of one given micro-batch, with all that a simulated step needs of a window."""
 
     batch: MicroBatch
-    supervised: int = 1  # what a loss is divided by; it has no value here
+    supervised: int = 1  # divides the loss, which has no value here
 
     def micro_batches(self, _size: int):
         yield self.batch
 
 
 def shape_key(batch: MicroBatch) -> tuple:
-    """Micro-batches of one key are one to a simulated step, which has no values."""
+    """Micro-batches of one key give the same simulated step, since that has no values."""
     return (*batch.ids_BL.shape, len(batch.rows_T), batch.bounds)
 
 
@@ -83,7 +83,7 @@ class Traces:
         return attention_kernels(card, self.dtype)
 
     def recompute(self, setting: Setting, card: Card) -> int:
-        """The setting's recompute as a number of blocks; for auto what the GPU forces."""
+        """The setting's recompute as a number of blocks; for auto the least that the GPU allows."""
         if setting.recompute != "auto":
             return Config(recompute=setting.recompute).blocks_to_recompute(self.shape.n_layers)
         return self.least(lambda n: self.trace(setting, n, self.kernel(card)), card).recompute
@@ -97,7 +97,7 @@ class Traces:
 
 
 def resolved(traces: Traces | None, setting: Setting, card: Card) -> Setting:
-    """A setting whose recompute is definite; on a CPU memory is not what is scarce."""
+    """A setting with a definite recompute; on a CPU memory is not the limit."""
     if setting.recompute != "auto":
         return setting
     return replace(setting, recompute=str(traces.recompute(setting, card) if traces else 0))
@@ -105,7 +105,7 @@ def resolved(traces: Traces | None, setting: Setting, card: Card) -> Setting:
 
 @dataclass(frozen=True)
 class OnCard:
-    """A setting's trace on a GPU, `recompute` blocks recomputed."""
+    """A setting's trace on a GPU, with `recompute` blocks recomputed."""
 
     card: Card
     setting: Setting
@@ -114,7 +114,7 @@ class OnCard:
 
     @property
     def beside(self) -> int:
-        """Bytes that torch's allocator does not see: CUDA's context, the optimizer's pages."""
+        """Bytes that torch's allocator does not count: CUDA's context, the optimizer's pages."""
         return CONTEXT + self.trace.pages
 
     @property
@@ -126,7 +126,7 @@ class OnCard:
         return True
 
     def memory_row(self) -> dict:
-        """The row of a result: GiB at the peak by phase and, for the whole step, by kind."""
+        """A row of the result: GiB at the peak by phase and, for the whole step, by kind."""
         workspace = matmul_workspace(self.card)
         allocator = self.trace.replay(workspace=workspace)
         moments = self.trace.moments(workspace)
@@ -148,7 +148,7 @@ class OnCard:
         }
 
     def time_row(self, rates: Rates) -> dict:
-        """The row of a result: FLOPs, bytes, and seconds from the better to the worse rates."""
+        """A row of the result: FLOPs, bytes, and seconds at the better and the worse rates."""
         ops, setting = self.trace.ops, self.setting
         seconds = step_seconds(ops, rates)
         step_s = both_ends(seconds)

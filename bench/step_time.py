@@ -1,13 +1,13 @@
-"""Seconds of a training step: how long will an example take?
+"""Bench of time: seconds of a training step. How long will an example take?
 
     python bench/step_time.py                               PhoGPT-7B5 on a T4 and a V100
     python bench/step_time.py --data rows.jsonl --epochs 3  the rows of a file, hours of a run
     python bench/step_time.py --measured --seq-len 512      on this GPU
 
 The step is train.py's own. Without a GPU it is simulated for each card: every operation takes the
-larger of its arithmetic and its memory at the rates that the card sustains. On a GPU it is measured
-there, by phase and by kind of kernel, after warm-up, and simulated beside it. A setting that does
-not fit is a row that says so.
+time of its arithmetic or of its memory access, whichever is longer, at the card's sustained rates.
+On a GPU it is measured after warm-up, by phase and by kind of kernel, and simulated for comparison.
+A setting that does not fit has a row that says so.
 """
 
 import argparse
@@ -33,8 +33,8 @@ PHASES = ("forward", "backward", "clip", "optimizer")
 
 
 def measure(options) -> None:
-    """A table of this machine's times, on a GPU beside the simulation's."""
-    examples = items.read(options) if options.data else None  # a bad file before an hour's work
+    """Print a table of this machine's times, on a GPU beside the simulated ones."""
+    examples = items.read(options) if options.data else None  # find a bad file first
     bench = Bench(options)
     out.print(report.remark(bench))
     gpu = bench.card.device == "cuda"
@@ -42,7 +42,7 @@ def measure(options) -> None:
     traces = Traces(options, bench.dtype) if gpu else None
     card = replace(bench.card, memory_gib=options.cap or bench.card.memory_gib)
     known = next((k for k in KNOWN.values() if gpu and k.card.name == bench.card.name), None)
-    # products at the rate that this very card holds in this dtype
+    # with the matmul rate measured on this card in this dtype
     rates = known and replace(known.rates, matmul=(limit["sustained"],) * 2)
     settings = [resolved(traces, s, card) for s in command_line.settings(options)]
     rows = []
@@ -80,7 +80,8 @@ def measured_row(setting: Setting, found: Times, limit: dict | None) -> dict:
 
 
 def window_seconds(bench: Bench, epoch: Epoch):
-    """What gives the median seconds of a step over a window here, None where it does not fit."""
+    """A function that gives the median seconds of a step over a window here, None if it does not
+    fit."""
     def seconds(window: Window) -> tuple[float] | None:
         length = max(length for _, length in window.shapes(epoch.micro_batch))
         setting = Setting(length, epoch.micro_batch, 1, str(epoch.choice.recompute))
@@ -91,7 +92,7 @@ def window_seconds(bench: Bench, epoch: Epoch):
 
 
 def simulate(options) -> None:
-    """A table for each card of --card: seconds from its better to its worse rates."""
+    """Print a table for each card of --card: seconds at its better and worse rates."""
     examples = items.read(options) if options.data else None
     for card, rates, traces in cards(options):
         if traces.dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""The runs of epoch.py on a GPU: ours and the Trainer's in turns, and what they come to."""
+"""For epoch.py on a GPU: run ours and the Trainer in turns, and summarise the runs."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.show.console import out
 
-WARM = 4  # the Trainer's steady steps are those after the first of so many parts
+WARM = 4  # the Trainer's steady steps are those after the first 1/WARM
 
 
 class Runs:
@@ -27,7 +27,7 @@ class Runs:
         self.trainers: Side | None = None
 
     def start(self, name: str, config: Config) -> Side:
-        """A process whose kernels are compiled anew."""
+        """A new process, with an empty cache of compiled kernels."""
         self.made += 1
         return Side(name, "bench.epoch_sides", name, json.dumps(asdict(config)),
                     str(self.folder / "examples.json"),
@@ -38,7 +38,7 @@ class Runs:
         return self.options.cap and self.options.cap - side.context_gib - self.pages
 
     def ours(self) -> dict:
-        """A run of one epoch and a run of --epochs, each in a new process."""
+        """A run of one epoch and a run of --epochs epochs, each in a new process."""
         whole, steady = (self.run_ours(epochs) for epochs in (1.0, self.options.epochs))
         if "seconds" not in whole or "seconds" not in steady:
             return {"fits": False}
@@ -56,7 +56,7 @@ class Runs:
         return found
 
     def trainer(self, micro_batch: int) -> dict:
-        """An epoch of the Trainer; one row at a time under the cap, if that is enough."""
+        """An epoch of the Trainer; one row at a time runs under the cap if it fits."""
         self.trainers = self.trainers or self.start("trainer", self.config)
         cap = self.cap(self.trainers) if micro_batch == 1 else 0
         found = self.trainers.run(cap_gib=cap, micro_batch=micro_batch)
@@ -74,12 +74,12 @@ class Runs:
 
 
 def item_seconds(run: dict, after: int = 0) -> float:
-    """Mean seconds an example over the steps after the first `after`."""
+    """Mean seconds per example over the steps after the first `after`."""
     return sum(run["seconds"][after:]) / sum(run["step_examples"][after:])
 
 
 def take(sides, trainers: list[int], pairs: int) -> dict[str, list[dict]]:
-    """Runs of each side, ours before each of the Trainer's; ours alone where there is none."""
+    """Runs of each side: ours before each run of the Trainer, or ours alone without one."""
     runs: dict[str, list[dict]] = {}
     for _ in range(pairs):
         for micro_batch in trainers or [None]:
@@ -93,16 +93,16 @@ def take(sides, trainers: list[int], pairs: int) -> dict[str, list[dict]]:
 
 
 def say(name: str, run: dict) -> None:
-    out.print(f"{name}: " + (f"{run['steady_s']:.4g} s an example, whole {run['whole_s']:.4g}"
+    out.print(f"{name}: " + (f"{run['steady_s']:.4g} s per example, whole {run['whole_s']:.4g}"
                              if "steady_s" in run else "out of memory"))
 
 
-EACH_STEP = ("seconds", "whole_seconds", "step_examples")  # of a run, not of a row
+EACH_STEP = ("seconds", "whole_seconds", "step_examples")  # left out of a row
 
 
 def summary(runs: dict[str, list[dict]]) -> list[dict]:
-    """A row for each side: medians of its runs' seconds, the most memory, and how many times less
-    time it took than the Trainer with one row at a time."""
+    """A row for each side: the median of its runs' seconds, the most memory, and how many times
+    faster it was than the Trainer with one row at a time."""
     rows = []
     for name, those in runs.items():
         row = {"who": name.split()[0], "micro_batch": int(name.partition(" ")[2] or 1)}

@@ -1,7 +1,7 @@
-"""The windows of an epoch, laid out for a card as train.py lays them out, and simulated there.
+"""For epoch.py and step_time.py --data: simulate the windows of an epoch as train.py makes them.
 
-A window's time is the sum over its micro-batches, whose shapes come again and again: each shape is
-traced once. What a step does once (clip, update) is counted once for each window.
+A window's time is the sum over its micro-batches. Their shapes repeat, so each shape is traced
+once. What a step does once (clip, update) is counted once for each window.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Epoch:
     choice: Choice
 
     def some(self, most: int) -> list[Window]:
-        """At most so many windows that stand for all: an even choice by their tokens."""
+        """At most `most` windows that represent all: evenly chosen by their tokens."""
         ordered = sorted(self.windows, key=lambda window: window.tokens)
         count = min(most, len(ordered))
         return [ordered[int((n + 0.5) * len(ordered) / count)] for n in range(count)]
@@ -38,7 +38,7 @@ class Epoch:
 
 def plan(examples: list[Example], config: Config, card: Card, blocks: int,
          traces: Traces | None) -> Epoch:
-    """The first epoch of a run over these examples on a card; a GPU needs `traces` to choose by.
+    """The first epoch of a run over these examples on a card; for a GPU the choice needs `traces`.
 
     Raises Refusal for an example that is longer than a window may be.
     """
@@ -56,18 +56,18 @@ def plan(examples: list[Example], config: Config, card: Card, blocks: int,
 
 
 def stream_of(examples: list[Example], config: Config):
-    """train.py's windows of these examples; Refusal for one that is too long for them."""
+    """train.py's windows of these examples; raises Refusal for one that is too long for them."""
     return make_stream(all_train(examples), config, PINNED_IDS["pad"])
 
 
 def all_train(examples: list[Example]) -> Examples:
-    """Examples to train on, none held out, as set_up takes them."""
+    """The examples as set_up takes them, none held out."""
     return Examples(examples, [], [], "none", "the ids are given", "ids")
 
 
 def layout(windows: list[Window], micro_batch: int) -> dict:
-    """How an epoch goes through the model: `fill` is the share of its tokens that is not padding,
-    `row_lengths` are the tokens of its rows, padding included."""
+    """How an epoch goes through the model. fill: the share of its tokens that is not padding;
+    row_lengths: tokens of its rows, padding included."""
     shapes = [shape for window in windows for shape in window.shapes(micro_batch)]
     rows = sum(rows for rows, _ in shapes)
     examples = sum(len(window.examples) for window in windows)
@@ -81,7 +81,7 @@ def layout(windows: list[Window], micro_batch: int) -> dict:
 
 
 class Simulation:
-    """Steps over windows on a simulated card, `choice.recompute` blocks recomputed."""
+    """Simulated steps over windows on a card, with `choice.recompute` blocks recomputed."""
 
     def __init__(self, traces: Traces, epoch: Epoch, card: Card, rates: Rates):
         self.traces, self.epoch, self.card, self.rates = traces, epoch, card, rates
@@ -89,7 +89,7 @@ class Simulation:
         self.seconds_of: dict[tuple, tuple] = {}  # (of the micro-batch, of the rest of a step)
 
     def seconds(self, window: Window) -> tuple[float, float]:
-        """Of a step over the window, at the card's better and worse rates."""
+        """Seconds of a step over the window, at the card's better and worse rates."""
         found = [self.batch_seconds(batch)
                  for batch in window.micro_batches(self.epoch.micro_batch)]
         _, once = found[0]
@@ -112,7 +112,7 @@ class Simulation:
         return OnCard(self.card, Setting(length, rows, 1, str(depth)), depth, trace)
 
     def memory_row(self) -> dict:
-        """The peak over all shapes seen: GiB that torch allocates, and of the whole device."""
+        """The peaks over all shapes so far: GiB that torch allocates, and of the whole device."""
         found = list(self.shapes.values())
         rows = [on_card.memory_row() for on_card in found]
         return {"blocks_recomputed": self.epoch.choice.recompute,

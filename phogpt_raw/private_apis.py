@@ -1,12 +1,11 @@
-"""Every private API of torch and bitsandbytes that the project calls: the one place to look when a
-new version breaks one.
+"""Every private API of torch and bitsandbytes that the project calls, in one place.
 
-A private API can change or go in any version without notice. No other module may name one;
-tests/test_private_apis.py checks that, exercises each entry, and says what to do when the entry is
-gone. The version after the title of a section is the oldest with which the tests have passed: torch
-2.10 (then 2.11 and 2.13), bitsandbytes 0.50.
+A private API can change or disappear in any version without notice. No other module may name one.
+tests/test_private_apis.py checks that, tests each entry, and says what to do when the entry is
+gone. The title of a section names the oldest version with which the tests have passed: torch 2.10
+(also 2.11 and 2.13), bitsandbytes 0.50.
 
-B micro-batch, H heads, L queries, S keys, K head width.
+B micro-batch, H heads, L queries, S keys, K head width, T tokens.
 """
 
 from collections.abc import Callable
@@ -25,13 +24,13 @@ aten = torch.ops.aten
 
 # -- torch 2.10: the fused attention kernels behind F.scaled_dot_product_attention
 #
-# Called directly, because the public function would choose again for each block of queries, and its
-# backward would make gradients of the keys' full length for each block. A forward returns the
+# Called directly, because the public function would choose a kernel for each block of queries, and
+# its backward would make gradients of the keys' full length for each block. A forward returns the
 # output, then what its backward takes after `out`; bias is [1 or B, H, L, S] in the inputs' dtype.
 
 
 def efficient_attention(q, k, v, bias, scale):
-    """The memory-efficient kernel, on every CUDA card."""
+    """The memory-efficient kernel, for every CUDA card."""
     bias = bias.expand(len(q), q.shape[1], -1, -1)
     return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
 
@@ -44,7 +43,7 @@ def efficient_attention_backward(g, q, k, v, bias, out, lse, seed, offset, scale
 
 
 def cudnn_attention(q, k, v, bias, scale):
-    """cuDNN's kernel, which torch prefers on a Hopper in 16 bits."""
+    """cuDNN's kernel, which torch prefers on Hopper in 16 bits."""
     return aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, scale=scale)[:-1]
 
 
@@ -71,16 +70,17 @@ CAUSAL = 1  # custom_mask_type: query i sees the keys up to i, counted from each
 
 
 def efficient_documents(q, k, v, starts, longest: int, scale):
-    """The memory-efficient kernel over [1, T, H, K], causal within each document: (output, then
-    what its backward takes after `out`). `starts` [documents + 1], none longer than `longest`."""
+    """The memory-efficient kernel over [1, T, H, K], causal within each document. Returns the
+    output, then what its backward takes after `out`. starts: [documents + 1]; longest: an upper
+    bound on the length of a document."""
     return aten._efficient_attention_forward(q, k, v, None, starts, starts, longest, longest, 0.0,
                                              CAUSAL, True, scale=scale)[:4]
 
 
 def efficient_documents_backward(g, q, k, v, out, lse, seed, offset, starts, longest: int, scale):
     """(dq, dk, dv) of efficient_documents."""
-    # torch's function for the meta device has no `out` among its arguments (to 2.13), so one more
-    # there would be one too many; the scale changes no shape.
+    # torch's version for the meta device lacks the argument `out` (to 2.13), so it cannot take the
+    # scale as well, which changes no shape.
     more = {} if g.is_meta else {"scale": scale}
     return aten._efficient_attention_backward(
         g, q, k, v, None, out, starts, starts, longest, longest, lse, 0.0, seed, offset, CAUSAL,
@@ -88,8 +88,8 @@ def efficient_documents_backward(g, q, k, v, out, lse, seed, offset, starts, lon
 
 
 def flash_documents(q, k, v, starts, longest: int, scale):
-    """The flash kernel over [T, H, K], causal within each document: (output, then what its backward
-    takes after `out`)."""
+    """The flash kernel over [T, H, K], causal within each document. Returns the output, then what
+    its backward takes after `out`."""
     return aten._flash_attention_forward(q, k, v, starts, starts, longest, longest, 0.0, True,
                                          False, scale=scale)[:4]
 
@@ -101,8 +101,7 @@ def flash_documents_backward(g, q, k, v, out, lse, state, unused, starts, longes
 
 
 def choose_attention_kernel(q, k, v, bias) -> SDPBackend:
-    """The kernel that F.scaled_dot_product_attention would take for these tensors, with a bias or,
-    where it is None, causal.
+    """The kernel that F.scaled_dot_product_attention chooses for these tensors; bias None: causal.
 
     The choice depends on shapes, dtypes and devices, not on values.
     """
@@ -110,14 +109,14 @@ def choose_attention_kernel(q, k, v, bias) -> SDPBackend:
 
 
 def is_attention_choice(operation) -> bool:
-    """Whether a dispatched operation is the one behind choose_attention_kernel; its bias is the
+    """Whether a dispatched operation is the one behind choose_attention_kernel. Its bias is the
     fourth argument or `attn_mask`."""
     return operation is aten._fused_sdp_choice.default
 
 
 def is_document_attention(operation) -> bool:
-    """Whether a dispatched operation is one of the four above, whose first argument is [1, T, H, K]
-    or [T, H, K]."""
+    """Whether a dispatched operation is one of the four document operations above. Their first
+    argument is [1, T, H, K] or [T, H, K]."""
     return operation in (
         aten._efficient_attention_forward.default, aten._efficient_attention_backward.default,
         aten._flash_attention_forward.default, aten._flash_attention_backward.default)
@@ -127,9 +126,9 @@ def is_document_attention(operation) -> bool:
 
 
 def current_saved_tensor_hooks() -> tuple[Callable, Callable] | None:
-    """(pack, unpack) of the innermost saved_tensors_hooks in force, or None.
+    """(pack, unpack) of the innermost active saved_tensors_hooks, or None.
 
-    Of nested hooks autograd calls only the innermost; it must call the next ones itself.
+    Of nested hooks autograd calls only the innermost; it must call the outer ones itself.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
@@ -148,7 +147,7 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def found_inf(scaler: torch.amp.GradScaler, optimizer) -> torch.Tensor | None:
-    """The flag (1.0 or 0.0, on the device) by which GradScaler skips the optimizer's update, once
+    """The flag (1.0 or 0.0, on the device) by which GradScaler skips the optimizer's update, after
     `unscale_` has looked for inf and nan; None where the scaler is disabled."""
     if not scaler.is_enabled():
         return None
@@ -160,25 +159,25 @@ def found_inf(scaler: torch.amp.GradScaler, optimizer) -> torch.Tensor | None:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """A number that all Python objects of one living storage share, and no other has.
+    """A number that identifies a storage while it is alive; all its Python objects share it.
 
-    data_ptr() does not serve: on the meta device it is 0 for all.
+    data_ptr() does not: on the meta device it is 0 for every storage.
     """
     return storage._cdata
 
 
 def schema_of(operation):
-    """The signature of an operation: arguments, returns, which of them it writes."""
+    """The signature of an operation: arguments, returns, and which of them it writes."""
     return operation._schema
 
 
 def unsafe_view():
-    """The view that matrix products use inside; autograd does not track it as one."""
+    """The view that matrix products use internally; autograd does not track it as a view."""
     return aten._unsafe_view.default
 
 
 def free_matmul_workspaces() -> None:
-    """Give back cuBLAS's workspaces: one for each stream, 32 MiB on a Hopper."""
+    """Free cuBLAS's workspaces: one for each stream, 32 MiB on Hopper."""
     torch._C._cuda_clearCublasWorkspaces()
 
 
@@ -191,7 +190,7 @@ def nf4_state(weight: torch.Tensor):
 
 
 class NF4Fields(NamedTuple):
-    """What decodes an NF4 weight with double quantisation.
+    """All that is needed to decode an NF4 weight with double quantisation.
 
     A block of 64 weights has one scale; a block of 256 scales has one scale of its own.
     """
@@ -225,25 +224,25 @@ def make_nf4_state(fields: NF4Fields):
 
 
 def set_dequantised_dtype(state, dtype: torch.dtype) -> None:
-    """Set the dtype that dequantising gives; the 4 bits themselves have none."""
+    """Set the dtype of the dequantised weight; the 4 bits do not depend on it."""
     state.dtype = dtype
 
 
 def attach_state(linear, state) -> None:
-    """Make a QuantState the one of a Linear4bit whose weight it belongs to.
+    """Set the QuantState of a Linear4bit to that of its weight.
 
-    Also switch off that on a CPU with avx512_bf16 the layer repacks its weight for inference, in
-    place and not exactly: a frozen weight must stay what it is.
+    It also switches off bitsandbytes' repacking: on a CPU with avx512_bf16 the layer would repack
+    its weight for inference, in place and not exactly, but a frozen weight must not change.
     """
     linear.quant_state = state
     linear.support_avx512bf16_for_cpu = False
 
 
 def make_scale_code() -> None:
-    """Make the 256 values of coded scales now, on the CPU.
+    """Create the 256 values of coded scales now, on the CPU.
 
-    bitsandbytes keeps those of the first device on which it quantises, and uses them for all other
-    devices; made on the meta device they would have no values.
+    bitsandbytes creates them on the first device on which it quantises and reuses them for all
+    others. Created on the meta device they would have no values.
     """
     from bitsandbytes import functional
 
@@ -254,8 +253,8 @@ def make_scale_code() -> None:
 
 
 def make_state(optimizer, parameter: torch.nn.Parameter) -> None:
-    """Allocate the state of a bitsandbytes optimizer now; its first step would do the same.
+    """Allocate the state of a bitsandbytes optimizer now; otherwise its first step does.
 
-    On a GPU the moments of a paged optimizer lie in CUDA's managed memory.
+    On a GPU the moments of a paged optimizer are in CUDA's managed memory.
     """
     optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)

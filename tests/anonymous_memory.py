@@ -1,5 +1,5 @@
-"""Anonymous host memory while something is loaded, for the measuring scripts of tests: pages mapped
-from a file can be dropped at any time and do not count."""
+"""Measure anonymous host memory during a load, for the measuring scripts of tests. Pages mapped
+from a file can be dropped at any time and are not counted."""
 
 import gc
 import threading

@@ -1,4 +1,4 @@
-"""Random checkpoints in VinAI's format, of any size: shards, index, config.json as shipped.
+"""Write random checkpoints in VinAI's format, of any size: shards, index, config.json as shipped.
 
     python tests/checkpoints.py 7b5 DIR      two bf16 .bin shards, 15 GB; never committed
     python tests/checkpoints.py 4b DIR

@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, GPU tests skipped without a GPU, a tiny model."""
+"""Shared by all tests: no network, one thread, GPU tests skipped without a GPU, a tiny model."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""What the tests of one-token steps share: caches that hold prompts, and the model's forward to
-hold a fast step against."""
+"""Shared by the tests of one-token steps: caches that hold prompts, and the model's own forward, to
+compare a fast step with."""
 
 import torch
 

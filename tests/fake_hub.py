@@ -1,4 +1,4 @@
-"""A hub on this machine: the endpoints that huggingface_hub calls to upload, and what arrived."""
+"""A local hub for tests: the endpoints that huggingface_hub calls to upload, and what arrived."""
 
 import base64
 import hashlib

@@ -1,10 +1,10 @@
-"""llama.cpp as a test asks it: a server in a process of its own.
+"""Run llama.cpp for tests, as a server in its own process.
 
     python tests/llama.py MODEL.gguf [ADAPTER.gguf]    prints its address, serves until killed
 
-xllamacpp has no call for tokenising and keeps threads that make an orderly exit hang; so the server
-is asked over HTTP, and its process is killed. The cache is fp32 and flash attention off, so that
-only llama.cpp's GELU, a table of tanh's, differs from the exact one.
+xllamacpp has no call for tokenising, and its threads make an orderly exit hang. So tests use the
+server over HTTP and kill its process. The cache is fp32 and flash attention is off: the only
+difference left is llama.cpp's GELU, a table of the tanh approximation.
 """
 
 import json

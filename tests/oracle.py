@@ -1,8 +1,8 @@
-"""The oracle: transformers' MptForCausalLM with PhoGPT's biases put back.
+"""The oracle: transformers' MptForCausalLM with PhoGPT's biases added.
 
-transformers builds MPT without biases and reports a checkpoint's as UNEXPECTED in passing; with
-them put back its logits are those of VinAI's own code. It ignores expansion_ratio (always 4) and
-alibi_bias_max (always 8): those two have a slow reference in test_phogpt.py instead.
+transformers builds MPT without biases and only mentions a checkpoint's biases as UNEXPECTED. With
+them its logits are those of VinAI's own code. It ignores expansion_ratio (always 4) and
+alibi_bias_max (always 8); test_phogpt.py has a slow reference for those two.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What an adapter's folder says of itself: checked, and how its run was made."""
+"""An adapter's folder: its config is checked, and the settings of its run are found."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Adapters in their flat buffer, and their files against stock PEFT on the oracle, both ways."""
+"""Adapters in their flat buffer; their files are exchanged with stock PEFT over the oracle."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The imitated allocator: its rules one by one, and a GPU's own beside it."""
+"""The simulated allocator: each of its rules, and a comparison with torch's on a GPU."""
 
 import random
 from itertools import pairwise

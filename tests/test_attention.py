@@ -1,7 +1,7 @@
 """ALiBi slopes, the bias with its masks, blocks and packing, against slow loops and transformers.
 
-fp32: sums of at most 40 terms of size 4 in another order, a few units in the last place of each.
-16 bits: errors are norms, in units of eps; one rounding is at most eps / 2 of each number.
+fp32: sums of at most 40 terms of size 4 in another order, a few units in the last place of each. 16
+bits: errors are norms, in units of eps; one rounding is at most eps / 2 of each value.
 """
 
 import doctest

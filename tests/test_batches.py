@@ -1,4 +1,4 @@
-"""Windows of micro-batches: who is in, who sees whom, and what predicts what."""
+"""Windows of micro-batches: their examples, their documents and their targets."""
 
 import doctest
 import math
@@ -190,7 +190,7 @@ PACKINGS = [Packing((32, 64, 96), longest=64, most=3), Packing((64,), longest=64
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=["three lengths", "one length"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 100])
-def test_packing_only_lays_a_window_out_otherwise(packing, micro_batch):
+def test_packing_only_changes_the_layout_of_a_window(packing, micro_batch):
     """No token is lost or doubled, and each is predicted from its own document alone."""
     examples = ragged_examples(11)
     window = Window(examples, PAD, packing)
@@ -230,7 +230,7 @@ def token_stream(examples, tokens=160, seed=0):
 
 
 @pytest.mark.parametrize("tokens", [60, 100, 160, 5000])
-def test_windows_by_tokens_hold_each_example_once_an_epoch_and_are_alike(tokens):
+def test_windows_by_tokens_hold_each_example_once_an_epoch_and_are_about_equal(tokens):
     examples = ragged_examples(40)
     order = token_stream(examples, tokens)
     longest = max(len(e.ids) for e in examples)
@@ -245,7 +245,7 @@ def test_windows_by_tokens_hold_each_example_once_an_epoch_and_are_alike(tokens)
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300))
 @settings(max_examples=50)
-def test_windows_by_tokens_are_no_more_than_their_like_needs(sizes, tokens):
+def test_windows_by_tokens_are_neither_empty_nor_too_full(sizes, tokens):
     """None is empty or too full, whatever the lengths; with one example in each it always ends."""
     order = token_stream([example([7] * n, max(1, n // 2), f"row:{i}")
                           for i, n in enumerate(sizes)], tokens)
@@ -262,7 +262,7 @@ def test_lengths_that_fill_a_window_exactly_take_no_more_windows():
 
 
 @pytest.mark.parametrize("tokens", [1024, 2048, 4096])
-def test_which_examples_meet_in_a_window_is_chance(tokens):
+def test_which_examples_share_a_window_is_random(tokens):
     """Two that met meet again as often as any two; 1,000 examples of even lengths are the hard
     case, since nothing small is left to fill windows with."""
     order = token_stream([example([7] * n, n // 2, f"row:{n}") for n in range(21, 1001)], tokens)

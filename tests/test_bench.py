@@ -1,4 +1,4 @@
-"""The benches run the step that trains, say what they measured, and take a full card for a row."""
+"""The benches run the step that trains, report what they measured, and survive a full card."""
 
 import doctest
 import json
@@ -183,7 +183,7 @@ def test_a_bad_file_is_found_before_anything_is_measured(capsys):
     assert said.err == "error: nowhere.jsonl: no such data file\n" and not said.out
 
 
-def test_a_file_whose_rows_do_not_fit_is_told_and_what_was_measured_is_saved(
+def test_a_file_whose_rows_do_not_fit_is_reported_and_what_was_measured_is_saved(
         monkeypatch, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "Xin chào " * 60, "response": "Dạ."}) + "\n")

@@ -1,4 +1,4 @@
-"""Keys and values: rows that grow and move."""
+"""The key-value cache: rows that grow and move."""
 
 import doctest
 

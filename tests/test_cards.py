@@ -1,4 +1,4 @@
-"""The compute dtype and whether this build of torch runs on a card at all."""
+"""The compute dtype of a card, and whether this build of torch runs on it at all."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A run that was broken off and goes on ends where the straight one ends, to the bit."""
+"""An interrupted and resumed run ends as an uninterrupted one does, to the bit."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def assert_same_run(mine, reference):
     ["--dropout", 0.3],  # NF4, and random numbers in every step
     ["--dropout", 0.3, "--optimizer", "adamw", "--recompute", "none", "--micro-batch", 4],
 ], ids=["plain", "nf4-dropout", "adamw-dropout"])
-def test_broken_off_and_gone_on_is_the_straight_run_to_the_bit(train, tmp_path, how):
+def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_bit(train, tmp_path, how):
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     assert train("--out", straight, *how)[0] == 0
     status, _, said = train("--out", broken, *how, at=(5, STOPPED))
@@ -66,7 +66,7 @@ def test_broken_off_and_gone_on_is_the_straight_run_to_the_bit(train, tmp_path, 
     assert_same_run(broken, straight)
 
 
-def test_a_run_may_be_broken_off_again_and_again(train, tmp_path):
+def test_a_run_may_be_interrupted_several_times(train, tmp_path):
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     flags = ["--dropout", 0.3, "--save-every", 1]
     train("--out", straight, *flags)
@@ -76,7 +76,7 @@ def test_a_run_may_be_broken_off_again_and_again(train, tmp_path):
     assert_same_run(broken, straight)
 
 
-def test_dropout_draws_other_numbers_without_the_saved_generators(train, tmp_path, monkeypatch):
+def test_dropout_differs_without_the_saved_generators(train, tmp_path, monkeypatch):
     """The test above would notice: here the generators are not restored."""
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     train("--out", straight, "--dropout", 0.3)

@@ -1,4 +1,4 @@
-"""Checkpoints are written in VinAI's format, shard by shard, and a wrong one not at all."""
+"""Checkpoints are written in VinAI's format, shard by shard; wrong tensors leave no checkpoint."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""The README's tables are made from the results, and differ from them nowhere."""
+"""bench/compare.py: the tables of README and docs/ are made from the results and equal them."""
 
 import json
 
@@ -111,7 +111,7 @@ def test_a_simulation_that_fails_is_one_line_and_the_old_ones_stay(results, tmp_
     with pytest.raises(SystemExit) as stopped:  # in that folder there are no benches
         compare.main(["--simulate"])
     assert stopped.value.code == 2
-    assert "failed; its error stands above" in " ".join(capsys.readouterr().err.split())
+    assert "failed; see its error above" in " ".join(capsys.readouterr().err.split())
     assert list((tmp_path / "results").iterdir()) == before
 
 
@@ -133,7 +133,7 @@ def test_seconds_are_a_range_where_simulated_and_a_number_where_measured(results
     assert compare.time_cell({"fits": False}) == "does not fit"
 
 
-def test_the_worst_setting_speaks_for_a_file(results):
+def test_a_file_shows_its_worst_setting(results):
     results("memory", "measured", H200, [measured(512, 10, 10.1), measured(1024, 10, 9.8)],
             label="judged-a")
     assert compare.held_memory()[2:] == [

@@ -1,4 +1,4 @@
-"""default < preset < flag, and every way to get a number wrong is one line."""
+"""Defaults, presets and flags; every mistake on the command line is refused in one line."""
 
 import dataclasses
 import re

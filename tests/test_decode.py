@@ -1,4 +1,4 @@
-"""bench/decode.py: what a token must read, both sides' work, what is said of cards elsewhere."""
+"""bench/decode.py: the bytes of a step, both sides, and the bounds of cards that are not here."""
 
 import json
 import re
@@ -97,7 +97,7 @@ def test_cards_elsewhere_have_bounds_alone(tmp_path, monkeypatch, capsys):
     (["--new", "1"], "--new 1: at least 2"), (["--peers", "vllm"], "--peers vllm: shipped, static"),
     (["--prompt", "2000"], "--prompt 2000 and --new 256: 7b5 was made for 2048 tokens in all"),
     (["--prompt", "x"], "--prompt x: whole numbers"), (["--card", "k80"], "--card k80: choose")])
-def test_what_cannot_be_is_one_line(flags, line, capsys):
+def test_what_is_not_possible_is_refused_in_one_line(flags, line, capsys):
     with pytest.raises(SystemExit) as stopped:
         decode.main(["--card", "t4", *flags])
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A token on a CPU from weights dequantised once: the same function, and the 4 bits stay."""
+"""Decoding on a CPU with dequantised weights: same function, and the 4 bits stay unchanged."""
 
 import pytest
 import torch

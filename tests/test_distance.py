@@ -1,4 +1,4 @@
-"""The stated distance is that of the two models as they are loaded and used."""
+"""The stated distance of two models is that of the models as they are loaded and used."""
 
 import checkpoints
 import pytest

@@ -1,4 +1,4 @@
-"""Attention of packed documents: each sees itself alone, whatever computes it."""
+"""Attention of packed documents: each sees only itself, in every implementation."""
 
 import math
 from contextlib import nullcontext

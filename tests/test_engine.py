@@ -1,4 +1,4 @@
-"""Answers through the cache are those of the full forward, alone and in a batch."""
+"""Answers through the cache equal those of the full forward, alone and in a batch."""
 
 from itertools import islice
 
@@ -83,7 +83,7 @@ def test_the_limit_cuts(lively):
     assert (written.ids, written.stopped) == (whole[:first], True)
 
 
-def test_tokens_are_told_one_by_one_as_they_are_written(lively):
+def test_tokens_are_given_one_by_one_as_they_are_written(lively):
     asked, streamed = prompts(3, 17), []
     first, _ = write(lively, asked, on_token=streamed.append)
     assert streamed == first.ids

@@ -1,4 +1,4 @@
-"""bench/epoch.py: real lengths, train.py's own loop, what is padding, what a card would take."""
+"""bench/epoch.py: real lengths, train.py's own loop, padding, and the simulation for a card."""
 
 import json
 import re
@@ -347,7 +347,7 @@ def test_the_table_has_measured_and_simulated_rows(monkeypatch):
     (["--pairs", "0"], "argument --pairs: invalid count value"),
     (["--model", "nowhere"], "--model nowhere: no such folder"),
 ])
-def test_what_cannot_be_is_one_line_before_anything_slow(flags, line, capsys):
+def test_what_is_not_possible_is_refused_before_anything_slow(flags, line, capsys):
     with pytest.raises(SystemExit) as stopped:
         epoch.main(["--card", "t4", *flags])
     said = capsys.readouterr()

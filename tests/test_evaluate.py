@@ -1,4 +1,4 @@
-"""Held-out loss by tokens, and how many answers end by themselves."""
+"""The held-out loss per token, and how many answers the model ends itself."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""python -m phogpt_raw.export: what it writes, what it says, what it refuses."""
+"""python -m phogpt_raw.export: what it writes, prints and refuses."""
 
 import json
 import resource
@@ -225,7 +225,7 @@ def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
     (["--merged", "--push", "me/a--b"], "--push me/a--b: not a name the hub allows"),
     (["--gguf", "q4_k_m"], "argument --gguf: invalid choice"),
     (["--merged", "--model", "/not/there"], "--model /not/there: no such folder")])
-def test_what_cannot_be_is_one_line(first_command, tmp_path, flags, line, capsys):
+def test_what_is_not_possible_is_refused_in_one_line(first_command, tmp_path, flags, line, capsys):
     with pytest.raises(SystemExit) as stopped:
         export(first_command, tmp_path / "out", *flags)
     said = capsys.readouterr().err

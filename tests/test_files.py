@@ -1,4 +1,4 @@
-"""What is written is whole, or not there."""
+"""A file is written completely, or not at all."""
 
 import errno
 import os

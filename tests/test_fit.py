@@ -1,4 +1,4 @@
-"""How many blocks a card forces to be recomputed, against the simulation of every number."""
+"""How many blocks must be recomputed on a card, against a simulation of every number."""
 
 import re
 from dataclasses import replace
@@ -88,7 +88,7 @@ def test_a_card_of_exactly_the_least_gets_no_block_more_by_rounding(monkeypatch)
     assert least_recompute(lambda n: least if n else none, 26, of(least)).recompute == 25
 
 
-def test_of_one_block_it_is_that_one_or_none():
+def test_a_model_of_one_block_recomputes_it_or_nothing():
     model, adapters = on_meta(1)
 
     def run_step(recompute):
@@ -188,7 +188,7 @@ def test_the_card_decides(adapted, no_answers, nf4):
     assert asked_for(model, of(memory), nf4=nf4).recompute == 1
 
 
-def test_two_calls_choose_alike_and_free_memory_is_not_asked_for(adapted, monkeypatch, no_answers):
+def test_two_calls_choose_alike_whatever_memory_is_free(adapted, monkeypatch, no_answers):
     def refuse(*_):
         raise AssertionError("how much is free differs from run to run")
 
@@ -200,7 +200,7 @@ def test_two_calls_choose_alike_and_free_memory_is_not_asked_for(adapted, monkey
     assert first == second and first.recompute == 1
 
 
-def test_choosing_leaves_the_model_and_the_dice_as_they_are(adapted):
+def test_choosing_changes_neither_the_model_nor_random_generators(adapted):
     model, adapters = adapted(nf4=True)
     before, dice = adapters.flat.detach().clone(), torch.get_rng_state()
     asked_for(model, TINY)

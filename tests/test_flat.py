@@ -1,4 +1,4 @@
-"""The flat buffer alone, over parameters of no model."""
+"""The flat buffer alone, over parameters without a model."""
 
 import doctest
 

@@ -1,4 +1,4 @@
-"""One token in few kernels: the plain versions are the model's forward, the kernels are the plain
+"""Decoding in few kernels: plain versions equal the model's forward, kernels their plain
 versions."""
 
 import pytest

@@ -113,7 +113,7 @@ def test_an_answer_that_ends_by_itself_is_not_called_cut(ask, train, tmp_path):
     (["--max-new", "3", QUESTION], "--max-new"),
     (["--template", "llama", QUESTION], "llama"),
 ])
-def test_what_cannot_be_is_one_line(ask, arguments, said):
+def test_what_is_not_possible_is_refused_in_one_line(ask, arguments, said):
     status, out, err = ask(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("error: ")

@@ -1,4 +1,4 @@
-"""What stands in the GGUF files; test_llama.py asks llama.cpp itself."""
+"""The content of the GGUF files; test_llama.py runs them in llama.cpp."""
 
 import json
 

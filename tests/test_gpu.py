@@ -1,4 +1,4 @@
-"""What only a GPU can show: 16-bit arithmetic, kernels, graphs, waiting, pages."""
+"""What needs a GPU: 16-bit arithmetic, kernels, CUDA graphs, synchronisation, paged memory."""
 
 import math
 from contextlib import nullcontext

@@ -1,6 +1,6 @@
 """When a model is captured as CUDA graphs, and what happens where it cannot be.
 
-Here the twin's bookkeeping alone, with stand-ins for graphs; test_gpu.py has the real ones.
+Only GraphedModel's bookkeeping, with stand-ins for graphs; test_gpu.py has the real ones.
 """
 
 from collections import Counter

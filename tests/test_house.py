@@ -1,4 +1,4 @@
-"""A module imports only from those above it in the README's reading list."""
+"""Import order: a module imports only from modules above it in the README's reading list."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""llama.cpp answers from the exported files as this engine does, to the token."""
+"""llama.cpp gives the same tokens from the exported files as this engine."""
 
 import json
 import random

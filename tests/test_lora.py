@@ -1,5 +1,4 @@
-"""The fused LoRA layer against its plain version, and against PEFT's own forward over the same
-layer: values and gradients.
+"""The fused LoRA layer against its plain version and against PEFT's forward: values and gradients.
 
 fp32 tolerance 1e-5 of the largest element: the same products in another order, sums of up to 96.
 """

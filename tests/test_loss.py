@@ -1,7 +1,7 @@
 """The summed loss through a frozen head: plain cross-entropy's value and gradient, no logits kept.
 
-fp32: both sides sum the same numbers in another order, a relative 1e-6 is about ten units in the
-last place. bf16 keeps 8 bits, so one rounding is 2^-9; the tolerances below count roundings.
+fp32: both sides sum the same values in another order; a relative 1e-6 is about ten units in the
+last place. bf16 has 8 significant bits, so one rounding is 2^-9; the tolerances count roundings.
 """
 
 import math
@@ -63,7 +63,7 @@ def test_bf16_is_off_by_roundings_only(chunk):
     assert error(hidden_TD.grad, gradient) < 2**-7
 
 
-def test_what_comes_from_above_scales_the_gradient():
+def test_the_upstream_gradient_scales_the_gradient():
     hidden_TD, head_VD, targets_T = problem()
     (3 * summed_loss(hidden_TD, head_VD, targets_T, 7) / 40).backward()
     _, gradient = plain(hidden_TD, head_VD, targets_T)
@@ -189,7 +189,7 @@ def test_a_well_predicted_tokens_gradient_keeps_its_relative_precision(dtype, ga
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_factor_from_above_is_not_rounded_to_sixteen_bits(dtype):
+def test_the_upstream_gradient_is_not_rounded_to_sixteen_bits(dtype):
     """1e5 is inf in fp16 and 99,840 in bf16, yet its product with a small gradient is neither."""
     hidden_TD, head_VD, targets_T = problem()
     hidden_TD = (hidden_TD.detach() * 1e-3).to(dtype).requires_grad_()

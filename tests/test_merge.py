@@ -1,4 +1,4 @@
-"""Merged weights are what the adapter did over the same weights."""
+"""Merged weights compute what the adapter computed over the same weights."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""All that a run shows passes through one function, so that a catalogue is a second language."""
+"""All texts of a run pass through one function, so a dictionary can translate them."""
 
 import ast
 import doctest

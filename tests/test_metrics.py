@@ -1,4 +1,4 @@
-"""metrics.jsonl: each step's own time, memory and loss; the time that is left."""
+"""metrics.jsonl: the time, memory and loss of each step; the time that is left."""
 
 import json
 import time

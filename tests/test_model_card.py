@@ -1,4 +1,4 @@
-"""The card of a run: valid for the hub, true of the run, and nothing of the machine in it."""
+"""The model card of a run: valid for the hub, true, and with nothing private of the machine."""
 
 import hashlib
 import json

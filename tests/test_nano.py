@@ -1,4 +1,4 @@
-"""nano is in VinAI's format, and the README's first command does with it what its card says."""
+"""nano is in VinAI's format, and the README's first command trains it as its card says."""
 
 import json
 import unicodedata

@@ -1,7 +1,7 @@
 """Dequantising NF4: plain PyTorch, bitsandbytes and the fused kernel agree to the bit.
 
-To the bit, since all three round in the same places: once for the product and once for the sum that
-give a scale, once for value times scale, all in fp32, and once to the dtype of the weight.
+All three round in the same places: in fp32 after the product and after the sum that give a scale
+and after value times scale, then to the weight's dtype.
 """
 
 import pytest

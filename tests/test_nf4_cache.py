@@ -1,5 +1,5 @@
-"""The NF4 cache: equal to a fresh load to the bit, never half-written, never used where it is not
-the base's own."""
+"""The NF4 cache: equal to a fresh load to the bit, never half-written, never used for another
+base."""
 
 import errno
 import json
@@ -265,7 +265,7 @@ def another_format(base, monkeypatch):
 
 @pytest.mark.parametrize("change", [touched, other_weights, changed_config, more_shards,
                                     another_bitsandbytes, another_format], ids=lambda f: f.__name__)
-def test_a_stale_cache_is_said_and_made_again(load, base, caches, monkeypatch, change):
+def test_a_stale_cache_is_reported_and_rebuilt(load, base, caches, monkeypatch, change):
     load()
     old = only(caches)
     part = change(base, monkeypatch)
@@ -297,14 +297,14 @@ def flipped_byte(file):
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
-    return "its checksum is another"
+    return "its checksum does not match"
 
 
 def flipped_last_byte(file):
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 0x80
     file.write_bytes(raw)
-    return "its checksum is another"
+    return "its checksum does not match"
 
 
 def swapped_names(file):
@@ -312,13 +312,13 @@ def swapped_names(file):
     one, other, between = (BIAS.replace("1", n).encode() for n in "10#")
     raw = file.read_bytes().replace(one, between).replace(other, one).replace(between, other)
     file.write_bytes(raw)
-    return "its checksum is another"
+    return "its checksum does not match"
 
 
 def checksum_of_zeros(file):
     file.write_bytes(re.sub(rb'"checksum": "[0-9a-f]{32}"', b'"checksum": "' + 32 * b"0" + b'"',
                             file.read_bytes(), count=1))
-    return "its checksum is another"
+    return "its checksum does not match"
 
 
 def truncated(file):
@@ -401,7 +401,7 @@ def test_the_file_as_the_tests_rewrite_it_is_a_good_one(load, caches):
 
 
 @DAMAGES
-def test_a_damaged_cache_is_said_and_made_again(load, base, caches, damage):
+def test_a_damaged_cache_is_reported_and_rebuilt(load, base, caches, damage):
     load()
     file, whole = only(caches), only(caches).read_bytes()
     part = damage(file)
@@ -436,7 +436,7 @@ def test_a_full_disk_leaves_nothing_and_the_run_goes_on(load, base, caches, monk
     monkeypatch.setattr(nf4_cache.os, "fsync", no_space)
     model, said = load()
     assert said.startswith(f"NF4 cache {caches}/PhoGPT-tiny-fp32-cpu-") and said.count("\n") == 1
-    assert "the disk is full" in said and "the run goes on without it" in said
+    assert "the disk is full" in said and "the run continues without it" in said
     assert list(caches.iterdir()) == []
     assert_equal(model, load_base(str(base), device="cpu")[0])
 
@@ -454,7 +454,7 @@ def test_a_write_that_the_system_breaks_off_leaves_nothing(base, caches):
     """A real one, after 300,000 bytes of a million."""
     run = subprocess.run([sys.executable, "-c", LIMITED, base, caches], cwd=ROOT, text=True,
                          capture_output=True, check=True)
-    assert "the disk is full" in run.stderr and "the run goes on without it" in run.stderr
+    assert "the disk is full" in run.stderr and "the run continues without it" in run.stderr
     assert list(caches.iterdir()) == []
 
 

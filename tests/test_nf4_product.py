@@ -1,4 +1,4 @@
-"""Products from 4 bits for a few rows: the plain version, the instructions, the kernels."""
+"""Products of a few rows with 4-bit weights: the plain version, the PTX, the kernels."""
 
 import doctest
 import re

@@ -1,4 +1,4 @@
-"""The learning rate, the optimizers over the flat buffer, and their state saved and restored."""
+"""The learning rate; the optimizers over the flat buffer; saving and restoring their state."""
 
 import doctest
 import io
@@ -48,7 +48,7 @@ def start(kind, size=4096, device="cpu", **settings):
     return flat, make_optimizer(flat, kind, **settings)
 
 
-def test_eight_bits_walk_close_to_thirty_two():
+def test_8_bit_state_stays_close_to_32_bit():
     """An 8-bit moment is good to some per cent, and so is a step; over 30 steps errors of either
     sign cancel, so the two ends differ by a few per cent of the way."""
     ends = []

@@ -1,4 +1,4 @@
-"""Packing: which examples share a row, and how long rows are."""
+"""Packing: which examples share a row, and the lengths of rows."""
 
 import doctest
 import json

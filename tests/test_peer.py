@@ -1,4 +1,4 @@
-"""What bench/peer.py compares is the same: weights, function, adapters, and the arithmetic."""
+"""bench/peer.py gives both sides the same weights, function, adapters and arithmetic."""
 
 
 import pytest

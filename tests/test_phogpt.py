@@ -1,8 +1,8 @@
 """The forward against the oracle (transformers' MPT with biases) and against a slow one in fp64.
 
 fp32: logits here are sums of some 64 products of size up to 0.1, and both sides round each of them
-in another order; 1e-5 is about 30 units in the last place of a logit near 1, and a lost bias moves
-them by 0.1.
+in another order. 1e-5 is about 30 units in the last place of a logit near 1; a lost bias changes
+logits by 0.1.
 """
 
 import math

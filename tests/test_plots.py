@@ -1,4 +1,4 @@
-"""The curves of a run: what they show, of whatever metrics, and that they never cost a run."""
+"""The curves of a run: what they show for any metrics, and that a failure to draw stops no run."""
 
 import doctest
 import json
@@ -73,7 +73,7 @@ def test_steps_skipped_at_the_very_beginning_count():
     assert list(curves["skipped steps: 2"].get_xdata()) == [1, 2]
 
 
-def test_nothing_is_said_of_what_there_is_not():
+def test_the_legend_names_only_curves_that_exist():
     _, _, curves = axes_of([row(1), row(2)])
     assert list(curves) == ["training loss, each step"]
 

@@ -1,7 +1,7 @@
-"""Each private API that the project calls, exercised; a failure says what to do without it.
+"""Each private API that the project calls is tested; a failure says what to do without it.
 
-The attention kernels of CUDA cards run on the meta device: their operations and their arguments
-must exist in any build of torch. On a GPU their values are compared too.
+The attention kernels of CUDA cards run on the meta device: their operations and arguments must
+exist in any build of torch. On a GPU their values are compared too.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""What the model reads to the letter, and which of it carries loss: the answer and its </s>."""
+"""The exact tokens that the model reads, and which carry loss: the answer and its </s>."""
 
 import doctest
 import unicodedata

@@ -1,4 +1,4 @@
-"""What is uploaded, to a hub on this machine, and that nothing else leaves it."""
+"""What is uploaded, to a local hub, and that nothing else is sent."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Random weights: from the seed alone, in the model's shape, every value of use to a test."""
+"""Random weights: determined by the seed, in the model's shape, and useful to a test."""
 
 import bitsandbytes as bnb
 import pytest

@@ -1,4 +1,4 @@
-"""What the README and docs/ say is there: files, flags, presets; their figures are in the log."""
+"""What README and docs/ name exists: files, flags, presets; their measured values are in LOG.md."""
 
 import re
 import shlex
@@ -56,7 +56,7 @@ def test_the_two_commands_stand_there_as_ci_runs_them():
                for c in commands(README)) == 1
 
 
-def test_presets_and_pairs_are_as_told():
+def test_presets_and_pairs_are_as_stated():
     for preset in preset_names():
         assert f"presets/{preset}.toml" in README
     pairs = (ROOT / "phogpt_raw" / "nano" / "pairs" / "train.jsonl").read_text("utf-8")

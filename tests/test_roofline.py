@@ -1,4 +1,4 @@
-"""The time of a step from its operations, by arithmetic that fits into the head."""
+"""The time of a step from its operations, against arithmetic by hand."""
 
 from dataclasses import replace
 

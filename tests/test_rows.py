@@ -1,4 +1,4 @@
-"""Files of every kind become the same rows, and what cannot is named with its file and line."""
+"""Files of every format become the same rows; a bad row is named with its file and line."""
 
 import csv
 import json

@@ -305,7 +305,7 @@ def test_brackets_in_an_answer_are_shown_as_they_are(train, tmp_path):
     assert "⟦ Viết [/b] hay [red]đỏ[/red] [1]</s>⟧" in said
 
 
-def test_answers_that_are_cut_are_said(train):
+def test_answers_that_are_cut_are_reported(train):
     status, said, _ = train("--dry-run", "--max-len", 24)
     assert status == 0
     assert "rows are longer than --max-len 24: their answers are cut" in " ".join(said.split())
@@ -326,8 +326,8 @@ def test_a_question_too_long_is_refused_with_its_line(train, rows):
     (["--targets", "q_proj,v_proj"], "no linear layer q_proj"),
     (["--recompute", 3], "the model has 2 blocks"),
 ])
-def test_what_cannot_be_is_one_line_before_any_weight_is_read(train, tmp_path, monkeypatch, flags,
-                                                              said):
+def test_what_is_not_possible_is_refused_before_any_weight_is_read(train, tmp_path, monkeypatch,
+                                                                   flags, said):
     monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
     status, _, line = train("--out", tmp_path / "run", *flags)
     assert status == 2
@@ -629,7 +629,7 @@ def test_the_summary_is_of_the_adapter_that_was_kept(train, tmp_path, monkeypatc
     assert "no better" not in done
 
 
-def test_a_run_that_only_made_it_worse_says_so(train, tmp_path, monkeypatch):
+def test_a_run_whose_loss_only_rose_says_so(train, tmp_path, monkeypatch):
     scores_of(monkeypatch, 3.0, 4.0, 5.0, 6.0, 7.0)
     status, said, _ = train("--out", tmp_path / "run")
     assert status == 0 and "This training made the model no better" in said

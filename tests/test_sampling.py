@@ -1,4 +1,4 @@
-"""Which token comes next: by transformers' processors, drawn by noise that is a hash."""
+"""Choosing the next token: transformers' processors, and noise that is a hash."""
 
 import pytest
 import torch

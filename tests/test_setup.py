@@ -1,4 +1,4 @@
-"""What is wired once: the parts of a step, and a run in the order in which it can go wrong."""
+"""How a run is set up: the parts of a step, and mistakes that are found before slow work."""
 
 import pytest
 import torch

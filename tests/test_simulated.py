@@ -1,4 +1,4 @@
-"""The benches without a card: what they say of cards that are elsewhere, and where they write."""
+"""The benches for cards that are not here: what they print and where they write."""
 
 import argparse
 import json
@@ -218,7 +218,7 @@ def test_the_areas_of_the_figure_are_all_the_kinds():
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_items_are_an_even_choice_of_a_runs_windows_packed_as_it_packs_them(packing):
+def test_the_estimate_uses_an_even_choice_of_the_runs_packed_windows(packing):
     examples = [example(list(range(n)), n // 2, "x") for n in range(10, 410)]
     asked = argparse.Namespace(data="x.jsonl", epochs=3)
     config = Config(epochs=3, batch_size=8, packing=packing)
@@ -239,7 +239,7 @@ def test_items_are_an_even_choice_of_a_runs_windows_packed_as_it_packs_them(pack
     assert (found["layout"]["rows"] == 400) != packing
 
 
-def test_a_file_gives_seconds_an_item_and_hours(tmp_path, capsys):
+def test_a_file_gives_seconds_per_example_and_hours(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": "Xin chào " * n, "response": "Dạ."}) + "\n"
                             for n in range(1, 12)))
@@ -286,7 +286,7 @@ def test_a_tokenizer_that_names_no_end_is_refused(tmp_path):
      "simulated card has the memory that it has\n"),
     (["--card", "t4", "--micro-batch", "0"], "error: --micro-batch 0: must be at least 1\n"),
 ])
-def test_what_cannot_be_is_one_line(flags, line, capsys):
+def test_what_is_not_possible_is_refused_in_one_line(flags, line, capsys):
     with pytest.raises(SystemExit) as stopped:
         memory.main([*NANO, *flags])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""One optimizer step: the same for every split, and the same as a plain loop of stock parts."""
+"""One optimizer step: equal for every split of a window, and equal to a loop of stock parts."""
 
 import copy
 import json

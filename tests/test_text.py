@@ -1,4 +1,4 @@
-"""Tokens become text: whole letters, the same text in the end, stop strings, loops."""
+"""Tokens become text: whole letters, unchanged text, stop strings, loops."""
 
 import doctest
 import random

@@ -49,7 +49,7 @@ def up(n: int, multiple: int) -> int:
 # -- the ledger
 
 
-def test_what_stays_for_good_is_what_arithmetic_says():
+def test_resident_bytes_are_what_arithmetic_says():
     rank = 33  # with it no adapter ends where the next one may begin
     found = traced(rank=rank)
     padded = 2 * sum(up(rank * d, 256) + up(o * rank, 256) for d, o in LINEARS)
@@ -78,7 +78,7 @@ def test_plain_weights_in_fp32_take_four_bytes_and_no_copy_of_the_adapters():
     assert not {"NF4 weights", "NF4 constants", "adapters' copy"} & kinds.keys()
 
 
-def test_adamw_has_two_numbers_of_32_bits_a_weight_and_no_pages():
+def test_adamw_has_two_32_bit_values_a_weight_and_no_pages():
     model, adapters = on_meta()
     found = step_of(model, adapters, optimizer="adamw")
     assert found.pages == 0
@@ -103,7 +103,7 @@ def saved_sizes(rank: int, rows: int, length: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("rank, rows, length", [(8, 1, 96), (4, 3, 64), (16, 2, 160)])
-def test_what_blocks_keep_is_what_arithmetic_says(rank, rows, length):
+def test_saved_activations_are_what_arithmetic_says(rank, rows, length):
     _, saved = on_arrival(traced(rank=rank, rows=rows, length=length))
     size = saved_sizes(rank, rows, length)
     # qkv 3, attention's output, the sum after it, up_proj's output 4, the sum after the block
@@ -127,7 +127,7 @@ def test_of_recomputed_blocks_only_their_inputs_are_kept():
     }
 
 
-def test_a_recomputed_block_is_made_again_in_backward_alone():
+def test_a_block_is_recomputed_in_backward_alone():
     assert not any("recomputed" in m.kinds for m in traced().moments())
     found = traced(recompute=1).moments()
     assert {m.phase for m in found if "recomputed" in m.kinds} == {"backward"}
@@ -143,8 +143,8 @@ def test_a_recomputed_block_is_made_again_in_backward_alone():
     ("vocabulary", [512, 1024, 8192]), ("chunk", [8, 16, 64]), ("layers", [1, 2, 3]),
     ("recompute", [2, 1, 0]),
 ])
-def test_more_never_needs_less(setting, values):
-    """But for what the allocator rounds up, which follows the order of things."""
+def test_memory_grows_with_every_setting(setting, values):
+    """Without what the allocator rounds up, which depends on the order of allocations."""
     large = dict(vocabulary=8192) if setting == "chunk" else {}  # else blocks make the peak
     peaks = [max(m.allocated - m.kinds["rounding"] for m in traced(
         **large, **{setting: value}).moments()) for value in values]
@@ -266,7 +266,7 @@ def test_a_larger_chunk_of_logits_is_that_much_more_of_the_loss():
     assert most[1] - most[0] == 16 * (8 * 8192 + 8 + 1 + 4)
 
 
-def test_the_kernel_is_the_one_told():
+def test_the_attention_kernel_is_the_one_given():
     for kernel, name in ((EFFICIENT, "efficient"), (SDPBackend.CUDNN_ATTENTION, "cudnn")):
         names = [op.name for op in traced(kernel=kernel).ops if "attention" in op.name]
         assert len(names) == 4 and all(name in n for n in names)

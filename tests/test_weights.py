@@ -1,4 +1,4 @@
-"""Loading: every key accounted for, NF4 from the stored dtype, frozen bits that stay frozen."""
+"""Loading: every key is used or refused, NF4 comes from the stored dtype, frozen bits stay."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_plain_parameters_are_cast_to_the_compute_dtype(tmp_path, dtype):
     assert model.slopes_H.dtype == torch.float32 and model.slopes_H.device.type == "cpu"
 
 
-def test_the_cpu_computes_in_fp32_unless_told(tiny):
+def test_the_cpu_computes_in_fp32_by_default(tiny):
     assert load(tiny, nf4=False)[0].head.dtype == torch.float32
 
 

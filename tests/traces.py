@@ -1,4 +1,4 @@
-"""Traces of a tiny model: two blocks of width 192 in NF4, one row in fp16 by default."""
+"""Traces of a tiny model: two blocks of width 192 in NF4, by default one row in fp16."""
 
 import torch
 from conftest import example

@@ -1,15 +1,14 @@
-"""Examples become windows of micro-batches; any step's window, without replaying those before.
+"""Examples become windows of micro-batches; the window of any step needs no earlier ones.
 
-A window is the accumulation window: all that one optimizer step sees. Which examples it holds
-follows from the step's number alone (an order for each epoch, seeded by seed and epoch), so a
-resumed run reads on where it stopped. How its examples are laid out in rows, and how many rows go
-through the model at once, is decided when the step asks for micro-batches: it changes the speed of
-the step and not its result.
+A window is the accumulation window: the examples of one optimizer step. They follow from the step's
+number alone (each epoch has an order seeded by seed and epoch), so a resumed run continues with the
+right ones. The step itself chooses how they are laid out in rows and how many rows go through the
+model at once. That changes the speed of a step, not its result.
 
 A MicroBatch says which tokens may attend to each other by `doc_BL`: each token's document in its
-row, ascending; None where a row is one document and its padding stands behind it, where causal
-attention never reaches. The positions that carry loss are a list of rows, not a mask over all
-positions, because with a vocabulary of 250,880 every row through the head is expensive.
+row, ascending. It is None where each row is one document; padding then comes after it, where causal
+attention never looks. The positions that carry loss are a list of rows, not a mask over all
+positions: with a vocabulary of 250,880 each row through the head is expensive.
 
 B micro-batch, L length, T supervised rows (padded to a few sizes; padding has target -100).
 
@@ -34,16 +33,16 @@ import torch
 from phogpt_raw.data.packing import DocumentBounds, Packing, best_fit, round_up, spread
 from phogpt_raw.data.prompt import IGNORED, Example
 
-PADDED = 32  # tokens; the length of rows that are not packed is a multiple of it
-ROOMY, ENOUGH = 0.99, 1.02  # windows filled to 0.99 leave room for chance, at 0.02 more of them
-BLURS = (1, 1 / 4, 1 / 16, 1 / 64, 0)  # of the longest example
+PADDED = 32  # tokens; unpacked rows have a multiple of this length
+ROOMY, ENOUGH = 0.99, 1.02  # fill to 99 %, to have room to shuffle, if that is <= 2 % more windows
+BLURS = (1, 1 / 4, 1 / 16, 1 / 64, 0)  # random part of a length, as a share of the longest example
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """rows_T index the hidden states flattened to [B*L], targets_T are what they predict.
+    """rows_T: positions in the hidden states flattened to [B*L]; targets_T: what they predict.
 
-    `bounds`: of the documents, where there are several in a row.
+    bounds: of the documents, where a row has several.
     """
 
     ids_BL: torch.Tensor
@@ -61,9 +60,9 @@ class MicroBatch:
 
 
 class Window:
-    """The examples of one optimizer step, laid out one to a row, or as `packing` says.
+    """The examples of one optimizer step, one to a row or packed by `packing`.
 
-    `supervised` counts the tokens that carry loss (at least one), `tokens` all tokens.
+    supervised: tokens that carry loss (at least one); tokens: all tokens.
     """
 
     def __init__(self, examples: list[Example], pad_id: int, packing: Packing | None = None):
@@ -76,7 +75,8 @@ class Window:
     def layout(self, size: int) -> Iterator[tuple[list[list[Example]], int]]:
         """(examples of each row, tokens of a row) of each micro-batch of at most `size` rows.
 
-        Rows of a micro-batch have one length. The shortest come first, so that little is padding.
+        All rows of a micro-batch have one length. The shortest come first, which keeps padding
+        small.
         """
         if self.packing is None:
             for start in range(0, len(self.examples), size):
@@ -99,16 +99,16 @@ class Window:
 
 
 class Stream:
-    """The windows of a run, `batch_size` examples each; `packing` may be set before the first."""
+    """The windows of a run, `batch_size` examples each; set `packing` before the first one."""
 
     def __init__(self, examples: list[Example], *, batch_size: int, pad_id: int, seed: int = 0):
         self.examples, self.pad_id, self.seed = examples, pad_id, seed
         self.batch_size = batch_size
         self.packing: Packing | None = None
-        self.orders: dict[int, list] = {}  # of the epochs in use
+        self.orders: dict[int, list] = {}  # of the current epochs
 
     def steps(self, epochs: float) -> int:
-        """Windows that cover so many epochs; the last one reads on into the next epoch."""
+        """How many windows cover `epochs`; the last one continues into the next epoch."""
         return max(1, math.ceil(epochs * len(self.examples) / self.batch_size))
 
     def window(self, step: int) -> Window:
@@ -116,7 +116,8 @@ class Stream:
         return Window(self.picked(step), self.pad_id, self.packing)
 
     def picked(self, step: int) -> list[Example]:
-        """The examples of a step: the next ones of an endless order, each epoch a permutation."""
+        """The examples of a step: the next ones of an endless order in which each epoch is a
+        permutation."""
         first = step * self.batch_size
         places = (divmod(p, len(self.examples)) for p in range(first, first + self.batch_size))
         return [self.examples[self.order(epoch)[place]] for epoch, place in places]
@@ -124,23 +125,23 @@ class Stream:
     def order(self, epoch: int) -> list:
         """The order of an epoch: a pure function of seed, epoch and data."""
         if epoch not in self.orders:
-            self.orders[epoch] = self.shuffled(self.dice(epoch))
+            self.orders[epoch] = self.shuffled(self.generator(epoch))
             self.orders.pop(epoch - 2, None)
         return self.orders[epoch]
 
-    def dice(self, epoch: int) -> torch.Generator:
+    def generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
 
-    def shuffled(self, dice: torch.Generator) -> list[int]:
-        return torch.randperm(len(self.examples), generator=dice).tolist()
+    def shuffled(self, generator: torch.Generator) -> list[int]:
+        return torch.randperm(len(self.examples), generator=generator).tolist()
 
 
 class TokenStream(Stream):
-    """Windows of at most `batch_tokens` tokens, as equal as they can be; each epoch has the same
-    number of them and holds each example once.
+    """Windows of at most `batch_tokens` tokens, of nearly equal size. Each epoch has the same
+    number of windows and holds each example once.
 
-    The longest examples are dealt first, each to the window that has fewest tokens. The lengths
-    that order them are blurred by chance, so that each epoch has other windows.
+    The longest examples are distributed first, each to the window with the fewest tokens. A random
+    part is added to the lengths that order them, so that each epoch has other windows.
     """
 
     def __init__(self, examples: list[Example], *, batch_tokens: int, pad_id: int, seed: int = 0):
@@ -151,7 +152,7 @@ class TokenStream(Stream):
         self.windows = roomy if roomy <= 1 + ENOUGH * least else least
 
     def count(self, tokens: int) -> int:
-        """Windows of at most so many tokens that hold all examples."""
+        """How many windows of at most `tokens` tokens hold all examples."""
         exact = sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i])
         windows = len(best_fit(self.sizes, tokens))
         while self.fullest(spread(exact, self.sizes, windows)) > tokens:
@@ -168,25 +169,25 @@ class TokenStream(Stream):
     def fullest(self, windows: list[list[int]]) -> int:
         return max(sum(self.sizes[i] for i in window) for window in windows)
 
-    def shuffled(self, dice: torch.Generator) -> list[list[int]]:
+    def shuffled(self, generator: torch.Generator) -> list[list[int]]:
         """The windows of an epoch, as indices of examples."""
-        any_order = super().shuffled(dice)
-        chance = torch.rand(len(self.sizes), generator=dice).tolist()
-        for blur in BLURS:  # without any they fit, by the choice of their number
+        any_order = super().shuffled(generator)
+        chance = torch.rand(len(self.sizes), generator=generator).tolist()
+        for blur in BLURS:  # the last, 0, always fits: `count` chose the number of windows so
             tokens = blur * max(self.sizes)
             order = sorted(any_order, key=lambda i: -self.sizes[i] - tokens * chance[i])
             found = spread(order, self.sizes, self.windows)
             if self.fullest(found) <= self.batch_tokens:
                 break
-        return [found[i] for i in torch.randperm(self.windows, generator=dice).tolist()]
+        return [found[i] for i in torch.randperm(self.windows, generator=generator).tolist()]
 
 
 def collate(rows: list[list[Example]], length: int, pad_id: int,
             bounds: DocumentBounds | None = None, rows_multiple: int = 64) -> MicroBatch:
-    """Rows of `length` tokens, each with its examples one after the other and padding behind.
+    """Rows of `length` tokens: examples one after the other, then padding.
 
-    With `bounds` each example is a document, and so is each bounds.longest of the padding; without,
-    a row is one document.
+    With `bounds` each example is a document, and so is each bounds.longest tokens of padding;
+    without, a row is one document.
     """
     ids_BL = np.full((len(rows), length), pad_id)
     targets_BL = np.full_like(ids_BL, IGNORED)

@@ -1,13 +1,12 @@
-"""Packing: several short examples share a row, so that a step is as fast as one over long rows.
+"""Packing: short examples share a row, so that a step over them is as fast as over long rows.
 
-Each pass through the model dequantises all weights, however few tokens it carries. A row of one
-question and answer has about a hundred tokens, a row that holds the examples of a whole window has
-a thousand. Examples in a row do not see each other (model/documents.py), so packing changes the
-speed of a step and nothing else.
+Each pass through the model dequantises all weights, however few tokens it has. One question and
+answer has about a hundred tokens; a row with all examples of a window has a thousand. Examples in a
+row do not see each other (model/documents.py), so packing changes only the speed of a step.
 
-Which examples share a row is decided by best fit: the longest example first, each into the fullest
-row that still has room for it. Rows have few different lengths, since each length of a run is
-compiled and captured once; they are chosen from the run's own rows before its first step.
+Best fit decides which examples share a row: the longest example first, each into the fullest row
+that has room for it. The rows of a run have few different lengths, since each length is compiled
+and captured once. The lengths are chosen before the first step, from the run's own rows.
 
 >>> best_fit([50, 60, 40, 30, 20], capacity=100)
 [[1, 2], [0, 3, 4]]
@@ -21,23 +20,24 @@ from heapq import heapreplace
 
 from phogpt_raw.data.prompt import Example
 
-LENGTHS = 4  # different row lengths of a run, at most
-WORTH = 1.01  # one more length must save a hundredth of the time
+LENGTHS = 4  # most row lengths of a run
+WORTH = 1.01  # one more length must save 1 % of the time
 ALIGNED = 16  # tokens; row lengths are multiples of it
-STEPS = 128  # and of so much that at most so many candidates remain
-TRIED = 24  # capacities
-ENOUGH = 8192  # examples by which they are compared
-MOST = 64  # examples in a row where one may fill it; where rows are longer, so many in four
-TILE = 128  # tokens; matrix products compute whole tiles of them
-IN_TILES = 0.4  # share of a row's cost that counts whole tiles (products are 0.6 of a step; with
-# 0.4 the time is within 0.3 % of the least, and rows are fuller)
+STEPS = 128  # most candidates for a row length; limits their number for long rows
+TRIED = 24  # capacities that are compared
+ENOUGH = 8192  # examples used for the comparison, at most
+MOST = 64  # most examples in a row; more where it has room for over four of the longest
+TILE = 128  # tokens; matrix products compute whole tiles of this size
+IN_TILES = 0.4  # share of a row's cost that is in whole tiles. Products are 0.6 of a step; with 0.4
+# the time is within 0.3 % of the least, and rows are fuller.
 
 
 @dataclass(frozen=True)
 class DocumentBounds:
-    """A row holds at most `count` documents, padding's included, each of at most `longest` tokens.
+    """A row holds at most `count` documents, those of padding included, of at most `longest` tokens
+    each.
 
-    Both are known before the first step, so that kernels and CUDA graphs can be sized by them.
+    Both are known before the first step, so kernels and CUDA graphs can be sized by them.
     """
 
     count: int
@@ -47,8 +47,8 @@ class DocumentBounds:
 @dataclass(frozen=True)
 class Packing:
     """The rows of a run: each has the smallest of `lengths` (tokens, ascending) that holds its
-    examples. `longest`: tokens of the longest example, at least; `most`: examples in a row, at
-    most."""
+    examples. longest: an upper bound on the tokens of an example. most: the most examples in a
+    row."""
 
     lengths: tuple[int, ...]
     longest: int
@@ -63,22 +63,23 @@ class Packing:
         return sorted(rows, key=lambda row: row[1])
 
     def length(self, tokens: int) -> int:
-        """The row length that so many tokens take."""
+        """The row length for a sum of `tokens`."""
         return self.lengths[bisect_left(self.lengths, tokens)]
 
     def bounds(self, length: int) -> DocumentBounds:
-        """Of a row of this length. Its padding is cut into documents too."""
+        """The bounds of a row of this length. Its padding is cut into documents too."""
         return DocumentBounds(self.most + -(-length // self.longest), self.longest)
 
 
 def best_fit(sizes: list[int], capacity: int, most: int | None = None) -> list[list[int]]:
-    """Indices into `sizes` of each bin, at most `most` of them and at most `capacity` in all.
+    """Indices into `sizes` of each bin; a bin has at most `most` items and a total of at most
+    `capacity`.
 
-    Best fit decreasing; sizes that are equal keep their order. Raises ValueError where one is
-    larger than the capacity.
+    Best fit decreasing; equal sizes keep their order. Raises ValueError for a size above the
+    capacity.
     """
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin) of the bins that are open, ascending
+    rooms: list[tuple[int, int]] = []  # (room left, bin) of the bins with room, ascending
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size = sizes[item]
         if size > capacity:
@@ -96,7 +97,7 @@ def best_fit(sizes: list[int], capacity: int, most: int | None = None) -> list[l
 
 
 def spread(order: list[int], sizes: list[int], count: int) -> list[list[int]]:
-    """The items in `count` bins of nearly equal sums: in this order, each into the emptiest.
+    """The items in `count` bins of nearly equal sums: in this order, each into the emptiest bin.
 
     >>> spread([0, 1, 2, 3], sizes=[50, 40, 30, 25], count=2)
     [[0, 3], [1, 2]]
@@ -111,11 +112,11 @@ def spread(order: list[int], sizes: list[int], count: int) -> list[list[int]]:
 
 
 def choose_packing(windows: list[list[Example]], longest: int, capacity: int) -> Packing:
-    """The packing of windows of examples into rows of at most `capacity` tokens, or of `longest`,
-    the tokens of the longest example, where that is more.
+    """The best packing of these windows into rows of at most `capacity` tokens.
 
-    The capacity that is best for these windows may be smaller: a few windows of many tokens had
-    better take two rows than that all rows be padded.
+    longest: tokens of the longest example; rows may always be that long. The best rows may be
+    shorter than `capacity`: if a few windows have many tokens, two rows for each of them cost less
+    than padding in all rows.
     """
     windows = windows[:: -(-sum(map(len, windows)) // ENOUGH)]
     longest = round_up(longest, ALIGNED)
@@ -126,26 +127,26 @@ def choose_packing(windows: list[list[Example]], longest: int, capacity: int) ->
 
 
 def packed(windows: list[list[Example]], longest: int, capacity: int) -> Packing:
-    """The packing into rows of at most `capacity` tokens, and into few lengths below it.
+    """The packing into rows of at most `capacity` tokens, with a few lengths up to it.
 
-    Rows hold as many examples as they have room for, within reason: the variable-length kernels
-    keep statistics of `longest` tokens for each example of a row, whatever its own length.
+    The number of examples in a row is limited, because the variable-length kernels keep statistics
+    of `longest` tokens for each example, however short.
     """
     whole = Packing((capacity,), longest, most=max(MOST, MOST // 4 * -(-capacity // longest)))
     rows = [row for window in windows for row, _ in whole.rows(window)]
-    # The longest example may stand in none of these windows, and still must have a row.
+    # The longest example may be in none of these windows, but must fit a row.
     totals = [longest, *(sum(len(e.ids) for e in row) for row in rows)]
     return replace(whole, lengths=choose_lengths(totals), most=max(map(len, rows)))
 
 
 def cost(packing: Packing, windows: list[list[Example]]) -> float:
-    """The time of all rows, in the time of a token; dequantising the weights for a row takes about
-    as long as one tile."""
+    """The time of all rows, in units of the time of a token. Dequantising the weights takes about
+    as long as one tile, for each row."""
     return sum(row_cost(length) + TILE for window in windows for _, length in packing.rows(window))
 
 
 def row_cost(length: int) -> float:
-    """The time of a row, in the time of a token.
+    """The time of a row, in units of the time of a token.
 
     >>> row_cost(1024), row_cost(1040), row_cost(1152)
     (1024.0, 1084.8, 1152.0)
@@ -154,7 +155,7 @@ def row_cost(length: int) -> float:
 
 
 def choose_lengths(totals: list[int], most: int = LENGTHS) -> tuple[int, ...]:
-    """At most `most` lengths in which rows of so many tokens take the least time.
+    """At most `most` row lengths that give rows of these `totals` of tokens the least time.
 
     >>> choose_lengths([100, 100, 100, 900, 1000], most=2)
     (112, 1008)
@@ -162,10 +163,10 @@ def choose_lengths(totals: list[int], most: int = LENGTHS) -> tuple[int, ...]:
     aligned = max(ALIGNED, 2 ** math.ceil(math.log2(max(totals) / STEPS)))
     rows = Counter(round_up(total, aligned) for total in totals)
     candidates = sorted(rows)
-    before = [0]  # rows shorter than each candidate
+    before = [0]  # before[j]: rows shorter than candidate j
     for candidate in candidates:
         before.append(before[-1] + rows[candidate])
-    # best[j]: (cost, lengths) of the rows up to candidate j with so many lengths
+    # best[j]: (cost, lengths), the lowest for the rows up to candidate j with so many lengths
     best = [(0, ())] + [(math.inf, ())] * len(candidates)
     found = []
     for _ in range(min(most, len(candidates))):

@@ -1,9 +1,10 @@
-"""One token through all blocks on a CPU, from weights dequantised once for a whole answer.
+"""Decoding on a CPU: one token through all blocks, with weights that are dequantised only once.
 
-No kernel there reads the 4 bits, so the model's own forward dequantises every weight for every
-token, which is most of its time; the rest is Python's. Here each weight and its adapter are summed
-once, W + scaling * B A in fp32, the same function to rounding, and `one_token` is the few
-operations that a token needs. The 4 bits themselves stay as they are.
+A CPU has no kernel that multiplies directly by 4-bit weights. The model's own forward therefore
+dequantises every weight for every token, which is most of its time; most of the rest is Python's
+overhead. Here each weight and its adapter are summed once, W + scaling * B A in fp32. That is the
+same function up to rounding. `one_token` then runs only the few operations that a token needs. The
+model's 4-bit weights do not change.
 
 B rows, D hidden, H heads, K head width, S positions.
 """
@@ -21,12 +22,12 @@ from phogpt_raw.model.cache import Cache, Piece
 from phogpt_raw.model.lora import dense
 from phogpt_raw.model.phogpt import PhoGPT
 
-MOST = 2**30  # bytes of all copies; a larger model keeps its 4 bits
+MOST = 2**30  # bytes of all copies; a larger model runs its own forward
 
 
 @dataclass(frozen=True)
 class Copy:
-    """W of a linear and its adapter, transposed, which is how a CPU multiplies a row fastest."""
+    """A linear's weight plus its adapter, transposed: a CPU multiplies one row fastest that way."""
 
     weight_DO: torch.Tensor
     bias_O: torch.Tensor
@@ -36,15 +37,17 @@ class Copy:
 
 
 class DenseStep:
-    """`one_token` over copies of a model's weights."""
+    """`one_token` with dequantised copies of a model's weights."""
 
     def __init__(self, model: PhoGPT, cache: Cache, blocks: list[Block]):
         self.model, self.cache, self.blocks = model, cache, blocks
         self.head_DV = model.head.t().contiguous()
 
     def __call__(self, ids_B: torch.Tensor, positions: int) -> torch.Tensor:
-        """Hidden states [B, D] after the last norm, of the next token of the first B rows, none of
-        which holds `positions` tokens."""
+        """Hidden states [B, D] after the last norm, for one more token in each of the first B rows.
+
+        positions: how many of the cache attention reads; more than any of these rows holds.
+        """
         x_BD = self.model.transformer.wte(ids_B)
         place_B = self.cache.place_B[: len(ids_B)]
         bias = OneTokenBias(self.model.slopes_H, place_B, positions, x_BD.dtype).last_1HLS
@@ -53,7 +56,7 @@ class DenseStep:
         return self.model.transformer.norm_f(x_BD)
 
     def read(self, ids_BL: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """Hidden states [B, L, D] after the last norm, of a piece of prompts."""
+        """Hidden states [B, L, D] after the last norm, for a piece of the prompts."""
         return read_prompt(self.model, ids_BL, piece, self.blocks, lambda x, copy: copy(
             x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 
@@ -63,7 +66,7 @@ class DenseStep:
 
 def one_token(x_BD, blocks: list[Block], cache: Cache, place_B, bias_BH1S,
               scale: float | None) -> torch.Tensor:
-    """x [B, D] through the blocks; each row's keys and values go to its place in the cache."""
+    """x [B, D] through all blocks; writes each row's key and value to the cache at its position."""
     rows, positions = len(x_BD), bias_BH1S.shape[3]
     row_B = torch.arange(rows)
     for block, kv in zip(blocks, cache.kv, strict=True):
@@ -78,8 +81,11 @@ def one_token(x_BD, blocks: list[Block], cache: Cache, place_B, bias_BH1S,
 
 
 def dense_step(model: PhoGPT, cache: Cache) -> DenseStep | None:
-    """A DenseStep where it can serve this model, as it is now: on a CPU in fp32 (in 16 bits the sum
-    would round the adapter away), small, with adapters that are LoRA and nothing more."""
+    """A DenseStep for the model as it is now; None where the model's own forward must run.
+
+    It needs a CPU, fp32 (in 16 bits the sum would round the adapter away), a small model, and
+    adapters that are plain LoRA.
+    """
     config, head = model.config, model.head
     size = (config.linear_weights + head.numel()) * head.element_size()
     if (head.device.type != "cpu" or head.dtype != torch.float32 or size > MOST
@@ -91,7 +97,7 @@ def dense_step(model: PhoGPT, cache: Cache) -> DenseStep | None:
 
 @torch.no_grad()
 def copy_of(layer: nn.Module) -> Copy | None:
-    """The sum of a linear and its adapter; None where the adapter is more than LoRA."""
+    """A linear and its adapter as one weight; None where the adapter is not plain LoRA."""
     found = base_and_adapter(layer)
     if found is None:
         return None

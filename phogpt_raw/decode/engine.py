@@ -1,15 +1,17 @@
-"""Prompts in, answers out, as token ids: a prompt in one pass, then a token a pass for all rows.
+"""Generate answers to prompts, as token ids, with a key-value cache and continuous batching.
 
-A row of the batch is one prompt and its answer. Rows are independent: each has its own length, and
-an answer is what it would be alone. A row that ends leaves, and the next prompt of the queue takes
-its place, so a long answer does not hold up short ones.
+A row of the batch is one prompt and its answer. The model reads the prompt in one pass (prefill);
+each later step writes one token in every row. Rows have their own lengths and do not influence each
+other: an answer is the same alone and in a batch. When an answer ends, its row goes to the next
+waiting prompt, so a long answer does not hold up short ones.
 
-On a GPU a step, from the tokens to the chosen ones, is one CUDA graph. Nothing in it asks the host:
-positions, the draw and the end check live on the device. The host reads the tokens of a step while
-the next one runs. A step that cannot be captured, or not yet, runs the same function eagerly.
+On a GPU a step is one CUDA graph, from the last tokens to the next ones. Positions, sampling and
+the end check are computed on the device, so a step never waits for the host. The host reads the
+tokens of one step while the GPU runs the next. The first step of each batch size runs eagerly, and
+so do all steps where graphs are off.
 
-The model's forward is the plain step. Over NF4 weights on a GPU with Triton, fused.py does the same
-in fewer kernels; on a CPU, dense.py dequantises once for a whole answer.
+The plain step is the model's forward. Two faster versions compute the same: fused.py, with fewer
+kernels over NF4 weights on a GPU with Triton, and dense.py, with weights dequantised once on a CPU.
 
 B rows, L length, S positions, D hidden, V vocabulary.
 """
@@ -29,15 +31,15 @@ from phogpt_raw.decode.sampling import Sampler, Sampling
 from phogpt_raw.model.cache import Piece, Step, cache_bytes
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 
-STEP = 128  # positions; the cache is a multiple of it long
-AHEAD = 1024  # tokens that an answer may grow by before its cache grows, which costs new graphs
-PREFILL = 2048  # tokens of prompts that go through the model at once
+STEP = 128  # positions; the length of the cache is a multiple of it
+AHEAD = 1024  # tokens that an answer can grow before the cache must, which needs new graphs
+PREFILL = 2048  # prompt tokens in one pass through the model
 GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`ids` without `</s>`; `stopped` where the model ended by itself."""
+    """`ids` without `</s>`; `stopped`: whether the model itself ended the answer."""
 
     ids: list[int]
     stopped: bool
@@ -45,8 +47,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Token:
-    """The next token of request `key`; None where it ended, and then `stopped` says whether the
-    model did so by itself."""
+    """The next token of request `key`. id None: the answer has ended, and `stopped` says whether
+    the model itself ended it."""
 
     key: int
     id: int | None
@@ -57,14 +59,15 @@ class Token:
 class Row:
     key: int
     prompt: list[int]
-    most: int  # tokens that the answer may have
+    most: int  # tokens of the answer, at most
     seed: int
     written: int = 0
 
 
 @dataclass
 class Pending:
-    """A step whose tokens the host has not read: the keys of its rows, and the tokens and ends."""
+    """A step whose tokens the host has not read yet. keys: its rows' requests; read: waits for the
+    step and returns [tokens, whether each row has ended]."""
 
     keys: list[int]
     read: Callable[[], list[list[int]]]
@@ -72,7 +75,7 @@ class Pending:
 
 @contextmanager
 def evaluating(model: PhoGPT):
-    """Without gradients and dropout; afterwards the model is in the mode that it was in."""
+    """Evaluation mode without gradients; restores the model's mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -83,11 +86,12 @@ def evaluating(model: PhoGPT):
 
 
 class Engine:
-    """Answers of one model, at most `rows` at once; to be used as a context manager.
+    """Answers of one model, at most `rows` at once; use it as a context manager.
 
-    What a step reads of weights and adapters is gathered for the first prompt; changes to them
-    after that are for the next engine. eos_id ends an answer. capture: run steps as CUDA graphs, on
-    a GPU. memory: a context in which large tensors are allocated.
+    It gathers weights and adapters at the first prompt. Later changes to them need a new engine.
+
+    eos_id: the token that ends an answer. capture: run steps as CUDA graphs on a GPU. memory: a
+    context in which large tensors are allocated.
     """
 
     def __init__(self, model: PhoGPT, *, eos_id: int, pad_id: int, rows: int = 8,
@@ -102,7 +106,7 @@ class Engine:
         self.queue: deque[Row] = deque()
         self.rows: list[Row] = []
         self.unread: deque[Pending] = deque()
-        self.out: deque[Token] = deque()  # read, and not yet taken
+        self.out: deque[Token] = deque()  # read from the device, not yet yielded
         self.cache = self.fast = self.history_BS = None
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.seen: set[int] = set()  # batch sizes that have run eagerly
@@ -114,8 +118,7 @@ class Engine:
         return self
 
     def __exit__(self, *error) -> None:
-        """Forget all requests, and give all memory back: graphs, cache and what the step had
-        gathered."""
+        """Drop all requests and free all memory: graphs, cache and gathered weights."""
         if self.capture:
             torch.cuda.synchronize()
         held = bool(self.graphs)
@@ -126,14 +129,14 @@ class Engine:
         self.ids_B = self.seed_B = self.last_B = self.ended_B = self.out_2B = None
         self.evaluating.__exit__(*error)
         if held:
-            torch.cuda.empty_cache()  # the graphs' pools: nothing else may use them
+            torch.cuda.empty_cache()  # the graphs' memory pools: nothing else can use them
 
     # -- requests
 
     def add(self, key: int, prompt: list[int], max_new_tokens: int, seed: int = 0) -> None:
-        """Ask for an answer; its tokens come from `run` under this key.
+        """Add a request; `run` yields its tokens under this key.
 
-        Raises ValueError for an empty prompt, no tokens to write, or a key that is in use.
+        Raises ValueError for an empty prompt, max_new_tokens below 1, or a key in use.
         """
         if not prompt or max_new_tokens < 1:
             raise ValueError(f"request {key}: a prompt of {len(prompt)} tokens, {max_new_tokens} to"
@@ -143,32 +146,32 @@ class Engine:
         self.queue.append(Row(key, prompt, max_new_tokens, seed))
 
     def drop(self, key: int) -> None:
-        """End the answer `key` before it ends by itself."""
+        """Remove request `key`, finished or not."""
         self.queue = deque(row for row in self.queue if row.key != key)
         self.out = deque(token for token in self.out if token.key != key)
         self.leave(key)
 
     def run(self) -> Iterator[Token]:
-        """Tokens as they are written, until all that was asked for is answered.
+        """Yield tokens as they are written, until all requests are answered.
 
-        Who stops taking them may take the rest from another `run`.
+        A caller that stops early can call `run` again for the rest.
         """
         while self.queue or self.rows or self.unread or self.out:
             while self.out:
                 yield self.out.popleft()
             if self.queue and len(self.rows) < self.most_rows:
-                self.read(behind=0)  # those tokens were chosen before the new rows
+                self.read(behind=0)  # those steps ran without the new rows
                 self.admit()
             elif self.rows:
                 self.unread.append(self.launch())
-                # on a CPU the step has run already; a GPU runs it while the one before is read
+                # a CPU has finished the step; a GPU runs it while the host reads the one before
                 self.read(behind=0 if self.device.type == "cpu" else 1)
             else:
                 self.read(behind=0)
 
     def answers(self, prompts: list[list[int]], max_new_tokens: int, seed: int = 0,
                 on_token: Callable[[int], None] | None = None) -> list[Answer]:
-        """The answers to prompts, in order; `on_token` sees the first one's tokens.
+        """The answers to `prompts`, in order; `on_token` gets each token of the first one.
 
         Raises ValueError while other requests are open.
         """
@@ -185,16 +188,16 @@ class Engine:
                 written[token.key].append(token.id)
                 if on_token and token.key == 0:
                     on_token(token.id)
-        finally:  # none is left where on_token raised
+        finally:  # leave no request open if on_token raises
             for key in range(len(prompts)):
                 self.drop(key)
         return [Answer(*pair) for pair in zip(written, stopped, strict=True)]
 
-    # -- rows come and go
+    # -- rows are added and removed
 
     def admit(self) -> None:
-        """Read the shortest prompts that wait, as many as there are free rows for and as go
-        through the model at once."""
+        """Start waiting requests in the free rows: one group, shortest prompts first, as many as go
+        through the model in one pass."""
         free = self.most_rows - len(self.rows)
         waiting = sorted((self.queue[n] for n in range(min(free, len(self.queue)))),
                          key=lambda row: len(row.prompt))
@@ -206,13 +209,13 @@ class Engine:
         self.prefill(group)
 
     def make_room(self, new: list[Row]) -> None:
-        """See that the cache has positions for the rows that are there, for these, and for their
-        next tokens."""
+        """Make the cache long enough for the current rows, the `new` ones, and their next
+        tokens."""
         positions = self.positions_for([*self.rows, *new])
         if self.cache is None:
             self.begin(positions)
         elif positions > self.cache.positions:
-            self.graphs.clear()  # they read and write the old tensors
+            self.graphs.clear()  # they use the old tensors
             with self.memory():
                 self.cache.grow(positions)
             if self.history_BS is not None:
@@ -221,12 +224,12 @@ class Engine:
                 self.history_BS = longer
 
     def positions_for(self, rows: list[Row]) -> int:
-        """So many that these rows have room to grow, or to end."""
+        """Positions that these rows need to grow by AHEAD tokens, or to their end."""
         longest = max(len(row.prompt) + min(row.most, row.written + AHEAD) for row in rows)
         return round_up(longest, STEP)
 
     def begin(self, positions: int) -> None:
-        """The cache, and the state of each row on the device."""
+        """Allocate the cache and the state of each row on the device."""
         with self.memory():
             self.cache = self.model.new_cache(self.most_rows, positions)
         zeros_B = torch.zeros(self.most_rows, dtype=torch.long, device=self.device)
@@ -238,7 +241,7 @@ class Engine:
         self.fast = fused_step(self.model, self.cache) or dense_step(self.model, self.cache)
 
     def prefill(self, group: list[Row]) -> None:
-        """Read these prompts, the shortest first, and choose the first token of each answer."""
+        """Read these prompts, given shortest first, and choose the first token of each answer."""
         first, lengths = len(self.rows), [len(row.prompt) for row in group]
         place = slice(first, first + len(group))
         ids_BL = torch.full((len(group), lengths[-1]), self.pad_id)
@@ -271,11 +274,11 @@ class Engine:
         self.read(behind=0)
 
     def place_of(self, key: int) -> int | None:
-        """Which row request `key` has; None where it has none."""
+        """The row of request `key`; None where it has none."""
         return next((n for n, row in enumerate(self.rows) if row.key == key), None)
 
     def leave(self, key: int) -> None:
-        """Remove a row; the last row takes its place."""
+        """Remove the row of a request; the last row moves into the gap."""
         n = self.place_of(key)
         if n is None:
             return
@@ -292,9 +295,9 @@ class Engine:
     # -- a step
 
     def launch(self) -> Pending:
-        """Start a step over all rows; returns at once on a GPU."""
+        """Start a step over all rows; on a GPU it returns without waiting."""
         rows = len(self.rows)
-        longest = 2 + max(len(row.prompt) + row.written for row in self.rows)  # the host is behind
+        longest = 2 + max(len(row.prompt) + row.written for row in self.rows)  # a step behind
         if longest > self.cache.positions:
             self.make_room([])
         size = min(self.most_rows, 2 ** math.ceil(math.log2(rows))) if self.capture else rows
@@ -312,10 +315,9 @@ class Engine:
         return self.sent(slice(0, rows))
 
     def step(self, size: int) -> None:
-        """One token more in each of the first `size` rows; those that have ended stay as they
-        are."""
+        """Write one more token in each of the first `size` rows; ended rows do not change."""
         positions = self.cache.positions
-        if not self.capture:  # then the host may say how many are in use
+        if not self.capture:  # an eager step may depend on the host: read only the positions in use
             positions = min(positions, 1 + max(len(row.prompt) + row.written for row in self.rows))
         if self.fast:
             hidden_BD = self.fast(self.ids_B[:size], positions)
@@ -325,7 +327,7 @@ class Engine:
         self.choose(hidden_BD, slice(0, size))
 
     def choose(self, hidden_BD: torch.Tensor, rows: slice) -> None:
-        """Choose these rows' next tokens from their hidden states; note which rows have ended."""
+        """Choose these rows' next tokens from their hidden states, and mark the rows that end."""
         place_B, ended_B = self.cache.place_B[rows], self.ended_B[rows]
         history_BS = None if self.history_BS is None else self.history_BS[rows]
         logits_BV = (self.fast or self.model).logits(hidden_BD).float()
@@ -338,7 +340,7 @@ class Engine:
         self.out_2B[0, rows], self.out_2B[1, rows] = chosen_B, ended_B
 
     def sent(self, rows: slice) -> Pending:
-        """These rows' chosen tokens, on their way to the host."""
+        """Start copying these rows' chosen tokens to the host."""
         keys = [row.key for row in self.rows[rows]]
         if self.device.type != "cuda":
             found = self.out_2B[:, rows].tolist()
@@ -355,14 +357,14 @@ class Engine:
         return Pending(keys, read)
 
     def read(self, behind: int) -> None:
-        """Take the tokens of all steps but the last `behind`; rows that have ended leave."""
+        """Read the tokens of all steps but the last `behind`; remove the rows that have ended."""
         while len(self.unread) > behind:
             pending = self.unread.popleft()
             tokens, ends = pending.read()
             for key, token, end in zip(pending.keys, tokens, ends, strict=True):
                 n = self.place_of(key)
                 if n is None:
-                    continue  # it has left since
+                    continue  # its row was removed meanwhile
                 self.rows[n].written += 1
                 if token != self.eos_id:
                     self.out.append(Token(key, token))
@@ -374,13 +376,15 @@ class Engine:
 def answer(model: PhoGPT, prompts: list[list[int]], *, eos_id: int, pad_id: int,
            max_new_tokens: int, on_token: Callable[[int], None] | None = None,
            **how) -> list[Answer]:
-    """Answers to prompts (token ids), in order, greedy by default; `on_token` sees the first one's
-    tokens; `how` goes to Engine."""
+    """Answers to prompts (token ids), in order, greedy by default.
+
+    on_token: gets each token of the first answer; how: further arguments of Engine.
+    """
     with Engine(model, eos_id=eos_id, pad_id=pad_id, **{"rows": len(prompts), **how}) as engine:
         return engine.answers(prompts, max_new_tokens, on_token=on_token)
 
 
 def rows_that_fit(config: ModelConfig, positions: int, itemsize: int, limit_mib: int) -> int:
-    """Rows of `positions` tokens whose cache stays within limit_mib, at least one."""
+    """How many rows of `positions` tokens have a cache within limit_mib; at least one."""
     row = cache_bytes(config.n_layers, config.d_model, 1, round_up(positions, STEP), itemsize)
     return max(1, limit_mib * 2**20 // row)

@@ -1,15 +1,16 @@
-"""One token through all blocks in nine kernels a block, on a GPU, over NF4 weights.
+"""Decoding on a GPU: one token through all blocks in nine kernels a block, over NF4 weights.
 
-The model's own forward launches some thirty kernels a block for a token, most of which do next to
-nothing; a token's time is then that of launches and of small tensors going to memory and back. Here
-`one_token` is the whole step: its products are those of model/nf4_product.py, and three more
-functions do all that lies between them. Each stands beside its plain version.
+For one token the model's own forward launches some thirty kernels a block, most of them tiny. The
+time then goes to launches and to small tensors that are written to memory and read back.
+`one_token` here is the whole step. Its matrix products are those of model/nf4_product.py. Three
+more functions do everything between the products; each stands below its plain version:
 
-    norm_low     layer norm, and x Aᵀ of the linear that follows
-    attend_low   attention over the cache in parts of its length, their joining, and x Aᵀ
+    norm_low     layer norm, and x Aᵀ for the linear that follows
+    attend_low   attention in parts of the cache, which are then combined, and x Aᵀ
     low_rank     x Aᵀ alone
 
-B rows, D hidden, H heads, K head width, S positions, P parts, R rank; a "2" in a name: in halves.
+B rows, D hidden, H heads, K head width, S positions, P parts, R rank. A "2" in a name: even
+elements first, then odd ones (`halves`).
 """
 
 import functools
@@ -31,14 +32,14 @@ from phogpt_raw.private_apis import nf4_fields, nf4_state
 try:
     import triton
     import triton.language as tl
-except ImportError:  # it comes with torch for CUDA on Linux, and only there
+except ImportError:  # only torch for CUDA on Linux installs it
     triton = None
 
-PART, PARTS = 128, 16  # positions in a part, at least; parts of a row, at most
+PART, PARTS = 128, 16  # fewest positions in a part; most parts of a row
 
 
 class FusedStep:
-    """`one_token` over a model and a cache; what it reads is gathered once for whole answers."""
+    """`one_token` over a model and a cache; it gathers the weights once."""
 
     def __init__(self, model: PhoGPT, cache: Cache, blocks: list[Block]):
         self.model, self.cache, self.blocks = model, cache, blocks
@@ -47,14 +48,16 @@ class FusedStep:
         self.scale = config.softmax_scale or 1 / math.sqrt(config.d_model // config.n_heads)
 
     def __call__(self, ids_B: torch.Tensor, positions: int) -> torch.Tensor:
-        """Hidden states [B, D] after the last norm, of the next token of the first B rows. How many
-        positions of the cache are in use is read on the device."""
+        """Hidden states [B, D] after the last norm, for one more token in each of the first B rows.
+
+        `positions` is not used: the kernels read on the device how many are in use.
+        """
         x = self.model.transformer.wte(ids_B)
         x = one_token(x, self.blocks, self.cache, self.model.slopes_H, self.scale, self.scratch)
         return self.model.transformer.norm_f(x)
 
     def read(self, ids_BL: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """Hidden states [B, L, D] after the last norm, of a piece of prompts."""
+        """Hidden states [B, L, D] after the last norm, for a piece of the prompts."""
         return read_prompt(self.model, ids_BL, piece, self.blocks, many_rows)
 
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
@@ -63,7 +66,7 @@ class FusedStep:
 
 def one_token(x_BD, blocks: list[Block], cache: Cache, slopes_H, scale: float,
               scratch: Scratch) -> torch.Tensor:
-    """x [B, D] through the blocks; each row's keys and values go to its place in the cache."""
+    """x [B, D] through all blocks; writes each row's key and value to the cache at its position."""
     place_B = cache.place_B[: len(x_BD)]
     for block, kv in zip(blocks, cache.kv, strict=True):
         y_B2, low = norm_low(x_BD, block.norm_1, block.Wqkv)
@@ -78,7 +81,7 @@ def one_token(x_BD, blocks: list[Block], cache: Cache, slopes_H, scale: float,
 
 
 def many_rows(x_BLD: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """x through a linear and its adapter, for rows enough that W is worth being dequantised."""
+    """x through a linear and its adapter, for so many rows that dequantising W first is faster."""
     x_ND = x_BLD.flatten(0, 1)
     weight = dequantise_fused(linear.packed, linear.fields, linear.offset)
     y_NO = torch.addmm(linear.bias_O, x_ND, weight.t())
@@ -88,7 +91,7 @@ def many_rows(x_BLD: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 
 def linear_of(layer: nn.Module) -> Linear | None:
-    """The linear of a layer and of its adapter; None where it is not NF4, or more than LoRA."""
+    """A layer's weights and adapter; None where it is not NF4 or its adapter is not plain LoRA."""
     from bitsandbytes.nn import Linear4bit
 
     found = base_and_adapter(layer)
@@ -109,8 +112,10 @@ def linear_of(layer: nn.Module) -> Linear | None:
 
 
 def fused_step(model: PhoGPT, cache: Cache) -> FusedStep | None:
-    """A FusedStep where it can serve this model, as it is now: on a GPU with Triton, in 16 bits,
-    over NF4, with adapters that are LoRA and nothing more."""
+    """A FusedStep for the model as it is now; None where the model's own forward must run.
+
+    It needs a GPU with Triton, 16 bits, NF4 weights, and adapters that are plain LoRA.
+    """
     config, head = model.config, model.head
     width = config.d_model // config.n_heads
     if (triton is None or not head.is_cuda or head.dtype not in (torch.float16, torch.bfloat16)
@@ -124,7 +129,7 @@ def fused_step(model: PhoGPT, cache: Cache) -> FusedStep | None:
 
 
 def readable(layer: nn.Module) -> Linear | None:
-    """`linear_of` a layer whose shape all kernels can take; None of any other."""
+    """`linear_of` a layer, or None where the kernels do not support its shape."""
     linear = linear_of(layer)
     return linear if linear and fits(*linear.shape) and can_fuse(linear.fields) else None
 
@@ -135,20 +140,20 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     from phogpt_raw.model.nf4 import nf4_linear
     from phogpt_raw.model.nf4_product import product_plain
 
-    dice = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(64, 128, generator=dice, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(64, 128, generator=generator, device=device)
     layer = nf4_linear(weight.to(dtype), dtype, device)
-    x = torch.randn(1, 128, generator=dice, device=device, dtype=dtype)
+    x = torch.randn(1, 128, generator=generator, device=device, dtype=dtype)
     try:
         linear, scratch = linear_of(layer), Scratch(64, device)
         return all(torch.allclose(product(halves(x.expand(rows, -1)), linear, scratch).float(),
                                   product_plain(halves(x.expand(rows, -1)), linear).float(),
                                   rtol=0.02, atol=0.2) for rows in (1, 2))
-    except Exception:  # a compiler's, of whatever kind: the card is too old, or has no toolchain
+    except Exception:  # any compiler error: the GPU is too old, or the toolchain is missing
         return False
 
 
-# -- the functions between the products, each after its plain version
+# -- the functions between the products, each below its plain version
 
 
 def low_rank_plain(x_B2, linear: Linear) -> torch.Tensor | None:
@@ -170,7 +175,7 @@ def low_rank(x_B2, linear: Linear) -> torch.Tensor | None:
 
 
 def norm_low_plain(x_BD, norm: Norm, linear: Linear):
-    """(the norm of x in halves, its low_rank)."""
+    """(layer norm of x, in halves; its low_rank)."""
     y_B2 = halves(norm(x_BD))
     return y_B2, low_rank_plain(y_B2, linear)
 
@@ -178,7 +183,7 @@ def norm_low_plain(x_BD, norm: Norm, linear: Linear):
 def norm_low(x_BD, norm: Norm, linear: Linear):
     """`norm_low_plain` in one kernel: a program for each row of A, and one that writes the norm.
 
-    Each program computes the norm again, which costs less than waiting for another kernel.
+    Each program computes the whole norm: that is faster than waiting for another kernel.
     """
     (rows, width), rank = x_BD.shape, 0 if linear.A_RD is None else len(linear.A_RD)
     y = torch.empty(rows, 2, width // 2, dtype=x_BD.dtype, device=x_BD.device)
@@ -190,15 +195,15 @@ def norm_low(x_BD, norm: Norm, linear: Linear):
 
 
 def pointer(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """What a kernel takes for a tensor that may be None: it compiles the lines that use it, and
-    without an adapter (rank 0) no program reaches them."""
+    """A pointer to pass for a tensor that may be None. The kernel compiles the lines that use it,
+    but without an adapter (rank 0) no program runs them."""
     return other if tensor is None else tensor
 
 
 def attend_low_plain(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear):
     """(attention of each row's token to its cache and itself, in halves; its low_rank).
 
-    qkv_BF [B, 3 D]; kv [2, rows, H, S, K], into which the token's key and value are written.
+    qkv_BF [B, 3 D]; kv [2, rows, H, S, K]: the token's key and value are written into it.
     """
     heads, width = kv.shape[2], kv.shape[4]
     q_BHK, k_BHK, v_BHK = qkv_BF.view(len(qkv_BF), 3, heads, width).unbind(1)
@@ -215,7 +220,7 @@ def attend_low_plain(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear
 
 
 def attend_low(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear):
-    """`attend_low_plain` in two kernels: parts of the cache side by side, then their joining."""
+    """`attend_low_plain` in two kernels: parts of the cache in parallel, then their combination."""
     _, _, heads, positions, width = kv.shape
     rows, rank = len(qkv_BF), 0 if linear.A_RD is None else len(linear.A_RD)
     part = max(PART, triton.next_power_of_2(-(-positions // PARTS)))
@@ -250,7 +255,7 @@ if triton is not None:
 
     @triton.jit
     def low_or_halves(y, j, row, d, there, A, out, low, scaling, rank, width):
-        """Program `rank` writes the row y in halves, program j < rank its product with A's row."""
+        """Program `rank` writes the row y in halves; program j < rank writes y times row j of A."""
         y = y.to(out.dtype.element_ty)
         if j == rank:
             tl.store(out + row * width + (d % 2) * (width // 2) + d // 2, y, mask=there)
@@ -274,8 +279,8 @@ if triton is not None:
     @triton.jit
     def attend_kernel(qkv, keys, values, place, slopes, sums, peaks, scale, row_stride, positions,
                       heads, part, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-        """One part of one head of one row: the sum of its values, weighted by the exponentials of
-        the scores less their largest; that largest score, and the sum of the weights."""
+        """One part of one head of one row, as in FlashAttention: `sums` gets the values weighted by
+        exp(score - peak); `peaks` gets peak, the largest score, and the sum of the weights."""
         p, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         end, first = tl.load(place + row).to(tl.int32), p * part
         if first <= end:
@@ -286,7 +291,7 @@ if triton is not None:
             v = tl.load(token + 2 * heads * WIDTH)
             slope = tl.load(slopes + head)
             of_head = row.to(tl.int64) * row_stride + head * positions * WIDTH
-            mine = end < first + part  # the token itself is seen, and written, by the last part
+            mine = end < first + part  # only the last part reads and writes the new token
             tl.store(keys + of_head + end * WIDTH + d, k, mask=mine & (d < WIDTH))
             tl.store(values + of_head + end * WIDTH + d, v, mask=mine & (d < WIDTH))
             peak = tl.where(mine, tl.sum(q * k.to(tl.float32)), float("-inf"))

@@ -1,10 +1,10 @@
-"""A model's weights gathered for decoding, and a prompt through all blocks at once.
+"""Read prompts through all blocks at once, with weights gathered for decoding.
 
-The model's own forward does the same through modules, PEFT's layers and autograd functions; for a
-short prompt their bookkeeping takes longer than the GPU does. fused.py and dense.py say what a
-linear is.
+The model's own forward computes the same, through modules, PEFT's layers and autograd functions.
+For a short prompt their Python overhead takes longer than the GPU's work. fused.py and dense.py
+define what a linear is here.
 
-B rows, L tokens, D hidden, H heads, K head width.
+B rows, L tokens, D hidden, S positions, H heads, K head width.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from phogpt_raw.model.phogpt import PhoGPT
 
 
 class Norm:
-    """A layer norm without a module's bookkeeping."""
+    """A layer norm without the overhead of a module."""
 
     def __init__(self, norm: nn.LayerNorm):
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
@@ -31,7 +31,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """The weights of a block; a linear is what a step reads of it and of its adapter."""
+    """The weights of a block; each linear is what fused.py or dense.py gathers of it."""
 
     norm_1: Norm
     Wqkv: object
@@ -42,7 +42,7 @@ class Block:
 
 
 def blocks_of(model: PhoGPT, gather: Callable[[nn.Module], object]) -> list[Block] | None:
-    """All blocks, with gather(layer) of each linear; None where that is None for one."""
+    """All blocks, with gather(layer) for each linear; None where it returns None for any."""
     blocks = []
     for b in model.transformer.blocks:
         layers = (b.attn.Wqkv, b.attn.out_proj, b.ffn.up_proj, b.ffn.down_proj)
@@ -56,9 +56,9 @@ def blocks_of(model: PhoGPT, gather: Callable[[nn.Module], object]) -> list[Bloc
 
 def read_prompt(model: PhoGPT, ids_BL: torch.Tensor, piece: Piece, blocks: list[Block],
                 linear: Callable[[torch.Tensor, object], torch.Tensor]) -> torch.Tensor:
-    """Hidden states [B, L, D] after the last norm; keys and values go to the cache.
+    """Hidden states [B, L, D] after the last norm; keys and values are written to the cache.
 
-    linear(x, w): x [B, L, …] through one of the blocks' linears.
+    linear(x, w): applies w, a linear of one of the blocks, to x [B, L, …].
     """
     config = model.config
     heads, scale = (3, config.n_heads, config.d_model // config.n_heads), config.softmax_scale

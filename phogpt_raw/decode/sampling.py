@@ -1,10 +1,12 @@
-"""Which token comes next: the likeliest, or one drawn at random.
+"""Choose the next token: the most likely one, or one drawn at random.
 
-Temperature, top-k, top-p, min-p and the repetition penalty are transformers' own processors. The
-draw is an argmax of the scores with Gumbel noise added, which picks each token with its probability
-(Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030). The noise is a hash of the row's seed, the
-token's position and its id. So there is no generator whose state would have to be kept: an answer
-is the same alone and in a batch, captured and not, and on any device but for rounding.
+Temperature, top-k, top-p, min-p and the repetition penalty are transformers' own processors. A
+token is drawn as the argmax of the scores plus Gumbel noise, which picks each token with its
+probability (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
+
+The noise is a hash of the row's seed, the token's position and its id, so no generator state must
+be kept. An answer is the same alone and in a batch, with and without CUDA graphs, and on any device
+up to rounding.
 
 B rows, V vocabulary, S positions.
 """
@@ -18,8 +20,8 @@ COLDEST = 1e-6
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy: the likeliest token each time; so is one so small that logits over
-    it would be infinite. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off."""
+    """temperature 0 is greedy: always the most likely token. So is a temperature so small that
+    dividing logits by it would overflow. Off: top_k 0, top_p 1, min_p 0, repetition_penalty 1."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -33,7 +35,7 @@ class Sampling:
 
 
 class Sampler:
-    """What chooses the tokens of a batch; nothing in it waits for the GPU."""
+    """Chooses the tokens of a batch; nothing in it waits for the GPU."""
 
     def __init__(self, sampling: Sampling):
         from transformers.generation import logits_process as hf
@@ -56,8 +58,8 @@ class Sampler:
     def choose(self, logits_BV, history_BS, place_B, seed_B) -> torch.Tensor:
         """The next token of each row, [B].
 
-        logits_BV: fp32, of the tokens at the positions place_B. history_BS: the tokens so far, free
-            places filled with the row's first; None where no processor needs it.
+        logits_BV: fp32, of the tokens at the positions place_B. history_BS: the tokens so far, with
+        later positions filled with the row's first token; None where no processor needs it.
         """
         scores = self.processors(history_BS, logits_BV) if self.processors else logits_BV
         if not self.greedy:
@@ -66,11 +68,11 @@ class Sampler:
 
 
 def gumbel(seed_B, place_B, vocabulary: int) -> torch.Tensor:
-    """Gumbel noise [B, V] in fp32, a function of (seed, place, token) alone."""
+    """Gumbel noise [B, V] in fp32, a function of (seed, position, token) alone."""
     token_V = torch.arange(vocabulary, device=seed_B.device)
     row_B = mixed(mixed(seed_B) + place_B)
     bits_BV = mixed(row_B[:, None] + token_V * GOLDEN) >> 41 & (1 << 23) - 1
-    uniform = (bits_BV.float() + 0.5) / (1 << 23)  # between 0 and 1, never either
+    uniform = (bits_BV.float() + 0.5) / (1 << 23)  # strictly between 0 and 1
     return -torch.log(-torch.log(uniform))
 
 
@@ -79,8 +81,8 @@ GOLDEN, FIRST, SECOND = (value - (1 << 64) for value in (
 
 
 def mixed(z: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's function of int64 (Steele et al. 2014, doi:10.1145/2714064.2660195); its shifts
-    bring zeros in, torch's the sign."""
+    """SplitMix64's hash of int64 (Steele et al. 2014, doi:10.1145/2714064.2660195). The masks make
+    torch's shifts, which copy the sign bit, shift zeros in."""
     z = z + GOLDEN
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * SECOND

@@ -1,41 +1,41 @@
-"""Tokens become text as they are written: no half letters, and an end where a stop string begins.
+"""Turn tokens into text as they are written, and stop before a stop string.
 
-A Vietnamese letter takes two or three bytes, and a token may end inside one. What is not yet a
-whole letter waits for the next token; what may be the beginning of a stop string waits too.
+A Vietnamese letter takes two or three bytes, and a token may end inside one. An incomplete letter
+waits for the next token. So does text that may be the beginning of a stop string.
 """
 
 from collections.abc import Sequence
 
-HALF = "\ufffd"  # what bytes become that are no letter, or not yet
-TURNS = 4  # times that a passage must stand at the end of an answer to count as a loop
+HALF = "\ufffd"  # the replacement character: invalid or incomplete bytes
+TURNS = 4  # repetitions of a passage at the end of an answer that count as a loop
 
 
 class TextStream:
-    """Text of the tokens put in; `stopped` once one of the strings `stops` was met.
+    """The text of a stream of tokens; `stopped` once one of the strings `stops` was found.
 
-    The pieces of `put` and `end` joined are the text of all tokens decoded at once, up to the first
-    stop string.
+    All results of `put` and `end` joined are the text of all tokens decoded at once, up to the
+    first stop string.
     """
 
     def __init__(self, tokenizer, stops: Sequence[str] = ()):
         self.tokenizer, self.stops, self.stopped = tokenizer, [s for s in stops if s], False
         self.ids: list[int] = []
-        self.shown, self.read = 0, 0  # ids decoded before those that gave the last piece; and all
-        self.waiting = ""  # decoded, and may be the beginning of a stop string
+        self.shown, self.read = 0, 0  # where the ids of the last piece begin and end
+        self.waiting = ""  # decoded text that may begin a stop string
 
     def put(self, token: int) -> str:
-        """The text that is certain now."""
+        """Add a token; returns the text that is complete now."""
         self.ids.append(token)
         return self.decoded(whole=False)
 
     def end(self) -> str:
-        """What waited for more."""
+        """No more tokens: returns the text that was held back."""
         return self.decoded(whole=True)
 
     def decoded(self, whole: bool) -> str:
         if self.stopped:
             return ""
-        # A token's text may depend on the one before it, so the last piece's tokens go along.
+        # A token's text may depend on the one before it: decode the last piece's tokens again too.
         before = self.text(self.ids[self.shown : self.read])
         now = self.text(self.ids[self.shown :])
         if whole or (not now.endswith(HALF) and len(now) > len(before)):
@@ -59,7 +59,7 @@ class TextStream:
 
 
 def begun(text: str, stop: str) -> int:
-    """Letters at the end of `text` that may be the beginning of `stop`.
+    """How many letters at the end of `text` may be the beginning of `stop`.
 
     >>> begun("một câu\\n#", "\\n###"), begun("một câu", "\\n###")
     (2, 0)
@@ -69,12 +69,12 @@ def begun(text: str, stop: str) -> int:
 
 
 def loops(ids: list[int], least: int = 24) -> bool:
-    """Whether the answer's end is a passage four times over, of at least so many tokens in all.
+    """Whether the ids end with one passage repeated four times, at least `least` tokens in all.
 
     >>> loops([5, 6] + [7, 8, 9] * 8), loops([7, 8, 9] * 3), loops(list(range(50)))
     (True, False, False)
     """
-    for n in range(1, len(ids) // TURNS + 1):  # the passage's length
+    for n in range(1, len(ids) // TURNS + 1):  # length of the passage
         tail = ids[-max(least, TURNS * n) :]
         if len(tail) >= least and tail[n:] == tail[:-n]:
             return True

@@ -1,19 +1,18 @@
-"""ALiBi causal attention between tokens of one document.
+"""Causal attention with ALiBi, between tokens of one document.
 
 ALiBi needs no position embedding: head h adds `-slope_h * (i - j)` to the score of query i and key
-j (Press et al. 2022, arXiv:2108.12409). Together with the causal mask and the document mask that is
-one additive bias, in the compute dtype. The scores themselves exist only inside torch's fused
-kernels.
+j (Press et al. 2022, arXiv:2108.12409). This, the causal mask and the document mask are one
+additive bias in the compute dtype. The scores exist only inside torch's fused kernels.
 
-Two surprises. The bias is written as a distance, 0 on the diagonal. MPT's is `slope * (j - L + 1)`
-in fp32, which differs by a constant in each row, and softmax ignores such a constant. But MPT's is
-largest where the attention weights are largest, near the diagonal, and 16 bits would round it
-there. The distance is small where it matters.
+Two things are unusual. First, the bias is a distance, 0 on the diagonal. MPT's bias is
+`slope * (j - L + 1)` in fp32. The two differ by a constant in each row, which softmax ignores. But
+MPT's values are largest near the diagonal, where the attention weights are largest too, and 16 bits
+would round them there. The distance is small there and keeps its precision.
 
-And a long row needs no bias of L x L, which would be 4 GiB for 8,192 tokens of PhoGPT-7B5. Queries
-are taken in blocks. The keys of a block end at its own last query, and counted from that end all
-blocks have the same distances i - j. So one block's bias serves all blocks and all layers; a block
-with fewer keys takes its last columns. Keys in the future of a whole block are never computed.
+Second, a long row has no bias of L x L, which would be 4 GiB for 8,192 tokens of PhoGPT-7B5.
+Queries are processed in blocks. A block's keys end at its own last query; counted from that end,
+all blocks have the same distances i - j. So one block's bias serves all blocks and all layers; a
+block with fewer keys uses its last columns. Keys after a block's last query are never computed.
 
 B micro-batch, L queries, S keys, H heads, K head width.
 """
@@ -29,8 +28,8 @@ from torch.nn.attention import SDPBackend
 from phogpt_raw import private_apis
 from phogpt_raw.refusal import Refusal
 
-BLOCK = 1024  # queries in a block, at most; a shorter row is one block
-BIAS_MIB = 512  # memory of a bias, at most: very long rows have fewer queries in a block
+BLOCK = 1024  # most queries in a block; a shorter row is one block
+BIAS_MIB = 512  # largest bias; very long rows have fewer queries in a block
 ALIGNMENT = 16  # elements; the kernels read the bias in vectors
 
 
@@ -45,7 +44,7 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
     [0.0625, 0.00390625, 0.25]
     """
     n = 2 ** math.ceil(math.log2(heads))
-    # on the CPU by name: slopes have values even while the model is built on the meta device
+    # explicitly on the CPU: slopes need values even while the model is built on the meta device
     i = torch.arange(1, n + 1, dtype=torch.float64, device="cpu")
     slopes = 2.0 ** (-bias_max / n * i)
     if n != heads:
@@ -54,11 +53,11 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
 
 
 class Bias:
-    """What is added to the scores of `queries` over `keys`, a block of queries at a time.
+    """The bias for `queries` over `keys`, one block of queries at a time.
 
-    A key is seen when it is not in the future and is of the query's document (doc_BS: the number
-    of each position's document; None: one document a row). The queries are the last of the keys.
-    Every query sees at least itself, in padding too, so no softmax row is empty.
+    A query sees the keys of its own document up to itself. The queries are the last of the keys.
+    doc_BS: the number of each position's document; None: a row is one document. Every query sees at
+    least itself, also in padding, so no softmax row is empty.
     """
 
     def __init__(self, slopes_H: torch.Tensor, queries: int, keys: int, dtype: torch.dtype,
@@ -75,15 +74,15 @@ class Bias:
         return self.block == self.queries
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """(queries, keys that they see) of each block, the last block first.
+        """(queries, the keys that they see) of each block, the last block first.
 
-        The first one is the short one, so that all biases begin at an aligned column.
+        The first block of the row is the short one, so that all biases begin at an aligned column.
         """
         for end in range(self.queries, 0, -self.block):
             yield slice(max(0, end - self.block), end), slice(0, self.keys - self.queries + end)
 
     def of(self, rows: slice) -> torch.Tensor:
-        """[B, H, queries of the block, keys they see]; B is 1 where there are no documents."""
+        """The bias of one block, [B, H, queries, keys]; B is 1 without documents."""
         count, behind = rows.stop - rows.start, self.queries - rows.stop
         bias = self.last_1HLS[:, :, self.block - count :, behind:]
         return bias if self.doc_BS is None else self.masked(bias, rows.start, rows.stop)
@@ -98,9 +97,9 @@ class Bias:
 
 
 class OneTokenBias(Bias):
-    """Of one query in each row, at its own place: it sees the keys up to there.
+    """The bias of one query in each row, at the row's own position.
 
-    place_B: the query's position in each row, on the device; keys: of the cache, in all rows.
+    place_B: the query's position in each row, on the device. keys: how many of the cache to read.
     """
 
     def __init__(self, slopes_H: torch.Tensor, place_B: torch.Tensor, keys: int,
@@ -114,7 +113,7 @@ class OneTokenBias(Bias):
 
 
 def block_size(heads: int, keys: int, dtype: torch.dtype) -> int:
-    """Queries a block: a power of two, at most BLOCK, within BIAS_MIB.
+    """Queries in a block: a power of two, at most BLOCK, with a bias of at most BIAS_MIB.
 
     >>> [block_size(32, keys, torch.float16) for keys in (2048, 8192, 16384)]
     [1024, 1024, 512]
@@ -124,7 +123,8 @@ def block_size(heads: int, keys: int, dtype: torch.dtype) -> int:
 
 
 def distance_bias(slopes_H, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """[1, H, L, S]: -slope * (i - j) for the last `queries` of `keys` positions; the future out."""
+    """[1, H, L, S]: -slope * (i - j) for the last `queries` of `keys` positions, with the causal
+    mask."""
     device = slopes_H.device
     j = torch.arange(keys, device=device)
     distance_LS = j[keys - queries :, None] - j[None, :]
@@ -134,9 +134,9 @@ def distance_bias(slopes_H, queries: int, keys: int, dtype: torch.dtype) -> torc
 
 
 def empty(shape, dtype: torch.dtype, device) -> torch.Tensor:
-    """A bias to be filled, each row of which begins where a kernel can read a vector.
+    """An uninitialised bias whose rows begin at addresses that the kernels can read as vectors.
 
-    scaled_dot_product_attention sees to that itself, the operations behind it do not.
+    scaled_dot_product_attention pads a bias itself; the operations behind it do not.
     """
     *rows, keys = shape
     width = -(-keys // ALIGNMENT) * ALIGNMENT
@@ -149,9 +149,10 @@ def attend(q_BHLK, k_BHSK, v_BHSK, bias: Bias, scale: float | None) -> torch.Ten
 
 
 class BlockAttention(torch.autograd.Function):
-    """`attend` a block of queries at a time; the blocks' gradients of k and v are added in place.
+    """`attend` one block of queries at a time; gradients of k and v are accumulated in place.
 
-    Autograd over slices would make a tensor of the keys' full length, mostly zeros, for each block.
+    With plain slices autograd would make a gradient of the keys' full length, mostly zeros, for
+    each block.
     """
 
     @staticmethod
@@ -189,7 +190,7 @@ class BlockAttention(torch.autograd.Function):
 
 
 def zeros_BLHK(x_BHLK) -> torch.Tensor:
-    """Zeros of this shape, laid out as the linears before and after attention read them."""
+    """Zeros of this shape in memory order [B, L, H, K], which the linears before and after use."""
     return torch.zeros_like(x_BHLK.transpose(1, 2), memory_format=torch.contiguous_format) \
         .transpose(1, 2)
 
@@ -200,18 +201,18 @@ KERNELS = {
                                      private_apis.efficient_attention_backward),
     SDPBackend.CUDNN_ATTENTION: (private_apis.cudnn_attention,
                                  private_apis.cudnn_attention_backward),
-    # with a bias: only the CPU's
+    # chosen with a bias only on a CPU
     SDPBackend.FLASH_ATTENTION: (private_apis.cpu_attention, private_apis.cpu_attention_backward),
 }
 
 
 def choose_kernel(q, k, v, bias: Bias) -> SDPBackend:
-    """The fused kernel that torch takes for a block; Refusal where it has none.
+    """The fused kernel that torch chooses for a block; raises Refusal where it has none.
 
-    torch itself would silently fall back to separate operations that hold all scores.
+    torch itself would silently use separate operations that hold all scores in memory.
     """
     rows, keys = next(bias.blocks())
-    # The last block's bias before masking: the choice depends on shapes, not on values.
+    # The bias without documents will do: the choice depends on shapes, not on values.
     choice = private_apis.choose_attention_kernel(
         q[:, :, rows], k[:, :, keys], v[:, :, keys], bias.last_1HLS)
     if choice not in KERNELS:
@@ -223,10 +224,10 @@ def choose_kernel(q, k, v, bias: Bias) -> SDPBackend:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """How rows of some length attend: by which kernel, in how many blocks of how many queries.
+    """How rows of some length attend.
 
-    kernel: torch's name of it, such as EFFICIENT_ATTENTION.
-    block: queries in a block, so that the bias is block x length for each head.
+    kernel: torch's name of it, such as EFFICIENT_ATTENTION. block: queries in a block, so the bias
+    is block x length for each head. blocks: blocks in a row.
     """
 
     kernel: str

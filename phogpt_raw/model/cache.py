@@ -1,11 +1,11 @@
-"""Keys and values of the tokens so far, so that decoding computes one token at a time.
+"""The key-value cache, with which decoding computes one new token at a time.
 
-A row of the cache is one sequence, from position 0 on. Rows have lengths of their own: how many
-tokens each holds, `place_B`, lies on the device, so that a step of one token for each row needs
-nothing from the host and can be a CUDA graph. What stands behind a row's end is never seen.
+A row of the cache is one sequence, from position 0 on. Each row has its own length. The lengths,
+`place_B`, are on the device, so a step of one token for each row needs no value from the host and
+can be a CUDA graph. Positions after a row's end hold old values that are never seen.
 
-The model reads the cache through a view: `Piece` is the next L tokens of some rows' prompts, `Step`
-is one token more for each row.
+The model accesses the cache through a view: `Piece` for the next L tokens of some rows' prompts,
+`Step` for one more token in each row.
 
 On PhoGPT-7B5 a token takes 0.5 MiB in 16 bits.
 
@@ -18,12 +18,12 @@ from phogpt_raw.model.attention import Bias, OneTokenBias
 
 
 class Cache:
-    """`kv`: of each layer [2, B, H, S, K], keys and values. `place_B`: the position at which the
-    next token of each row stands."""
+    """kv: keys and values of each layer, [2, B, H, S, K]. place_B: the position of each row's next
+    token."""
 
     def __init__(self, layers: int, rows: int, heads: int, positions: int, width: int, *, dtype,
                  device):
-        # zeros: what is masked is multiplied by a weight of 0, and must be finite for that
+        # zeros: masked values have a weight of 0, but 0 * inf would be nan
         self.kv = [torch.zeros(2, rows, heads, positions, width, dtype=dtype, device=device)
                    for _ in range(layers)]
         self.place_B = torch.zeros(rows, dtype=torch.long, device=device)
@@ -37,22 +37,22 @@ class Cache:
         return self.kv[0].shape[3]
 
     def grow(self, positions: int) -> None:
-        """Make room for more positions, a layer at a time, so that two layers are held twice at
-        most. All tensors of `kv` are new ones afterwards."""
+        """Add positions, a layer at a time, so that only one layer is held twice. Replaces all
+        tensors of `kv`."""
         for n, old in enumerate(self.kv):
             new = old.new_zeros(*old.shape[:3], positions, old.shape[4])
             new[:, :, :, : old.shape[3]] = old
             self.kv[n] = new
 
     def move(self, source: int, target: int) -> None:
-        """Let row `target` be what row `source` is."""
+        """Copy row `source` to row `target`."""
         for kv in self.kv:
             kv[:, target] = kv[:, source]
         self.place_B[target] = self.place_B[source]
 
 
 class Piece:
-    """The tokens from position `start` on of the prompts in rows `first`, first + 1, …"""
+    """The tokens from position `start` on of the prompts in rows `first`, `first` + 1, …"""
 
     def __init__(self, cache: Cache, first: int = 0, start: int = 0):
         self.cache, self.first, self.start = cache, first, start
@@ -61,7 +61,7 @@ class Piece:
         return Bias(slopes_H, queries, self.start + queries, dtype)
 
     def extend(self, layer: int, k_BHLK, v_BHLK):
-        """Note the new tokens' keys and values; return all so far, [B, H, S, K] each."""
+        """Store the new tokens' keys and values; returns all so far, [B, H, S, K] each."""
         end = self.start + k_BHLK.shape[2]
         kv = self.cache.kv[layer][:, self.first : self.first + len(k_BHLK), :, :end]
         kv[0, :, :, self.start :], kv[1, :, :, self.start :] = k_BHLK, v_BHLK
@@ -69,9 +69,9 @@ class Piece:
 
 
 class Step:
-    """One token for each of the first `rows` rows, each at its own place.
+    """One token for each of the first `rows` rows, at the row's own position.
 
-    positions: of the cache, that attention reads; more than any of the rows holds.
+    positions: how many of the cache attention reads; more than any of the rows holds.
     """
 
     def __init__(self, cache: Cache, rows: int, positions: int):
@@ -84,7 +84,7 @@ class Step:
         return OneTokenBias(slopes_H, self.place_B, self.positions, dtype)
 
     def extend(self, layer: int, k_BHLK, v_BHLK):
-        """As Piece's; each row's new key is where its own place is."""
+        """As Piece.extend; each row's new key and value go to its own position."""
         kv = self.cache.kv[layer][:, : self.rows]
         for all_BHSK, new_BHLK in zip(kv, (k_BHLK, v_BHLK), strict=True):
             all_BHSK[self.row_B, :, self.place_B] = new_BHLK[:, :, 0]
@@ -92,7 +92,7 @@ class Step:
 
 
 def cache_bytes(layers: int, width: int, rows: int, positions: int, itemsize: int) -> int:
-    """Of the keys and values of so many rows and positions.
+    """Bytes of the keys and values of `rows` rows of `positions` positions.
 
     >>> cache_bytes(layers=32, width=4096, rows=1, positions=1, itemsize=2)  # 7B5, fp16
     524288

@@ -2,9 +2,9 @@
 
 A folder holds config.json (an MPT config with VinAI's fields), the weights under llm-foundry's
 names without `lm_head.weight` (the head is tied to the embedding), and the tokenizer's files. The
-weights are one file or several (shards) with an index. `model.weights` reads this format.
+weights are one file, or several (shards) with an index. `model.weights` reads this format.
 
-`write_checkpoint` takes the tensors one by one and keeps at most one shard in host memory.
+`write_checkpoint` takes the tensors one by one and holds at most one shard in host memory.
 """
 
 import json
@@ -25,8 +25,8 @@ STEMS = {"bin": "pytorch_model", "safetensors": "model"}
 def vinai_config(shape: ModelConfig, **overrides) -> dict:
     """config.json with VinAI's fields and the values of `shape`.
 
-    `overrides` replaces or adds fields; `attn_config` is merged field by field. VinAI's file says
-    learned_pos_emb, which MPT ignores where ALiBi is on.
+    overrides: fields to replace or add; `attn_config` is merged field by field. VinAI's file sets
+    learned_pos_emb, which MPT ignores with ALiBi.
     """
     config = {
         "architectures": ["MPTForCausalLM"],
@@ -96,13 +96,13 @@ def write_checkpoint(
 
     `tensors` are all parameters of the PhoGPT that `config` describes, in any order, on any device
     and in the dtype to be stored; an iterable is read once. They go to `shards` files of about
-    equal size, in the order in which they come. A shard stays in host memory until it is full, so
-    a single file needs memory for all tensors.
-    `kind`: "bin" (torch.save) or "safetensors". Files of the same name are replaced; others in the
-    folder stay. The index and config.json are written last, so a broken-off write is not readable
-    as a checkpoint.
+    equal size, in the order in which they come. A shard stays in host memory until it is full, so a
+    single file needs memory for all tensors. `kind`: "bin" (torch.save) or "safetensors".
 
-    Raises ValueError where a tensor is not a parameter of that model, comes twice, has another
+    Files of the same name are replaced; others in the folder stay. The index and config.json are
+    written last, so an interrupted write cannot be read as a checkpoint.
+
+    Raises ValueError where a tensor is not a parameter of that model, is given twice, has another
     shape or is missing, or where there are too few tensors for `shards` files; Refusal where
     `config` is not PhoGPT's or a tokenizer file is missing.
     """
@@ -132,7 +132,7 @@ def write_checkpoint(
 
 
 def parameter_shapes(shape: ModelConfig) -> dict[str, torch.Size]:
-    """The shape of each parameter, under its name in the checkpoint; no weights are allocated."""
+    """The shape of each parameter by its name in the checkpoint, without allocating weights."""
     with torch.device("meta"):
         model = PhoGPT(shape)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -141,7 +141,7 @@ def parameter_shapes(shape: ModelConfig) -> dict[str, torch.Size]:
 def checked(
     pairs: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, torch.Size]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The pairs themselves; raises ValueError where they are not exactly those of `shapes`."""
+    """Yields the pairs; raises ValueError where they are not exactly those of `shapes`."""
     missing = dict(shapes)
     for name, tensor in pairs:
         shape = missing.pop(name, None)
@@ -159,8 +159,8 @@ def split(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Consecutive tensors as `shards` groups of about equal size, on the host.
 
-    Group n (0, 1, ...) ends with the tensor that brings the elements so far to n + 1 parts of
-    `shards` of all elements.
+    Group n (0, 1, …) ends with the tensor that brings the elements so far to (n + 1) / shards of
+    all.
     """
     total = sum(shape.numel() for shape in shapes.values())
     group, number, seen = {}, 0, 0
@@ -175,7 +175,8 @@ def split(
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The values on the CPU, contiguous; never a view, whose whole storage torch.save writes."""
+    """The values on the CPU, contiguous; never a view, since torch.save writes its whole
+    storage."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -192,7 +193,7 @@ def save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     else:
         from safetensors.torch import save_file
 
-        save_file(tensors, file, metadata={"format": "pt"})  # transformers asks for the format
+        save_file(tensors, file, metadata={"format": "pt"})  # transformers requires the format
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -1,16 +1,16 @@
-"""Attention of packed rows by torch's variable-length kernels: each document for itself.
+"""Attention of packed rows by torch's variable-length kernels, each document separately.
 
-The bias of attention.py hides other documents by a mask, so a row of 8,192 tokens computes the
-scores of 8,192 keys for documents of a hundred tokens. The kernels here are given where each
-document begins, and their work is the sum of the squares of the documents' lengths.
+The bias of attention.py masks other documents, so a row of 8,192 tokens computes all scores of the
+row even where its documents have a hundred tokens. The kernels here take the position at which each
+document begins; their work grows with the sum of the squared lengths of the documents.
 
-They take no bias, so ALiBi is put into the product of queries and keys. Softmax ignores what is
-constant along a row, so that of -slope * (i - j) only slope * j matters, j counted from the
-beginning of the document. Three more columns of a key hold slope * j / (scale * COLUMN), split into
-parts that the compute dtype holds exactly; the same columns of each query hold COLUMN. Five columns
-more are zero, since the kernels read eight elements at once.
+They accept no bias, so ALiBi goes into the product of queries and keys. Of -slope * (i - j) only
+slope * j matters, since softmax ignores what is constant along a row; j counts from the beginning
+of the document. Three extra columns of each key hold slope * j / (scale * COLUMN), split into three
+parts that the compute dtype holds exactly. The same columns of each query hold COLUMN. Five more
+columns are zero, because the kernels read eight elements at once.
 
-`plain` is the same function, a document at a time, to read and to test against.
+`plain` computes the same, a document at a time, to read and to test against.
 
 B micro-batch, L length, T = B * L tokens, H heads, K head width.
 """
@@ -25,25 +25,26 @@ from phogpt_raw import private_apis
 from phogpt_raw.data.packing import DocumentBounds
 from phogpt_raw.model.attention import Bias
 
-COLUMN = 16.0  # a power of two, so that it is exact; of the scores' size, so that no part overflows
+COLUMN = 16.0  # a power of two, so exact; about as large as scores, so that no part overflows
 PARTS, COLUMNS = 3, 8
-# The memory-efficient kernel is slow for heads wider than 128. On an H100, forward and backward of
-# 8,192 tokens whose longest document has 8,000: 95.9 ms a layer. The masked bias takes 35.9, 3/8 of
-# that, whatever the documents' lengths.
+# The memory-efficient kernel is slow for heads wider than 128. Forward and backward of 8,192 tokens
+# whose longest document has 8,000 take 95.9 ms a layer on an H100. The masked bias takes 35.9 ms,
+# 3/8 of that, for any lengths of documents. So the masked bias is used for a row where the longest
+# document has more than 3/8 of the tokens.
 LONGEST_SHARE = 3 / 8
 
 
 class Documents:
-    """What attention needs to know of the documents of a micro-batch; all layers share it."""
+    """The documents of a micro-batch as the kernels take them; shared by all layers."""
 
     def __init__(self, slopes_H: torch.Tensor, doc_BL: torch.Tensor, bounds: DocumentBounds,
                  kernel: SDPBackend):
         self.slopes_H, self.longest, self.kernel = slopes_H, bounds.longest, KERNELS[kernel]
         self.starts, self.place_T = starts_of(doc_BL, bounds.count)
-        self.made = None  # the columns, once the first layer has asked for them
+        self.made = None  # the columns, computed at the first layer
 
     def columns(self, dtype: torch.dtype, scale: float) -> torch.Tensor:
-        """Of queries, keys and values, [T, 3, H, 8]."""
+        """The extra columns of queries, keys and values, [T, 3, H, 8]."""
         if self.made is None:
             self.made = columns(self.slopes_H, self.place_T, dtype, scale)
         return self.made
@@ -51,8 +52,8 @@ class Documents:
 
 def columns(slopes_H: torch.Tensor, place_T: torch.Tensor, dtype: torch.dtype,
             scale: float) -> torch.Tensor:
-    """[T, 3, H, 8]: those of queries and keys have products that sum to slope * place / scale;
-    those of values are zero."""
+    """[T, 3, H, 8]: columns whose query-key products sum to slope * place / scale; those of the
+    values are zero."""
     rest_TH = slopes_H.double() * place_T[:, None] / (scale * COLUMN)
     tokens, heads = rest_TH.shape
     made = torch.zeros(tokens, 3, heads, COLUMNS, dtype=dtype, device=place_T.device)
@@ -64,10 +65,10 @@ def columns(slopes_H: torch.Tensor, place_T: torch.Tensor, dtype: torch.dtype,
 
 
 def starts_of(doc_BL: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each of B * count documents begins, [B * count + 1] int32 (those that are not there
-    are empty), and the place of each token in its document, [T].
+    """The position at which each of B * count documents begins, [B * count + 1] int32, and the
+    place of each token in its document, [T]. Unused documents are empty.
 
-    Shapes do not depend on values, and nothing waits for the GPU.
+    Shapes do not depend on values, so nothing waits for the GPU.
     """
     rows, length = doc_BL.shape
     row_B1 = torch.arange(rows, device=doc_BL.device)[:, None]
@@ -80,7 +81,7 @@ def starts_of(doc_BL: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 
 def visible(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.dtype,
             doc_BL: torch.Tensor | None, bounds: DocumentBounds | None) -> Bias | Documents:
-    """Which keys each query sees, in the form that suits the device; `width` of a head.
+    """Which keys each query sees, in the form that is fastest on the device; width: of a head.
 
     Without bounds and on a CPU it is the masked bias.
     """
@@ -93,14 +94,14 @@ def visible(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.dtype,
 
 def attend_documents(qkv_BL3HK: torch.Tensor, documents: Documents,
                      scale: float | None) -> torch.Tensor:
-    """Softmax within each document, with ALiBi -> [B, L, H, K]."""
+    """Softmax attention with ALiBi within each document -> [B, L, H, K]."""
     return DocumentAttention.apply(qkv_BL3HK, documents,
                                    scale or 1 / math.sqrt(qkv_BL3HK.shape[-1]))
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Queries, keys and values stay together, as the linear before gives them, so that all get
-    their columns in one copy, and saved with them: a sixteenth more memory for heads of 128."""
+    """Queries, keys and values stay in one tensor, as the linear before gives them. One copy adds
+    the columns to all three. The copy is saved for backward: 1/16 more memory for heads of 128."""
 
     @staticmethod
     def forward(ctx, qkv, documents, scale):
@@ -127,7 +128,7 @@ class DocumentAttention(torch.autograd.Function):
 
 
 class Efficient:
-    """The memory-efficient kernel, on every CUDA card. It takes [1, T, H, K]."""
+    """The memory-efficient kernel, for every CUDA card. It takes [1, T, H, K]."""
 
     @staticmethod
     def forward(q, k, v, documents, scale):
@@ -144,7 +145,7 @@ class Efficient:
 
 
 class Flash:
-    """The flash kernel, in 16 bits from compute capability 8.0 on. It takes [T, H, K]."""
+    """The flash kernel, for 16 bits from compute capability 8.0 on. It takes [T, H, K]."""
 
     @staticmethod
     def forward(q, k, v, documents, scale):
@@ -161,16 +162,16 @@ KERNELS = {SDPBackend.EFFICIENT_ATTENTION: Efficient, SDPBackend.FLASH_ATTENTION
 
 def choose_kernel(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.dtype,
                   bounds: DocumentBounds) -> SDPBackend | None:
-    """The variable-length kernel for rows of `length` tokens on the device of slopes_H, heads of
-    this width; None where the masked bias serves better."""
+    """The variable-length kernel for rows of `length` tokens on the device of slopes_H, with heads
+    of this width; None where the masked bias must be used or is faster."""
     if slopes_H.device.type == "cpu" or dtype.itemsize > 2:
-        return None  # the CPU's kernels know no documents; in fp32 large scores would be rounded
+        return None  # the CPU has no such kernel; in fp32 large scores would be rounded
     if width % COLUMNS:
-        return None  # with the columns the kernels could not read such heads in vectors
+        return None  # the kernels could not read the wider heads as vectors
     q = torch.empty(1, len(slopes_H), 1, width + COLUMNS, dtype=dtype, device=slopes_H.device)
     q = q.expand(-1, -1, length, -1)
     kernel = private_apis.choose_attention_kernel(q, q, q, None)
-    if kernel == SDPBackend.CUDNN_ATTENTION:  # torch has no variable-length form of it; flash runs
+    if kernel == SDPBackend.CUDNN_ATTENTION:  # it has no variable-length form in torch
         kernel = SDPBackend.FLASH_ATTENTION
     is_long = bounds.longest > LONGEST_SHARE * length
     if kernel not in KERNELS or (kernel == SDPBackend.EFFICIENT_ATTENTION and is_long):
@@ -179,7 +180,7 @@ def choose_kernel(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.
 
 
 def plain(q_LHK, k_LHK, v_LHK, slopes_H: torch.Tensor, lengths: list[int], scale: float):
-    """[L, H, K] of one row: ALiBi's attention of each document alone."""
+    """Attention with ALiBi within each document of one row, [L, H, K]."""
     outputs, start = [], 0
     for length in lengths:
         q, k, v = (x[start : start + length].transpose(0, 1) for x in (q_LHK, k_LHK, v_LHK))

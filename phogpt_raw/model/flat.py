@@ -4,8 +4,8 @@ Clipping, the optimizer and an all-reduce then handle one tensor instead of hund
 gradients are fp32. Where the model computes in 16 bits, a third buffer holds the parameters in that
 dtype, so that one cast serves all layers and micro-batches.
 
-That copy does not follow by itself. Code that changes the parameters calls `cast` afterwards: after
-loading, and after each update by the optimizer. No forward does, so decoding casts nothing.
+That copy is not updated automatically. Code that changes the parameters must call `cast`
+afterwards: after loading, and after each update by the optimizer. A forward never casts.
 """
 
 from collections.abc import Iterable
@@ -53,13 +53,13 @@ class FlatBuffer:
         self.cast()
 
     def cast(self) -> None:
-        """Refresh `compute` from `flat`; to be called after every change of the parameters."""
+        """Refresh `compute` from `flat`; call it after every change of the parameters."""
         if self.compute is not None:
             self.compute.copy_(self.flat.detach())
 
 
 def aligned_places(tensors: list[torch.Tensor]) -> tuple[list[slice], int]:
-    """Where each tensor lies in a flat buffer, and the buffer's size, both in elements.
+    """The place of each tensor in a flat buffer, and the buffer's size, both in elements.
 
     >>> aligned_places([torch.empty(3, 5), torch.empty(300), torch.empty(1)])
     ([slice(0, 15, None), slice(256, 556, None), slice(768, 769, None)], 1024)

@@ -3,14 +3,14 @@
     y = x Wᵀ + bias + s (x Aᵀ) Bᵀ                    Hu et al. 2021, arXiv:2106.09685
     dx = g W + (s g B) A      dA = (s g B)ᵀ x      dB = s gᵀ (x Aᵀ)
 
-`lora_linear_plain` is the first line, with autograd's gradients. `lora_linear` gives the same with
-the gradients written out. It differs from PEFT's layers in what it costs: in 16 bits these cast the
-activations to fp32 and back around every adapter, and make several tensors of the output's size.
-Here the adapter's product comes first, in the compute dtype, and the base's product is added to it
-in place. Kept for backward are x and the narrow s x Aᵀ.
+`lora_linear_plain` is the first line, with autograd's gradients. `lora_linear` computes the same
+with the gradients written out, and is cheaper than PEFT's layers. In 16 bits PEFT casts the
+activations to fp32 and back around every adapter, and makes several tensors of the output's size.
+Here the adapter's product is computed first, in the compute dtype, and the base's product is added
+to it in place. Only x and the narrow s x Aᵀ are saved for backward.
 
-A 4-bit W exists in full only for the length of one product. Backward dequantises it again; kept, it
-would take 13 GB on PhoGPT-7B5.
+A 4-bit W exists in full only during one product; backward dequantises it again. Keeping it would
+take 13 GB on PhoGPT-7B5.
 
 N rows, D in, O out, R rank.
 """
@@ -23,15 +23,15 @@ from phogpt_raw.model.matmul import matmul_to, scaled_matmul
 from phogpt_raw.model.nf4 import dequantise
 from phogpt_raw.private_apis import nf4_state
 
-FEW = 16  # rows
+FEW = 16  # rows of x
 
 
 def lora_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
     """x [..., D] -> [..., O] through `base` (nn.Linear or Linear4bit, frozen) and its adapter.
 
-    x is in the compute dtype, which is W's. Gradients go to x, A and B alone. Without gradients and
-    for the few rows of a decoding step the base layer runs its own forward: bitsandbytes' kernels
-    then read the 4 bits directly, where dequantising first would move nine times the bytes.
+    x is in the compute dtype, like W. Only x, A and B get gradients. Without gradients and for the
+    few rows of a decoding step the base layer runs its own forward: bitsandbytes' kernels then read
+    the 4 bits directly, where dequantising first would move nine times the bytes.
     """
     if torch.is_grad_enabled() or len(rows(x)) > FEW:
         return LoraLinear.apply(x, base.weight, base.bias, A_RD, B_OR, scaling)
@@ -42,16 +42,16 @@ def lora_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
 
 
 def lora_linear_plain(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
-    """`lora_linear` by ordinary operations and autograd: to read, and to test against."""
+    """`lora_linear` by ordinary operations and autograd, to read and to test against."""
     xa = x @ A_RD.to(x.dtype).t()
     return base(x) + scaling * (xa @ B_OR.to(x.dtype).t())
 
 
 class LoraLinear(torch.autograd.Function):
-    """`lora_linear` with the gradients written out; A and B get theirs in their own dtype.
+    """`lora_linear` with the gradients written out; those of A and B are in the dtype of A and B.
 
-    In 16 bits too a matrix product sums in fp32 inside its kernel, and the gradients of A and B
-    stay fp32; s x Aᵀ and s g B are rounded once to the compute dtype, as every activation is.
+    A matrix product sums in fp32 inside its kernel also in 16 bits, and the gradients of A and B
+    stay fp32. s x Aᵀ and s g B are rounded once to the compute dtype, as every activation is.
     """
 
     @staticmethod
@@ -59,7 +59,7 @@ class LoraLinear(torch.autograd.Function):
         x_ND, B_OR = rows(x), compute_copy(B_OR, x.dtype)
         ctx.dtype, ctx.A_RD, ctx.B_OR = A_RD.dtype, compute_copy(A_RD, x.dtype), B_OR
         xa_NR = scaled_matmul(x_ND, ctx.A_RD.t(), scaling)
-        # The adapter's product first: the base's product is then added to it by the same kernel.
+        # The adapter's product first: the kernel of the base's product then adds to it.
         y_NO = xa_NR @ B_OR.t() if bias is None else torch.addmm(bias, xa_NR, B_OR.t())
         y_NO.addmm_(x_ND, dense(weight).t())
         ctx.save_for_backward(x, xa_NR)
@@ -81,16 +81,16 @@ class LoraLinear(torch.autograd.Function):
 
 
 def compute_copy(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An fp32 adapter weight in the compute dtype: its copy in the flat buffer, where it has one,
+    """An fp32 adapter weight in the compute dtype: its copy in the flat buffer if there is one,
     else a cast."""
     return getattr(adapter, "compute_copy", adapter).to(dtype)
 
 
 def rows(x) -> torch.Tensor:
-    """[..., D] -> [N, D]; a view wherever the memory allows one."""
+    """[..., D] -> [N, D]; a view where possible."""
     return x.reshape(-1, x.shape[-1])
 
 
 def dense(weight) -> torch.Tensor:
-    """W [O, D]: an NF4 weight dequantised, any other as it is."""
+    """W [O, D]: an NF4 weight dequantised, any other unchanged."""
     return weight if nf4_state(weight) is None else dequantise(weight)

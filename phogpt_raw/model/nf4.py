@@ -2,17 +2,15 @@
 
 A weight is cut into blocks of 64 values. A block is stored as its largest absolute value, the
 scale, and 4 bits for each value: the nearest of 16 fixed values times that scale. The scales are
-quantised in turn (double quantisation): less their mean, in blocks of 256, 8 bits each. Together
-that is 4.13 bits a weight (Dettmers et al. 2023, arXiv:2305.14314).
+quantised too (double quantisation): minus their mean, in blocks of 256, 8 bits each. In all that is
+4.13 bits a weight (Dettmers et al. 2023, arXiv:2305.14314).
 
-bitsandbytes quantises. Dequantising exists three times, with results that are equal to the bit:
-`dequantise_plain` shows the arithmetic; bitsandbytes does it in three kernels; `nf4_kernel` below
-does it in one, at twice the speed. `dequantise` takes the fused one where it works, else
-bitsandbytes'.
+bitsandbytes quantises. Dequantising has three versions that agree to the bit: `dequantise_plain`
+shows the arithmetic; bitsandbytes runs three kernels; `nf4_kernel` below is one kernel, at twice
+the speed. `dequantise` uses the fused kernel where it works, else bitsandbytes'.
 
-Dequantising takes much of a step: it moves 2.5 bytes per weight and pass, 33 GB in a step of
-PhoGPT-7B5 whatever the number of tokens. At 512 tokens on a fast GPU that is over a quarter of the
-step.
+Dequantising is a large part of a step: it moves 2.5 bytes per weight and pass, 33 GB in a step of
+PhoGPT-7B5 for any number of tokens. At 512 tokens on a fast GPU that is over a quarter of the step.
 
 O out, D in.
 """
@@ -34,39 +32,39 @@ from phogpt_raw.private_apis import (
 try:
     import triton
     import triton.language as tl
-except ImportError:  # it comes with torch for CUDA on Linux, and only there
+except ImportError:  # only torch for CUDA on Linux installs it
     triton = None
 
 WEIGHTS, SCALES = 64, 256  # values in a block of weights, and in a block of scales
 ROWS = 64  # blocks of weights that one program of the kernel dequantises
-NF4_BYTES = 0.5 + (1 + 4 / SCALES) / WEIGHTS  # of a weight: 4 bits, its share of both scales
+NF4_BYTES = 0.5 + (1 + 4 / SCALES) / WEIGHTS  # bytes a weight: 4 bits and its share of both scales
 
 
 def quantise(weight_OD: torch.Tensor, dtype: torch.dtype):
     """(packed, state): two weights a byte, uint8 [O * D / 2, 1], and bitsandbytes' QuantState.
 
-    `dtype` is what dequantising gives. weight_OD is best given in the dtype in which it is stored.
+    dtype: of the dequantised weight. Give weight_OD in the dtype in which it is stored.
     """
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(weight_OD, quant_type="nf4", compress_statistics=True)
     set_dequantised_dtype(state, dtype)
-    # The fused kernel takes the offset as a number of the host: reading it from the GPU each time
+    # The fused kernel takes the offset as a Python float: reading it from the GPU at each call
     # would wait for the GPU. bitsandbytes' kernels read it on the device.
     state.offset_on_host = None if weight_OD.is_meta else float(nf4_fields(state).offset)
     return packed, state
 
 
 def stored_state(fields: NF4Fields):
-    """The QuantState that `quantise` made, from its fields alone."""
+    """The QuantState of `quantise`, from its fields alone."""
     state = make_nf4_state(fields)
     state.offset_on_host = float(fields.offset)
     return state
 
 
 def stored_shapes(shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """(dtype, shape) of all that stands for an NF4 weight of `shape`: `packed`, and NF4Fields'
-    tensors under their names there."""
+    """(dtype, shape) of each tensor that stores an NF4 weight of `shape`: `packed`, and the tensors
+    of NF4Fields under their names there."""
     blocks = -(-shape.numel() // WEIGHTS)
     return {
         "packed": (torch.uint8, (-(-shape.numel() // 2), 1)),
@@ -79,18 +77,19 @@ def stored_shapes(shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, 
 
 
 def kept_in_nf4(module: nn.Module, kind: str) -> bool:
-    """Whether an NF4 model has the parameter `kind` of this module in 4 bits: a linear's weight."""
+    """Whether an NF4 model stores the parameter `kind` of this module in 4 bits: only weights of
+    linears."""
     return kind == "weight" and isinstance(module, nn.Linear)
 
 
 def nf4_linear(weight_OD: torch.Tensor, dtype: torch.dtype, device,
                bias: nn.Parameter | None = None):
-    """bitsandbytes' Linear4bit that holds `weight_OD` in NF4 and computes in `dtype`."""
+    """bitsandbytes' Linear4bit with `weight_OD` in NF4, computing in `dtype`."""
     return linear_of(*quantise(weight_OD.to(device), dtype), bias)
 
 
 def linear_of(packed: torch.Tensor, state, bias: nn.Parameter | None = None):
-    """bitsandbytes' Linear4bit over what `quantise` gave."""
+    """bitsandbytes' Linear4bit over the result of `quantise`."""
     import bitsandbytes as bnb
 
     fields = nf4_fields(state)
@@ -119,13 +118,13 @@ def dequantise(weight: torch.Tensor) -> torch.Tensor:
 
 
 def can_fuse(fields: NF4Fields) -> bool:
-    """Whether dequantise_fused serves a weight on a GPU."""
+    """Whether dequantise_fused can be used for a weight on a GPU."""
     return (fields.shape.numel() % (WEIGHTS * ROWS) == 0
             and fused_works(fields.scales.device, fields.dtype))
 
 
 def dequantise_plain(packed: torch.Tensor, fields: NF4Fields) -> torch.Tensor:
-    """W [O, D] in plain PyTorch: to read, and to test the kernels against."""
+    """W [O, D] in plain PyTorch, to read and to test the kernels against."""
     block = torch.arange(len(fields.scales), device=packed.device)
     scale = fields.scale_code[fields.scales.int()] * fields.scale_scales[block // SCALES]
     scale = scale + fields.offset
@@ -137,7 +136,7 @@ def dequantise_plain(packed: torch.Tensor, fields: NF4Fields) -> torch.Tensor:
 
 @functools.cache
 def fused_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused kernel compiles on this card and agrees with bitsandbytes to the bit."""
+    """Whether the fused kernel compiles on this GPU and agrees with bitsandbytes to the bit."""
     from bitsandbytes.functional import dequantize_4bit
 
     if triton is None:
@@ -146,17 +145,17 @@ def fused_works(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         dense = dequantise_fused(packed, nf4_fields(state), state.offset_on_host)
         return torch.equal(dense, dequantize_4bit(packed, state))
-    except Exception:  # a compiler's, of whatever kind: the card is too old, or has no toolchain
+    except Exception:  # any compiler error: the GPU is too old, or the toolchain is missing
         return False
 
 
 def dequantise_fused(packed: torch.Tensor, fields: NF4Fields, offset: float) -> torch.Tensor:
     """W [O, D] by the Triton kernel; O * D must be a multiple of WEIGHTS * ROWS.
 
-    `offset` is fields.offset as a number of the host.
+    offset: fields.offset as a Python float.
     """
     dense = torch.empty(fields.shape, dtype=fields.dtype, device=packed.device)
-    # Without fusing a multiplication and an addition, so that both round as bitsandbytes' do.
+    # No fused multiply-add: both operations must round, as in bitsandbytes' kernels.
     nf4_kernel[(dense.numel() // (WEIGHTS * ROWS),)](
         packed, fields.code, fields.scales, fields.scale_code, fields.scale_scales,
         offset, dense, ROWS, num_warps=4, enable_fp_fusion=False)

@@ -1,8 +1,8 @@
-"""The quantised base kept in a folder of caches, so that the next start quantises nothing.
+"""A cache of quantised bases in a folder, so that the next start need not quantise.
 
-PhoGPT-7B5 in NF4 is 5.4 GB where its checkpoint is 15, and needs no arithmetic to load. A file
-(nf4_file.py) whose key, what its bits depend on, is another is stale. Neither a stale file nor a
-damaged one is used: it is named with the reason, and a new one is written.
+PhoGPT-7B5 in NF4 is 5.4 GB instead of the checkpoint's 15 and needs no arithmetic to load. Each
+file (nf4_file.py) has a key: what its bits depend on. A file with another key is stale. A stale or
+damaged file is not used: it is named with the reason, and a new one is written.
 """
 
 import json
@@ -25,8 +25,8 @@ from phogpt_raw.model.nf4_file import Damaged, read, read_header, write
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal
 
-FORMAT = 1  # of the file: a change of names or of the checksum makes all older files stale
-HEAD = 2**16  # bytes at a weight file's beginning that tell it from another of its size
+FORMAT = 1  # of the file; raise it if names or the checksum change, and older files are stale
+HEAD = 2**16  # bytes at the beginning of a weight file that are hashed
 
 
 # -- what the bits depend on
@@ -35,7 +35,7 @@ HEAD = 2**16  # bytes at a weight file's beginning that tell it from another of 
 def make_key(files: list[Path], dtype: torch.dtype, device: torch.device) -> dict:
     """What the quantised weights of `files` (config.json among them) depend on.
 
-    A GPU and a CPU quantise a little differently: of 10,000 scales about 16 differ by one step.
+    A GPU and a CPU quantise slightly differently: of 10,000 scales about 16 differ by one step.
     """
     return {
         "format": FORMAT,
@@ -47,9 +47,9 @@ def make_key(files: list[Path], dtype: torch.dtype, device: torch.device) -> dic
 
 
 def identity(file: Path) -> list:
-    """A file's name and what changes with its content, without reading all of it.
+    """A file's name and values that change with its content, without reading all of it.
 
-    In the hub's own cache a file is a link to a blob that is named by its content. Elsewhere: size,
+    In the hub's cache a file is a link to a blob that is named by its content. Elsewhere: size,
     time of the last change and a hash of the first 64 KiB.
     """
     if file.is_symlink() and (blob := Path(os.readlink(file))).parent.name == "blobs":
@@ -61,7 +61,7 @@ def identity(file: Path) -> list:
 
 
 def difference(old: dict, new: dict) -> str:
-    """Why a cache with the key `old` does not serve where `new` is asked for."""
+    """Why a cache with the key `old` cannot be used where `new` is needed."""
     changed = [entry[0] for entry in new["source"] if entry not in old.get("source", [])]
     if changed:
         return _("{files} of the base changed since", files=", ".join(changed))
@@ -74,35 +74,35 @@ def difference(old: dict, new: dict) -> str:
 
 
 def family(file: Path, ending: str = "") -> list[Path]:
-    """Files beside `file` of the same model, dtype and device, with any key; `ending` is a regular
-    expression of what follows after .safetensors."""
+    """Files beside `file` of the same model, dtype and device, with any key; `ending`: a regular
+    expression for what follows .safetensors."""
     stem = file.stem.rpartition("-")[0]
     name = re.compile(re.escape(stem) + r"-[0-9a-f]{8}\.safetensors" + ending)
     try:
         return [other for other in sorted(file.parent.iterdir()) if name.fullmatch(other.name)]
-    except OSError:  # nothing there, or nothing that may be seen
+    except OSError:  # the folder is missing or not readable
         return []
 
 
 @dataclass(frozen=True)
 class NF4Cache:
-    """Where a base's NF4 weights are kept, whether they are there or not."""
+    """The cache file of one base, whether it exists or not."""
 
-    folder: Path  # of any number of caches
+    folder: Path  # shared by any number of bases
     name: str  # of the model
-    base: str  # where its checkpoint lies
+    base: str  # where its checkpoint is
     key: dict
 
     @property
     def file(self) -> Path:
-        """FOLDER/PhoGPT-4B-fp16-cuda-1a2b3c4d.safetensors, the last part a hash of the key."""
+        """FOLDER/PhoGPT-4B-fp16-cuda-1a2b3c4d.safetensors; the last part is a hash of the key."""
         digest = xxhash.xxh3_64_hexdigest(json.dumps(self.key, sort_keys=True).encode())[:8]
         parts = (self.name, self.key["dtype"], self.key["device"], digest)
         return self.folder / ("-".join(parts) + ".safetensors")
 
     def load(self, config: ModelConfig, device: torch.device) -> PhoGPT | None:
-        """The model, not yet frozen; None where there is no whole cache with this key. Says which,
-        on standard error."""
+        """The model, not yet frozen; None without a valid file of this key. Says which on standard
+        error."""
         if os.path.isfile(self.file):
             try:
                 head = read_header(self.file)
@@ -119,14 +119,14 @@ class NF4Cache:
         return None
 
     def keep(self, phogpt: PhoGPT) -> None:
-        """Write the model's file, then delete stale ones; before, what a killed write has left. A
-        cache that cannot be written is said on standard error and ends no run."""
+        """Write the model's file. Before that it deletes what a killed write has left, afterwards
+        stale files. If the write fails it says so on standard error, and the run goes on."""
         try:
             for left in family(self.file, re.escape(UNFINISHED)):
                 left.unlink(missing_ok=True)
             size = write(phogpt, self.file, self.key, self.base)
         except (OSError, Refusal) as error:
-            say(_("NF4 cache {file} cannot be written ({reason}); the run goes on without it",
+            say(_("NF4 cache {file} cannot be written ({reason}); the run continues without it",
                   file=self.file, reason=getattr(error, "strerror", None) or error))
             return
         say(_("NF4 cache written to {file} ({size})", file=self.file, size=human(size)))
@@ -135,7 +135,7 @@ class NF4Cache:
                 file.unlink()
 
     def stale(self) -> Iterator[tuple[Path, str]]:
-        """Files of the same base, dtype and device that no run like this one can use, and why."""
+        """Stale or damaged files of this base, dtype and device, and the reason for each."""
         for file in family(self.file):
             if file == self.file:
                 continue
@@ -156,7 +156,7 @@ def say_not_used(file: Path, reason) -> None:
 
 
 def say(line: str) -> None:
-    """On standard error: generate.py's standard output is the answer alone."""
+    """Print to standard error: generate.py's standard output is the answer alone."""
     print(line, file=sys.stderr)
 
 

@@ -1,18 +1,18 @@
-"""The quantised base as one file: written, checked and read.
+"""The quantised base as one file: write, check and read it.
 
-A safetensors file of all parameters: norms, biases and the embedding in the compute dtype under
-their names in the checkpoint, and for a linear's weight six tensors, `NAME.packed` and the fields
-of `NF4Fields` (`NAME.scales`, …). Its metadata holds
+It is a safetensors file of all parameters. Norms, biases and the embedding are in the compute dtype
+under their names in the checkpoint. A linear's weight is six tensors: `NAME.packed` and the fields
+of `NF4Fields` (`NAME.scales`, …). The metadata holds
 
-- `checksum`: XXH3-128 of the whole file, with zeros in the place of the checksum itself;
+- `checksum`: XXH3-128 of the whole file, computed with zeros in the checksum's own place;
 - `key`: what the bits depend on, as JSON (nf4_cache.py);
-- `base`: where the checkpoint lay, which tells a stale cache from another base of the same name.
+- `base`: where the checkpoint was, to tell a stale cache from another base of the same name.
 
-A file with another checksum, other tensors or other shapes is damaged, and is not used.
+A file with another checksum, other tensors or other shapes is damaged and is not used.
 
-The file is mapped, and each tensor copied from there to the device, on a CPU too: what happens to
-the file later does not reach the model, and training never writes to it. A second thread computes
-the checksum meanwhile, and no model is returned before both agree.
+To read it, the file is mapped and each tensor is copied to the device, also on a CPU: later changes
+of the file do not reach the model, and training never writes to the file. A second thread computes
+the checksum meanwhile; the model is returned only if it matches.
 """
 
 import json
@@ -32,16 +32,16 @@ from phogpt_raw.model.nf4 import kept_in_nf4, linear_of, stored_shapes, stored_s
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.private_apis import NF4Fields, nf4_fields, nf4_state
 
-CHUNK = 2**26  # bytes that are copied to the host at once while writing
+CHUNK = 2**26  # bytes copied to the host at once while writing
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 class Damaged(Exception):
-    """Why a cache cannot be used, in a few words."""
+    """Why a cache file cannot be used, in a few words."""
 
 
 def expected(phogpt: PhoGPT, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple]]:
-    """(dtype, shape) of each tensor that the file of such a model holds, under its name there."""
+    """(dtype, shape) of each tensor in the file of such a model, by its name there."""
     wanted = {}
     for name, parameter in phogpt.named_parameters():
         if kept_in_nf4(*owner(phogpt, name)):
@@ -53,14 +53,14 @@ def expected(phogpt: PhoGPT, dtype: torch.dtype) -> dict[str, tuple[torch.dtype,
 
 
 def owner(phogpt: PhoGPT, name: str) -> tuple[nn.Module, str]:
-    """The module of a parameter, and the parameter's name there."""
+    """The module of a parameter, and the parameter's name in it."""
     path, kind = name.rsplit(".", 1)
     return phogpt.get_submodule(path), kind
 
 
 def stored_tensors(phogpt: PhoGPT) -> dict[str, torch.Tensor]:
-    """Every tensor of a quantised PhoGPT under its name in the file: the fp32 ones first, then 16
-    bits, then bytes, so that each lies at a multiple of its own size."""
+    """Every tensor of a quantised PhoGPT by its name in the file. The fp32 ones come first, then 16
+    bits, then bytes, so that each begins at a multiple of its element size."""
     tensors = {}
     for name, parameter in phogpt.named_parameters():
         if (state := nf4_state(parameter)) is None:
@@ -73,16 +73,15 @@ def stored_tensors(phogpt: PhoGPT) -> dict[str, torch.Tensor]:
 
 
 def write(phogpt: PhoGPT, file: Path, key: dict, base: str = "") -> int:
-    """Write a quantised PhoGPT, as read_model returns it and without adapters; returns the bytes.
+    """Write a quantised PhoGPT without adapters, as read_model returns it; returns the bytes.
 
-    `key` is nf4_cache.make_key's for the checkpoint that phogpt came from, `base` its place. The
-    file is whole or not there: it is written beside under another name, flushed to the disk and
-    renamed. At most 64 MiB are in host memory. Raises OSError or Refusal where it cannot be
-    written.
+    key: nf4_cache.make_key's for the checkpoint; base: where that is. The file is written under
+    another name, flushed to the disk and renamed, so it is either complete or absent. At most 64
+    MiB are in host memory. Raises OSError or Refusal where it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = stored_tensors(phogpt)
-    # The checksum is the first entry, so that its zeros are the first of the header.
+    # The checksum comes first, so its zeros are the first 32 zeros of the header.
     head = header(tensors, {"checksum": 32 * "0", "key": json.dumps(key), "base": base})
     hasher = xxhash.xxh3_128(head)
     with whole_file(file) as unfinished, unfinished.open("xb") as opened:
@@ -99,8 +98,11 @@ def write(phogpt: PhoGPT, file: Path, key: dict, base: str = "") -> int:
 
 def header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
     """The beginning of a safetensors file whose tensors follow in this order: the length of the
-    JSON in 8 bytes, then the JSON, padded so that the tensors begin at a multiple of 64. Metadata
-    stand before all names, the checksum before all else: nothing can be taken for it."""
+    JSON in 8 bytes, then the JSON, padded so that the tensors begin at a multiple of 64.
+
+    The metadata come before all names and the checksum before everything else, so nothing else can
+    be mistaken for it.
+    """
     entries, begin = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         end = begin + tensor.nbytes
@@ -113,7 +115,7 @@ def header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
 
 
 class Header(NamedTuple):
-    """What stands before the tensors."""
+    """The parts of a file before its tensors."""
 
     raw: bytes
     entries: dict[str, dict]  # of each tensor
@@ -123,7 +125,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: Path) -> Header:
-    """The header of a file that `write` has written; raises Damaged."""
+    """The header of a file that `write` wrote; raises Damaged."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if not 0 < length < os.path.getsize(file):
@@ -142,9 +144,9 @@ def read_header(file: Path) -> Header:
 
 
 def checksum(file: Path, head: Header) -> str:
-    """The checksum of a file as it is, which `head.checksum` should be.
+    """The checksum of a file's content, to be compared with `head.checksum`.
 
-    Read into one small buffer and not through the map: faster, since no pages are mapped for it.
+    It reads into one small buffer instead of the map, which is faster: no pages are mapped.
     """
     hasher = xxhash.xxh3_128(head.raw.replace(head.checksum.encode(), 32 * b"0", 1))
     buffer = memoryview(bytearray(2**20))
@@ -156,7 +158,7 @@ def checksum(file: Path, head: Header) -> str:
 
 
 def read(file: Path, head: Header, config: ModelConfig, device: torch.device) -> PhoGPT:
-    """The PhoGPT that `write` has written, on the device and not yet frozen; raises Damaged."""
+    """The PhoGPT that `write` wrote, on the device, not yet frozen; raises Damaged."""
     from safetensors import SafetensorError, safe_open
 
     with torch.device("meta"):
@@ -178,13 +180,13 @@ def read(file: Path, head: Header, config: ModelConfig, device: torch.device) ->
         except SafetensorError as error:
             raise Damaged(_("damaged: {reason}", reason=str(error).splitlines()[0])) from None
         if computed.result() != head.checksum:
-            raise Damaged(_("damaged: its checksum is another"))
+            raise Damaged(_("damaged: its checksum does not match"))
     assemble(phogpt, tensors)
     return phogpt
 
 
 def assemble(phogpt: PhoGPT, tensors: dict[str, torch.Tensor]) -> None:
-    """Make the file's tensors the parameters of a PhoGPT on the meta device."""
+    """Make the tensors of the file the parameters of a PhoGPT on the meta device."""
     dtype = tensors["transformer.wte.weight"].dtype
     for name, parameter in list(phogpt.named_parameters()):
         module, kind = owner(phogpt, name)

@@ -1,26 +1,26 @@
-"""x Wᵀ for the few rows of a decoding step, read from W's 4 bits and never dequantised in memory.
+"""x Wᵀ for the few rows of a decoding step, directly from W's 4 bits.
 
-A token's step reads every weight once, so memory decides its time: 4 bits a weight are a quarter of
-what a dequantised copy would take, and making that copy first would move nine times the bytes. Two
-Triton kernels do it, one for a single row and one for 2 to 16 rows on tensor cores; GPUs older than
-Ampere, for which Triton has none, run the first for each row. Bias, low-rank path, residual and
-GELU are added while the result is still in registers. `product_plain` is the same in ordinary
-operations. Where Triton is missing, model/lora.py calls bitsandbytes' kernel.
+A decoding step reads every weight once, so memory decides its time. 4 bits a weight are a quarter
+of a 16-bit copy, and making that copy first would move nine times the bytes. One Triton kernel
+serves a single row; another serves 2 to 16 rows on tensor cores. GPUs older than Ampere, on whose
+tensor cores Triton cannot run, use the first kernel for each row. The kernels add bias, low-rank
+path, residual and GELU while the result is in registers. `product_plain` is the same in ordinary
+operations. Without Triton, model/lora.py calls bitsandbytes' kernel.
 
 Three things are not obvious.
 
-A byte holds two weights, an even and an odd one, so x comes in halves: [N, 2, D / 2], first its
-even elements, then its odd ones (`halves`). A thread then reads what meets its bytes in whole
-vectors.
+A byte holds two weights, an even and an odd one. So x is given in halves, [N, 2, D / 2]: its even
+elements, then its odd ones (`halves`). A thread can then read the elements of x that belong to its
+bytes as whole vectors.
 
 The 16 values come from registers. PRMT, the GPU's byte permutation, picks bytes out of eight by
-selectors of four bits, and the nibbles of four weights are such selectors: two permutations for the
-low bytes of their fp16 values, two for the high bytes, and the nibbles' top bits choose between
-them. A table in memory, though cached, would be read once for each byte of weights, and bound the
-kernel at two thirds of this speed.
+4-bit selectors, and the nibbles of four weights are such selectors. Two permutations give the low
+bytes of the fp16 values, two give the high bytes; the nibbles' top bits choose between the two. A
+table in memory, even cached, would be read once for each byte of weights, at two thirds of this
+speed.
 
-Where a matrix has few rows, several programs share one row's columns (`split`). The last to finish
-adds the parts in their order, so the result does not depend on which it was.
+Where a matrix has few rows, several programs share the columns of one row (`split`). The last
+program to finish adds the parts in a fixed order, so the result does not depend on timing.
 
 N rows, D in, O out, R rank.
 """
@@ -37,12 +37,12 @@ from phogpt_raw.private_apis import NF4Fields
 try:
     import triton
     import triton.language as tl
-except ImportError:  # it comes with torch for CUDA on Linux, and only there
+except ImportError:  # only torch for CUDA on Linux installs it
     triton = None
 
-MOST = 16  # rows
+MOST = 16  # rows of x
 TENSOR_CORES = (8, 0)  # the compute capability from which Triton uses them
-SPLIT, PROGRAMS = 8, 256  # programs that share a row's columns, at most; programs, at least
+SPLIT, PROGRAMS = 8, 256  # most programs that share a row's columns; fewest programs in all
 # The NF4 values, -1 to 1: quantiles of a normal distribution (arXiv:2305.14314, appendix E).
 VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -53,11 +53,12 @@ VALUES = (
 
 @dataclass(frozen=True)
 class Linear:
-    """A frozen linear as the kernels read it, and its adapter, if any, in the compute dtype."""
+    """A frozen linear as the kernels read it, and its adapter in the compute dtype, if it has
+    one."""
 
     packed: torch.Tensor  # uint8 [O, D / 2]
     fields: NF4Fields
-    offset: float  # fields.offset as a number of the host
+    offset: float  # fields.offset as a Python float
     bias_O: torch.Tensor | None
     A_RD: torch.Tensor | None = None
     B_OR: torch.Tensor | None = None
@@ -84,7 +85,7 @@ def whole(x_N2: torch.Tensor) -> torch.Tensor:
 
 
 def product_plain(x_N2, linear: Linear, low_NR=None, add_NO=None, gelu: bool = False):
-    """x Wᵀ + bias + low Bᵀ, then GELU, or added to `add_NO` -> [N, O]; sums in fp32.
+    """x Wᵀ + bias + low Bᵀ -> [N, O], in fp32; then GELU if `gelu`; then plus `add_NO`.
 
     x_N2: x in halves. low_NR: scaling * x Aᵀ.
     """
@@ -101,7 +102,7 @@ def product_plain(x_N2, linear: Linear, low_NR=None, add_NO=None, gelu: bool = F
 
 
 class Scratch:
-    """Where programs that share a row leave their parts; one serves all products of a stream."""
+    """Memory for the parts of programs that share a row; one serves all products on a stream."""
 
     def __init__(self, most_out: int, device):
         self.parts = torch.empty(SPLIT * MOST * most_out, device=device)
@@ -110,9 +111,9 @@ class Scratch:
 
 def product(x_N2, linear: Linear, scratch: Scratch, low_NR=None, add_NO=None, gelu: bool = False,
             in_halves: bool = False) -> torch.Tensor:
-    """`product_plain` by the kernels, for at most MOST rows; [N, 2, O / 2] where `in_halves`.
+    """`product_plain` by the kernels, for at most MOST rows; [N, 2, O / 2] if `in_halves`.
 
-    add_NO is overwritten and returned where it is given.
+    add_NO, if given, is overwritten and returned.
     """
     rows, (out, width) = len(x_N2), linear.shape
     assert rows <= MOST
@@ -132,8 +133,8 @@ def product(x_N2, linear: Linear, scratch: Scratch, low_NR=None, add_NO=None, ge
 
 
 def choose(some: bool, out: int, width: int) -> tuple[int, int, int, int]:
-    """(rows of W a program, bytes of them at once, programs that share a row, warps) of `some_rows`
-    or of `one_row`; measured on an H100 and an H200 at the shapes of 7B5 and 4B."""
+    """(rows of W in a program, bytes of a row at once, programs that share a row, warps) for
+    `some_rows` or `one_row`; measured on an H100 and an H200 at the shapes of 7B5 and 4B."""
     half = width // 2
     if not some:
         columns = math.gcd(half, 512 if half < 4096 else 2048)
@@ -145,13 +146,13 @@ def choose(some: bool, out: int, width: int) -> tuple[int, int, int, int]:
 
 
 def fits(out: int, width: int) -> bool:
-    """Whether the kernels can take a matrix of this shape."""
+    """Whether the kernels support a matrix of this shape."""
     return width % (2 * WEIGHTS) == 0 and out % 32 == 0
 
 
 def dequantise_asm(to_fp32: bool) -> str:
-    """PTX: four bytes $n -> the values of their high nibbles, then of their low nibbles; as fp32
-    ($0 to $7) or as pairs of fp16 ($0 to $3)."""
+    """PTX that turns four bytes $n into the values of their high nibbles, then of their low
+    nibbles: as fp32 ($0 to $7), or as pairs of fp16 ($0 to $3)."""
     bits = torch.tensor(VALUES).half().view(torch.uint16).tolist()
     low, high = ([sum((value >> shift & 255) << 8 * n for n, value in enumerate(bits[i : i + 4]))
                   for i in range(0, 16, 4)] for shift in (0, 8))
@@ -214,7 +215,7 @@ if triton is not None:
                 BIAS: tl.constexpr, LOW: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr,
                 HALVES: tl.constexpr):
         half: tl.constexpr = width // 2
-        row = tl.program_id(0)  # rows follow each other: the cache has what the first has read
+        row = tl.program_id(0)  # rows of x are neighbours: they share W in the GPU's cache
         o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         sums = tl.zeros([BLOCK, COLUMNS // 32], tl.float32)
         for start in tl.static_range(0, half, COLUMNS):

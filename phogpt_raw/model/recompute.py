@@ -40,9 +40,9 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
     a norm's weight or bias raises too, since the norm's own backward needs them.
     """
     output = function(*inputs)
-    # Where the output needs no gradient, `function` saves no input either: nothing can be gained.
+    # If the output needs no gradient, `function` saves no input, and there is nothing to gain.
     hooks = recompute_hooks(output, function, inputs) if output.requires_grad else nullcontext()
-    del inputs  # where nothing is saved (no gradients, or a checkpoint) this frame would hold them
+    del inputs  # else this frame would keep them alive where nothing saves them
     with hooks:
         yield output
 
@@ -52,8 +52,8 @@ def recompute_hooks(output: Tensor, function: Callable[..., Tensor],
     """Hooks that save a Recomputation in place of `output`, which function(*inputs) has given."""
     save = current_save()
     recomputation = Recomputation(function, [save(x) for x in inputs])
-    # A weak reference: torch holds `pack` as long as what it packed. The caller holds the output
-    # while the context lasts.
+    # Weak, because torch keeps `pack` alive as long as what it packed. The caller holds the output
+    # during the context.
     output_ref, version = ref(output), version_of(output)
 
     def pack(tensor: Tensor) -> Saved:
@@ -67,8 +67,8 @@ def recompute_hooks(output: Tensor, function: Callable[..., Tensor],
 
 
 class Recomputation:
-    """function(*inputs), computed when the first of its users in backward asks for it and freed
-    after the last: several operations may have saved the one output."""
+    """function(*inputs), computed when backward first needs it and freed after its last use:
+    several operations may have saved the same output."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: list[Saved]):
         self.function, self.inputs = function, inputs
@@ -76,12 +76,12 @@ class Recomputation:
         self.output = None
 
     def save(self, view: Tensor) -> Saved:
-        """What an operation saves in place of `view`, which is the output or a view of it."""
+        """What an operation saves in place of `view`, the output or a view of it."""
         self.users += 1
         return partial(self.load, view.shape, view.stride(), view.storage_offset())
 
     def load(self, *geometry) -> Tensor:
-        """The view (shape, stride, offset) of the recomputed output."""
+        """The view with this shape, stride and offset of the recomputed output."""
         if self.output is None:
             with torch.no_grad():
                 self.output = self.function(*(load() for load in self.inputs))
@@ -94,7 +94,7 @@ class Recomputation:
 
 
 def current_save() -> Callable[[Tensor], Saved]:
-    """How a tensor is saved here: by the hooks outside if there are any, else as autograd does."""
+    """How to save a tensor here: by the hooks outside if there are any, else as autograd does."""
     outside = current_saved_tensor_hooks()
     if outside is None:
         return lambda tensor: partial(unchanged, tensor.detach(), version_of(tensor))
@@ -103,7 +103,7 @@ def current_save() -> Callable[[Tensor], Saved]:
 
 
 def unchanged(tensor: Tensor, version: int) -> Tensor:
-    """`tensor`; raises autograd's RuntimeError where it was changed in place since `version`."""
+    """`tensor`; raises autograd's RuntimeError if it was changed in place since `version`."""
     if version_of(tensor) != version:
         raise RuntimeError(
             f"a tensor of shape {list(tensor.shape)} that backward needs was modified by an "

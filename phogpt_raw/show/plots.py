@@ -1,9 +1,9 @@
-"""loss.svg and loss.png of a run: losses, learning rate and skipped steps, from its metrics.jsonl.
+"""Draw loss.svg and loss.png of a run: losses, learning rate and skipped steps, from metrics.jsonl.
 
-The picture brings its own light background, so that it reads the same in a light and a dark viewer.
-Letters of the SVG are drawn as outlines: no viewer then needs a font with Vietnamese letters. The
-same metrics give the same bytes. matplotlib is imported when a picture is drawn, since it takes a
-second which the start of a run should not wait for.
+The picture has its own light background, so that it looks the same in a light and a dark viewer.
+Letters of the SVG are outlines, so a viewer needs no font with Vietnamese letters. The same metrics
+give the same bytes. matplotlib is imported only when a picture is drawn: it takes a second, which
+the start of a run should not wait for.
 """
 
 import logging
@@ -21,9 +21,9 @@ from phogpt_raw.show.console import say
 from phogpt_raw.training.metrics import read_metrics
 from phogpt_raw.training.run import Run
 
-MOST = 1000  # points of a curve; of more steps the lowest and the highest loss of each bin is drawn
-SMOOTHED_FROM = 30  # steps: fewer are read without a running mean
-LOG_FROM = 20  # times the lowest loss: a higher one would flatten everything else
+MOST = 1000  # points of a curve; of more steps each bin shows its lowest and highest loss
+SMOOTHED_FROM = 30  # steps; fewer have no running mean
+LOG_FROM = 20  # log scale if the highest loss is more than this times the lowest
 BACKGROUND, INK, GRID = "#fcfcfa", "#24292f", "#dddfe3"
 TRAINING, HELD_OUT, SKIPPED = "#1f6fb2", "#c2410c", "#a21caf"
 STYLE = {
@@ -38,33 +38,33 @@ STYLE = {
 
 @contextmanager
 def drawn(run: Run):
-    """Draw the curves of a run when the block ends, in whatever way: a run that fails needs them
-    most. A picture that cannot be drawn is one line and never an error."""
+    """Draw a run's curves when the block ends, also by an error: a failed run needs them most. If
+    they cannot be drawn it prints one line and raises nothing."""
     try:
         yield
     finally:
         try:
             draw(run.folder, run.config.base_name())
-        except Exception as error:  # a full disk, a damaged font cache: the run counts for more
+        except Exception as error:  # a full disk, a damaged font cache: the run matters more
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(_("{folder}: loss.svg and loss.png were not drawn ({reason})", folder=run.folder,
                   reason=reason))
 
 
 def draw(folder: Path, base: str) -> None:
-    """Write loss.svg and loss.png from folder/metrics.jsonl; nothing where it has no rows yet.
+    """Write loss.svg and loss.png from folder/metrics.jsonl, if it has rows.
 
     base: the name of the base model, for the title.
     """
     steps, evaluations = read_metrics(folder)
     if not steps and not evaluations:
         return
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its font cache is nobody's concern
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no messages about its font cache
     from matplotlib import style
 
     title = folder.resolve().name
     with style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter that no font has is drawn as a box
+        warnings.simplefilter("ignore")  # a letter missing in the font is drawn as a box
         svg, png = pictures(steps, evaluations, title, base)
     for name, content in (("loss.svg", svg), ("loss.png", png)):
         with whole_file(folder / name) as file:
@@ -73,7 +73,7 @@ def draw(folder: Path, base: str) -> None:
 
 def pictures(steps: list[dict], evaluations: list[dict], title: str, base: str):
     """(SVG, PNG) as bytes."""
-    from matplotlib.figure import Figure  # not pyplot, which holds figures for the whole process
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures alive
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -91,8 +91,8 @@ def pictures(steps: list[dict], evaluations: list[dict], title: str, base: str):
 
 
 def training_loss(axes, steps: list[dict]) -> None:
-    """Each step's loss, faint where there are enough steps for a running mean over it; a loss that
-    was not finite is a gap."""
+    """Each step's loss, faint if there are enough steps for a running mean over it. A loss that is
+    not finite leaves a gap."""
     if not steps:
         return
     step, loss = column(steps, "step"), column(steps, "loss")
@@ -112,7 +112,7 @@ def training_loss(axes, steps: list[dict]) -> None:
 
 
 def held_out_loss(axes, evaluations: list[dict]) -> None:
-    """The held-out loss, the lowest one after the first step named and ringed."""
+    """The held-out loss; the lowest one after step 0 is circled and named in the legend."""
     if not evaluations:
         return
     step, loss = column(evaluations, "step"), column(evaluations, "val_loss")
@@ -129,7 +129,7 @@ def held_out_loss(axes, evaluations: list[dict]) -> None:
 
 
 def skipped_steps(axes, steps: list[dict]) -> None:
-    """A mark at the foot of the panel for each step that was skipped: `skipped` counts them."""
+    """A mark at the bottom for each skipped step; `skipped` in a row is the count so far."""
     count = [row["skipped"] for row in steps]
     at = [row["step"] for row, before, now in zip(steps, [0, *count], count, strict=False)
           if now > before]
@@ -147,7 +147,7 @@ def learning_rate(axes, steps: list[dict]) -> None:
 
 
 def scale(axes, finite: np.ndarray) -> None:
-    """Logarithmic where one loss is so high that a linear scale would flatten the others."""
+    """Use a logarithmic scale where a high loss would flatten all others on a linear one."""
     if not len(finite):
         axes.set_yticks([])
         axes.text(0.5, 0.5, _("no loss was finite"), transform=axes.transAxes, ha="center")
@@ -156,7 +156,7 @@ def scale(axes, finite: np.ndarray) -> None:
 
 
 def dress(figure, losses, rates, last: int, title: str, base: str) -> None:
-    """Title, legend and labels; `last` is the last step."""
+    """Add title, legend and labels; `last` is the last step."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
     rates.set_xlim(-0.01 * last, 1.01 * max(1, last))
@@ -171,8 +171,8 @@ def dress(figure, losses, rates, last: int, title: str, base: str) -> None:
     figure.align_ylabels()
     legend = losses.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2, borderaxespad=0,
                            handlelength=1.6, borderpad=0)
-    over = 12 + 14 * -(-len(legend.get_texts()) // 2)  # points, above the legend's rows
-    # Names are not mathematics: a $ in one stays a $.
+    over = 12 + 14 * -(-len(legend.get_texts()) // 2)  # points above the legend's rows
+    # parse_math=False: a $ in a name is a plain $.
     losses.set_title(one_line(title), loc="left", fontsize=13, fontweight="bold", pad=over + 14,
                      parse_math=False)
     losses.annotate(one_line(_("LoRA on {base}", base=base)), (0, 1), (0, over),
@@ -180,18 +180,19 @@ def dress(figure, losses, rates, last: int, title: str, base: str) -> None:
 
 
 def one_line(name: str, width: int = 60) -> str:
-    """A name as letters that a font has whole (NFC), without line breaks, cut in the middle."""
+    """A name in composed letters (NFC) on one line, shortened in the middle to about `width`."""
     name = " ".join(unicodedata.normalize("NFC", name).split())
     return name if len(name) <= width else f"{name[: width // 2]} … {name[-width // 2 + 3 :]}"
 
 
 def column(rows: list[dict], name: str) -> np.ndarray:
-    """A column as fp64 [rows]; null, which stands for what is not finite, is NaN."""
+    """A column as fp64 [rows]; null, a value that was not finite, becomes NaN."""
     return np.array([row[name] for row in rows], dtype=float)
 
 
 def extremes(step: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(step, lowest, highest) of at most MOST bins of steps; NaN where none of a bin is finite."""
+    """(step, lowest, highest) of at most MOST bins of steps; NaN where no value of a bin is
+    finite."""
     starts = np.arange(0, len(step), -(-len(step) // MOST))
     return (step[starts], np.fmin.reduceat(loss, starts), np.fmax.reduceat(loss, starts))
 

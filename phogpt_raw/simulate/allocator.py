@@ -1,11 +1,11 @@
-"""torch's caching allocator, imitated: what it counts as allocated, what it reserves of the GPU.
+"""A simulation of torch's CUDA caching allocator: the bytes it counts as allocated and reserved.
 
-It takes memory of the driver in segments, cuts blocks from them, best fit first, and joins freed
-neighbours again. "Allocated" is more than tensors hold: a block is rounded up to 512 bytes, and a
-block of a large segment is not split where the rest would be 1 MiB or less.
+The allocator takes segments from the driver, cuts blocks from them (best fit) and merges freed
+neighbours. It allocates more than the tensors hold: sizes are rounded up to 512 bytes, and a block
+of a large segment is not split where the rest would be 1 MiB or less.
 
-Constants and rules are those of c10/cuda/CUDACachingAllocator (torch 2.10 to 2.13) as it is without
-PYTORCH_ALLOC_CONF; one stream.
+Constants and rules are those of c10/cuda/CUDACachingAllocator (torch 2.10 to 2.13) without
+PYTORCH_ALLOC_CONF, on one stream.
 """
 
 from bisect import bisect_left, insort
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 MIB = 2**20
 ROUND = 512
-SMALL = MIB  # up to here a block comes from a segment of 2 MiB
-MEDIUM = 10 * MIB  # below that from one of 20 MiB, else from one of its own size
+SMALL = MIB  # blocks up to this size come from segments of 2 MiB
+MEDIUM = 10 * MIB  # blocks below it from segments of 20 MiB, others from one of their own size
 SEGMENTS = {"small": 2 * MIB, "medium": 20 * MIB}
 
 
@@ -31,20 +31,20 @@ class Block:
 
 
 class Allocator:
-    """Sizes in, blocks out; `allocated` and `reserved` in bytes, with their peaks.
+    """Sizes in, blocks out; counts `allocated` and `reserved` bytes and their peaks.
 
-    Where `limit` bytes are reserved it gives back what is empty and, as that is not enough, raises
-    MemoryError.
+    At `limit` reserved bytes it first returns empty segments to the driver; where that is not
+    enough it raises MemoryError.
     """
 
     def __init__(self, limit: float = float("inf")):
         self.limit = limit
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
-        self.end = 0  # of the addresses given out so far
+        self.end = 0  # of the addresses used so far
         self.cached: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
 
     def take(self, nbytes: int) -> Block:
-        """A block of nbytes or a little more, from what is cached or as a new segment."""
+        """A block of nbytes or slightly more, from a cached block or a new segment."""
         size = max(ROUND, -(-nbytes // ROUND) * ROUND)
         small = size <= SMALL
         cached = self.cached[small]
@@ -64,7 +64,7 @@ class Allocator:
         return block
 
     def give(self, block: Block) -> None:
-        """Free a block; joined with free neighbours it waits to be taken again."""
+        """Free a block: merged with free neighbours it is cached for later use."""
         self.allocated -= block.size
         for other in (block.before, block.after):
             if other is not None and other.free:
@@ -89,7 +89,7 @@ class Allocator:
         insort(self.cached[block.small], (block.size, block.start, block))
 
     def empty_cache(self) -> None:
-        """Give segments that nothing is in back to the driver."""
+        """Return segments that are entirely free to the driver."""
         for small, cached in self.cached.items():
             whole = [entry for entry in cached if not (entry[2].before or entry[2].after)]
             self.reserved -= sum(size for size, _, _ in whole)
@@ -100,6 +100,7 @@ class Allocator:
 
 
 def joined(left: Block, right: Block) -> Block:
+    """Two adjacent blocks merged into the left one."""
     left.size += right.size
     left.after = right.after
     if right.after:

@@ -1,13 +1,13 @@
-"""What a GPU's memory decides: how long packed rows may be, how many blocks are recomputed.
+"""Choose, from a GPU's memory, the length of packed rows and how many blocks are recomputed.
 
-Simulated steps answer (trace.py). With N of n blocks recomputed the others keep what backward
-needs, so the peak falls along a straight line from N = 0 to n - 1; the last block is recomputed
-beside nothing but itself, so N = n saves no more than n - 1 does. The rest of the line is
-arithmetic, and `--recompute auto` is the least N below what the GPU has. Packed rows are as long as
-the GPU holds without any.
+The peak memory of a step comes from a simulation (trace.py). Of n blocks the first N are
+recomputed; the others keep their activations for backward. The peak falls along a straight line
+from N = 0 to N = n - 1, so two simulations give the whole line. N = n saves nothing more: backward
+begins with the last block, whose activations exist at that moment either way. `--recompute auto` is
+the smallest N that fits the GPU. Packed rows are as long as the GPU can hold without recomputation.
 
-The memory that happens to be free is not asked for: two runs of the same command would then choose
-differently. The GPU's whole memory decides, less the margins stated here.
+The choice does not depend on how much memory happens to be free, since two runs of the same command
+would then differ. It compares the GPU's total memory with the peak plus the margins below.
 """
 
 import copy
@@ -33,19 +33,22 @@ from phogpt_raw.training.evaluate import CACHE_MIB
 from phogpt_raw.training.setup import Job, wire
 from phogpt_raw.training.step import Training
 
-# What CUDA graphs reserve above an eager step's peak, with its fragmentation: enough in 33 of 36
-# measured settings (LOG.md). The others are micro-batches of 16,000 tokens and more, which run
-# eagerly where memory is too full for graphs, and lose next to nothing by it.
+# Margins for what CUDA graphs reserve above an eager step's peak, and for fragmentation. They were
+# enough in 33 of 36 measured settings (LOG.md). The other three are micro-batches of 16,000 tokens
+# and more: where memory is too full for their graphs they run eagerly, at nearly the same speed.
 GRAPHS, SHARE = 0.6 * GIB, 1.05
 ROW = 2048  # tokens of a packed row, at most; a longer one is hardly faster
-SHORTER = 0.75  # the next row to try where one is too long
+SHORTER = 0.75  # where rows are too long, the next length to try is this share of it
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`recompute` blocks of `blocks`; `gib` on the GPU at the peak, margins included, of `of`.
-    `least`: with all blocks recomputed. None of these where nothing forces any.
-    `packing`: how the rows of a run are packed; None: not at all."""
+    """What was chosen for a run.
+
+    recompute: blocks to recompute, of `blocks`. gib: the peak on the GPU, margins included; least:
+    the same with all blocks recomputed; of: the GPU's memory. These three are None where they were
+    not needed for the choice. packing: how rows are packed; None: not at all.
+    """
 
     recompute: int
     blocks: int
@@ -56,7 +59,7 @@ class Choice:
 
 
 def choose(job: Job) -> Choice:
-    """--pack-len and --recompute as given, or by simulation of the run's rows on its GPU."""
+    """--pack-len and --recompute as given, or chosen by simulating the run's rows on its GPU."""
     longest = max(len(e.ids) for e in job.examples.train + job.examples.held_out)
     return choose_for(job.card, job.config, job.model.config.n_layers, job.stream,
                       job.planned(), longest, simulated(job))
@@ -64,11 +67,12 @@ def choose(job: Job) -> Choice:
 
 def choose_for(card: Card, config: Config, blocks: int, stream: Stream, planned: range,
                longest: int, trace: Callable[[Window, int], Trace]) -> Choice:
-    """The same for a stream of examples on any card, by its windows of the steps `planned` and its
-    longest example, which may stand in a later one.
+    """`choose` for any card and stream of examples.
 
-    longest: tokens of the longest example, held-out ones included. trace(window, recompute): the
-    window as one micro-batch in a simulated step of `blocks` blocks.
+    planned: the steps whose windows are considered; the longest example of the stream is added,
+    since it may be in a later one. longest: tokens of the longest example, held-out ones included.
+    trace(window, recompute): a simulated step of `blocks` blocks over the window as one
+    micro-batch.
     """
     windows = [stream.picked(step) for step in planned]
     windows.append([max(stream.examples, key=lambda e: len(e.ids))])
@@ -94,7 +98,7 @@ def choose_for(card: Card, config: Config, blocks: int, stream: Stream, planned:
 
 
 def least_asked(config: Config, blocks: int) -> int:
-    """The least number of recomputed blocks that --recompute allows."""
+    """The smallest number of recomputed blocks that --recompute allows."""
     return 0 if config.recompute == "auto" else config.blocks_to_recompute(blocks)
 
 
@@ -103,7 +107,7 @@ def choose_recompute(card: Card, config: Config, blocks: int,
     if config.recompute != "auto":
         return Choice(config.blocks_to_recompute(blocks), blocks)
     if not card.memory_gib:
-        return Choice(0, blocks)  # the host's memory is not what is scarce
+        return Choice(0, blocks)  # on a CPU memory is not the limit
     return least_recompute(trace, blocks, card)
 
 
@@ -127,7 +131,8 @@ def simulated(job: Job) -> Callable[[Window, int], Trace]:
 
 
 def least_recompute(trace: Callable[[int], Trace], blocks: int, card: Card) -> Choice:
-    """The least recompute whose step fits `card`; trace(N): a step with N blocks recomputed."""
+    """The smallest `recompute` whose step fits `card`; trace(N): a step with N blocks
+    recomputed."""
     none = needed(trace(0), card)
     if none <= card.memory_gib:
         return Choice(0, blocks, none, None, card.memory_gib)
@@ -139,16 +144,16 @@ def least_recompute(trace: Callable[[int], Trace], blocks: int, card: Card) -> C
 
 
 def needed(trace: Trace, card: Card) -> float:
-    """GiB that a GPU must have for a step, its graphs and an evaluation beside the model: the peak
-    with margins, CUDA's context, the optimizer's pages."""
+    """GiB of GPU memory that a run needs: the peak of a step or of an evaluation, with margins,
+    CUDA's context and the optimizer's pages."""
     allocator = trace.replay(workspace=matmul_workspace(card))
     peak = max(allocator.peak_allocated, trace.resident + CACHE_MIB * 2**20)
     return (SHARE * peak + GRAPHS + CONTEXT + trace.pages) / GIB
 
 
 def largest(windows: list[list[Example]], packing: Packing, micro_batch: int) -> Window:
-    """The micro-batch of these windows that takes most memory: the most tokens, then the most of
-    them supervised."""
+    """The micro-batch of these windows that takes the most memory: the one with the most tokens,
+    and among those the one with the most supervised tokens."""
     batches = (batch for examples in windows
                for batch in Window(examples, 0, packing).layout(micro_batch))
     rows, length = max(batches, key=lambda batch: (
@@ -157,15 +162,16 @@ def largest(windows: list[list[Example]], packing: Packing, micro_batch: int) ->
 
 
 def longest_rows(examples: list[Example], micro_batch: int) -> Window:
-    """The micro-batch that takes most memory: the longest rows together."""
+    """The micro-batch of unpacked rows that takes the most memory: the longest rows together."""
     ordered = sorted(examples, key=lambda e: (len(e.ids), e.supervised))
     return Window(ordered[-micro_batch:], pad_id=0)
 
 
 def attention_kernels(card: Card, dtype: torch.dtype) -> Kernels:
-    """What torch takes: in 16 bits cuDNN's on a Hopper and the large Blackwell, without a bias the
-    flash kernel from compute capability 8.0 on, else the memory-efficient one
-    (check_prefer_cudnn_attention and the priorities in its sdp_utils.cpp)."""
+    """The kernels that torch chooses on a card. In 16 bits, with a bias: cuDNN's on Hopper and the
+    large Blackwell; without a bias: flash from compute capability 8.0 on. Otherwise the
+    memory-efficient one (check_prefer_cudnn_attention and the priorities in torch's
+    sdp_utils.cpp)."""
     efficient, short = SDPBackend.EFFICIENT_ATTENTION, dtype.itemsize == 2
     cudnn = short and card.capability in ((9, 0), (10, 0))
     flash = short and card.capability >= (8, 0)

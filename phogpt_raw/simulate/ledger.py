@@ -1,6 +1,6 @@
-"""The trace of a step: which operations run, which bytes are alive from when to when, and for what.
+"""The trace of a step: its operations, and each tensor's storage with its lifetime and purpose.
 
-trace.py records it. Weights and adapters are named there; what every other tensor is for follows
+trace.py records it and names the weights and adapters. The purpose of every other storage follows
 from the phase and the block that made it, and from whether it outlived that block's forward: saved
 activations do, temporaries do not.
 """
@@ -20,7 +20,7 @@ KINDS = (
 
 @dataclass(eq=False)
 class Storage:
-    """Bytes alive from operation `born` until before operation `died` (None: to the end)."""
+    """Bytes that are alive from operation `born` until before operation `died` (None: the end)."""
 
     nbytes: int
     born: int
@@ -28,7 +28,7 @@ class Storage:
     scope: str
     kind: str | None = None
     died: int | None = None
-    scope_end: int | None = None  # the operation at which the forward of its block was over
+    scope_end: int | None = None  # the operation at which its block's forward ended
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Op:
 
 @dataclass
 class Moment:
-    """What is alive at one operation, by kind, in bytes as the allocator counts them."""
+    """What is alive at one operation, in bytes, by kind; `allocated` as the allocator counts it."""
 
     op: int
     phase: str
@@ -55,23 +55,23 @@ class Moment:
 
 @dataclass
 class Trace:
-    """All that a step does, after the tensors that are there before it."""
+    """All operations of a step, and all storages, including those from before the step."""
 
     ops: list[Op]
-    events: list[tuple[Storage, bool]]  # allocated (True) or freed; those before the step too
-    begun: int  # the event that the step begins with
+    events: list[tuple[Storage, bool]]  # allocated (True) or freed, from before the step on
+    begun: int  # index of the first event of the step
     pages: int  # bytes of the optimizer's state in CUDA's managed memory
 
     @property
     def resident(self) -> int:
-        """Bytes of the tensors that are alive as the step begins."""
+        """Bytes of the tensors that exist before the step."""
         return sum(s.nbytes if taken else -s.nbytes for s, taken in self.events[:self.begun])
 
     def replay(self, limit: float = float("inf"), workspace: int = 0, watch=None) -> Allocator:
-        """The allocations through torch's allocator (imitated), its peaks those of the step.
+        """Replay the allocations through the simulated allocator; its peaks are those of the step.
 
-        MemoryError where `limit` bytes are too few. workspace: bytes that torch takes for cuBLAS
-        and keeps. `watch(allocator, n)` is called after each event n of the step.
+        Raises MemoryError where `limit` bytes are too few. workspace: bytes that torch takes for
+        cuBLAS and keeps. watch(allocator, n): called after each event n of the step.
         """
         allocator, blocks = Allocator(limit), {}
         if workspace:
@@ -88,11 +88,11 @@ class Trace:
         return allocator
 
     def peak(self, workspace: int = 0) -> Moment:
-        """The moment of most allocated bytes, the first of them."""
+        """The first moment at which the most bytes are allocated."""
         return max(self.moments(workspace), key=lambda m: m.allocated)
 
     def moments(self, workspace: int = 0) -> list[Moment]:
-        """The step, an entry an operation for which something was taken."""
+        """One entry for each operation of the step that allocates something."""
         found: dict[int, Moment] = {}
         kinds, by_block = defaultdict(int), defaultdict(int)
         kinds["matmul workspace"] = workspace
@@ -122,7 +122,7 @@ class Trace:
 
 
 def kind_of(storage: Storage) -> str:
-    """What bytes are for: named, or from where they were made and how long they lived."""
+    """The kind of a storage: its name, or what its origin and lifetime imply."""
     if storage.kind:
         return storage.kind
     if storage.phase == "forward":

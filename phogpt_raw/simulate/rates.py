@@ -1,6 +1,6 @@
-"""What published sources and measurements say of GPUs that a simulated step is to run on.
+"""Speeds and memory of the GPUs that can be simulated, each with its source.
 
-Each rate has its source; where sources differ, or there is none, a rate is a range.
+Where sources differ, or there is none, a rate is a range.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Rates:
-    """What a card sustains, (low, high) where sources differ or there is none.
+    """What a card sustains, as (low, high).
 
-    matmul: FLOP/s of 16-bit matrix products; attention: its kernel's, as a share of these;
-    bandwidth: bytes/s, read and written; launch: seconds from one kernel of a CUDA graph to the
-    next; host: seconds that Python takes to name one eagerly.
+    matmul: FLOP/s of 16-bit matrix products. attention: the attention kernel's rate as a share of
+    matmul. bandwidth: bytes/s, read and written. launch: seconds from one kernel of a CUDA graph to
+    the next. host: seconds that Python needs to launch one kernel eagerly.
     """
 
     matmul: tuple[float, float]
@@ -29,14 +29,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Known:
-    """A GPU that need not be here: `card` as a run would see it, `rates` for the simulation."""
+    """A GPU that can be simulated: `card` as a run would see it, and its rates."""
 
     card: Card
     rates: Rates
 
 
 T = 1e12
-COLAB = (50e-6, 150e-6)  # its cores are two to four times slower than those the 36 us are from
+COLAB = (50e-6, 150e-6)  # host; its cores are two to four times slower than those measured
 EFFICIENT = "attention 15 % of the matmul rate (measured on an H200 with this kernel) to 40 " \
             "(assumed)"
 KNOWN = {
@@ -62,16 +62,16 @@ KNOWN = {
         "matmul as measured, 645 TFLOP/s in fp16 to 675 in bf16; the others fitted to 24 measured "
         "steps (LOG.md)")),
 }
-CONTEXT = 0.81 * GIB  # of CUDA, kernels loaded; an H200's. Smaller on cards of fewer processors
+CONTEXT = 0.81 * GIB  # bytes of CUDA's context with its kernels, on an H200; smaller GPUs take less
 
 
 def known(name: str) -> Known:
-    """A card and its rates by its short name; Refusal for one that is not in the list."""
+    """A card and its rates by short name; raises Refusal for an unknown one."""
     known_card(name)
     return KNOWN[name.lower()]
 
 
 def matmul_workspace(card: Card) -> int:
-    """Bytes that torch takes for cuBLAS at its first product and keeps (CUDABlas.cpp, torch 2.10 to
-    2.13: 32 MiB on Hopper, else two buffers of 4 MiB and eight of 16 KiB)."""
+    """Bytes that torch allocates for cuBLAS at the first matrix product and keeps (CUDABlas.cpp,
+    torch 2.10 to 2.13: 32 MiB on Hopper, else two buffers of 4 MiB and eight of 16 KiB)."""
     return 32 * MIB if card.capability[0] == 9 else 8320 * 1024

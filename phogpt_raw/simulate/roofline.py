@@ -1,9 +1,9 @@
-"""How long a step would take on a GPU: each operation as long as its arithmetic or its memory.
+"""Estimate the time of a step on a GPU from its operations, by the roofline model.
 
-The larger of FLOPs over the sustained rate and bytes over the sustained bandwidth, and a launch
-(Williams et al. 2009, doi:10.1145/1498765.1498785). Left out: caches, overlap, and the difference
-between matrix shapes, which share one rate. Where the host is slower than the GPU an eager step
-takes at least the time that Python needs to launch its kernels.
+An operation takes the larger of FLOPs over the sustained rate and bytes over the sustained
+bandwidth, plus a launch (Williams et al. 2009, doi:10.1145/1498765.1498785). Not modelled: caches,
+overlap, and the shapes of matrices, which all share one rate. An eager step takes at least the time
+in which Python launches its kernels.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,8 @@ from phogpt_raw.simulate.rates import Rates
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of a step at the card's better and worse rates; `host`: what Python needs eagerly."""
+    """Seconds of a step: `low` and `high` at the card's better and worse rates; `host`: what Python
+    needs to launch its kernels eagerly, (low, high)."""
 
     low: float
     high: float
@@ -27,23 +28,23 @@ class Seconds:
 
     @property
     def eager(self) -> float:
-        """Of an eager step, in the middle: the card's time or the host's, whichever is longer."""
+        """An eager step: the middle of the card's time or of the host's, whichever is longer."""
         return max(self.middle, sum(self.host) / 2)
 
     @property
     def host_bound(self) -> bool:
-        """Whether an eager step waits for Python rather than for the card."""
+        """Whether an eager step always waits for Python rather than for the card."""
         return self.host[0] > self.high
 
 
 def op_seconds(op: Op, rates: Rates, at: int) -> float:
-    """Of one operation at the low (0) or high (1) rates."""
+    """Seconds of one operation at the low (at = 0) or high (1) rates."""
     rate = rates.matmul[at] * (rates.attention[at] if "attention" in op.name else 1)
     return max(op.flops / rate, op.moved / rates.bandwidth[at]) + rates.launch[1 - at]
 
 
 def step_seconds(ops: Iterable[Op], rates: Rates) -> Seconds:
-    """Of a step that runs as CUDA graphs."""
+    """Seconds of a step that runs as CUDA graphs."""
     ops = list(ops)
     slow, fast = (sum(op_seconds(op, rates, at) for op in ops) for at in (0, 1))
     return Seconds(fast, slow, tuple(len(ops) * host for host in rates.host))

@@ -1,15 +1,16 @@
-"""The step on tensors that have shapes and no values: its bytes and its arithmetic, on any laptop.
+"""Record a training step on tensors without values: its memory and its FLOPs, on any laptop.
 
-This is no second description of the step. It builds the module tree that trains, on torch's meta
-device, and runs `train_step` itself. A dispatch mode sees every operation with the bytes that it
-reads and writes, and every storage from its first tensor to its last. Change the step, and its
-trace changes.
+This is not a second description of the step. It builds the modules that train, on torch's meta
+device, and runs `train_step` itself. A dispatch mode records every operation with the bytes that it
+reads and writes, and when every storage is created and freed. A change of the step changes its
+trace.
 
-32-bit AdamW is one fused kernel on a GPU and several operations here; it is never at the peak. Two
-things must be given from outside: the kernel that attention takes on the GPU in question, and
-the workspace that torch keeps for cuBLAS there. Memory that a kernel takes only while it runs is
-not seen; it is not at the peak. Meta tensors are used because fake tensors of device cuda abort the
-process where torch is built without CUDA.
+Two things differ from a GPU, neither at the peak: 32-bit AdamW is several operations here and one
+fused kernel there; and memory that a kernel takes only while it runs is not seen. Two things must
+be given: the attention kernel of the GPU, and the workspace that torch keeps there for cuBLAS.
+
+The tensors are meta tensors because fake tensors of device cuda abort the process where torch is
+built without CUDA.
 """
 
 import weakref
@@ -34,14 +35,14 @@ META = torch.device("meta")
 
 
 class Kernels(NamedTuple):
-    """What torch takes for attention on a card: with a bias, and without one, causal."""
+    """The attention kernels that torch chooses on a card: with a bias, and causal without one."""
 
     bias: SDPBackend
     causal: SDPBackend
 
 
 class Recorder(TorchDispatchMode):
-    """Sees what runs on meta tensors; `kernels` are those of the card."""
+    """Records the operations on meta tensors; `kernels`: the attention kernels of the card."""
 
     def __init__(self, kernels: Kernels):
         super().__init__()
@@ -69,7 +70,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        """Note a tensor's storage, if it is new; `kind` says what it is for."""
+        """Record a tensor's storage if it is new; `kind`: what it is for."""
         whole = tensor.untyped_storage()
         key = storage_key(whole)
         if key in self.alive:
@@ -88,7 +89,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def following(self, modules: Iterable[tuple[str, torch.nn.Module]]):
-        """Storages made while one of `modules` runs belong to the scope of its name."""
+        """Record storages that are made while one of `modules` runs under the module's name."""
 
         def leave(*_):
             for storage in self.scopes.pop()[1]:
@@ -108,7 +109,7 @@ class Recorder(TorchDispatchMode):
 
 
 def tensors(found) -> Iterator[torch.Tensor]:
-    """Those among an operation's arguments or results, in lists too."""
+    """All tensors among an operation's arguments or results, those in lists too."""
     if isinstance(found, torch.Tensor):
         yield found
     elif isinstance(found, (list, tuple, ValuesView)):
@@ -118,7 +119,7 @@ def tensors(found) -> Iterator[torch.Tensor]:
 
 @cache
 def is_view(func) -> bool:
-    """Whether an operation runs no kernel: it returns a view, or memory without values."""
+    """Whether an operation runs no kernel: it returns a view, or uninitialised memory."""
     if func.is_view or func in NO_KERNEL or func.namespace == "profiler":
         return True
     returns = schema_of(func).returns
@@ -129,14 +130,14 @@ NO_KERNEL = {private_apis.unsafe_view(), aten.empty.memory_format, aten.empty_li
              aten.empty_strided.default, aten.new_empty.default, aten.detach.default}
 PICKS = {aten.embedding.default, aten.gather.default, aten.index_select.default,
          aten.scatter_.src}
-OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}  # unread
+OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}  # their target is not read
 
 
 def flops(func, args, kwargs, out) -> float:
-    """FLOPs of an operation's matrix products, two a multiplication and addition.
+    """FLOPs of an operation's matrix products; a multiplication and an addition are two.
 
-    torch's own formulas, and its addmm's for addmm in place, which they do not know. Attention's
-    count every key a block of queries is given, causal or not, as the kernels with a bias do.
+    The formulas are torch's, and addmm's also for addmm_, which torch leaves out. Attention counts
+    every key that a block of queries is given, also masked ones, as the kernels with a bias do.
     """
     if private_apis.is_document_attention(func):
         return document_flops(func, args)
@@ -146,10 +147,10 @@ def flops(func, args, kwargs, out) -> float:
 
 
 def document_flops(func, args) -> float:
-    """FLOPs of the two products forward, or of the five backward, of variable-length attention, as
-    if each document were as long as the longest, and twice that.
+    """FLOPs of variable-length attention: two products forward, five backward, each document
+    counted as long as the longest, times two.
 
-    Twice, because the memory-efficient kernel for heads wider than 128 took 1.1 to 2.4 times as
+    Times two, because the memory-efficient kernel for heads wider than 128 took 1.1 to 2.4 times as
     long per key as the same kernel with a bias (on an H100; keys counted alike, causal or not).
     """
     named = dict(zip((a.name for a in schema_of(func).arguments), args, strict=False))
@@ -160,8 +161,8 @@ def document_flops(func, args) -> float:
 
 
 def moved(func, args, kwargs, made: list[torch.Tensor]) -> int:
-    """Bytes that an operation reads and writes, each tensor once."""
-    if func in PICKS:  # rows of a large tensor: what is picked is read and written
+    """Bytes that an operation reads and writes, each tensor counted once."""
+    if func in PICKS:  # only the picked rows of a large tensor are read and written
         return 2 * sum(map(touched, made if func is not aten.scatter_.src else [args[3]]))
     read = [*tensors(args), *tensors(kwargs.values())]
     if schema_of(func).is_mutable:  # the results are among the arguments
@@ -173,7 +174,7 @@ def moved(func, args, kwargs, made: list[torch.Tensor]) -> int:
 
 
 def touched(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor that a kernel reads or writes; what is expanded lies in memory once."""
+    """Bytes of a tensor that a kernel reads or writes; expanded dimensions count once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride else 1
@@ -181,13 +182,13 @@ def touched(tensor: torch.Tensor) -> int:
 
 
 def trace_step(training: Training, window: Window, kernels: Kernels) -> Trace:
-    """A step over a model from base_on_meta with adapters, in which attention takes `kernels`."""
+    """The trace of a step over a model from base_on_meta with adapters; `kernels`: the card's."""
     recorder, model = Recorder(kernels), training.model.train()
     name_residents(recorder, training)
     begun = len(recorder.events)
     with recorder, recorder.following(scopes(model)):
         train_step(training, window, recorder.mark)
-    # A copy: as these tensors are freed the recorder would note them after the trace's end.
+    # A copy: when the tensors are freed later, the recorder adds events to its own list.
     return Trace(recorder.ops, list(recorder.events), begun, paged_bytes(training.optimizer))
 
 
@@ -200,8 +201,8 @@ def scopes(model: PhoGPT) -> Iterable[tuple[str, torch.nn.Module]]:
 
 
 def name_residents(recorder: Recorder, training: Training) -> None:
-    """Tell the recorder what each tensor that is there before the step is for; paged ones are not
-    in torch's allocator and are left out."""
+    """Name the tensors that exist before the step by their purpose. Paged ones are not in torch's
+    allocator and are left out."""
     model, adapters = training.model, training.adapters
     for name, tensor in training.optimizer.state[adapters.flat].items():
         if isinstance(tensor, torch.Tensor) and name not in ("state1", "state2"):

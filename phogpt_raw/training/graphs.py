@@ -1,20 +1,20 @@
-"""The model's forward and backward as CUDA graphs: thousands of kernels, no Python between them.
+"""The model's forward and backward as CUDA graphs, so that Python launches no kernels one by one.
 
-At 512 tokens of PhoGPT-7B5 the GPU works for 50 ms on a micro-batch, and Python needs twice that to
-launch its kernels one by one. A CUDA graph is that list of kernels, recorded once and replayed by
-the GPU. Its inputs and outputs stay at their addresses, so a graph serves one shape: micro-batch x
+At 512 tokens of PhoGPT-7B5 the GPU works 50 ms on a micro-batch, and Python needs twice that to
+launch its thousands of kernels. A CUDA graph is that list of kernels, recorded once and replayed by
+the GPU. Its inputs and outputs keep their addresses, so a graph serves one shape: micro-batch x
 length, with or without documents, and one recompute depth.
 
-A shape runs eagerly when it is first seen, which shows that it fits in memory, and is captured when
-it is seen again. The loss between forward and backward is few kernels and stays eager, so the
-number of supervised rows may change.
+A shape runs eagerly the first time, which shows that it fits in memory, and is captured the second
+time. The loss between forward and backward has few kernels and stays eager, so the number of
+supervised rows may vary.
 
-Memory is the difficult part. Graphs have a memory pool of their own, closed to everything else, and
-memory freed on one stream serves that stream alone. So work that is large and never runs between a
-graph's forward and its backward (the eager step of another shape, an evaluation) allocates from
-that pool and on that stream. The loss, which does run there, must not. While a pool is in use torch
-gives nothing of its cache back when memory is full, so rows of many long lengths can exhaust it;
-then limits.py drops the graphs and does the work again without.
+Memory is the difficult part. Graphs have their own memory pool, and torch does not lend it to other
+work; memory freed on one stream can be reused on that stream only. So large work that never runs
+between a graph's forward and its backward (the eager step of another shape, an evaluation)
+allocates from that pool, on the graphs' stream. The loss does run in between and must not. While
+a pool is in use torch cannot release its cached memory when the GPU is full, so rows of many long
+lengths can exhaust it. Then limits.py drops the graphs and repeats the work without them.
 
 B micro-batch, L length, D hidden.
 """
@@ -32,15 +32,15 @@ from phogpt_raw.messages import _
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.limits import Limits
 
-SHAPES = 64  # captured at most; each graph costs the driver some memory
-WORTH = 10  # micro-batches that must still come; capturing takes about as long as these save
+SHAPES = 64  # shapes captured at most; each graph takes some driver memory
+WORTH = 10  # micro-batches still to come; capturing takes about as long as these save
 
 
 class GraphedModel:
     """A PhoGPT for training: called like the model, with the same hidden states and gradients.
 
-    `flat` is the adapters' flat parameter. The adapters and their scaling must stay as they are;
-    their weights may change. Where `limits.graphs` is off it is the model.
+    flat: the adapters' flat parameter. The adapters' tensors and scaling must not be replaced;
+    their values may change. Where `limits.graphs` is off it calls the model.
     """
 
     def __init__(self, model: PhoGPT, flat: nn.Parameter, limits: Limits):
@@ -49,12 +49,12 @@ class GraphedModel:
         self.seen: set[tuple] = set()
         self.graphs: dict[tuple, Graphs | None] = {}
         self.expected: Counter | None = None  # micro-batches of each (B, L) to come; None: unknown
-        self.replayed: set[Graphs] = set()  # in this step; and those captured in it
-        self.new: set[Graphs | None] = set()
+        self.replayed: set[Graphs] = set()  # in this step
+        self.new: set[Graphs | None] = set()  # captured in this step
 
     def __call__(self, ids_BL: torch.Tensor, doc_BL: torch.Tensor | None = None,
                  recompute: int = 0, bounds: DocumentBounds | None = None) -> torch.Tensor:
-        """Hidden states [B, L, D]; those of a replay are overwritten by the next one."""
+        """Hidden states [B, L, D]; the next replay overwrites those of a replay."""
         how = {"recompute": recompute, "bounds": bounds}
         if not self.limits.graphs:
             return self.model(ids_BL, doc_BL, **how)
@@ -81,7 +81,7 @@ class GraphedModel:
 
     @contextmanager
     def memory(self):
-        """Work on the graphs' stream, in their memory; never between a forward and its backward."""
+        """Run on the graphs' stream, in their pool; never between a forward and its backward."""
         if not self.limits.graphs:
             yield
             return
@@ -92,11 +92,11 @@ class GraphedModel:
         outside.wait_stream(self.stream)
 
     def capture(self, ids_BL, doc_BL, how: dict) -> "Graphs | None":
-        """Record forward, and backward into the adapters' gradients; neither is run.
+        """Record forward, and backward into the adapters' gradients; runs neither.
 
-        None where memory is too full for it; the shape stays eager then.
+        None where memory is too full; the shape then stays eager.
         """
-        torch.cuda.empty_cache()  # while capturing, nothing cached can be given back
+        torch.cuda.empty_cache()  # during a capture cached memory cannot be released
         ids_BL, doc_BL = ids_BL.clone(), doc_BL if doc_BL is None else doc_BL.clone()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         into = {"pool": self.pool.id, "stream": self.stream}
@@ -108,7 +108,7 @@ class GraphedModel:
             with torch.cuda.graph(backward, **into), \
                     torch.autograd.set_multithreading_enabled(False):
                 hidden_BLD.backward(gradient_BLD)
-        except RuntimeError as error:  # also one of ending the capture, raised on the way out
+        except RuntimeError as error:  # out of memory may appear as an error of ending the capture
             if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
                 raise
             return None
@@ -116,7 +116,7 @@ class GraphedModel:
         return Graphs(ids_BL, doc_BL, hidden_BLD.detach(), gradient_BLD, forward, backward, saved)
 
     def release(self) -> None:
-        """Give the graphs' memory back; nothing that lies in it may be used afterwards."""
+        """Free the graphs' memory; nothing in it may be used afterwards."""
         torch.cuda.synchronize()
         self.graphs, self.replayed, self.new = {}, set(), set()
         gc.collect()
@@ -124,11 +124,11 @@ class GraphedModel:
         torch.cuda.empty_cache()
 
     def peak_bytes(self) -> int:
-        """The most memory in use since torch's peak was reset and this was last asked.
+        """The most memory in use since torch's peak was reset and since the last call.
 
-        torch counts a graph's own memory as free once it is captured, so the saved activations of
-        a replay do not show in `torch.cuda.max_memory_allocated`; the loss beside them does. While
-        it is captured they do.
+        torch counts a graph's own memory as free once it is captured. So
+        `torch.cuda.max_memory_allocated` includes the loss of a replayed step but not its saved
+        activations; they are added here. During a capture torch counts them itself.
         """
         saved = max((graphs.saved for graphs in self.replayed - self.new), default=0)
         self.replayed, self.new = set(), set()
@@ -137,9 +137,9 @@ class GraphedModel:
 
 @dataclass(frozen=True, eq=False)
 class Graphs:
-    """Two graphs and the tensors at their ends, which stay where they are.
+    """A forward and a backward graph and their input and output tensors, at fixed addresses.
 
-    `saved`: bytes of the activations between the two.
+    saved: bytes of the activations that forward leaves for backward.
     """
 
     ids_BL: torch.Tensor
@@ -152,7 +152,7 @@ class Graphs:
 
 
 class Replay(torch.autograd.Function):
-    """Takes `flat` so that autograd calls backward; its gradient the graph adds to flat.grad."""
+    """Takes `flat` so that autograd calls backward; the graph itself adds to flat.grad."""
 
     @staticmethod
     def forward(ctx, flat, graphs: Graphs, ids_BL, doc_BL):
@@ -171,7 +171,7 @@ class Replay(torch.autograd.Function):
 
 
 def why_not(model: PhoGPT, device: str, wanted: bool) -> str | None:
-    """The reason not to capture this model, None where it can be."""
+    """The reason why this model cannot be captured; None where it can."""
     if not wanted:
         return "--no-capture"
     if device != "cuda":

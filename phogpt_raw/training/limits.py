@@ -1,6 +1,6 @@
-"""How much a step takes of the GPU's memory at once, and what gives way when that is too much.
+"""How much GPU memory a step may use at once, and what is given up when that is too much.
 
-The step reads the limits each time, so a run can go on with less after it has run out of memory.
+Every step reads the limits, so a run can continue with lower ones after it has run out of memory.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from phogpt_raw.messages import _
 
 @dataclass
 class Limits:
-    """Mutable on purpose; none of the values changes what a step computes, only how."""
+    """Mutable, so that a run can change them. No value changes the result of a step."""
 
-    micro_batch: int  # examples that go through the model at once
-    chunk_rows: int  # supervised rows whose logits exist at once
-    recompute: int = 0  # blocks, from the first, that backward computes again
+    micro_batch: int  # rows in one pass through the model
+    chunk_rows: int  # supervised rows whose logits are in memory at once
+    recompute: int = 0  # blocks, from the first, that backward recomputes
     graphs: bool = False  # forward and backward run as CUDA graphs
 
 
 def retry_without_graphs(work: Callable, training, say: Callable[[str], None]) -> Callable:
-    """`work`; where it runs out of memory it is done once more, without CUDA graphs from then on.
+    """`work`, repeated without CUDA graphs if it runs out of memory with them; graphs stay off.
 
-    `work` must be able to begin again: train_step clears its gradients first and updates last.
+    `work` must be repeatable: train_step clears its gradients first and updates last.
     """
 
     def attempt(*args):
@@ -33,7 +33,7 @@ def retry_without_graphs(work: Callable, training, say: Callable[[str], None]) -
         except torch.OutOfMemoryError:
             if not training.limits.graphs:
                 raise
-        # Not inside `except`: the traceback there keeps all activations alive.
+        # Outside `except`, whose traceback would keep all activations alive.
         training.limits.graphs = False
         training.forward.release()
         say(_("GPU memory is too full for CUDA graphs: going on without, as with --no-capture"))

@@ -1,4 +1,4 @@
-"""DIR/metrics.jsonl: one row for each step and each evaluation, and what a step cost."""
+"""DIR/metrics.jsonl: one row for each step and each evaluation, with the cost of each step."""
 
 import json
 import math
@@ -19,9 +19,9 @@ from phogpt_raw.training.step import StepStats, Training
 
 @dataclass(frozen=True)
 class StepRow:
-    """A step's row: `tokens` carry loss, `tokens_per_s` counts all; `peak_gib` is None on a CPU;
-    `skipped` counts the run's skipped steps so far; `rows` went through the model, `fill` is the
-    share of them that is not padding."""
+    """The row of a step. tokens: those that carry loss. tokens_per_s: counts all tokens. peak_gib:
+    None on a CPU. skipped: skipped steps of the run so far. rows: rows that went through the model.
+    fill: the share of their tokens that is not padding."""
 
     step: int
     loss: float
@@ -37,19 +37,19 @@ class StepRow:
 
 
 class Metrics:
-    """The file of a run; rows after `step` are dropped (a resumed run writes them again).
-    `tensorboard`: the same values for TensorBoard, in folder/tensorboard."""
+    """The metrics file of a run; rows after `step` are dropped, since a resumed run writes them
+    again. tensorboard: write the same values to folder/tensorboard."""
 
     def __init__(self, folder: Path, step: int, training: Training, tensorboard: bool = False):
         self.file, self.training = folder / "metrics.jsonl", training
-        self.started = self.seconds = 0.0  # of the step: its beginning, its duration
-        kept = whole_rows(self.file) if step else []  # a torn row is of a later step
+        self.started = self.seconds = 0.0  # when the step began, and how long it took
+        kept = whole_rows(self.file) if step else []  # an incomplete row belongs to a later step
         kept = [row for row in kept if json.loads(row)["step"] <= step]
         write_text(self.file, "".join(row + "\n" for row in kept))
         self.board = tensorboard and summary_writer()(folder / "tensorboard", purge_step=step + 1)
 
     def begin(self) -> None:
-        """A step begins: its time and its peak memory count from here."""
+        """Start measuring a step's time and peak memory."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.started = time.perf_counter()
@@ -75,7 +75,7 @@ class Metrics:
                             stops=score.stops))
 
     def write(self, row: dict) -> None:
-        """Append a row; JSON has no NaN and no Infinity, so those become null."""
+        """Append a row; NaN and infinity become null, since JSON has neither."""
         row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                for name, value in row.items()}
         with self.file.open("a") as metrics:
@@ -88,7 +88,7 @@ class Metrics:
 
 
 def summary_writer():
-    """torch's SummaryWriter; Refusal where the package that it needs is missing."""
+    """torch's SummaryWriter; raises Refusal where the package tensorboard is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -98,7 +98,7 @@ def summary_writer():
 
 
 def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
-    """(rows of steps, rows of evaluations) of a run's metrics.jsonl, none where there is no file.
+    """(rows of steps, rows of evaluations) of a run's metrics.jsonl; empty where there is no file.
 
     null stands for a value that was not finite.
     """
@@ -107,7 +107,8 @@ def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def whole_rows(file: Path) -> list[str]:
-    """The lines of a metrics.jsonl but one torn by a power cut; none where there is no file."""
+    """The complete lines of a metrics.jsonl, without one cut off by a power failure; empty where
+    there is no file."""
     lines = file.read_text("utf-8").splitlines() if file.is_file() else []
     return [line for line in lines if line.endswith("}")]
 

@@ -1,8 +1,9 @@
-"""The optimizer of the flat adapter buffer: AdamW with 8-bit state, in paged memory.
+"""The optimizer of the flat adapter buffer: AdamW with 8-bit state in paged memory.
 
-Dettmers et al. 2022 (arXiv:2110.02861): both moments as 8-bit values with one scale for each block
-of 256. Paged means CUDA's managed memory, which moves to the host when the GPU is full.
-bitsandbytes' `load_state_dict` would make it plain device memory; `load_state` keeps the pages.
+Both moments are 8-bit values with one scale for each block of 256 (Dettmers et al. 2022,
+arXiv:2110.02861). Paged memory is CUDA's managed memory, which moves to the host when the GPU is
+full. bitsandbytes' `load_state_dict` would replace it by ordinary device memory; `load_state` keeps
+the pages.
 """
 
 import math
@@ -13,10 +14,10 @@ from phogpt_raw.private_apis import make_state
 
 
 def make_optimizer(flat: torch.nn.Parameter, kind: str, lr: float, weight_decay: float):
-    """`paged_adamw_8bit` (plain 8-bit on the CPU, which has no pages) or 32-bit `adamw`.
+    """`paged_adamw_8bit` (not paged on a CPU) or 32-bit `adamw`.
 
-    Its state is there from the start, so that an update allocates nothing: a step that runs out of
-    memory does so before anything has changed, and can be tried again.
+    The state is allocated at the start, so an update allocates nothing. A step that runs out of
+    memory therefore does so before it has changed anything, and can be repeated.
     """
     settings = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     device = flat.device.type
@@ -37,16 +38,16 @@ def make_optimizer(flat: torch.nn.Parameter, kind: str, lr: float, weight_decay:
 
 
 def paged_bytes(optimizer) -> int:
-    """Bytes of the state that a GPU run keeps in paged memory: the 8-bit moments, none in 32 bits.
+    """Bytes of the state in paged memory on a GPU: the 8-bit moments; 0 for 32 bits.
 
-    torch's allocator does not see them.
+    torch's allocator does not count them.
     """
     return sum(tensor.nbytes for state in optimizer.state.values()
                for name, tensor in state.items() if name in ("state1", "state2"))
 
 
 def lr_at(step: int, steps: int, peak: float, warmup: int, floor: float) -> float:
-    """Learning rate of applied step 0, 1, …: linear up to the peak, a cosine down to floor * peak.
+    """Learning rate of applied step 0, 1, …: linear to the peak, then a cosine to floor * peak.
 
     >>> [round(lr_at(s, 10, 1.0, 2, 0.1), 2) for s in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.55, 0.1]
@@ -58,7 +59,7 @@ def lr_at(step: int, steps: int, peak: float, warmup: int, floor: float) -> floa
 
 
 def load_state(optimizer, saved: dict) -> None:
-    """Copy a saved state_dict into the optimizer's own tensors, which stay where they are.
+    """Copy a saved state_dict into the optimizer's own tensors, which keep their addresses.
 
     Older checkpoints have no state before the first applied step, and an AdamW that is not fused.
     """

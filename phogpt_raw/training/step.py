@@ -1,12 +1,12 @@
 """One optimizer step.
 
 The loss of a window is a sum over its micro-batches, divided once by the supervised tokens of the
-whole window, so a step is the same however the window is split. (To average each micro-batch and
-then the averages gives the tokens of short answers more weight, a common mistake.)
+whole window. So a step is the same for any split into micro-batches. (Averaging each micro-batch
+and then the averages is a common mistake: it gives the tokens of short answers more weight.)
 
-`mark` names the phases: train.py passes nothing, bench/ a stopwatch or a memory meter.
-Micro-batches and clipping are queued without waiting for the GPU; a step waits once, in the update,
-where the paged optimizer waits for its pages.
+train_step calls `mark` with the name of each phase: train.py passes nothing, bench/ a stopwatch or
+a memory meter. Micro-batches and clipping are queued without waiting for the GPU. A step waits
+once, in the update, where the paged optimizer waits for its pages.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ SMALLEST_SCALE = 1.0  # of the loss; each skipped step halves the scale, down to
 
 @dataclass
 class Training:
-    """The parts of a step, as setup.py wires them."""
+    """The parts of a step, built by setup.py."""
 
     model: PhoGPT
     adapters: Adapters
@@ -36,13 +36,13 @@ class Training:
     scaler: torch.amp.GradScaler
     limits: Limits
     clip: float
-    forward: PhoGPT | GraphedModel  # what a step calls: the model, or its CUDA graphs
+    forward: PhoGPT | GraphedModel  # the model, or its CUDA graphs
 
 
 @dataclass(frozen=True)
 class StepStats:
     """Scalars on the device: loss (nats per token), gradient norm before clipping, loss scale, and
-    1.0 where the update was skipped (None in a simulation, which has no values)."""
+    1.0 if the update was skipped (None in a simulation, which has no values)."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -56,9 +56,9 @@ def unmarked(phase: str) -> None:
 
 def train_step(training: Training, window: Window,
                mark: Callable[[str], None] = unmarked) -> StepStats:
-    """Accumulate the window's gradient in flat.grad, clip its true norm, update the adapters.
+    """Accumulate the window's gradient in flat.grad, unscale and clip it, update the adapters.
 
-    Can be called again after torch.OutOfMemoryError: nothing has changed until the update, which
+    It can be called again after torch.OutOfMemoryError: nothing changes before the update, which
     allocates no more than a scalar.
     """
     model, limits = training.forward, training.limits
@@ -68,7 +68,7 @@ def train_step(training: Training, window: Window,
     flat.grad.zero_()
     one = torch.ones((), device=flat.device)
     scale = scaler.scale(one).clamp(min=SMALLEST_SCALE)
-    scaler.update(scale)  # also clears what a step that ran out of memory left in the scaler
+    scaler.update(scale)  # also resets the scaler after a step that ran out of memory
     loss, supervised = torch.zeros_like(one), one * window.supervised
 
     for batch in window.micro_batches(limits.micro_batch):
@@ -76,19 +76,19 @@ def train_step(training: Training, window: Window,
         mark("forward")
         hidden = model(batch.ids_BL, batch.doc_BL, bounds=batch.bounds,
                        recompute=limits.recompute)  # [B, L, D]
-        hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D], what carries loss
+        hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D], the supervised rows
         share = summed_loss(hidden, model.head, batch.targets_T, limits.chunk_rows) / supervised
         del hidden  # backward does not need it
         mark("backward")
-        # On this thread: autograd's own would trade Python's lock with ours for each function of
-        # ours, a third of a short step.
+        # On this thread. autograd's own thread would exchange Python's lock with this one at each
+        # of our autograd functions, which takes a third of a short step.
         with torch.autograd.set_multithreading_enabled(False):
             scaler.scale(share).backward()
         loss += share.detach()
 
     mark("clip")
     scaler.unscale_(optimizer)
-    skipped = found_inf(scaler, optimizer)  # a flag on the device: a gradient is inf or nan
+    skipped = found_inf(scaler, optimizer)  # 1.0 on the device if a gradient is inf or nan
     grad_norm = clip_grad_norm_([flat], training.clip)
 
     mark("optimizer")

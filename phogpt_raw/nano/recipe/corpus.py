@@ -34,7 +34,8 @@ def read_json_lines(path: str | Path, *keys: str) -> Iterator[tuple[str, ...]]:
 
 
 def is_held_out(title: str, share: float = 0.015) -> bool:
-    """A choice by the title's hash: it does not depend on the order or the number of articles."""
+    """Whether an article is held out, by its title's hash: independent of the order and number of
+    articles."""
     digest = hashlib.sha256(unicodedata.normalize("NFC", title).casefold().encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -44,12 +45,12 @@ CLEANINGS = [  # in this order, on one line
     (r"[^\S\n]+", " "),
     (r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1"),  # [[target|words]]
     (r"\{\{[^{}]*\}\}|</?\w+[^<>]{0,80}>|\[\d+\]|'''?", ""),
-    (r"\(\s*(?:[-–?.…,;:/\s]|\b(?:tiếng|chữ) [\w ]{1,12}:)*\)", ""),  # a template stood here
+    (r"\(\s*(?:[-–?.…,;:/\s]|\b(?:tiếng|chữ) [\w ]{1,12}:)*\)", ""),  # remains of a template
     (r"\(\s*[,;:]\s*", "("),
     (r"\s*[,;:]\s*\)", ")"),
     (r"\s+([.,;:!?)”])", r"\1"),
     (r"\(\s+", "("),
-    (r"([a-zà-ỹ]{2}[.!?])([A-ZÀ-ỸĐ][a-zà-ỹ])", r"\1 \2"),  # where a reference mark stood
+    (r"([a-zà-ỹ]{2}[.!?])([A-ZÀ-ỸĐ][a-zà-ỹ])", r"\1 \2"),  # a reference mark was removed here
     (r" {2,}", " "),
 ]
 CLEANINGS = [(re.compile(pattern), by) for pattern, by in CLEANINGS]

@@ -1,4 +1,4 @@
-"""The loss, and its sum over a whole stream. In nats. B rows, L tokens of a row."""
+"""The pretraining loss in nats, of rows and of a whole stream. B rows, L tokens of a row."""
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ def evaluate(
 ) -> list[float]:
     """[sum of the loss, number of predicted tokens] over the stream, `rows` rows at a time.
 
-    The last row is as short as what is left of the stream.
+    The last row is what is left of the stream, and may be shorter.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=stream.device)
     starts = torch.arange(0, len(stream) - seq_len, seq_len, device=stream.device)

@@ -1,6 +1,6 @@
-"""The pretraining loop. It keeps the weights of the lowest held-out loss, not the last ones.
+"""The pretraining loop; it keeps the weights of the lowest held-out loss, not the last ones.
 
-A small text is read many times, and a model that begins to memorise it gets worse on other text.
+A small text is read many times. When a model begins to memorise it, it gets worse on other text.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from phogpt_raw.nano.recipe.stream import batches, steps_of_epoch
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.optim import lr_at
 
-LR_FLOOR = 0.1  # the last learning rate, as a share of the peak
+LR_FLOOR = 0.1  # the final learning rate as a share of the peak
 PRINT_EVERY = 50  # steps
 
 

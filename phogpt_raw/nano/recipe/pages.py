@@ -1,7 +1,7 @@
-"""Pages of questions and answers in VinAI's prompts: which questions, and how they are joined.
+"""Build training pages: choose questions, and join them with their answers in VinAI's prompts.
 
 A page is one document of six to ten unrelated questions and answers, with a single </s> at its end.
-So the base learns to go on to the next question after an answer; fine-tuning has to teach it to
+So the base learns to continue with the next question after an answer. Fine-tuning must teach it to
 stop there.
 """
 
@@ -18,9 +18,9 @@ TEMPLATES = {  # VinAI's two prompts, and the text between two questions of a pa
 
 
 def choose(questions: list[Question], length: int, cap: int, rng: random.Random) -> list[Question]:
-    """Questions of about `length` characters in all, at most `cap` of them about one phrase.
+    """Questions of about `length` characters in all, at most `cap` about the same phrase.
 
-    One of each kind is taken in turn until the kinds run out, so that rare kinds are included.
+    The kinds take turns, one question each, until the kinds run out; so rare kinds are included.
     """
     of_kind, times = defaultdict(list), Counter()
     for question in rng.sample(questions, len(questions)):

@@ -1,9 +1,10 @@
-"""The kinds of questions: how an answer of each kind begins, and ways to ask.
+"""The kinds of questions: how an answer of each kind begins, and ways to ask for it.
 
-CLAUSES and KINDS hold (kind, pattern, forms). `pattern` matches the beginning of the answer; its
-group x is what is asked about (KINDS: a thing; CLAUSES: an action or a clause of three words or
-more). `forms` are questions with {x} as written inside a sentence and {X} as at its beginning. A
-sentence becomes one question, of the first kind that fits, so the order matters.
+CLAUSES and KINDS hold (kind, pattern, forms). `pattern` matches the beginning of the answer. Its
+group x is the subject of the question: a thing in KINDS, an action or a clause of three words or
+more in CLAUSES. `forms` are questions with {x}, the subject as written inside a sentence, or {X},
+as written at its beginning. The order matters: a sentence becomes a question of the first kind that
+fits.
 """
 
 import re
@@ -123,7 +124,7 @@ KINDS = [
      "|cao) ",
      ["{X} làm gì?", "{X} ra sao?", *TELL]),
 ]  # fmt: skip
-TWICE = words(  # kinds of which a sentence becomes two questions
+TWICE = words(  # kinds for which a sentence becomes two questions
     "who place title isa how if why use when has usually parts can lies helps causes begins whether"
 )
 SPAN = r"(?P<x>\w[\w-]*(?: \w[\w-]*){%s,5}?)"

@@ -1,7 +1,7 @@
-"""Which phrases of a sentence a question may be about.
+"""Decide which phrases of a sentence a question may be about.
 
-Refused are pronouns, fragments that a pattern has cut in the wrong place, and nouns that refer to
-something named earlier. The word lists were tuned by reading the questions; there is no word
+Excluded are pronouns, fragments that a pattern has cut in the wrong place, and nouns that refer to
+something named earlier. The word lists were tuned by reading the questions. There is no word
 segmenter, and a few questions in a hundred are still wrong.
 """
 
@@ -12,7 +12,7 @@ def words(text: str) -> set[str]:
     return set(text.split())
 
 
-POINTING = words(  # they refer to another sentence
+POINTING = words(  # words that refer to another sentence
     "này đó ấy kia nó họ chúng hắn ta tôi mình đây ông bà ngài thế vậy nọ trên dưới sau trước"
 )
 BROKEN = words(  # not inside a noun phrase: the pattern matched past a verb or a conjunction
@@ -37,7 +37,7 @@ ENDINGS = words(  # not the last word of a noun phrase
     " tự dần bắt nhanh chóng lượt ngay gần chính đang việc đám món thích gặp chối chịu thiết mở"
     " thông sắp dễ tiếp muốn tính đứng đóng trợ xem sợ giữ tìm ép chấp xác cấp đạt định"
 )
-DANGLING = words(  # nouns that alone refer to something named earlier; _ joins syllables
+DANGLING = words(  # nouns that, alone, refer to something named earlier; _ joins syllables
     "nguyên_nhân lý_do lí_do kết_quả mục_tiêu mục_đích ví_dụ vấn_đề tên con_trai con_gái cha mẹ"
     " vợ chồng tác_giả tác_phẩm bài_hát bộ_phim album ca_khúc trò_chơi cuốn_sách truyện phim"
     " thành_phố thị_trấn huyện xã tỉnh đất_nước công_ty trường loài chi đảo trận_đấu dân_số"
@@ -67,7 +67,7 @@ UNTURNED = words(  # after these words the tail belongs to them and cannot be mo
 
 
 def is_noun_phrase(phrase: str) -> bool:
-    """Whether a question may be about it: 1 to 6 words, no pronoun, no fragment."""
+    """Whether a question may be about the phrase: 1 to 6 words, no pronoun, no fragment."""
     low = phrase.casefold().split()
     return (
         1 <= len(low) <= 6
@@ -85,7 +85,8 @@ def is_noun_phrase(phrase: str) -> bool:
 
 
 def is_clause(phrase: str, answer: str) -> bool:
-    """Whether a question may be about the clause: it and its answer refer to no other sentence."""
+    """Whether a question may be about the clause: neither it nor its answer refers to another
+    sentence."""
     pointers = POINTING - words("trên dưới sau trước") | words("anh cô nàng chàng cậu Ông Bà")
     low = phrase.split()
     return (

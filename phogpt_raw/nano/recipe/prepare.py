@@ -1,4 +1,4 @@
-"""Train a tokenizer on articles, and write them and questions about them as token streams.
+"""Train a tokenizer on articles, and write the articles and questions about them as token streams.
 
     python -m phogpt_raw.nano.recipe.prepare --articles articles.jsonl.gz --out DATA
 

@@ -1,10 +1,10 @@
-"""Pretrain `nano`, a small PhoGPT, on what `prepare` has written.
+"""Pretrain `nano`, a small PhoGPT, on the output of `prepare`.
 
     python -m phogpt_raw.nano.recipe.prepare --articles articles.jsonl.gz --out DATA
     python -m phogpt_raw.nano.recipe.pretrain --data DATA --out BASE
 
 Writes a folder as on the hub, and pretraining.json with the settings and the learning curve. The
-weights in it are those of the lowest held-out loss (loop.py says why). Losses are in nats.
+weights are those of the lowest held-out loss (loop.py says why). Losses are in nats.
 """
 
 import argparse
@@ -33,7 +33,8 @@ SAMPLES = [
 
 @torch.no_grad()
 def initialise(model: PhoGPT) -> None:
-    """Normal with deviation 0.02, biases 0, norm weights 1, as in GPT-2 (Radford et al. 2019).
+    """Normal with standard deviation 0.02, biases 0, norm weights 1, as in GPT-2 (Radford et al.
+    2019).
 
     The two matrices that add to the residual stream have 0.02 / sqrt(2 * layers).
     """
@@ -48,7 +49,7 @@ def initialise(model: PhoGPT) -> None:
 
 
 def pretrain(args: argparse.Namespace) -> dict:
-    """Pretrain and write the base; returns what pretraining.json holds."""
+    """Pretrain and write the base; returns the content of pretraining.json."""
     data, device = Path(args.data), torch.device(args.device)
     counts, train_stream, heldout_stream = read_data(data, device)
     torch.manual_seed(args.seed)

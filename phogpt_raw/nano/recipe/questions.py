@@ -1,6 +1,6 @@
-"""Questions that the articles' own sentences answer.
+"""Make questions that the articles' own sentences answer.
 
-They teach a small base what a question is, and to begin an answer with what was asked about.
+They teach a small base what a question is, and to begin an answer with the subject of the question.
 """
 
 import random
@@ -28,7 +28,7 @@ from phogpt_raw.nano.recipe.truecase import Truecaser
 
 @dataclass(frozen=True)
 class Question:
-    """`phrase` is what is asked about; the answer holds it near its beginning."""
+    """phrase: the subject of the question; the answer has it near its beginning."""
 
     kind: str
     phrase: str
@@ -37,7 +37,7 @@ class Question:
 
 
 def mine(title: str, text: str, truecaser: Truecaser, rng: random.Random) -> Iterator[Question]:
-    """The questions that an article's sentences answer."""
+    """Yield questions that an article's sentences answer."""
     for n, answer in enumerate(sentences(text)):
         found = ask_about_title(title, answer, truecaser, rng) if n == 0 else []
         if not found:
@@ -48,7 +48,7 @@ def mine(title: str, text: str, truecaser: Truecaser, rng: random.Random) -> Ite
 def ask_about_title(
     title: str, answer: str, truecaser: Truecaser, rng: random.Random
 ) -> list[Question]:
-    """Questions about the article's title, which its first sentence answers."""
+    """Questions about the article's title that its first sentence answers."""
     phrase, rest = answer[: len(title)], answer[len(title) :]
     if phrase.casefold() != title.casefold() or not rest.startswith((" ", ",")):
         return []
@@ -67,7 +67,7 @@ def ask_about_title(
 
 
 def ask(answer: str, truecaser: Truecaser, rng: random.Random) -> list[Question]:
-    """The questions, of the first kind that fits, that the sentence answers; often none."""
+    """Questions, of the first kind that fits, that the sentence answers; often none."""
     answer = tail_first(answer, truecaser)
     for kind, pattern, forms in CLAUSES:
         if (found := pattern.match(answer)) and is_clause(found["x"], answer):
@@ -84,7 +84,7 @@ def ask(answer: str, truecaser: Truecaser, rng: random.Random) -> list[Question]
 
 
 def is_statement(phrase: str) -> bool:
-    """Whether the phrase has a noun phrase and a verb, as 'Cây không mọc' has."""
+    """Whether the phrase has a noun phrase and a verb, such as 'Cây không mọc'."""
     verb = r" (?:không|bị|có|rất|đã|thường|phải|chưa|trở|được|tăng|giảm|mất|thất|chết|dễ|khó) "
     subject, *predicate = re.split(verb, phrase)
     unfinished = phrase.split()[-1] in words("tự lý lí thể có là")
@@ -95,20 +95,21 @@ def make_questions(
     kind: str, phrase: str, answer: str, forms: list[str], truecaser: Truecaser, rng: random.Random,
     y: str = "",
 ) -> list[Question]:  # fmt: skip
-    """One question in one of `forms`; for the most useful kinds two, in two forms."""
+    """One question in one of `forms`; two in different forms for the most useful kinds."""
     inside = truecaser.inside(phrase)
     forms = rng.sample(forms, 2 if kind in TWICE else 1)
     return [Question(kind, phrase, f.format(X=phrase, x=inside, y=y), answer) for f in forms]
 
 
 def names_its_phrase(question: Question) -> bool:
-    """Whether the phrase is near the beginning of the answer, which has 8 to 40 words."""
+    """Whether the phrase is near the beginning of the answer, and the answer has 8 to 40 words."""
     at = question.answer.casefold().find(question.phrase.casefold())
     return 0 <= at <= 12 and 8 <= len(question.answer.split()) <= 40
 
 
 class Overlap:
-    """A phrase is `in` it that equals, contains or is part of one of the topics, by whole words."""
+    """`phrase in Overlap(topics)`: whether the phrase equals, contains or is part of a topic, by
+    whole words."""
 
     def __init__(self, topics: Iterable[str]):
         self.topics = {self.words(topic) for topic in topics}

@@ -1,9 +1,9 @@
-"""Scores of nano's answers to the held-out questions: ended, polite, distinct, on the topic.
+"""Score nano's answers to the held-out questions: ended, polite, distinct, on the topic.
 
     python -m phogpt_raw.nano.recipe.score runs/nano-001
 
-A base with random weights also learns from LoRA to be polite and to stop. Two scores show that a
-base knows Vietnamese: its answers name the topic, and they differ from question to question.
+LoRA also teaches a base with random weights to be polite and to stop. The other two scores show
+that a base knows Vietnamese: its answers name the topic, and differ from question to question.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Sentences of a text that can be answers, and their clauses put in the order that answers need.
+"""Sentences of a text that can be answers, with their clauses in the order that answers need.
 
 A question asks about the first words of its answer. So a sentence that ends with its purpose,
-condition or reason is rewritten to begin with what is asked about.
+condition or reason is rewritten to begin with the subject of the question.
 """
 
 import re
@@ -26,9 +26,9 @@ TAIL = re.compile(r"^([^,]{20,}) (nhằm|để|khi|sau khi|nếu) (\w+(?: [^\W\d
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Sentences of 8 to 40 words ending in a full stop.
+    """Yield sentences of 8 to 40 words that end in a full stop.
 
-    Removed: remarks in parentheses, and words that only link a sentence to the one before.
+    Remarks in parentheses, and words that only link a sentence to the one before, are removed.
     """
     text = re.sub(r"\s*\([^()\n]*\)", "", text)
     for whole in chain.from_iterable(SENTENCE_END.split(line) for line in text.split("\n")):
@@ -48,8 +48,10 @@ def tail_first(sentence: str, truecaser: Truecaser) -> str:
     """The sentence with its purpose, condition or time first, or its reason last.
 
     'Người ta đắp đê để ngăn lũ lớn.' -> 'Để ngăn lũ lớn, người ta đắp đê.'
+
     'Vì trời lạnh nên cây không mọc.' -> 'Cây không mọc vì trời lạnh.'
-    Other sentences come back unchanged.
+
+    Other sentences are returned unchanged.
     """
     if because := BECAUSE.match(sentence):
         cause, effect = because.groups()

@@ -1,4 +1,4 @@
-"""The token streams that `prepare` writes, and the rows of tokens that training reads from them.
+"""The token streams that `prepare` writes, and the rows that pretraining reads from them.
 
 A stream is all documents one after another, each ended by </s>. A row is `seq_len` consecutive
 tokens of it and may hold the end of one document and the beginning of the next.
@@ -32,8 +32,8 @@ def read_data(data: Path, device: torch.device) -> tuple[dict, torch.Tensor, tor
 def rows_at(stream: torch.Tensor, starts_B: torch.Tensor, seq_len: int):
     """ids, document numbers and targets, each [B, L], of the rows that begin at `starts_B`.
 
-    </s> belongs to the document that it ends; the next document's first token is not predicted
-    from it (target -100). All three stay on the stream's device.
+    </s> belongs to the document that it ends. It does not predict the first token of the next
+    document (target -100). All three are on the stream's device.
     """
     tokens = stream[starts_B[:, None] + torch.arange(seq_len + 1, device=stream.device)].long()
     ids_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
@@ -50,12 +50,12 @@ def shuffled_starts(tokens: int, seq_len: int, generator: torch.Generator) -> to
 
 
 def steps_of_epoch(tokens: int, seq_len: int, rows: int) -> int:
-    """Whole batches of `rows` rows that an epoch has at any offset."""
+    """How many batches of `rows` rows an epoch has, for any offset."""
     return (tokens - seq_len) // seq_len // rows
 
 
 def batches(stream: torch.Tensor, seq_len: int, rows: int, seed: int) -> Iterator[tuple]:
-    """What `rows_at` gives for batch after batch, epoch after epoch, without end."""
+    """The results of `rows_at` for batch after batch, epoch after epoch, without end."""
     generator = torch.Generator().manual_seed(seed)
     epoch = steps_of_epoch(len(stream), seq_len, rows)
     while True:

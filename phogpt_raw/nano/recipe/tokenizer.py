@@ -1,8 +1,8 @@
-"""A byte-level BPE that splits text exactly as PhoGPT's tokenizer does, with ids 0 to 3 pinned.
+"""A byte-level BPE that splits text exactly as PhoGPT's tokenizer does, with fixed ids 0 to 3.
 
-Merges never cross the border of a word. `###` is a word, `lời:` is one (a colon does not separate
-words), and what stands between words (a full stop, a newline) is a word of its own. No token is
-added before or after a text; the caller appends `</s>` where it is wanted.
+Merges never cross the border of a word. `###` is a word, and so is `lời:`, since a colon does not
+separate words. What is between words (a full stop, a newline) is a word of its own. No token is
+added before or after a text; the caller appends `</s>`.
 """
 
 import json
@@ -18,7 +18,7 @@ from phogpt_raw.refusal import Refusal
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]  # ids 0, 1, 2, 3
 EOS = 2
 # A word and the space before it, without white space, punctuation, ( ) and |. VinAI's file has the
-# equivalent ` ?[^(\s|[.,!?…。，、।۔،])]+`, a set within a set.
+# equivalent ` ?[^(\s|[.,!?…。，、।۔،])]+` with a nested set.
 WORD = r" ?[^\s.,!?()|…。，、।۔،]+"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -64,7 +64,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int = 1024) -> None:
-    """tokenizer.json and tokenizer_config.json, with the fields of VinAI's."""
+    """Write tokenizer.json, and tokenizer_config.json with the fields of VinAI's."""
     config = {
         "add_prefix_space": False,
         "bos_token": "<s>",

@@ -1,4 +1,4 @@
-"""Which words are written in lower case inside a sentence, counted from the text itself."""
+"""Decide which words are written in lower case inside a sentence, by counting in the text."""
 
 import re
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class Truecaser:
-    """Counts how often each word follows another word in lower case and with a capital."""
+    """Counts how often each word inside a sentence is in lower case and how often capitalised."""
 
     def __init__(self, texts: Iterable[str]):
         self.lower, self.upper = Counter(), Counter()
