@@ -677,7 +677,7 @@ def test_a_plan_for_a_card_that_is_not_here_needs_no_weights(train, tmp_path, ti
     assert "choose from t4, v100" in train("--dry-run", "--card", "t5")[2]
 
 
-@pytest.mark.parametrize("name", ["config.json", "rows.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.json", "row_hashes.json", "metrics.jsonl"])
 def test_a_resumed_run_that_is_killed_while_it_writes_keeps_its_old_files(train, tmp_path,
                                                                           monkeypatch, name):
     out = tmp_path / "run"
@@ -696,3 +696,32 @@ def test_a_resumed_run_that_is_killed_while_it_writes_keeps_its_old_files(train,
     assert (out / name).read_bytes() == before[out / name]
     assert train("--out", out, "--steps", 4)[0] == 0
     assert [row["step"] for row in metrics(out)[0]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["config.json", "row_hashes.json", "metrics.jsonl"])
+def test_a_new_run_writes_over_no_file_of_somebody_else(train, tmp_path, name):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / name).write_text('{"model_type": "mpt"}')
+    status, _, line = train("--out", out)
+    assert status == 2 and f"holds a {name} that is not a run's" in line
+    assert line.count("\n") == 1 and (out / name).read_text() == '{"model_type": "mpt"}'
+    assert [file.name for file in out.iterdir()] == [name]
+
+
+def test_data_that_lies_in_the_runs_folder_stays_what_it_is(train, tmp_path, rows):
+    out = tmp_path / "mine"
+    out.mkdir()
+    records = [json.loads(line) for line in rows.read_text("utf-8").splitlines()]
+    (out / "rows.json").write_text(json.dumps(records, ensure_ascii=False), "utf-8")
+    before = (out / "rows.json").read_bytes()
+    assert train("--out", out, "--data", out / "rows.json", "--steps", 2)[0] == 0
+    assert train("--out", out, "--data", out / "rows.json", "--steps", 3)[0] == 0
+    assert (out / "rows.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_an_out_that_is_a_file_is_refused_before_the_weights(train, rows, monkeypatch, flags):
+    monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
+    status, _, line = train("--out", rows, *flags)
+    assert status == 2 and "is a file; name a folder" in line and line.count("\n") == 1

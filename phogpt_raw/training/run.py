@@ -1,6 +1,6 @@
 """A run's folder: its name, its configuration, the state of the run and its best adapter.
 
-DIR/config.json, rows.json, metrics.jsonl, checkpoint-N/, and the result,
+DIR/config.json, row_hashes.json, metrics.jsonl, checkpoint-N/, and the result,
 adapter_model.safetensors with adapter_config.json: the adapter of the lowest validation loss, the
 last where nothing is held out.
 """
@@ -8,6 +8,7 @@ last where nothing is held out.
 import dataclasses
 import json
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from phogpt_raw.data.examples import Examples, fingerprint
 from phogpt_raw.data.prompt import Example
 from phogpt_raw.files import write_text
 from phogpt_raw.messages import _
+from phogpt_raw.model.adapter_config import is_run
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.refusal import Refusal, RunFailed
 from phogpt_raw.training import checkpoint
@@ -31,7 +33,7 @@ FREE = {"preset", "data", "val", "hold_out", "out", "dry_run", "steps", "epochs"
         "eval_answers", "answer_tokens", "patience", "save_every", "tensorboard", "max_skipped",
         "micro_batch", "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
 
-ROWS = "rows.json"  # fingerprints of the rows with which the run began
+ROWS = "row_hashes.json"  # fingerprints of the rows with which the run began
 
 
 @dataclass
@@ -81,6 +83,19 @@ class Run:
         elif (self.folder / "adapter_model.safetensors").is_file():
             raise Refusal(f"{self.folder}: holds an adapter but no checkpoint to go on from; name "
                           f"another --out, or start from it with --adapter {self.folder}")
+        else:
+            self.check_place()
+
+    def check_place(self) -> None:
+        """Raise Refusal where a new run would write over files that are not a run's."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise Refusal(f"--out {self.folder}: is a file; name a folder")
+        if is_run(self.folder / "config.json"):  # one that was killed before its first checkpoint
+            return
+        for name in ("config.json", ROWS, "metrics.jsonl"):
+            if os.path.lexists(self.folder / name):
+                raise Refusal(f"--out {self.folder}: holds a {name} that is not a run's, and the "
+                              f"run would write over it; name another --out")
 
     def check_same(self) -> None:
         file = self.folder / "config.json"
