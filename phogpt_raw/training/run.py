@@ -6,34 +6,19 @@ last where nothing is held out.
 """
 
 import dataclasses
-import json
 import math
-import os
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from phogpt_raw import config as configuration
 from phogpt_raw.config import Config
-from phogpt_raw.data.examples import Examples, fingerprint
-from phogpt_raw.data.prompt import Example
-from phogpt_raw.files import write_text
+from phogpt_raw.data.examples import Examples
 from phogpt_raw.messages import _
-from phogpt_raw.model.adapter_config import is_run
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.refusal import Refusal, RunFailed
-from phogpt_raw.training import checkpoint
+from phogpt_raw.training import checkpoint, resume
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.step import Training
-
-# May differ when a run goes on: everything else would make it another run. Where the rows come from
-# may differ too: the rows themselves are compared.
-FREE = {"preset", "data", "val", "hold_out", "out", "dry_run", "steps", "epochs", "eval_every",
-        "eval_answers", "answer_tokens", "patience", "save_every", "tensorboard", "max_skipped",
-        "micro_batch", "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
-
-ROWS = "row_hashes.json"  # fingerprints of the rows with which the run began
 
 
 @dataclass
@@ -70,7 +55,7 @@ class Run:
         self.state = RunState()
         self.checkpoint = checkpoint.newest(self.folder)
         if self.checkpoint:
-            self.check_same()
+            resume.check_same(self.folder, config, examples)
             self.state = RunState(**checkpoint.read_state(self.checkpoint))
             if self.ended:
                 self.check_adapter()
@@ -84,47 +69,7 @@ class Run:
             raise Refusal(f"{self.folder}: holds an adapter but no checkpoint to go on from; name "
                           f"another --out, or start from it with --adapter {self.folder}")
         else:
-            self.check_place()
-
-    def check_place(self) -> None:
-        """Raise Refusal where a new run would write over files that are not a run's."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise Refusal(f"--out {self.folder}: is a file; name a folder")
-        if is_run(self.folder / "config.json"):  # one that was killed before its first checkpoint
-            return
-        for name in ("config.json", ROWS, "metrics.jsonl"):
-            if os.path.lexists(self.folder / name):
-                raise Refusal(f"--out {self.folder}: holds a {name} that is not a run's, and the "
-                              f"run would write over it; name another --out")
-
-    def check_same(self) -> None:
-        file = self.folder / "config.json"
-        if not file.is_file():
-            raise Refusal(f"{file}: missing, so this run cannot go on; name another --out")
-        # A run of before a setting existed has its default.
-        before = dataclasses.asdict(Config()) | json.loads(file.read_text("utf-8"))
-        now = dataclasses.asdict(self.config)
-        for name in sorted(now.keys() - FREE):
-            if place(name, before[name]) != place(name, now[name]):
-                raise Refusal(
-                    f"--out {self.folder}: this run has --{configuration.flag(name)} "
-                    f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
-                )
-
-        self.check_rows()
-
-    def check_rows(self) -> None:
-        """Raise Refusal where the rows are not those with which the run began, and say which."""
-        file = self.folder / ROWS
-        if not file.is_file():  # a run of before the rows were recorded
-            return
-        began = json.loads(file.read_text("utf-8"))
-        for part, name in (("train", "training"), ("held_out", "held-out")):
-            examples = getattr(self.examples, part)
-            change = changes(began[part], examples)
-            if change:
-                raise Refusal(f"--out {self.folder}: its {name} rows have changed since it began: "
-                              f"{change}; go on with the same rows, or name another --out")
+            resume.check_place(self.folder)
 
     @property
     def ended(self) -> bool:
@@ -135,10 +80,7 @@ class Run:
     def begin(self, training: Training) -> None:
         """Make the folder, or restore the newest checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        configuration.save(self.config, self.folder / "config.json")
-        rows = {part: [fingerprint(example) for example in getattr(self.examples, part)]
-                for part in ("train", "held_out")}
-        write_text(self.folder / ROWS, json.dumps(rows, indent=0) + "\n")
+        resume.record_run(self.folder, self.config, self.examples)
         if self.checkpoint:
             checkpoint.load(self.checkpoint, training)
 
@@ -227,30 +169,6 @@ def record(score: Score | None) -> dict:
     if score is None:
         return {}
     return dict(val_loss=score.val_loss, stops=score.stops, answers=score.answers)
-
-
-def place(name: str, value):
-    """A setting as it is compared: of a folder its whole path, however it was written."""
-    if name in ("model", "adapter") and value and Path(value).expanduser().is_dir():
-        return str(Path(value).expanduser().resolve())
-    return value
-
-
-def changes(began: list[str], examples: list[Example]) -> str:
-    """What is another than the fingerprints with which a run began; nothing where all are there."""
-    now = [fingerprint(example) for example in examples]
-    if now == began:
-        return ""
-    added, removed = Counter(now) - Counter(began), Counter(began) - Counter(now)
-    if not added and not removed:
-        return f"the same {len(now):,} rows in another order"
-    parts = []
-    if added:
-        first = next(e for e, known in zip(examples, now, strict=True) if known in added)
-        parts.append(f"{added.total():,} new or edited (the first: {first.where})")
-    if removed:
-        parts.append(f"{removed.total():,} gone")
-    return f"{', '.join(parts)} ({len(began):,} rows then, {len(now):,} now)"
 
 
 def next_number(model: str) -> Path:

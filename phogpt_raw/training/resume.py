@@ -1,0 +1,99 @@
+"""Whether a run may go on in a folder: the same settings, the same rows, no files of anybody else.
+
+A run records its settings in config.json and a hash of each of its rows in row_hashes.json. Where
+the rows come from may change; the rows themselves may not.
+"""
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from phogpt_raw import config as configuration
+from phogpt_raw.config import Config
+from phogpt_raw.data.examples import Examples, fingerprint
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.files import write_text
+from phogpt_raw.model.adapter_config import run_record
+from phogpt_raw.refusal import Refusal
+
+# May differ when a run goes on: everything else would make it another run.
+FREE = {"preset", "data", "val", "hold_out", "out", "dry_run", "steps", "epochs", "eval_every",
+        "eval_answers", "answer_tokens", "patience", "save_every", "tensorboard", "max_skipped",
+        "micro_batch", "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
+ROWS = "row_hashes.json"  # of the rows with which the run began
+
+
+def record_run(folder: Path, config: Config, examples: Examples) -> None:
+    """Write what a later start is compared with."""
+    configuration.save(config, folder / "config.json")
+    rows = {part: [fingerprint(example) for example in getattr(examples, part)]
+            for part in ("train", "held_out")}
+    write_text(folder / ROWS, json.dumps(rows, indent=0) + "\n")
+
+
+def check_place(folder: Path) -> None:
+    """Raise Refusal where a new run would write over files that are not a run's."""
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"--out {folder}: is a file; name a folder")
+    if run_record(folder / "config.json"):  # of a run that was killed before its first checkpoint
+        return
+    for name in ("config.json", ROWS, "metrics.jsonl"):
+        if os.path.lexists(folder / name):
+            raise Refusal(f"--out {folder}: holds a {name} that is not a run's, and the run would "
+                          f"write over it; name another --out")
+
+
+def check_same(folder: Path, config: Config, examples: Examples) -> None:
+    """Raise Refusal where the folder's run has other settings or other rows."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise Refusal(f"{file}: missing, so this run cannot go on; name another --out")
+    # A run of before a setting existed has its default.
+    before = dataclasses.asdict(Config()) | json.loads(file.read_text("utf-8"))
+    now = dataclasses.asdict(config)
+    for name in sorted(now.keys() - FREE):
+        if whole_path(name, before[name]) != whole_path(name, now[name]):
+            raise Refusal(
+                f"--out {folder}: this run has --{configuration.flag(name)} "
+                f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
+            )
+    check_rows(folder, examples)
+
+
+def whole_path(name: str, value):
+    """A setting as it is compared: of a folder its whole path, however it was written."""
+    if name in ("model", "adapter") and value and Path(value).expanduser().is_dir():
+        return str(Path(value).expanduser().resolve())
+    return value
+
+
+def check_rows(folder: Path, examples: Examples) -> None:
+    """Raise Refusal where the rows are not those with which the run began, and say which."""
+    file = folder / ROWS
+    if not file.is_file():  # a run of before the rows were recorded
+        return
+    began = json.loads(file.read_text("utf-8"))
+    for part, name in (("train", "training"), ("held_out", "held-out")):
+        change = changes(began[part], getattr(examples, part))
+        if change:
+            raise Refusal(f"--out {folder}: its {name} rows have changed since it began: {change}; "
+                          f"go on with the same rows, or name another --out")
+
+
+def changes(began: list[str], examples: list[Example]) -> str:
+    """What differs from the fingerprints with which a run began; nothing where all are there."""
+    now = [fingerprint(example) for example in examples]
+    if now == began:
+        return ""
+    added, removed = Counter(now) - Counter(began), Counter(began) - Counter(now)
+    if not added and not removed:
+        return f"the same {len(now):,} rows in another order"
+    parts = []
+    if added:
+        first = next(e for e, known in zip(examples, now, strict=True) if known in added)
+        parts.append(f"{added.total():,} new or edited (the first: {first.where})")
+    if removed:
+        parts.append(f"{removed.total():,} gone")
+    return f"{', '.join(parts)} ({len(began):,} rows then, {len(now):,} now)"
