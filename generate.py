@@ -25,7 +25,7 @@ from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.decode.text import TextStream, loops
 from phogpt_raw.messages import _
-from phogpt_raw.model.adapter_config import Origin, named_base, read_origin
+from phogpt_raw.model.adapter_config import Origin, chosen_base, read_origin
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import (
     WITHOUT_WEIGHTS,
@@ -88,13 +88,6 @@ def from_stdin() -> str:
         raise Refusal("the question is not UTF-8; save it as UTF-8, or type it anew") from None
 
 
-def base_of(options, made: Origin) -> tuple[str, str | None]:
-    """(base, revision): of --model, else those of the adapter's run, else nano."""
-    if options.model or not options.adapter:
-        return options.model or "nano", options.revision
-    return named_base(options.adapter), options.revision or made.revision
-
-
 def dtype_for(card, asked: str, of_the_run: str):
     """The dtype asked for; else the run's, unless the card at hand is of another kind and computes
     in another."""
@@ -155,12 +148,11 @@ def main(arguments: list[str] | None = None) -> None:
     nf4 = options.nf4 if options.nf4 is not None else made.nf4
     check_nf4_cache(options.nf4_cache, nf4=nf4)
     dtype = dtype_for(card, options.dtype, made.dtype)
-    base, revision = base_of(options, made)
+    base, revision = chosen_base(options.adapter, made, options.model, options.revision)
     folder = find_folder(base, revision, files=WITHOUT_WEIGHTS)
     shape = read_config(folder)
     tokenizer = read_tokenizer(folder, shape)
-    asked = made.template if options.template == "auto" else options.template
-    template, _reason = choose_template(tokenizer, asked)
+    template, _reason = choose_template(tokenizer, options.template, made.template)
     prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
     most = bounded(options, prompt, shape.max_seq_len)
     model, tokenizer = load_base(base, nf4=nf4, dtype=dtype, device=card.device,

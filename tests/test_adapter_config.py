@@ -5,7 +5,13 @@ import shutil
 
 import pytest
 
-from phogpt_raw.model.adapter_config import Origin, named_base, read_adapter_config, read_origin
+from phogpt_raw.model.adapter_config import (
+    Origin,
+    chosen_base,
+    named_base,
+    read_adapter_config,
+    read_origin,
+)
 from phogpt_raw.refusal import Refusal
 
 LORA = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path="nano", r=8,
@@ -95,6 +101,6 @@ def test_a_base_that_is_no_longer_there_is_said_to_be_the_adapters(tmp_path):
     base.mkdir()
     assert named_base(folder) == str(base)
     shutil.rmtree(base)
-    assert named_base(folder, "elsewhere") == "elsewhere"
+    assert chosen_base(folder, Origin(str(base), "v1"), "elsewhere", None) == ("elsewhere", None)
     assert named_base(adapter(tmp_path / "b", base_model_name_or_path="vinai/PhoGPT-4B")) == (
         "vinai/PhoGPT-4B")

@@ -107,7 +107,7 @@ def test_a_merge_far_from_the_adapter_is_warned_of(first_command, tmp_path, caps
     from phogpt_raw.export.distance import Distance
 
     for same, warned in ((0.81, False), (0.79, True)):
-        monkeypatch.setattr("phogpt_raw.export.__main__.distance",
+        monkeypatch.setattr("phogpt_raw.export.report.distance",
                             lambda *_, same=same: Distance(100, same, 1.0, 9.0))
         export(first_command, tmp_path / f"out-{same}", "--merged")
         said = capsys.readouterr().out
@@ -122,17 +122,17 @@ def test_a_revision_is_for_the_hub_alone(tiny, tmp_path, capsys):
 
 def test_commands_that_are_printed_name_revision_and_dtype(tiny, tmp_path, capsys, monkeypatch):
     """The revision is the adapter's run's; a hub's base is imitated."""
-    from phogpt_raw.export import __main__ as module
+    from phogpt_raw.export import __main__, source
 
     asked = []
-    monkeypatch.setattr(module, "find_folder", lambda base, revision, files=None:
-                        asked.append((base, revision)) or tiny)
-    monkeypatch.setattr(module, "named_base", lambda folder, model: "vinai/PhoGPT-4B")
+    for module in (source, __main__):  # its config, then its weights
+        monkeypatch.setattr(module, "find_folder", lambda base, revision, files=None:
+                            asked.append((base, revision)) or tiny)
     (tmp_path / "run").mkdir()
     save = json.dumps(dict(peft_type="LORA", base_model_name_or_path="vinai/PhoGPT-4B", r=4,
                            lora_alpha=8, target_modules=["Wqkv"], revision="v7"))
     (tmp_path / "run" / "adapter_config.json").write_text(save)
-    monkeypatch.setattr(module, "Merger", lambda folder, adapter: Merger(folder))
+    monkeypatch.setattr(source, "Merger", lambda folder, adapter: Merger(folder))
     export(tmp_path / "run", tmp_path / "out", "--nf4", "--dtype", "fp32")
     assert set(asked) == {("vinai/PhoGPT-4B", "v7")}
     said = " ".join(capsys.readouterr().out.split())

@@ -69,10 +69,12 @@ def next_tokens(ids: list[int], start: int, stop: int | None = None) -> list[int
     return [ids[i + 1] if start <= i + 1 < stop else IGNORED for i in range(len(ids))]
 
 
-def choose_template(tokenizer, asked: str = "auto") -> tuple[str, str]:
-    """(name, reason): by the tokenizer's chat template, else by its vocabulary."""
-    if asked != "auto":
-        return asked, _("asked for by --template")
+def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
+    """(name, reason): the first of those asked for that is not auto, else by the tokenizer's chat
+    template, else by its vocabulary."""
+    for name in asked:
+        if name != "auto":
+            return name, _("asked for by --template")
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "?"}]
         try:

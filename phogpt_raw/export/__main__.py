@@ -11,44 +11,26 @@ whole or not at all.
 
 import argparse
 import os
-import re
-import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from phogpt_raw.cards import DTYPES, dtype_name, this_card, training_dtype
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import hub_id
-from phogpt_raw.data.examples import PAIRS
-from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_row
-from phogpt_raw.data.rows import read_rows
+from phogpt_raw.data.prompt import TEMPLATES
 from phogpt_raw.export import exported_card, gguf, push
 from phogpt_raw.export.chat import jinja, modelfile
-from phogpt_raw.export.distance import distance
-from phogpt_raw.export.merge import Merger, mapped_tensors, stored_dtype, write_merged
+from phogpt_raw.export.merge import Merger, stored_dtype, write_merged
+from phogpt_raw.export.report import NF4, progress, say_distance, say_uses
+from phogpt_raw.export.source import find_source
 from phogpt_raw.files import check_space, whole_folder
-from phogpt_raw.messages import _
 from phogpt_raw.model import nf4_file
-from phogpt_raw.model.adapter_config import Origin, named_base, read_origin
 from phogpt_raw.model.nf4 import NF4_BYTES
-from phogpt_raw.model.nf4_cache import human
-from phogpt_raw.model.weights import (
-    WITHOUT_WEIGHTS,
-    find_cache,
-    find_folder,
-    read_model,
-    read_tokenizer,
-)
+from phogpt_raw.model.weights import find_cache, find_folder, read_model
 from phogpt_raw.refusal import Refusal, exits_cleanly
-from phogpt_raw.show.console import listing, out, paragraph
-
-COMPARED = 8  # texts over which a merged checkpoint is compared with the adapter on its base
-ENOUGH = 0.8  # share of equal likeliest tokens below which a person is warned
-NF4 = "nf4"  # OUT's folder for the cache, which is for this computer alone and is never uploaded
+from phogpt_raw.show.console import out
 
 
 def parse(arguments):
@@ -116,49 +98,6 @@ def main(arguments: list[str] | None = None) -> None:
         out.print(push.push(folder, options.push), markup=False)
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is exported: a base, maybe with an adapter over it, and how the adapter was made."""
-
-    base: str
-    revision: str | None
-    nf4: bool  # whether the adapter was trained over NF4 weights
-    name: str
-    template: str
-    tokenizer: object
-    merger: Merger
-
-
-def find_source(options) -> Source:
-    """Everything but the weights; Refusal for what they are not needed to know."""
-    made = read_origin(options.adapter) if options.adapter else Origin(options.run)
-    base, revision = options.model or made.base, options.revision
-    if options.adapter:
-        base = named_base(options.adapter, options.model)
-    if not options.model:
-        revision = revision or made.revision
-    folder = find_folder(base, revision, files=WITHOUT_WEIGHTS)
-    merger = Merger(folder, options.adapter)
-    if options.gguf:
-        gguf.check_model(merger)
-    if options.lora_gguf:
-        gguf.check_plain(merger)
-    tokenizer = read_tokenizer(folder, merger.config)
-    asked = made.template if options.template == "auto" else options.template
-    name = Path(base).expanduser().resolve().name
-    if options.adapter:
-        name += f" + {run_name(options.adapter)}"
-    return Source(base, revision, made.nf4, name, choose_template(tokenizer, asked)[0], tokenizer,
-                  merger)
-
-
-def run_name(adapter: Path) -> str:
-    """nano-001, or nano-001 checkpoint-30."""
-    folder = adapter.resolve()
-    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
-    return f"{folder.parent.name} {folder.name}" if is_checkpoint else folder.name
-
-
 def write(options) -> None:
     """Make OUT, and say what is in it."""
     if options.gguf or options.lora_gguf:
@@ -212,77 +151,6 @@ def write_nf4(folder: Path, made: Path, asked: str) -> None:
     where = dict(dtype=dtype, device=torch.device(card.device))
     cache = find_cache(folder, made, **where)
     nf4_file.write(read_model(folder, nf4=True, **where), cache.file, cache.key, cache.base)
-
-
-def progress(what: str, unit: str = "tensors"):
-    """What is gone through, with a progress line on a terminal."""
-    return lambda parts: tqdm(parts, desc=what, unit=f" {unit}", leave=False, disable=None)
-
-
-def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
-    merger = source.merger
-    if merger.adapters is None:
-        return
-    rows = read_rows(PAIRS / "heldout.jsonl")[:COMPARED]
-    template = TEMPLATES[source.template]
-    texts = [encode_row(source.tokenizer, template, row, 1024).ids for row in rows]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = distance(merger, mapped_tensors(made), texts, device, source.nf4,
-                     progress("compared", "blocks"))
-    values = dict(dtype=dtype_name(dtype), n=found.tokens, texts=len(texts), same=found.same,
-                  nats=found.divergence, largest=found.largest)
-    if source.nf4:
-        said = _("The merged checkpoint ({dtype}) beside the adapter on its NF4 base, {n} "
-                 "predictions in {texts} Vietnamese texts: the likeliest token is the same in "
-                 "{same:.1%}; the mean divergence is {nats:.2g} nats; logits differ by at most "
-                 "{largest:.2g}. The adapter was trained on weights rounded to 4 bits; the merged "
-                 "checkpoint has the unrounded weights.", **values)
-    else:
-        said = _("The merged checkpoint ({dtype}) beside the adapter on its base, {n} predictions "
-                 "in {texts} Vietnamese texts: the likeliest token is the same in {same:.1%}; the "
-                 "mean divergence is {nats:.2g} nats; logits differ by at most {largest:.2g}.",
-                 **values)
-    paragraph(said)
-    if found.same < ENOUGH:
-        paragraph(_("That is a large difference. Ask both the same questions before you use the "
-                    "merged checkpoint."))
-
-
-def say_uses(options, source: Source, seconds: float) -> None:
-    """What was written, and the command that uses each."""
-    folder = shlex.quote(str(options.out))
-    files = sorted(file for file in options.out.rglob("*") if file.is_file())
-    listing(_("written to {folder}", folder=options.out), {
-        _("files"): ", ".join(str(file.relative_to(options.out)) for file in files),
-        _("size"): _("{size} in {seconds:.0f} s", seconds=seconds,
-                     size=human(sum(file.stat().st_size for file in files)))})
-    question = shlex.quote(TEMPLATES[source.template].question.format("Phở bò là gì?"))
-    base = shlex.quote(source.base) + (
-        f" --revision {shlex.quote(source.revision)}" if source.revision else "")
-    commands = []
-    if options.merged:
-        commands.append((_("Ask the merged checkpoint:"),
-                         f'python generate.py --model {folder} "Phở bò là gì?"'))
-    if options.gguf:
-        commands.append((_("llama.cpp:"), f"llama-cli -m {folder}/model.gguf"))
-        commands.append((_("Ollama:"), f"cd {folder} && ollama create phogpt -f Modelfile && "
-                                       f"ollama run phogpt"))
-    if options.gguf in ("f32", "f16"):
-        commands.append((_("Smaller, by llama.cpp's own tool (the gguf package has no K types):"),
-                         f"llama-quantize {folder}/model.gguf {folder}/model-q4_k_m.gguf Q4_K_M"))
-    if options.lora_gguf:
-        commands.append((_("llama.cpp over a GGUF of the base (in versions before 2026 "
-                           "llama-completion is llama-cli):"),
-                         f"llama-completion -m BASE/model.gguf --lora {folder}/adapter.gguf "
-                         f"-no-cnv -p {question}"))
-        commands.append((_("That GGUF of the base, if you have none:"),
-                         f"python -m phogpt_raw.export {base} BASE --gguf q8_0"))
-    if options.nf4:
-        dtype = "" if options.dtype == "auto" else f" --dtype {options.dtype}"
-        commands.append((_("Start from the base in NF4 (the base alone, without an adapter):"),
-                         f"python train.py --model {base}{dtype} --nf4-cache {folder}/{NF4} …"))
-    for what, command in commands:
-        out.print(f"\n{what}\n  {command}", markup=False)
 
 
 if __name__ == "__main__":

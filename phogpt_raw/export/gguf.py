@@ -15,7 +15,7 @@ import torch
 
 from phogpt_raw.export.merge import Merger
 from phogpt_raw.model.phogpt import ModelConfig
-from phogpt_raw.model.weights import PINNED_IDS, check_finite, read_json
+from phogpt_raw.model.weights import PINNED_IDS, check_values
 from phogpt_raw.refusal import Refusal
 
 KINDS = ("f32", "f16", "q8_0", "q4_0")
@@ -23,7 +23,8 @@ KINDS = ("f32", "f16", "q8_0", "q4_0")
 # llama.cpp has under BLOOM's name.
 PATTERNS = (" ?[^(\\s|[.,!?…。，、।۔،])]+", " ?[^\\s.,!?()|…。，、।۔،]+")
 # The largest value that a type can hold: a block of a quantised one has its scale in fp16.
-LARGEST = {"F16": 65504, "Q8_0": 127 * 65504, "Q4_0": 8 * 65504}
+LARGEST = {"F32": torch.finfo(torch.float32).max, "F16": 65504, "Q8_0": 127 * 65504,
+           "Q4_0": 8 * 65504}
 CHUNK = 2**23  # elements that are converted at once
 
 
@@ -55,11 +56,7 @@ class Rows:
     def tofile(self, file) -> None:
         quantise = import_gguf().quants.quantize
         tensor = self.make()
-        check_finite(tensor, self.name, torch.float32)
-        largest, limit = float(tensor.abs().max()), LARGEST.get(self.type.name, float("inf"))
-        if largest > limit:
-            raise Refusal(f"tensor {self.name} holds values up to {largest:.3g}, and "
-                          f"{self.type.name} ends at {limit:.3g}; take --gguf f32")
+        check_values(tensor, self.name, LARGEST[self.type.name], self.type.name, "take --gguf f32")
         rows = max(1, CHUNK * self.shape[0] // self.shape.numel())
         for start in range(0, len(tensor), rows):
             part = np.ascontiguousarray(tensor[start : start + rows].float().cpu().numpy())
@@ -97,7 +94,7 @@ def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_templa
     if kind.startswith("q"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_shape(writer, merger.config)
-    add_tokenizer(writer, merger.folder, merger.config.vocab_size)
+    add_tokenizer(writer, merger.tokenizer, merger.config.vocab_size)
     writer.add_chat_template(chat_template)
     write(writer, list(model_tensors(merger, kind)), progress)
 
@@ -105,8 +102,7 @@ def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_templa
 def check_model(merger: Merger) -> None:
     """Raise Refusal for what llama.cpp would do otherwise, without an error; reads no weights."""
     check_supported(merger.config)
-    file = merger.folder / "tokenizer.json"
-    check_tokenizer(read_json(file), str(file))
+    check_tokenizer(merger.tokenizer, f"{merger.folder}/tokenizer.json")
 
 
 def check_supported(config: ModelConfig) -> None:
@@ -128,11 +124,9 @@ def add_shape(writer, config: ModelConfig) -> None:
         writer.add_clamp_kqv(float(config.clip_qkv))
 
 
-def add_tokenizer(writer, folder: Path, size: int) -> None:
-    """The tokenizer of a model folder; ids that the embedding has beyond it are unused tokens."""
+def add_tokenizer(writer, content: dict, size: int) -> None:
+    """A tokenizer.json; ids that the embedding has beyond it are unused tokens."""
     gguf = import_gguf()
-    file = folder / "tokenizer.json"
-    content = read_json(file)
     tokens = [f"[PAD{n}]" for n in range(size)]
     types = [gguf.TokenType.UNUSED] * size
     for text, n in content["model"]["vocab"].items():

@@ -36,7 +36,7 @@ class Merger:
     """The tensors of the base in `folder`, with the adapter of another folder merged into them.
 
     config: the base's. tensors: its tensors by name, mapped and as stored; the weights' files are
-    opened for the first of them. adapters: None where there is no adapter.
+    opened for the first of them. tokenizer: its tokenizer.json. adapters: None where there is none.
 
     Raises Refusal where the base lacks a tensor, or the adapter is of another model or is more than
     LoRA over the blocks' linears.
@@ -52,6 +52,10 @@ class Merger:
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         return mapped_tensors(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> dict:
+        return read_json(self.folder / "tokenizer.json")
 
     def merged(self, name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor `name` with the adapter's update in fp32, or as stored where it has none.

@@ -114,11 +114,11 @@ def read_origin(folder: Path) -> Origin:
     lora = read_adapter_config(folder)
     base, revision = lora.base_model_name_or_path, lora.revision
     absolute = folder.absolute()
-    file = next((place / "config.json" for place in (absolute, absolute.parent)
-                 if is_run(place / "config.json")), None)
-    if file is None:
+    for file in (absolute / "config.json", absolute.parent / "config.json"):
+        if recorded := run_record(file):
+            break
+    else:
         return Origin(base, revision)
-    recorded = json.loads(file.read_text("utf-8"))
     origin = Origin(base, revision or recorded.get("revision"), recorded.get("template", "auto"),
                     recorded.get("nf4", True), recorded.get("dtype", "auto"))
     good = {"template": origin.template in CHOICES["template"], "nf4": type(origin.nf4) is bool,
@@ -131,26 +131,34 @@ def read_origin(folder: Path) -> Origin:
     return origin
 
 
-def is_run(file: Path) -> bool:
-    """Whether a config.json is that of a run, and not of a model; the run's folder, not a
+def run_record(file: Path) -> dict | None:
+    """The content of a run's config.json, None of a model's or of none; the run's folder, not a
     checkpoint, has one."""
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"model", "template", "rank"} <= content.keys()
+        return None
+    is_run = isinstance(content, dict) and {"model", "template", "rank"} <= content.keys()
+    return content if is_run else None
 
 
-def named_base(folder: Path, asked: str | None = None) -> str:
-    """The base to load below an adapter: the one asked for by --model, else the one it names.
-
-    Raises Refusal where that is a folder which is not there.
+def chosen_base(folder: Path | None, made: Origin, model: str | None,
+                revision: str | None) -> tuple[str, str | None]:
+    """(base, revision) below the adapter of `folder`, if there is one: those of the flags --model
+    and --revision, else those with which it was made. A base of --model has no recorded revision.
     """
-    base = asked or read_adapter_config(folder).base_model_name_or_path
+    if model:
+        return model, revision
+    return named_base(folder) if folder else made.base, revision or made.revision
+
+
+def named_base(folder: Path) -> str:
+    """The base that an adapter names; Refusal where that is a folder which is not there."""
+    base = read_adapter_config(folder).base_model_name_or_path
     if not base:
         raise Refusal(f"{folder}: names no base model; say which with --model")
     there = base == "nano" or hub_id(base) or Path(base).expanduser().is_dir()
-    if not asked and not there:
+    if not there:
         raise Refusal(f"{folder}: its base is {base}, and no such folder is there; say with "
                       f"--model where it is now")
     return base

@@ -295,16 +295,22 @@ def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) ->
 
 
 def check_finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+    """Raise Refusal where `dtype` cannot hold the values of a tensor."""
+    check_values(tensor, name, torch.finfo(dtype).max, dtype_name(dtype), "take another dtype")
+
+
+def check_values(tensor: torch.Tensor, name: str, limit: float, kind: str, remedy: str) -> None:
+    """Raise Refusal where a tensor holds NaN, infinity, or more than the `limit` of a `kind`."""
     if tensor.is_meta or not tensor.is_floating_point():
         return
     low, high = (float(end) for end in tensor.aminmax())
-    largest, limit = max(-low, high), torch.finfo(dtype).max
+    largest = max(-low, high)
     if not math.isfinite(low + high):
         raise Refusal(f"tensor {name} holds NaN or infinite values: the file is damaged; fetch it "
                       f"again, or take an earlier checkpoint")
     if largest > limit:
-        raise Refusal(f"tensor {name} holds values up to {largest:.3g}, and {dtype_name(dtype)} "
-                      f"ends at {limit:.3g}; take another dtype")
+        raise Refusal(f"tensor {name} holds values up to {largest:.3g}, and {kind} ends at "
+                      f"{limit:.3g}; {remedy}")
 
 
 def frozen(phogpt: PhoGPT, *, nf4: bool, device) -> PhoGPT:

@@ -1,0 +1,93 @@
+"""What an export shows: how far a merged checkpoint is from the adapter, and how to use a file."""
+
+import shlex
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from phogpt_raw.cards import dtype_name
+from phogpt_raw.data.examples import PAIRS
+from phogpt_raw.data.prompt import TEMPLATES, encode_row
+from phogpt_raw.data.rows import read_rows
+from phogpt_raw.export.distance import distance
+from phogpt_raw.export.merge import mapped_tensors
+from phogpt_raw.export.source import Source
+from phogpt_raw.messages import _
+from phogpt_raw.model.nf4_cache import human
+from phogpt_raw.show.console import listing, out, paragraph
+
+COMPARED = 8  # texts over which a merged checkpoint is compared with the adapter on its base
+ENOUGH = 0.8  # share of equal likeliest tokens below which a person is warned
+NF4 = "nf4"  # OUT's folder for the cache, which is for this computer alone and is never uploaded
+
+
+def progress(what: str, unit: str = "tensors"):
+    """What is gone through, with a progress line on a terminal."""
+    return lambda parts: tqdm(parts, desc=what, unit=f" {unit}", leave=False, disable=None)
+
+
+def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
+    merger = source.merger
+    if merger.adapters is None:
+        return
+    rows = read_rows(PAIRS / "heldout.jsonl")[:COMPARED]
+    template = TEMPLATES[source.template]
+    texts = [encode_row(source.tokenizer, template, row, 1024).ids for row in rows]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = distance(merger, mapped_tensors(made), texts, device, source.nf4,
+                     progress("compared", "blocks"))
+    values = dict(dtype=dtype_name(dtype), n=found.tokens, texts=len(texts), same=found.same,
+                  nats=found.divergence, largest=found.largest)
+    if source.nf4:
+        said = _("The merged checkpoint ({dtype}) beside the adapter on its NF4 base, {n} "
+                 "predictions in {texts} Vietnamese texts: the likeliest token is the same in "
+                 "{same:.1%}; the mean divergence is {nats:.2g} nats; logits differ by at most "
+                 "{largest:.2g}. The adapter was trained on weights rounded to 4 bits; the merged "
+                 "checkpoint has the unrounded weights.", **values)
+    else:
+        said = _("The merged checkpoint ({dtype}) beside the adapter on its base, {n} predictions "
+                 "in {texts} Vietnamese texts: the likeliest token is the same in {same:.1%}; the "
+                 "mean divergence is {nats:.2g} nats; logits differ by at most {largest:.2g}.",
+                 **values)
+    paragraph(said)
+    if found.same < ENOUGH:
+        paragraph(_("That is a large difference. Ask both the same questions before you use the "
+                    "merged checkpoint."))
+
+
+def say_uses(options, source: Source, seconds: float) -> None:
+    """What was written, and the command that uses each."""
+    folder = shlex.quote(str(options.out))
+    files = sorted(file for file in options.out.rglob("*") if file.is_file())
+    listing(_("written to {folder}", folder=options.out), {
+        _("files"): ", ".join(str(file.relative_to(options.out)) for file in files),
+        _("size"): _("{size} in {seconds:.0f} s", seconds=seconds,
+                     size=human(sum(file.stat().st_size for file in files)))})
+    question = shlex.quote(TEMPLATES[source.template].question.format("Phở bò là gì?"))
+    base = shlex.quote(source.base) + (
+        f" --revision {shlex.quote(source.revision)}" if source.revision else "")
+    commands = []
+    if options.merged:
+        commands.append((_("Ask the merged checkpoint:"),
+                         f'python generate.py --model {folder} "Phở bò là gì?"'))
+    if options.gguf:
+        commands.append((_("llama.cpp:"), f"llama-cli -m {folder}/model.gguf"))
+        commands.append((_("Ollama:"), f"cd {folder} && ollama create phogpt -f Modelfile && "
+                                       f"ollama run phogpt"))
+    if options.gguf in ("f32", "f16"):
+        commands.append((_("Smaller, by llama.cpp's own tool (the gguf package has no K types):"),
+                         f"llama-quantize {folder}/model.gguf {folder}/model-q4_k_m.gguf Q4_K_M"))
+    if options.lora_gguf:
+        commands.append((_("llama.cpp over a GGUF of the base (in versions before 2026 "
+                           "llama-completion is llama-cli):"),
+                         f"llama-completion -m BASE/model.gguf --lora {folder}/adapter.gguf "
+                         f"-no-cnv -p {question}"))
+        commands.append((_("That GGUF of the base, if you have none:"),
+                         f"python -m phogpt_raw.export {base} BASE --gguf q8_0"))
+    if options.nf4:
+        dtype = "" if options.dtype == "auto" else f" --dtype {options.dtype}"
+        commands.append((_("Start from the base in NF4 (the base alone, without an adapter):"),
+                         f"python train.py --model {base}{dtype} --nf4-cache {folder}/{NF4} …"))
+    for what, command in commands:
+        out.print(f"\n{what}\n  {command}", markup=False)

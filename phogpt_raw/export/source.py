@@ -1,0 +1,52 @@
+"""What is exported: a base, maybe with an adapter over it, as its run recorded it or as flags say.
+
+Everything is found here that needs no weights, so that what cannot be is refused before them.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from phogpt_raw.data.prompt import choose_template
+from phogpt_raw.export import gguf
+from phogpt_raw.export.merge import Merger
+from phogpt_raw.model.adapter_config import Origin, chosen_base, read_origin
+from phogpt_raw.model.weights import WITHOUT_WEIGHTS, find_folder, read_tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a base, maybe with an adapter over it, and how the adapter was made."""
+
+    base: str
+    revision: str | None
+    nf4: bool  # whether the adapter was trained over NF4 weights
+    name: str
+    template: str
+    tokenizer: object
+    merger: Merger
+
+
+def find_source(options) -> Source:
+    """Everything but the weights; Refusal for what they are not needed to know."""
+    made = read_origin(options.adapter) if options.adapter else Origin(options.run)
+    base, revision = chosen_base(options.adapter, made, options.model, options.revision)
+    folder = find_folder(base, revision, files=WITHOUT_WEIGHTS)
+    merger = Merger(folder, options.adapter)
+    if options.gguf:
+        gguf.check_model(merger)
+    if options.lora_gguf:
+        gguf.check_plain(merger)
+    tokenizer = read_tokenizer(folder, merger.config)
+    template, _reason = choose_template(tokenizer, options.template, made.template)
+    name = Path(base).expanduser().resolve().name
+    if options.adapter:
+        name += f" + {run_name(options.adapter)}"
+    return Source(base, revision, made.nf4, name, template, tokenizer, merger)
+
+
+def run_name(adapter: Path) -> str:
+    """nano-001, or nano-001 checkpoint-30."""
+    folder = adapter.resolve()
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
+    return f"{folder.parent.name} {folder.name}" if is_checkpoint else folder.name
