@@ -59,23 +59,17 @@ def parser(description: str) -> Parser:
             defaults.append(f"{nano[field.name]} for nano")
         if defaults:
             help_text += f" ({', '.join(defaults)})"
-        aliases = dict.fromkeys([f"--{flag(field.name)}", f"--{field.name}"])
-        shown, *others = aliases
+        shown, spelled = f"--{flag(field.name)}", f"--{field.name}"
+        hidden = dict(dest=field.name, help=argparse.SUPPRESS)  # --help lists each flag once
         if kind is bool:
             group.add_argument(shown, action=argparse.BooleanOptionalAction, help=help_text)
-            for off, value in ((f"--{field.name}", True), (f"--no_{field.name}", False)):
-                if off not in (shown, f"--no-{field.name}"):
-                    hidden(group, off, field.name, action="store_const", const=value)
+            group.add_argument(f"--no_{field.name}", action="store_false", **hidden)
         else:
             group.add_argument(shown, type=kind, metavar=kind.__name__.upper(), help=help_text)
-            for other in others:
-                hidden(group, other, field.name, type=kind)
+        if spelled != shown:
+            how = dict(action="store_true") if kind is bool else dict(type=kind)
+            group.add_argument(spelled, **how, **hidden)
     return built
-
-
-def hidden(group, name: str, field: str, **how) -> None:
-    """Another spelling of a flag, which --help does not list."""
-    group.add_argument(name, dest=field, help=argparse.SUPPRESS, **how)
 
 
 def headings() -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOL
 def whole_file(file: Path) -> Iterator[Path]:
     """A path to write `file` under; it takes its name when the block ends without an error."""
     unfinished = file.with_name(file.name + UNFINISHED)
-    with removed_on_error(unfinished):
+    with in_words(unfinished), removed_on_error(unfinished):
         remove(unfinished)
         yield unfinished
         flush(unfinished)
@@ -86,14 +86,13 @@ def locked(file: Path, busy: str) -> Iterator[None]:
 
 @contextmanager
 def removed_on_error(path: Path) -> Iterator[None]:
-    """Remove what a write leaves under this name when it fails; Refusal as in_words has it."""
-    with in_words(path):
-        try:
-            yield
-        except BaseException:
-            with suppress(OSError):
-                remove(path)
-            raise
+    """Remove what a write leaves under this name when it fails."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            remove(path)
+        raise
 
 
 @contextmanager

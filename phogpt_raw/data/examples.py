@@ -1,9 +1,7 @@
 """The training and the held-out examples of a run, from its files or from nano's bundled pairs."""
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from phogpt_raw.config import Config
@@ -75,18 +73,17 @@ def divide(rows: list[Row], hold_out: float, data: str) -> tuple[list[Row], list
     """
     if not hold_out:
         return rows, []
-    places = sorted({hash_of(row) for row in rows})
-    most = hold_out * 2**64 if hold_out < 1 else -1
-    if hold_out >= 1 or places[0] >= most:  # a share of a few rows: one is held out at least
-        wanted, copies = max(1, hold_out), Counter(map(hash_of, rows))
-        reached = accumulate(copies[place] for place in places)
-        most = next((place + 1 for place, n in zip(places, reached, strict=True) if n >= wanted),
-                    2**64)
-    kept = [row for row in rows if hash_of(row) >= most]
+    hashes = [hash_of(row) for row in rows]
+    limit = hold_out * 2**64 if hold_out < 1 else 0
+    if min(hashes) >= limit:  # a count; or a share of so few rows that none is below it
+        nth = min(max(1, int(hold_out)), len(rows))
+        limit = sorted(hashes)[nth - 1] + 1
+    kept, held_out = ([row for row, place in zip(rows, hashes, strict=True)
+                       if (place < limit) == held] for held in (False, True))
     if not kept:
         raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(rows)} rows, "
-                      f"{len(places)} of them different; none would be left to train on")
-    return kept, [row for row in rows if hash_of(row) < most]
+                      f"{len(set(hashes))} of them different; none would be left to train on")
+    return kept, held_out
 
 
 def hash_of(row: Row) -> int:
