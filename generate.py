@@ -12,20 +12,20 @@ import codecs
 import sys
 import time
 import unicodedata
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from phogpt_raw.cards import DTYPES, this_card, training_dtype
+from phogpt_raw.cards import DTYPES, recorded_dtype, this_card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import check_nf4_cache
 from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.decode.text import TextStream, loops
+from phogpt_raw.files import expanded
 from phogpt_raw.messages import _
-from phogpt_raw.model.adapter_config import Origin, chosen_base, read_origin
+from phogpt_raw.model.adapter_config import Origin, check_not_merged, chosen_base, read_origin
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import (
     WITHOUT_WEIGHTS,
@@ -88,15 +88,6 @@ def from_stdin() -> str:
         raise Refusal("the question is not UTF-8; save it as UTF-8, or type it anew") from None
 
 
-def dtype_for(card, asked: str, of_the_run: str):
-    """The dtype asked for; else the run's, unless the card at hand is of another kind and computes
-    in another."""
-    if asked == "auto" and of_the_run != "auto":
-        with suppress(Refusal):
-            return training_dtype(card, of_the_run)[0]
-    return training_dtype(card, asked)[0]
-
-
 def sampling_of(options) -> Sampling:
     """The flags of drawing; Refusal for what cannot be."""
     bounds = {"temperature": (0, 100), "top_k": (0, 2**31), "top_p": (0, 1), "min_p": (0, 1),
@@ -143,14 +134,16 @@ def main(arguments: list[str] | None = None) -> None:
     sampling = sampling_of(options)
     stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as answers are
     card = this_card()
-    options.adapter = options.adapter and options.adapter.expanduser()
+    options.adapter = options.adapter and expanded(options.adapter)
     made = read_origin(options.adapter) if options.adapter else Origin("nano")
     nf4 = options.nf4 if options.nf4 is not None else made.nf4
     check_nf4_cache(options.nf4_cache, nf4=nf4)
-    dtype = dtype_for(card, options.dtype, made.dtype)
-    base, revision = chosen_base(options.adapter, made, options.model, options.revision)
-    folder = find_folder(base, revision, files=WITHOUT_WEIGHTS)
+    dtype = recorded_dtype(card, options.dtype, made.dtype)
+    base, revision, named = chosen_base(options.adapter, made, options.model, options.revision)
+    folder = find_folder(base, revision, WITHOUT_WEIGHTS, named)
     shape = read_config(folder)
+    if options.adapter:
+        check_not_merged(folder, options.adapter)
     tokenizer = read_tokenizer(folder, shape)
     template, _reason = choose_template(tokenizer, options.template, made.template)
     prompt = encode_prompt(tokenizer, TEMPLATES[template], question)

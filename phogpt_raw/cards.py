@@ -4,6 +4,7 @@
 compute capability decides instead: bf16 has hardware from 8.0 (Ampere) on.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,15 @@ def training_dtype(card: Card, asked: str = "auto") -> tuple[torch.dtype, str]:
                                  version=capability(card))
     return torch.float16, _("compute capability {version} has no bf16 (8.0 and up do)",
                             version=capability(card))
+
+
+def recorded_dtype(card: Card, asked: str, recorded: str) -> torch.dtype:
+    """The dtype that a flag asks for; else the one that a run recorded, unless the card at hand is
+    of another kind and computes in another."""
+    if asked == "auto" and recorded != "auto":
+        with suppress(Refusal):
+            return training_dtype(card, recorded)[0]
+    return training_dtype(card, asked)[0]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

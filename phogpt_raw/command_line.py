@@ -15,6 +15,7 @@ from pathlib import Path
 
 from phogpt_raw.cards import known_card, this_card
 from phogpt_raw.config import Config, flag
+from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
 PRESETS = Path(__file__).parent / "presets"
@@ -117,7 +118,7 @@ def preset_names() -> list[str]:
 
 def read_preset(preset: str) -> dict:
     """The keys of presets/<preset>.toml, or of a TOML file; unknown keys are refused."""
-    file = Path(preset).expanduser() if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
+    file = expanded(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     if not file.is_file():
         raise Refusal(f"--preset {preset}: no such preset; there is {', '.join(preset_names())}, "
                       f"or name a .toml file")

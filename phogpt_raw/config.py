@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from phogpt_raw.files import write_text
+from phogpt_raw.files import expanded, write_text
 from phogpt_raw.refusal import Refusal
 
 
@@ -105,12 +105,12 @@ class Config:
 
     def base_name(self) -> str:
         """What the base is called elsewhere: its hub id, or a folder's name without its path."""
-        return hub_id(self.model) or Path(self.model).expanduser().resolve().name
+        return hub_id(self.model) or expanded(self.model).resolve().name
 
     def base_reference(self) -> str:
         """What the adapter's files name as the base: a folder by its whole path, so that it is
         found from any other."""
-        folder = Path(self.model).expanduser()
+        folder = expanded(self.model)
         return str(folder.absolute()) if self.model != "nano" and folder.is_dir() else self.model
 
     def blocks_to_recompute(self, blocks: int) -> int:
@@ -133,7 +133,7 @@ CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp1
 
 def hub_id(model: str) -> str | None:
     """A base that is a repository of the hub; None for nano or a folder."""
-    local = model == "nano" or Path(model).expanduser().is_dir()
+    local = model == "nano" or expanded(model).is_dir()
     return None if local or model.count("/") != 1 else model
 
 

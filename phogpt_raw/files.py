@@ -17,9 +17,20 @@ from pathlib import Path
 from phogpt_raw.refusal import Refusal
 
 UNFINISHED = ".unfinished"
-LOCK = ".lock"  # in a folder that is being written: without it the folder is somebody else's
+LOCK = ".lock"  # in a folder that is being written; its content tells whose it is
+SIGN = b"a folder that phogpt-raw is writing\n"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's, which has no number
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def expanded(path: str | Path) -> Path:
+    """A path in which ~ is the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise Refusal(f"{path}: no user of that name has a home folder here; write ./{path} if it "
+                      f"is a file's name") from None
 
 
 @contextmanager
@@ -40,20 +51,33 @@ def write_text(file: Path, text: str) -> None:
         unfinished.write_text(text, "utf-8")
 
 
+def save_tensors(file: Path, tensors: dict) -> None:
+    """Write a safetensors file that is whole, with the rights that other files get: safetensors
+    itself lets only its owner read it."""
+    from safetensors.torch import save_file
+
+    with whole_file(file) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})  # which transformers requires
+        mask = os.umask(0)
+        os.umask(mask)
+        unfinished.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
     """A folder to write the files of `folder` into, which must not exist; it takes its name when
     the block ends without an error.
 
-    Raises Refusal where another process is writing the same folder, or its unfinished name is taken
-    by a folder that is not of this program; `ours` says that none but this program writes there.
+    Raises Refusal where `folder` exists at the start or at the end, another process is writing it,
+    or its unfinished name is taken by something that this program has not made; `ours` says that
+    none but this program writes there, and that the block itself removes an older `folder`.
     """
     unfinished = folder.with_name(folder.name + UNFINISHED)
     with in_words(unfinished):
         try:
             unfinished.mkdir(parents=True)
         except FileExistsError:
-            if not (ours or (unfinished / LOCK).is_file()):
+            if not (ours or is_ours(unfinished)):
                 raise Refusal(f"{unfinished}: is in the way, because {folder} is written under "
                               f"that name; move it away, or name another folder") from None
         with locked(unfinished / LOCK, f"{folder}: another process is writing it"):
@@ -61,24 +85,48 @@ def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
                 for left in unfinished.iterdir():
                     if left.name != LOCK:
                         remove(left)
+                if not ours:
+                    check_free(folder)
                 yield unfinished
                 for path in (*unfinished.rglob("*"), unfinished):
                     flush(path)
+                check_free(folder)
                 unfinished.rename(folder)
             (folder / LOCK).unlink()
         flush(folder.parent)
 
 
+def is_ours(unfinished: Path) -> bool:
+    """Whether a killed process of this program left that folder: its lock says so, or it is empty,
+    as it is before the lock is made."""
+    if not unfinished.is_dir() or unfinished.is_symlink():
+        return False
+    lock = unfinished / LOCK
+    if lock.is_file() and lock.read_bytes() == SIGN:
+        return True
+    return not any(path != lock or path.stat().st_size for path in unfinished.iterdir())
+
+
+def check_free(folder: Path) -> None:
+    """Raise Refusal where something has that name."""
+    if os.path.lexists(folder):
+        raise Refusal(f"{folder}: exists already; name a folder that does not")
+
+
 @contextmanager
 def locked(file: Path, busy: str) -> Iterator[None]:
     """Hold a lock on a file, which is made where it is missing; Refusal with the text `busy` where
-    another process holds it. The lock ends with the process, however that ends."""
+    another process holds it, or has just moved it away. The lock ends with the process, however
+    that ends."""
     opened = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(opened), os.stat(file)):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
             raise Refusal(busy) from None
+        os.pwrite(opened, SIGN, 0)
         yield
     finally:
         os.close(opened)
@@ -102,7 +150,7 @@ def in_words(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = error_number(error)
-        if number in FULL:
+        if number in FULL or CUT_SHORT.match(str(error)):
             raise Refusal(f"{path.parent}: the disk is full; nothing was written. Free some space, "
                           f"or name another place") from None
         if number in CLOSED:

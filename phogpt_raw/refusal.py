@@ -5,6 +5,7 @@ RunFailed ends a training run that produced nothing usable (exit status 1). A bu
 keeps its traceback.
 """
 
+import errno
 import functools
 import os
 import signal
@@ -13,6 +14,10 @@ import threading
 
 from phogpt_raw.messages import _
 
+# Of a file's place or of its disk; these are never faults of the program.
+OF_THE_PLACE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EISDIR,
+                errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
+
 
 def write_utf8(stream) -> None:
     """Have a stream write Vietnamese where the system's encoding cannot, as a redirected output on
@@ -20,6 +25,11 @@ def write_utf8(stream) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     if hasattr(stream, "reconfigure") and encoding.lower().replace("-", "") != "utf8":
         stream.reconfigure(**({"errors": "replace"} if stream.isatty() else {"encoding": "utf-8"}))
+
+
+def discard_output() -> None:
+    """Send what is still to be printed nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Refusal(ValueError):
@@ -33,8 +43,8 @@ class RunFailed(RuntimeError):
 def exits_cleanly(main=None, *, stopped: str = _("stopped by hand")):
     """Decorate a command: an error for people becomes one line on stderr and an exit status.
 
-    Refusal and a full GPU: 2; RunFailed: 1; Ctrl-C: 130; SIGTERM: 143, after what is unfinished has
-    been removed. `stopped` is what Ctrl-C says.
+    Refusal, a full GPU, a file or disk that cannot be used: 2; RunFailed: 1; Ctrl-C: 130; SIGTERM:
+    143; SIGHUP: 129, after what is unfinished has been removed. `stopped` is what Ctrl-C says.
     """
     if main is None:
         return functools.partial(exits_cleanly, stopped=stopped)
@@ -42,17 +52,30 @@ def exits_cleanly(main=None, *, stopped: str = _("stopped by hand")):
     @functools.wraps(main)
     def command(*args, **kwargs):
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                    signal.signal(number, lambda number, _frame: sys.exit(128 + number))
         for stream in (sys.stdout, sys.stderr):
             write_utf8(stream)
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
         except (Refusal, RunFailed) as error:
             print(_("error: {text}", text=" ".join(str(error).split())), file=sys.stderr)
             sys.exit(2 if isinstance(error, Refusal) else 1)
         except BrokenPipeError:  # the reader of the output has gone, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
             sys.exit(1)
+        except OSError as error:
+            if error.errno not in OF_THE_PLACE:
+                raise
+            if error.filename is None:  # the output's own disk is full
+                discard_output()
+            place = _("the output") if error.filename is None else error.filename
+            print(_("error: {place}: {reason}", place=place, reason=error.strerror),
+                  file=sys.stderr)
+            sys.exit(2)
         except Exception as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise

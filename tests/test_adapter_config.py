@@ -6,7 +6,10 @@ import shutil
 import pytest
 
 from phogpt_raw.model.adapter_config import (
+    MERGED,
     Origin,
+    adapter_hash,
+    check_not_merged,
     chosen_base,
     named_base,
     read_adapter_config,
@@ -49,7 +52,22 @@ def test_what_peft_can_have_is_read(tmp_path, changed):
     ({"alpha_pattern": {"Wqkv": None}}, "alpha_pattern Wqkv None"),
     ({"lora_dropout": 1}, "lora_dropout 1"), ({"lora_dropout": "x"}, "lora_dropout 'x'"),
     ({"target_modules": "("}, "'\\(' is not a regular expression"),
-    ({"target_modules": [3]}, "target_modules holds something else"),
+    ({"target_modules": [3]}, "target_modules \\[3\\] holds something else"),
+    ({"target_modules": None}, "target_modules names no layers"),
+    ({"target_modules": 5}, "target_modules 5 holds something else"),
+    ({"exclude_modules": 5}, "exclude_modules 5 holds something else"),
+    ({"exclude_modules": "("}, "exclude_modules '\\(' is not a regular expression"),
+    ({"layers_to_transform": "all"}, "layers_to_transform 'all' is not the number of a block"),
+    ({"layers_to_transform": [0, True]}, "layers_to_transform True is not the number of a block"),
+    ({"layers_pattern": 3}, "layers_pattern 3 holds something else"),
+    ({"bias": 5}, "bias 5 is none of none, all, lora_only"), ({"bias": "zz"}, "bias 'zz'"),
+    ({"use_rslora": "false"}, "use_rslora 'false' is neither true nor false"),
+    ({"use_dora": "no"}, "use_dora 'no' is neither"), ({"lora_bias": 1}, "lora_bias 1 is neither"),
+    ({"lora_alpha": 1e300}, "lora_alpha 1e\\+300 is not a positive number up to"),
+    ({"lora_alpha": 10**400}, "lora_alpha 10+ … is not a positive number up to"),
+    ({"kasa_config": {"x": 1}}, "kasa_config is not supported"),
+    ({"a_variant_of_next_year": True}, "a_variant_of_next_year is not supported"),
+    ({"revision": 3}, "revision 3 is not text"), ({"init_lora_weights": 1}, "init_lora_weights 1"),
     ({"layer_replication": [[0, 1]]}, "layer_replication is not supported"),
     ({"trainable_token_indices": [3]}, "trainable_token_indices is not supported"),
     ({"modules_to_save": ["wte"]}, "modules_to_save is not supported"),
@@ -58,14 +76,21 @@ def test_what_peft_can_have_is_read(tmp_path, changed):
     ({"fan_in_fan_out": True}, "fan_in_fan_out is not supported"),
     ({"use_qalora": True}, "use_qalora is not supported|cannot be read"),
     ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-     "loftq_config is not supported|cannot be read"),
-    ({"peft_type": "IA3", "feedforward_modules": []}, "only LoRA is supported|cannot be read"),
-    ({"peft_type": 7}, "cannot be read")])
+     "init_lora_weights 'loftq' changes the base's weights"),
+    ({"peft_type": "IA3", "feedforward_modules": []}, "a IA3 adapter; only LoRA is supported"),
+    ({"peft_type": 7}, "a 7 adapter; only LoRA is supported")])
 def test_what_cannot_be_used_is_one_line_with_the_file(tmp_path, changed, line):
     with pytest.raises(Refusal, match=line) as refused:
         read_adapter_config(adapter(tmp_path, **changed))
     assert str(tmp_path / "adapter_config.json") in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text, line", [("{", "not JSON"), ("[]", "not a JSON object")])
+def test_a_file_that_is_not_a_json_object_is_one_line(tmp_path, text, line):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(Refusal, match=f"adapter_config.json: {line}"):
+        read_adapter_config(tmp_path)
 
 
 def test_how_a_run_was_made_is_found_from_its_adapter_and_its_checkpoints(tmp_path):
@@ -74,13 +99,61 @@ def test_how_a_run_was_made_is_found_from_its_adapter_and_its_checkpoints(tmp_pa
     made = Origin("nano", "v1", "7b5-instruct", nf4=False, dtype="fp32")
     assert read_origin(run) == made
     assert read_origin(adapter(run / "checkpoint-30")) == made
+    (tmp_path / "link").symlink_to(run / "checkpoint-30")
+    assert read_origin(tmp_path / "link") == made
+
+
+def test_an_adapter_in_a_runs_folder_is_not_of_that_run(tmp_path):
+    run = adapter(tmp_path / "run")
+    (run / "config.json").write_text(json.dumps(RUN))
+    assert read_origin(adapter(run / "foreign")) == Origin("nano")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model": "nano", "tem', '{"model": "nano"}'])
+def test_a_damaged_record_is_refused_and_never_taken_for_none(tmp_path, text):
+    (adapter(tmp_path) / "config.json").write_text(text)
+    with pytest.raises(Refusal, match=f"{tmp_path}/config.json: is not a whole config.json of a "
+                                      f"run"):
+        read_origin(tmp_path)
+
+
+def test_a_revision_goes_with_its_base(tmp_path):
+    folder = adapter(tmp_path, base_model_name_or_path="vinai/PhoGPT-4B", revision="v7")
+    made = Origin("vinai/PhoGPT-4B", "v7")
+
+    def chosen(model=None, revision=None):
+        return chosen_base(folder, made, model, revision)[:2]
+
+    assert chosen() == chosen(model="vinai/PhoGPT-4B") == ("vinai/PhoGPT-4B", "v7")
+    assert chosen(revision="v8") == chosen("vinai/PhoGPT-4B", "v8") == ("vinai/PhoGPT-4B", "v8")
+    assert chosen(model="vinai/PhoGPT-4B-Chat") == ("vinai/PhoGPT-4B-Chat", None)
+
+
+def test_a_folder_that_hides_the_hubs_base_is_said(tmp_path, monkeypatch):
+    folder = adapter(tmp_path / "a", base_model_name_or_path="vinai/PhoGPT-4B", revision="v7")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vinai" / "PhoGPT-4B").mkdir(parents=True)
+    with pytest.raises(Refusal, match="vinai/PhoGPT-4B in revision v7, of the hub, and a folder"):
+        chosen_base(folder, read_origin(folder), None, None)
+
+
+def test_an_adapter_is_not_put_over_a_base_that_has_it_already(tmp_path):
+    one, other = adapter(tmp_path / "one"), adapter(tmp_path / "other")
+    (one / "adapter_model.safetensors").write_bytes(b"1")
+    (other / "adapter_model.safetensors").write_bytes(b"2")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({MERGED: adapter_hash(one)}))
+    check_not_merged(base, other)
+    with pytest.raises(Refusal, match="one is already merged into it"):
+        check_not_merged(base, one)
 
 
 def test_an_adapter_from_elsewhere_names_its_base_alone(tmp_path):
     assert read_origin(adapter(tmp_path / "a", revision="v2")) == Origin("nano", "v2")
     # a model's config.json beside it, or above it, is not a run's
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mpt", "d_model": 64}))
-    (tmp_path / "a" / "config.json").write_text("[]")
+    for folder in (tmp_path, tmp_path / "a"):
+        (folder / "config.json").write_text(json.dumps({"model_type": "mpt", "d_model": 64}))
     assert read_origin(tmp_path / "a") == Origin("nano", "v2")
 
 
@@ -101,6 +174,7 @@ def test_a_base_that_is_no_longer_there_is_said_to_be_the_adapters(tmp_path):
     base.mkdir()
     assert named_base(folder) == str(base)
     shutil.rmtree(base)
-    assert chosen_base(folder, Origin(str(base), "v1"), "elsewhere", None) == ("elsewhere", None)
+    assert chosen_base(folder, Origin(str(base), "v1"), "elsewhere", None)[:2] == (
+        "elsewhere", None)
     assert named_base(adapter(tmp_path / "b", base_model_name_or_path="vinai/PhoGPT-4B")) == (
         "vinai/PhoGPT-4B")

@@ -53,6 +53,14 @@ def test_over_plain_weights_it_is_the_rounding_to_the_dtype_alone(first_command)
         4, 1.0, pytest.approx(0, abs=1e-6), 0.0)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_difference_may_have_either_sign(first_command, monkeypatch, sign):
+    logits = torch.zeros(4, 2), sign * torch.tensor([[0.0, 3.0]]).expand(4, 2)
+    monkeypatch.setattr("phogpt_raw.export.distance.both_heads", lambda *_: logits)
+    merger = Merger(NANO, first_command)
+    assert distance(merger, merger.tensors, [[5, 6, 7, 8]], CPU, nf4=False).largest == 3
+
+
 @torch.no_grad()
 def test_the_configs_own_values_count(tmp_path):
     """Norms' epsilon, ALiBi's slopes, a head wider than one part."""

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from phogpt_raw.export.__main__ import main
 from phogpt_raw.export.merge import Merger
@@ -45,6 +48,50 @@ def test_the_merged_folder_answers(first_command, tmp_path, capsys):
         generate.main([*how, "--no-nf4", "Mèo thích ăn gì?"])
     one, other = capsys.readouterr().out.splitlines()
     assert one == other and "Dạ" in one
+    with pytest.raises(SystemExit):
+        generate.main(["--adapter", str(first_command), "--model", str(tmp_path / "out"), "?"])
+    assert f"{first_command} is already merged into it" in capsys.readouterr().err
+
+
+def test_the_printed_command_asks_the_checkpoint_that_was_compared(first_command, tmp_path, capsys,
+                                                                   monkeypatch):
+    """Its folder may have the name of the base that comes along, or begin like a flag."""
+    import shlex
+
+    import generate
+
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(generate, "load_base", lambda base, **how: asked.append(
+        (Path(base).resolve(), how["nf4"])) or sys.exit(0))
+    for out in ("nano", "[bold]"):
+        export(first_command, out, "--merged")
+        said = capsys.readouterr().out
+        assert f"written to {out}" in said
+        command = next(line for line in said.splitlines() if "generate.py" in line)
+        with pytest.raises(SystemExit):
+            generate.main(shlex.split(command)[2:])
+        assert asked.pop() == (tmp_path / out, False)
+        card = (tmp_path / out / "README.md").read_text("utf-8")
+        assert "generate.py --model FOLDER --no-nf4" in card
+
+
+def test_a_merged_checkpoint_names_no_path_of_the_machine_that_made_its_base(tmp_path):
+    base = shutil.copytree(ROOT / "phogpt_raw" / "nano" / "base", tmp_path / "base")
+    write_json(base / "config.json", _name_or_path="/home/lan/secret")
+    export(base, tmp_path / "out", "--merged")
+    assert "secret" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_a_base_in_nf4_has_the_runs_dtype(first_command, tmp_path, capsys):
+    run = shutil.copytree(first_command, tmp_path / "run")
+    write_json(run / "config.json", dtype="bf16")
+    export(run, tmp_path / "out", "--nf4")
+    assert "--model nano --dtype bf16 --nf4-cache" in " ".join(capsys.readouterr().out.split())
+    from phogpt_raw.model.weights import load_base
+
+    load_base("nano", device="cpu", dtype=torch.bfloat16, nf4_cache=tmp_path / "out" / "nf4")
+    assert "base read from NF4 cache" in capsys.readouterr().err
 
 
 def test_a_base_is_exported_without_an_adapter(tiny, tmp_path, capsys):
@@ -59,7 +106,7 @@ def test_a_base_in_nf4_is_what_later_starts_read(tiny, tmp_path, capsys, monkeyp
 
     export(tiny, tmp_path / "out", "--nf4")
     said = " ".join(capsys.readouterr().out.split())
-    assert f"--model {tiny} --nf4-cache {tmp_path}/out/nf4" in said
+    assert f"--model {tiny} --dtype fp32 --nf4-cache {tmp_path}/out/nf4" in said
     [file] = (tmp_path / "out" / "nf4").glob("*.safetensors")
     assert list((tmp_path / "out").iterdir()) == [file.parent]
     monkeypatch.setattr("phogpt_raw.model.weights.nf4_linear", None)  # nothing is quantised
@@ -85,10 +132,15 @@ def test_of_a_checkpoint_the_template_is_its_runs(first_command, tmp_path, capsy
 
 
 def test_a_merged_folder_knows_its_template(first_command, tmp_path):
+    """Though its base has another in a file of its own."""
     from phogpt_raw.data.prompt import choose_template
     from phogpt_raw.model.weights import read_config, read_tokenizer
 
-    export(first_command, tmp_path / "out", "--merged", "--template", "7b5-instruct")
+    base = shutil.copytree(ROOT / "phogpt_raw" / "nano" / "base", tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    export(first_command, tmp_path / "out", "--merged", "--template", "7b5-instruct",
+           "--model", base)
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
     tokenizer = read_tokenizer(tmp_path / "out", read_config(tmp_path / "out"))
     assert choose_template(tokenizer) == ("7b5-instruct", "the tokenizer's chat template")
 
@@ -100,7 +152,7 @@ def test_a_run_over_plain_weights_is_compared_with_those(first_command, tmp_path
     export(run, tmp_path / "out", "--merged", "--dtype", "fp32")
     said = " ".join(capsys.readouterr().out.split())
     assert "beside the adapter on its base" in said and "the same in 100.0%" in said
-    assert "4 bits" not in said
+    assert "trained on weights rounded to 4 bits" not in said
 
 
 def test_a_merge_far_from_the_adapter_is_warned_of(first_command, tmp_path, capsys, monkeypatch):
@@ -126,7 +178,7 @@ def test_commands_that_are_printed_name_revision_and_dtype(tiny, tmp_path, capsy
 
     asked = []
     for module in (source, __main__):  # its config, then its weights
-        monkeypatch.setattr(module, "find_folder", lambda base, revision, files=None:
+        monkeypatch.setattr(module, "find_folder", lambda base, revision, *_:
                             asked.append((base, revision)) or tiny)
     (tmp_path / "run").mkdir()
     save = json.dumps(dict(peft_type="LORA", base_model_name_or_path="vinai/PhoGPT-4B", r=4,
@@ -153,7 +205,7 @@ def test_a_link_that_leads_nowhere_is_in_the_way(tiny, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_leaves_nothing(tiny, tmp_path, signal_):
     script = ("import sys, time\nfrom phogpt_raw.export import gguf, __main__\n"
               "gguf.write_model = lambda *a, **k: (print('half', flush=True), time.sleep(60))\n"
@@ -194,7 +246,8 @@ def test_the_card_says_what_it_is_to_its_base(flags, relation, first_command, tm
     monkeypatch.setattr("phogpt_raw.export.__main__.hub_id", lambda base: "vinai/PhoGPT-4B")
     export(first_command, tmp_path / "out", *flags)
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
-    assert f"base_model_relation: {relation}\n" in card and "A fine-tuned PhoGPT" in card
+    assert f"base_model_relation: {relation}\n" in card
+    assert "A PhoGPT, fine-tuned from vinai/PhoGPT-4B, exported" in " ".join(card.split())
 
 
 @pytest.mark.parametrize("flags", [["--merged"], ["--merged", "--dtype", "fp32"],
@@ -209,6 +262,16 @@ def test_the_space_needed_is_that_of_the_files(flags, first_command, tmp_path, m
     assert 0 < asked[0] - written < 2**24 + 2**21
 
 
+def test_the_space_of_the_nf4_file_is_counted():
+    """nano's is less than what is added for small files, 7B5's is not."""
+    from phogpt_raw.export.__main__ import bytes_needed
+    from phogpt_raw.model.phogpt import PUBLISHED
+
+    merger = SimpleNamespace(config=PUBLISHED["7b5"])
+    options = SimpleNamespace(merged=False, gguf=None, nf4=True)
+    assert 5.4e9 < bytes_needed(options, merger, torch.float32) < 8e9
+
+
 def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
     """Of a hub's base only the config and the tokenizer are fetched for it."""
     base = tmp_path / "base"
@@ -219,6 +282,9 @@ def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
 
 
 @pytest.mark.parametrize("flags, line", [
+    (["--merged", "--nf4", "--dtype", "fp16"], "--dtype fp16: the CPU computes in fp32 or bf16"),
+    (["--gguf", "f16", "--dtype", "fp32"], "--dtype fp32: has no effect on what is written"),
+    (["--nf4", "--template", "4b-chat"], "--template 4b-chat: has no effect"),
     ([], "what to write, and where? name a folder OUT and one or more of --merged"),
     (["--push", "me/it"], "what to write, and where?"),
     (["--nf4", "--push", "me/it"], "which is not uploaded; add --merged"),
@@ -234,12 +300,44 @@ def test_what_is_not_possible_is_refused_in_one_line(first_command, tmp_path, fl
 
 
 @pytest.mark.parametrize("run, flags, line", [
-    ("nano", ["--lora-gguf"], "nano holds no adapter (adapter_config.json)"),
-    ("runs/not-there", ["--gguf", "f16"], "--model runs/not-there: no such folder")])
+    ("nano", ["--lora-gguf"], "nano: holds no adapter (adapter_config.json), and --lora-gguf"),
+    ("runs/typo", ["--merged", "--model", "nano"], "runs/typo: holds no adapter"),
+    ("runs/not-there", ["--gguf", "f16"], "error: runs/not-there: no such folder"),
+    ("~nobody-of-that-name", ["--gguf", "f16"], "no user of that name has a home folder"),
+    ("x" * 300, ["--gguf", "f16"], "File name too long")])
 def test_a_run_that_is_none_is_one_line(run, flags, line, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         export(run, tmp_path / "out", *flags)
-    assert line in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and line in said and said.count("\n") == 1
+
+
+def test_a_run_that_has_no_adapter_yet_is_said(first_command, tmp_path, capsys):
+    run = shutil.copytree(first_command, tmp_path / "run")
+    (run / "adapter_config.json").unlink()
+    with pytest.raises(SystemExit):
+        export(run, tmp_path / "out", "--gguf", "f16")
+    assert "this run has not ended; name one of its checkpoint-N" in capsys.readouterr().err
+
+
+def test_an_adapters_base_that_is_not_there_is_not_blamed_on_a_flag(first_command, tmp_path,
+                                                                    capsys):
+    run = shutil.copytree(first_command, tmp_path / "run")
+    write_json(run / "adapter_config.json", base_model_name_or_path="models/PhoGPT-4B")
+    with pytest.raises(SystemExit):
+        export(run, tmp_path / "out", "--gguf", "f16")
+    assert f"error: {run}: its base models/PhoGPT-4B: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, line", [("x/..", "exists already"), ("y" * 300, "too long"),
+                                        ("~nobody-of-that-name/x", "no user of that name")])
+def test_a_folder_that_cannot_be_is_one_line(tiny, name, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        export(tiny, name, "--gguf", "f16")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and line in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tiny, tmp_path, capsys):
@@ -261,14 +359,18 @@ def test_an_adapter_of_another_base_is_one_line_before_anything_is_written(
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, tmp_path):
     """The real error, from a limit on the size of a file."""
-    def limit():
+    def limit(size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    for flags in (["--merged"], ["--gguf", "f16"]):
+    export(tiny, tmp_path / "whole", "--gguf", "f16")
+    whole = (tmp_path / "whole" / "model.gguf").stat().st_size
+    shutil.rmtree(tmp_path / "whole")
+    for flags, size in ((["--merged"], 100_000), (["--gguf", "f16"], 100_000),  # in its header
+                        (["--gguf", "f16"], whole - 10_000)):  # in a tensor
         ended = subprocess.run(
             [sys.executable, "-m", "phogpt_raw.export", tiny, tmp_path / "out", *flags], cwd=ROOT,
-            capture_output=True, text=True, preexec_fn=limit)
+            capture_output=True, text=True, preexec_fn=partial(limit, size))
         assert ended.returncode == 2, ended.stderr
         assert ended.stderr.count("\n") == 1 and "the disk is full" in ended.stderr
         assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from phogpt_raw import files
-from phogpt_raw.files import check_space, whole_file, whole_folder
+from phogpt_raw.files import check_space, expanded, save_tensors, whole_file, whole_folder
 from phogpt_raw.refusal import Refusal
 
 
@@ -87,11 +88,10 @@ def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
 
 
 def test_a_folder_that_appears_meanwhile_stays(tmp_path):
-    with pytest.raises(OSError), whole_folder(tmp_path / "a") as made:
+    with pytest.raises(Refusal, match="a: exists already"), whole_folder(tmp_path / "a") as made:
         (made / "one").write_text("1")
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "mine").write_text("x")
-    assert [f.name for f in tmp_path.rglob("*")] == ["a", "mine"]
+        (tmp_path / "a").mkdir()  # empty: a rename would replace it
+    assert [f.name for f in tmp_path.rglob("*")] == ["a"]
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
@@ -101,6 +101,61 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     with pytest.raises(Refusal, match="is in the way"), whole_folder(tmp_path / "a"):
         pass
     assert (other / "notes.txt").read_text() == "mine"
+
+
+def test_a_lock_that_is_not_ours_is_left_alone(tmp_path):
+    """Other programs call a lock .lock too."""
+    other = tmp_path / ("a" + files.UNFINISHED)
+    other.mkdir()
+    (other / files.LOCK).write_text("pid 1")
+    with pytest.raises(Refusal, match="is in the way"), whole_folder(tmp_path / "a"):
+        pass
+    assert (other / files.LOCK).read_text() == "pid 1"
+
+
+@pytest.mark.parametrize("lock", [False, True])
+def test_what_is_left_of_a_process_killed_before_it_signed_is_taken_over(tmp_path, lock):
+    left = tmp_path / ("a" + files.UNFINISHED)
+    left.mkdir()
+    if lock:
+        (left / files.LOCK).touch()
+    with whole_folder(tmp_path / "a") as made:
+        (made / "one").write_text("1")
+    assert [f.name for f in tmp_path.rglob("*")] == ["a", "one"]
+
+
+def test_a_folder_made_before_the_lock_was_ours_is_refused(tmp_path, monkeypatch):
+    """Another process was ready between our look and our lock."""
+    (tmp_path / "a").mkdir()
+    with pytest.raises(Refusal, match="a: exists already"), whole_folder(tmp_path / "a"):
+        raise AssertionError("nothing should be written")
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_lock_that_was_moved_away_between_is_not_held(tmp_path, monkeypatch):
+    """The process that held it has renamed its folder, and another may have begun there."""
+    flock = files.fcntl.flock
+
+    def late(opened, how):
+        (tmp_path / "lock").rename(tmp_path / "moved")
+        (tmp_path / "lock").touch()
+        flock(opened, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with pytest.raises(Refusal, match="busy"), files.locked(tmp_path / "lock", "busy"):
+        pass
+
+
+def test_tensors_may_be_read_by_those_who_read_other_files(tmp_path):
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_a_home_folder_that_is_not_there_is_one_line():
+    with pytest.raises(Refusal, match="~nobody-of-that-name/x: no user of that name"):
+        expanded("~nobody-of-that-name/x")
+    assert expanded("~/x").is_absolute()
 
 
 def test_folders_within_are_flushed_too(tmp_path, monkeypatch):

@@ -232,3 +232,25 @@ def test_its_command_for_here_is_one_that_generate_takes(card):
 
     [command] = re.findall(r"python generate.py (.*) \"Câu hỏi của bạn\"", card())
     assert generate.parse([*command.split(), "Câu hỏi của bạn"]).adapter.name == "FOLDER"
+
+
+def test_its_commands_name_what_only_the_runs_folder_records(tmp_path, monkeypatch):
+    """On the hub there is no config.json: template and precision would be the defaults."""
+    import generate
+    from phogpt_raw.export import __main__ as export
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FOLDER" / "adapter_config.json").write_text("{}")
+    job = job_of(tmp_path, nf4=False, model="here/it/is")
+    job.examples.template = "7b5-instruct"
+    text = model_card.card(job)
+    [command] = re.findall(r"python generate.py (.*) \"Câu hỏi của bạn\"", text)
+    options = generate.parse([*command.split(), "?"])
+    assert (options.template, options.nf4, options.model) == ("7b5-instruct", False, "BASE")
+    assert ", not quantised; the template" in text
+    exports = re.findall(r"python -m phogpt_raw.export (.*)", text)
+    assert len(exports) == 3
+    for command in exports:
+        options = export.parse(command.split())
+        assert (options.template, options.model) == ("7b5-instruct", "BASE")

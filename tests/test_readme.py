@@ -40,6 +40,7 @@ def test_export_commands_are_valid(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "hf_for_this_test")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     found = [shlex.split(c)[3:] for page in (README, *(file.read_text("utf-8") for file in DOCS))
              for c in commands(page) if c.startswith("python -m phogpt_raw.export")]
     assert len(found) >= 2

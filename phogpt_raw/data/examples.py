@@ -7,6 +7,7 @@ from pathlib import Path
 from phogpt_raw.config import Config
 from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row
 from phogpt_raw.data.rows import Row, read_rows
+from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
 DEFAULT_SHARE, ENOUGH = 0.05, 40  # held out unless --hold-out says otherwise, of so many rows
@@ -98,6 +99,6 @@ def fingerprint(example: Example) -> str:
 
 
 def identify(path: str) -> DataFile:
-    file = Path(path).expanduser()
+    file = expanded(path)
     with file.open("rb") as content:
         return DataFile(file.name, hashlib.file_digest(content, "sha256").hexdigest())

@@ -11,22 +11,24 @@ whole or not at all.
 
 import argparse
 import os
+import shlex
 import time
 from pathlib import Path
 
 import torch
 
-from phogpt_raw.cards import DTYPES, dtype_name, this_card, training_dtype
+from phogpt_raw.cards import DTYPES, dtype_name, recorded_dtype, this_card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import hub_id
 from phogpt_raw.data.prompt import TEMPLATES
 from phogpt_raw.export import exported_card, gguf, push
 from phogpt_raw.export.chat import jinja, modelfile
 from phogpt_raw.export.merge import Merger, stored_dtype, write_merged
-from phogpt_raw.export.report import NF4, progress, say_distance, say_uses
+from phogpt_raw.export.report import NF4, progress, say_distance, say_uses, shown
 from phogpt_raw.export.source import find_source
-from phogpt_raw.files import check_space, whole_folder
+from phogpt_raw.files import check_free, check_space, expanded, whole_folder
 from phogpt_raw.model import nf4_file
+from phogpt_raw.model.adapter_config import run_record
 from phogpt_raw.model.nf4 import NF4_BYTES
 from phogpt_raw.model.weights import find_cache, find_folder, read_model
 from phogpt_raw.refusal import Refusal, exits_cleanly
@@ -64,27 +66,44 @@ def parse(arguments):
 
 
 def check(options) -> None:
-    """Raise Refusal for flags that do not go together; find the run's adapter."""
+    """Raise Refusal for flags that do not go together or have no effect; find the run's adapter."""
     model = options.merged or options.gguf or options.lora_gguf
     if bool(options.out) != bool(model or options.nf4) or not (options.out or options.push):
         raise Refusal("what to write, and where? name a folder OUT and one or more of --merged, "
                       "--gguf, --lora-gguf and --nf4; or --push USER/NAME alone")
+    effects = {"dtype": options.merged or options.nf4, "template": model, "model": options.out,
+               "revision": options.out}
+    for name, has_one in effects.items():
+        if getattr(options, name) not in (None, "auto") and not has_one:
+            raise Refusal(f"--{name} {getattr(options, name)}: has no effect on what is written; "
+                          f"leave it out")
     if options.out:
-        options.out = options.out.expanduser()
-        if os.path.lexists(options.out):
-            raise Refusal(f"{options.out}: exists already; name a folder that does not")
+        options.out = Path(os.path.normpath(expanded(options.out)))
+        check_free(options.out)
     if options.push:
         if options.out and not model:
             raise Refusal("--push: --nf4 writes a file for this computer, which is not uploaded; "
                           "add --merged, --gguf or --lora-gguf, or leave out --push")
         push.check(options.push)
-    options.run = str(Path(options.run).expanduser()) if options.run.startswith("~") else (
-        options.run)
+    find_adapter(options)
+
+
+def find_adapter(options) -> None:
+    """Set options.adapter, None where RUN is a base; Refusal where it should have one and has
+    none."""
+    options.run = str(expanded(options.run))
     options.adapter = Path(options.run)
-    if not (options.adapter / "adapter_config.json").is_file():
-        options.adapter = None
-        if options.lora_gguf:
-            raise Refusal(f"--lora-gguf: {options.run} holds no adapter (adapter_config.json)")
+    if (options.adapter / "adapter_config.json").is_file():
+        return
+    none = f"{options.run}: holds no adapter (adapter_config.json)"
+    if run_record(options.adapter / "config.json"):
+        raise Refusal(f"{none}: this run has not ended; name one of its checkpoint-N folders")
+    if options.lora_gguf:
+        raise Refusal(f"{none}, and --lora-gguf writes one")
+    if options.model:
+        raise Refusal(f"{none}, and --model names the base below one; to export a base alone, name "
+                      f"it in place of RUN, without --model")
+    options.adapter = None
 
 
 @exits_cleanly
@@ -95,7 +114,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.push:
         folder = options.out or Path(options.run)
         out.print(push.in_words(folder, options.push), markup=False)
-        out.print(push.push(folder, options.push), markup=False)
+        try:
+            out.print(push.push(folder, options.push), markup=False)
+        except Refusal as refusal:
+            again = shlex.join(["python", "-m", "phogpt_raw.export", shown(folder), "--push",
+                                options.push])
+            written = f"; {folder} is written, upload it with {again}" if options.out else ""
+            raise Refusal(f"{refusal}{written}") from None
 
 
 def write(options) -> None:
@@ -108,6 +133,8 @@ def write(options) -> None:
         find_folder(source.base, source.revision)  # the weights too
     dtype = DTYPES[options.dtype] if options.dtype != "auto" else (
         stored_dtype(merger) if options.merged else torch.float32)
+    card = this_card()
+    nf4_dtype = recorded_dtype(card, options.dtype, source.dtype) if options.nf4 else None
     check_space(options.out, bytes_needed(options, merger, dtype))
     begun = time.monotonic()
     with whole_folder(options.out) as made:
@@ -123,13 +150,14 @@ def write(options) -> None:
         if options.lora_gguf:
             gguf.write_adapter(merger, made / "adapter.gguf")
         if options.nf4:
-            write_nf4(merger.folder, made / NF4, options.dtype)
+            write_nf4(merger.folder, made / NF4, nf4_dtype, card.device)
         if options.merged or options.gguf or options.lora_gguf:
             exported_card.write(
                 made / "README.md", title=source.name, base=hub_id(source.base),
+                revision=source.revision, name=expanded(source.base).resolve().name,
                 template=source.template, adapted=merger.adapters is not None, kind=options.gguf,
                 lora=options.lora_gguf, merged=dtype_name(dtype) if options.merged else None)
-    say_uses(options, source, time.monotonic() - begun)
+    say_uses(options, source, nf4_dtype, time.monotonic() - begun)
 
 
 def bytes_needed(options, merger: Merger, dtype: torch.dtype) -> int:
@@ -144,11 +172,9 @@ def bytes_needed(options, merger: Merger, dtype: torch.dtype) -> int:
     return size
 
 
-def write_nf4(folder: Path, made: Path, asked: str) -> None:
-    """The base of a model folder in NF4, in the dtype that a run on this machine would take."""
-    card = this_card()
-    dtype, _reason = training_dtype(card, asked)
-    where = dict(dtype=dtype, device=torch.device(card.device))
+def write_nf4(folder: Path, made: Path, dtype: torch.dtype, device: str) -> None:
+    """The base of a model folder in NF4, as a run on this machine quantises it."""
+    where = dict(dtype=dtype, device=torch.device(device))
     cache = find_cache(folder, made, **where)
     nf4_file.write(read_model(folder, nf4=True, **where), cache.file, cache.key, cache.base)
 

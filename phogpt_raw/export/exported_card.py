@@ -11,8 +11,8 @@ HEAD = """\
 {what}, exported by phogpt-raw. PhoGPT is an MPT with biases, 193 of them in PhoGPT-7B5. A program
 that builds MPT without them drops them, and has another model.
 
-A question must be wrapped in the template of the training, `{template}`, without a space at the
-end; the answer ends with `</s>`:
+A question must be wrapped in the template {whose}, `{template}`, without a space at the end; the
+answer ends with `</s>`:
 
 ```text
 {question}
@@ -20,15 +20,16 @@ end; the answer ends with `</s>`:
 """
 MERGED = """\
 **The checkpoint** (`config.json`, `model*.safetensors`, tokenizer) is in PhoGPT's own format, in
-{dtype}. With phogpt-raw: `python generate.py --model FOLDER "Câu hỏi của bạn"`. transformers' own
-MPT reads it without its biases, which must be put back.
+{dtype}. With phogpt-raw: `python generate.py --model FOLDER --no-nf4 "Câu hỏi của bạn"`; without
+`--no-nf4` the weights are rounded to 4 bits again, which takes less memory and gives other answers.
+transformers' own MPT reads it without its biases, which must be put back.
 """
 GGUF = """\
 **`model.gguf`** ({kind}) is for llama.cpp, with tokenizer and chat template in it: `llama-cli -m
 model.gguf`. With Ollama: `ollama create phogpt -f Modelfile`, then `ollama run phogpt`.
 """
 LORA = """\
-**`adapter.gguf`** is the adapter alone, for llama.cpp over a GGUF of the same base
+**`adapter.gguf`** is the adapter alone, for llama.cpp over a GGUF of its base, {base}
 (`llama-completion` is `llama-cli` in versions before 2026):
 
 ```bash
@@ -37,18 +38,22 @@ llama-completion -m BASE.gguf --lora adapter.gguf -no-cnv -e -p '{escaped}'
 """
 
 
-def write(file: Path, *, title: str, base: str | None, template: str, adapted: bool,
-          merged: str | None, kind: str | None, lora: bool) -> None:
-    """base: a repository of the hub, None where it is a folder. merged: the checkpoint's dtype;
-    kind: the GGUF's; None where there is none."""
+def write(file: Path, *, title: str, base: str | None, revision: str | None, name: str,
+          template: str, adapted: bool, merged: str | None, kind: str | None, lora: bool) -> None:
+    """base: a repository of the hub, None where it is a folder; name: what the base is called.
+    merged: the checkpoint's dtype; kind: the GGUF's; None where there is none."""
+    named = plain(base or name) + (f", revision {plain(revision)}" if revision else "")
     question = TEMPLATES[template].question.format("Câu hỏi của bạn")
     parts = [MERGED.format(dtype=merged) if merged else "", GGUF.format(kind=kind) if kind else "",
-             LORA.format(escaped=question.replace("\n", "\\n")) if lora else ""]
+             LORA.format(base=named, escaped=question.replace("\n", "\\n")) if lora else ""]
     head = HEAD.format(
         title=plain(title), template=template,
-        what="A fine-tuned PhoGPT" if adapted else "A PhoGPT",
+        what=f"A PhoGPT, fine-tuned from {named}" if adapted else f"A PhoGPT, {named}",
+        whose="of its training" if adapted else "that it was exported with",
         question=question)
     text = "\n".join([head, *filter(None, parts)])
-    relation = "merge" if merged else "adapter" if lora and not kind else "quantized"
+    relation = "adapter" if lora and not (merged or kind) else "quantized" if kind else None
+    if merged:  # of a base alone it is the base itself in another format
+        relation = "merge" if adapted else None
     tags = ["phogpt", "vietnamese", *(["gguf"] if kind or lora else [])]
     file.write_text(f"---\n{metadata(base, relation, tags)}\n---\n\n{text}", "utf-8")

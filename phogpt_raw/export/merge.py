@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from phogpt_raw.config import hub_id
+from phogpt_raw.model.adapter_config import MERGED, adapter_hash
 from phogpt_raw.model.adapters import PREFIX, Adapters, load_adapters
 from phogpt_raw.model.checkpoint_format import parameter_shapes, write_checkpoint, write_json
 from phogpt_raw.model.phogpt import PhoGPT
@@ -43,7 +44,7 @@ class Merger:
     """
 
     def __init__(self, folder: Path, adapter: Path | None = None):
-        self.folder, self.config = folder, read_config(folder)
+        self.folder, self.config, self.adapter = folder, read_config(folder), adapter
         self.adapters, self.layers, self.biases = None, {}, {}
         if adapter:
             self.adapters, self.layers = adapted_skeleton(self.config, adapter)
@@ -138,7 +139,10 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
     Jinja, in place of the tokenizer's, so that the checkpoint knows in which it was trained.
     """
     size = dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
-    write_checkpoint(folder, merged_config(merger.folder, base, dtype),
+    config = merged_config(merger.folder, base, dtype)
+    if merger.adapter:
+        config[MERGED] = adapter_hash(merger.adapter)
+    write_checkpoint(folder, config,
                      progress(merger.all_merged(dtype)), shards=-(-size // SHARD),
                      kind="safetensors", tokenizer=merger.folder)
     tokenizer = folder / "tokenizer_config.json"
@@ -154,14 +158,16 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
 def merged_config(folder: Path, base: str, dtype: torch.dtype) -> dict:
     """The base's config.json for a merged checkpoint.
 
-    Three fields differ: transformers accepts only the integer 0 for attn_pdrop, where VinAI's file
+    Four fields differ: transformers accepts only the integer 0 for attn_pdrop, where VinAI's file
     has 0.0; use_cache is on, since without it transformers reads the whole text again for each
-    token; and the code that `auto_map` names is not in the folder, so a hub's base is named as its
-    place, and without one the field goes.
+    token; the code that `auto_map` names is not in the folder, so a hub's base is named as its
+    place, and without one the field goes; `_name_or_path` goes, a path of the machine that wrote
+    the base.
     """
     config = read_json(folder / "config.json")
     config["attn_config"] = (config.get("attn_config") or {}) | {"attn_pdrop": 0}
     config |= {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
+    config.pop("_name_or_path", None)
     code = config.pop("auto_map", None)
     if code and hub_id(base):
         config["auto_map"] = {kind: f"{base}--{place.split('--')[-1]}"

@@ -40,10 +40,10 @@ itself: it needs its base.{unpublished}
 {question}
 ```
 
-**Here** ({project}), over the same base in 4 bits; the template is put around the question:
+**Here** ({project}), over the same base{precision}; the template is put around the question:
 
 ```bash
-python generate.py --adapter FOLDER {model}"Câu hỏi của bạn"
+python generate.py --adapter FOLDER {flags}"Câu hỏi của bạn"
 ```
 
 **With PEFT on transformers**: PhoGPT has a bias on every linear layer and norm (193 in PhoGPT-7B5),
@@ -78,13 +78,13 @@ model = PeftModel.from_pretrained(model, "FOLDER")
 or merge adapter and base into one 16-bit checkpoint, for programs that know PhoGPT's biases:
 
 ```bash
-python -m phogpt_raw.export FOLDER OUT --merged
+python -m phogpt_raw.export FOLDER OUT --merged{export_flags}
 ```
 
 **With llama.cpp**, which knows the biases: merged into the base (the template is in the file),
 
 ```bash
-python -m phogpt_raw.export FOLDER OUT --gguf q8_0
+python -m phogpt_raw.export FOLDER OUT --gguf q8_0{export_flags}
 llama-cli -m OUT/model.gguf
 ```
 
@@ -92,7 +92,7 @@ or as a small file over a published GGUF of the same base (`llama-completion` is
 versions before 2026):
 
 ```bash
-python -m phogpt_raw.export FOLDER OUT --lora-gguf
+python -m phogpt_raw.export FOLDER OUT --lora-gguf{export_flags}
 llama-completion -m PhoGPT.gguf --lora OUT/adapter.gguf -no-cnv -e -p '{escaped}'
 ```
 
@@ -142,12 +142,16 @@ def card(job: Job) -> str:
                        "its owner can say.")
     picture = ("![training and held-out loss, learning rate](loss.png)\n\n"
                if (folder / "loss.png").is_file() else "")
+    model = "" if hub or config.model == "nano" else " --model BASE"
+    export_flags = f"{model} --template {job.examples.template}"
+    flags = export_flags.lstrip() + ("" if config.nf4 else " --no-nf4") + " "
     body = BODY.format(
         title=f"{name} + {plain(folder.resolve().name)}", base=base, unpublished=unpublished,
         picture=picture, results=results(job), template=f"`{job.examples.template}`",
         question=template, escaped=template.replace("\n", "\\n"),
         project=f"phogpt-raw {version('phogpt-raw')}",
-        model="" if hub or config.model == "nano" else "--model BASE ",
+        precision=" in 4 bits" if config.nf4 else ", not quantised", flags=flags,
+        export_flags=export_flags,
         training=table(hyper_parameters(job)), data=table(data(job)),
         versions=table({package: version(package) for package in PACKAGES}),
     )
@@ -160,13 +164,13 @@ def front_matter(job: Job) -> str:
     return metadata(hub_id(job.config.model), "adapter", tags, library_name="peft")
 
 
-def metadata(base: str | None, relation: str, tags: list[str], **more) -> str:
+def metadata(base: str | None, relation: str | None, tags: list[str], **more) -> str:
     """The hub's metadata as YAML. The base and its licence only where they are known: `base_model`
     must be a repository of the hub, and a folder's licence is its owner's to say."""
     from huggingface_hub import ModelCardData
 
     if base:
-        more |= dict(base_model=base, base_model_relation=relation)
+        more |= dict(base_model=base) | (dict(base_model_relation=relation) if relation else {})
         if base.startswith("vinai/PhoGPT"):
             more["license"] = "bsd-3-clause"  # the base's, since November 2024
     return ModelCardData(language=["vi"], pipeline_tag="text-generation", tags=tags,

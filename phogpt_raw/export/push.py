@@ -44,7 +44,7 @@ def in_words(folder: Path, repo: str) -> str:
 
 def check(repo: str) -> None:
     """Raise Refusal for what can be known before anything is written: the name, the token."""
-    from huggingface_hub import errors, get_token
+    from huggingface_hub import constants, errors, get_token
     from huggingface_hub.utils import validate_repo_id
 
     if repo.count("/") != 1 or not all(repo.split("/")):
@@ -53,6 +53,8 @@ def check(repo: str) -> None:
         validate_repo_id(repo)
     except errors.HFValidationError as error:
         raise Refusal(f"--push {repo}: not a name the hub allows ({first_line(error)})") from None
+    if constants.HF_HUB_OFFLINE:
+        raise Refusal(f"--push {repo}: HF_HUB_OFFLINE is set; unset it to upload")
     if not get_token():
         raise Refusal(f"--push {repo}: no token; make one with write access on "
                       f"https://huggingface.co/settings/tokens and set HF_TOKEN, or use "
@@ -78,8 +80,6 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
     try:
         where = api.create_repo(repo, private=private, exist_ok=True)
         api.create_commit(repo, parts, commit_message="Upload by phogpt-raw")
-    except hub.OfflineModeIsEnabled:
-        raise Refusal(f"--push {repo}: HF_HUB_OFFLINE is set, so nothing was uploaded") from None
     except hub.HfHubHTTPError as error:
         raise Refusal(f"--push {repo}: {why(error)}") from None
     except (hub.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's

@@ -56,9 +56,15 @@ def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
                     "merged checkpoint."))
 
 
-def say_uses(options, source: Source, seconds: float) -> None:
+def shown(folder: Path) -> str:
+    """A folder as a command takes it: never as a flag, nor as the base that comes along."""
+    text = str(folder)
+    return f"./{text}" if text.startswith("-") or text == "nano" else text
+
+
+def say_uses(options, source: Source, nf4_dtype: torch.dtype | None, seconds: float) -> None:
     """What was written, and the command that uses each."""
-    folder = shlex.quote(str(options.out))
+    folder = shlex.quote(shown(options.out))
     files = sorted(file for file in options.out.rglob("*") if file.is_file())
     listing(_("written to {folder}", folder=options.out), {
         _("files"): ", ".join(str(file.relative_to(options.out)) for file in files),
@@ -69,8 +75,9 @@ def say_uses(options, source: Source, seconds: float) -> None:
         f" --revision {shlex.quote(source.revision)}" if source.revision else "")
     commands = []
     if options.merged:
-        commands.append((_("Ask the merged checkpoint:"),
-                         f'python generate.py --model {folder} "Phở bò là gì?"'))
+        commands.append((_("Ask the merged checkpoint (without --no-nf4 it is rounded to 4 bits "
+                           "again: less memory, other answers):"),
+                         f'python generate.py --model {folder} --no-nf4 "Phở bò là gì?"'))
     if options.gguf:
         commands.append((_("llama.cpp:"), f"llama-cli -m {folder}/model.gguf"))
         commands.append((_("Ollama:"), f"cd {folder} && ollama create phogpt -f Modelfile && "
@@ -86,7 +93,7 @@ def say_uses(options, source: Source, seconds: float) -> None:
         commands.append((_("That GGUF of the base, if you have none:"),
                          f"python -m phogpt_raw.export {base} BASE --gguf q8_0"))
     if options.nf4:
-        dtype = "" if options.dtype == "auto" else f" --dtype {options.dtype}"
+        dtype = f" --dtype {dtype_name(nf4_dtype)}"
         commands.append((_("Start from the base in NF4 (the base alone, without an adapter):"),
                          f"python train.py --model {base}{dtype} --nf4-cache {folder}/{NF4} …"))
     for what, command in commands:

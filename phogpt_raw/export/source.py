@@ -10,7 +10,8 @@ from pathlib import Path
 from phogpt_raw.data.prompt import choose_template
 from phogpt_raw.export import gguf
 from phogpt_raw.export.merge import Merger
-from phogpt_raw.model.adapter_config import Origin, chosen_base, read_origin
+from phogpt_raw.files import expanded
+from phogpt_raw.model.adapter_config import Origin, check_not_merged, chosen_base, read_origin
 from phogpt_raw.model.weights import WITHOUT_WEIGHTS, find_folder, read_tokenizer
 
 
@@ -21,6 +22,7 @@ class Source:
     base: str
     revision: str | None
     nf4: bool  # whether the adapter was trained over NF4 weights
+    dtype: str  # in which its run computed, or auto
     name: str
     template: str
     tokenizer: object
@@ -30,19 +32,21 @@ class Source:
 def find_source(options) -> Source:
     """Everything but the weights; Refusal for what they are not needed to know."""
     made = read_origin(options.adapter) if options.adapter else Origin(options.run)
-    base, revision = chosen_base(options.adapter, made, options.model, options.revision)
-    folder = find_folder(base, revision, files=WITHOUT_WEIGHTS)
+    base, revision, named = chosen_base(options.adapter, made, options.model, options.revision)
+    folder = find_folder(base, revision, WITHOUT_WEIGHTS, named)
     merger = Merger(folder, options.adapter)
+    if options.adapter:
+        check_not_merged(folder, options.adapter)
     if options.gguf:
         gguf.check_model(merger)
     if options.lora_gguf:
         gguf.check_plain(merger)
     tokenizer = read_tokenizer(folder, merger.config)
     template, _reason = choose_template(tokenizer, options.template, made.template)
-    name = Path(base).expanduser().resolve().name
+    name = expanded(base).resolve().name
     if options.adapter:
         name += f" + {run_name(options.adapter)}"
-    return Source(base, revision, made.nf4, name, template, tokenizer, merger)
+    return Source(base, revision, made.nf4, made.dtype, name, template, tokenizer, merger)
 
 
 def run_name(adapter: Path) -> str:

@@ -4,27 +4,36 @@ PEFT reads whatever stands in adapter_config.json and takes it as it is. What th
 compute otherwise than PEFT, or not at all, is refused here by name.
 """
 
+import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.config import CHOICES, hub_id
+from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
-# Fields that must be unset: they change the base, or what an adapter computes.
-UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "layer_replication",
-    "loftq_config", "megatron_config", "modules_to_save", "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
-)
+# Fields that decide nothing here. Of the initialisations' own fields: the weights are in the file.
+WITHOUT_EFFECT = {
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "runtime_config", "task_type",
+}
+SWITCHES = ("lora_bias", "use_dora", "use_rslora")
+HONOURED = {
+    *SWITCHES, "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "r",
+    "rank_pattern", "revision", "target_modules",
+}
 # Initialisations that leave the base's weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ)
 # subtract what they put into the adapter, and the base that they leave is not the one in the files.
-PLAIN = (True, False, "gaussian", "orthogonal", "eva")
-HIGHEST_RANK = 2**16
+PLAIN = (True, False, None, "gaussian", "orthogonal", "eva")
+BIASES = ("none", "all", "lora_only")
+HIGHEST_RANK, HIGHEST_ALPHA = 2**16, 2**20
+MERGED = "merged_adapter"  # in a merged checkpoint's config.json: the adapter's hash
 
 
 def read_adapter_config(folder: Path):
@@ -33,65 +42,103 @@ def read_adapter_config(folder: Path):
     if not file.is_file():
         raise Refusal(f"{file}: missing; name a folder that a run has written, such as "
                       f"runs/nano-001")
-    from peft import LoraConfig, PeftConfig
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise Refusal(f"{file}: not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise Refusal(f"{file}: not a JSON object")
+    check(fields, file)
+    from peft import PeftConfig
 
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        return PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # whatever an unexpected value leads PEFT to
         raise Refusal(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(config, LoraConfig):
-        raise Refusal(f"{file}: a {config.peft_type} adapter; only LoRA is supported")
-    check(config, file)
-    return config
 
 
-def check(config, file: Path) -> None:
-    """Raise Refusal for a LoraConfig that cannot be used as it is meant."""
-    for field in UNSUPPORTED:
-        if getattr(config, field, None):
+def check(fields: dict, file: Path) -> None:
+    """Raise Refusal for the fields of an adapter_config.json that cannot be used as they are
+    meant."""
+    if fields.get("peft_type") != "LORA":
+        raise Refusal(f"{file}: a {fields.get('peft_type')} adapter; only LoRA is supported")
+    for field in sorted(fields.keys() - WITHOUT_EFFECT - HONOURED):
+        if fields[field]:
             raise Refusal(f"{file}: {field} is not supported, only LoRA, rsLoRA and DoRA over "
                           f"linear layers")
-    if config.init_lora_weights not in PLAIN:
-        raise Refusal(f"{file}: init_lora_weights {config.init_lora_weights!r} changes the base's "
+    how = fields.get("init_lora_weights")
+    if not (isinstance(how, bool | str | None) and how in PLAIN):
+        raise Refusal(f"{file}: init_lora_weights {how!r} changes the base's "
                       f"weights themselves; convert the adapter to plain LoRA with PEFT first "
                       f"(save_pretrained, path_initial_model_for_weight_conversion)")
-    base = config.base_model_name_or_path
-    if not isinstance(base, str | None):
-        raise Refusal(f"{file}: base_model_name_or_path {base!r} is not text")
-    ranks = {"r": config.r} | pattern(config, "rank_pattern", file)
+    for field in ("base_model_name_or_path", "revision"):
+        if not isinstance(fields.get(field), str | None):
+            raise Refusal(f"{file}: {field} {fields[field]!r} is not text")
+    for field in SWITCHES:
+        if not isinstance(fields.get(field), bool | None):
+            raise Refusal(f"{file}: {field} {fields[field]!r} is neither true nor false")
+    if fields.get("bias", "none") not in BIASES:
+        raise Refusal(f"{file}: bias {fields['bias']!r} is none of {', '.join(BIASES)}")
+    check_strengths(fields, file)
+    check_layers(fields, file)
+
+
+def check_strengths(fields: dict, file: Path) -> None:
+    """Ranks, alphas and dropout: types and ranges."""
+    ranks = {"r": fields.get("r", 8)} | pattern(fields, "rank_pattern", file)
     for field, rank in ranks.items():
         if type(rank) is not int or not 1 <= rank <= HIGHEST_RANK:
-            raise Refusal(f"{file}: {field} {rank!r} is not a whole number from 1 to "
+            raise Refusal(f"{file}: {field} {shortened(rank)} is not a whole number from 1 to "
                           f"{HIGHEST_RANK:,}")
-    alphas = {"lora_alpha": config.lora_alpha} | pattern(config, "alpha_pattern", file)
+    alphas = {"lora_alpha": fields.get("lora_alpha", 8)} | pattern(fields, "alpha_pattern", file)
     for field, alpha in alphas.items():
-        if type(alpha) not in (int, float) or not (alpha > 0 and math.isfinite(alpha)):
-            raise Refusal(f"{file}: {field} {alpha!r} is not a positive number")
-    dropout = config.lora_dropout
+        if type(alpha) not in (int, float) or not 0 < alpha <= HIGHEST_ALPHA:
+            raise Refusal(f"{file}: {field} {shortened(alpha)} is not a positive number up to "
+                          f"{HIGHEST_ALPHA:,}")
+    dropout = fields.get("lora_dropout", 0)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise Refusal(f"{file}: lora_dropout {dropout!r} is not a number from 0 to 1")
-    check_names(config.target_modules, file)
+        raise Refusal(f"{file}: lora_dropout {shortened(dropout)} is not a number from 0 to 1")
 
 
-def pattern(config, field: str, file: Path) -> dict:
+def shortened(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + " …"
+
+
+def pattern(fields: dict, field: str, file: Path) -> dict:
     """rank_pattern or alpha_pattern, its keys with the field's name before them."""
-    values = getattr(config, field) or {}
+    values = fields.get(field) or {}
     if not isinstance(values, dict):
         raise Refusal(f"{file}: {field} is not an object")
     for name in values:
-        check_names(name, file)
+        check_names(name, field, file)
     return {f"{field} {name}": value for name, value in values.items()}
 
 
-def check_names(targets, file: Path) -> None:
-    """Targets are names, or a regular expression."""
-    if isinstance(targets, str):
+def check_layers(fields: dict, file: Path) -> None:
+    """Which layers have adapters: names, regular expressions, numbers of blocks."""
+    if not fields.get("target_modules"):
+        raise Refusal(f"{file}: target_modules names no layers")
+    for field in ("target_modules", "exclude_modules", "layers_pattern"):
+        check_names(fields.get(field), field, file)
+    blocks = fields.get("layers_to_transform")
+    for block in blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]:
+        if type(block) is not int or block < 0:
+            raise Refusal(f"{file}: layers_to_transform {shortened(block)} is not the number of a "
+                          f"block")
+
+
+def check_names(names, field: str, file: Path) -> None:
+    """A list of names, or a regular expression."""
+    if isinstance(names, str):
         try:
-            re.compile(targets)
+            re.compile(names)
         except re.error as error:
-            raise Refusal(f"{file}: {targets!r} is not a regular expression ({error})") from None
-    elif not all(isinstance(target, str) for target in targets or ()):
-        raise Refusal(f"{file}: target_modules holds something else than names")
+            raise Refusal(f"{file}: {field} {shortened(names)} is not a regular expression "
+                          f"({error})") from None
+    elif names is not None and not (isinstance(names, list)
+                                    and all(isinstance(name, str) for name in names)):
+        raise Refusal(f"{file}: {field} {shortened(names)} holds something else than names")
 
 
 @dataclass(frozen=True)
@@ -113,13 +160,14 @@ def read_origin(folder: Path) -> Origin:
     """
     lora = read_adapter_config(folder)
     base, revision = lora.base_model_name_or_path, lora.revision
-    absolute = folder.absolute()
-    for file in (absolute / "config.json", absolute.parent / "config.json"):
-        if recorded := run_record(file):
-            break
-    else:
+    place = folder.resolve()
+    if re.fullmatch(r"checkpoint-\d+", place.name):
+        place = place.parent
+    file = place / "config.json"
+    recorded = run_record(file)
+    if recorded is None:
         return Origin(base, revision)
-    origin = Origin(base, revision or recorded.get("revision"), recorded.get("template", "auto"),
+    origin = Origin(base, revision or recorded.get("revision"), recorded["template"],
                     recorded.get("nf4", True), recorded.get("dtype", "auto"))
     good = {"template": origin.template in CHOICES["template"], "nf4": type(origin.nf4) is bool,
             "dtype": origin.dtype in ("auto", *DTYPES),
@@ -132,24 +180,45 @@ def read_origin(folder: Path) -> Origin:
 
 
 def run_record(file: Path) -> dict | None:
-    """The content of a run's config.json, None of a model's or of none; the run's folder, not a
-    checkpoint, has one."""
+    """The content of a run's config.json; None where there is none, or a model's. The run's folder,
+    not a checkpoint, has one. Raises Refusal where it is damaged or not complete."""
+    if not file.is_file():
+        return None
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except ValueError:
+        content = None
+    if isinstance(content, dict) and {"model_type", "architectures", "d_model"} & content.keys():
         return None
-    is_run = isinstance(content, dict) and {"model", "template", "rank"} <= content.keys()
-    return content if is_run else None
+    if not isinstance(content, dict) or not {"model", "template", "rank"} <= content.keys():
+        raise Refusal(f"{file}: is not a whole config.json of a run, so how the adapter was "
+                      f"trained is not known; restore it, or move it away and give --template")
+    return content
+
+
+class Base(NamedTuple):
+    """A base, and who named it, as an error about it begins."""
+
+    model: str
+    revision: str | None
+    named: str
 
 
 def chosen_base(folder: Path | None, made: Origin, model: str | None,
-                revision: str | None) -> tuple[str, str | None]:
-    """(base, revision) below the adapter of `folder`, if there is one: those of the flags --model
-    and --revision, else those with which it was made. A base of --model has no recorded revision.
+                revision: str | None) -> Base:
+    """The base below the adapter of `folder`, if there is one: that of the flags --model and
+    --revision, else the one with which it was made. Only the same base has the recorded revision.
     """
     if model:
-        return model, revision
-    return named_base(folder) if folder else made.base, revision or made.revision
+        same = model == made.base and hub_id(model)
+        return Base(model, revision or (made.revision if same else None), f"--model {model}")
+    if not folder:
+        return Base(made.base, revision, f"{made.base}")
+    base = named_base(folder)
+    if made.revision and not revision and not hub_id(base):
+        raise Refusal(f"{folder}: its base is {base} in revision {made.revision}, of the hub, and "
+                      f"a folder of that name is here; say which with --model")
+    return Base(base, revision or made.revision, f"{folder}: its base {base}")
 
 
 def named_base(folder: Path) -> str:
@@ -157,8 +226,26 @@ def named_base(folder: Path) -> str:
     base = read_adapter_config(folder).base_model_name_or_path
     if not base:
         raise Refusal(f"{folder}: names no base model; say which with --model")
-    there = base == "nano" or hub_id(base) or Path(base).expanduser().is_dir()
+    there = base == "nano" or hub_id(base) or expanded(base).is_dir()
     if not there:
         raise Refusal(f"{folder}: its base is {base}, and no such folder is there; say with "
                       f"--model where it is now")
     return base
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 of an adapter's weights, as a merged checkpoint's config.json records it."""
+    file = next((file for name in ("adapter_model.safetensors", "adapter_model.bin")
+                 if (file := folder / name).is_file()), None)
+    if file is None:
+        raise Refusal(f"{folder}: holds no adapter_model.safetensors")
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def check_not_merged(base: Path, adapter: Path) -> None:
+    """Raise Refusal where the checkpoint in the folder `base` has the adapter merged into it."""
+    merged = json.loads((base / "config.json").read_text("utf-8")).get(MERGED)
+    if merged and merged == adapter_hash(adapter):
+        raise Refusal(f"--model {base}: the adapter {adapter} is already merged into it; leave out "
+                      f"the adapter, or name the base without it")

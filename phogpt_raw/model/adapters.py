@@ -16,6 +16,7 @@ from types import MethodType
 import torch
 from torch import nn
 
+from phogpt_raw.files import save_tensors
 from phogpt_raw.model.adapter_config import read_adapter_config
 from phogpt_raw.model.flat import FlatBuffer
 from phogpt_raw.model.lora import lora_linear
@@ -61,16 +62,17 @@ class Adapters(FlatBuffer):
             if not tensors[name].is_floating_point():
                 raise Refusal(f"{where}: {name} is stored as {tensors[name].dtype}, not as "
                               f"floating-point numbers")
+            if not tensors[name].isfinite().all():
+                raise Refusal(f"{where}: {name} holds NaN or infinite values: its training "
+                              f"diverged, or the file is damaged; take an earlier checkpoint")
             view.copy_(tensors[name])
         self.cast()
 
     def save(self, folder: Path) -> None:
         """adapter_model.safetensors and adapter_config.json, as stock PEFT reads them."""
-        from safetensors.torch import save_file
-
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(folder / "adapter_model.safetensors", tensors)
         config = copy.copy(self.model.peft_config["default"])
         config.inference_mode = True
         if not isinstance(config.target_modules, str):  # a set, in an order of its own each time

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from phogpt_raw.files import save_tensors
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal
 
@@ -191,9 +192,7 @@ def save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     if file.suffix == ".bin":
         torch.save(tensors, file)
     else:
-        from safetensors.torch import save_file
-
-        save_file(tensors, file, metadata={"format": "pt"})  # transformers requires the format
+        save_tensors(file, tensors)
 
 
 def write_json(file: Path, value: dict) -> None:

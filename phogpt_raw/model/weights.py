@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from phogpt_raw.cards import dtype_name
 from phogpt_raw.config import check_nf4_cache
+from phogpt_raw.files import expanded
 from phogpt_raw.messages import _
 from phogpt_raw.model.nf4 import kept_in_nf4, nf4_linear
 from phogpt_raw.model.nf4_cache import NF4Cache, make_key
@@ -59,17 +60,19 @@ def load_base(
     return phogpt, read_tokenizer(folder, phogpt.config)
 
 
-def find_folder(model: str, revision: str | None = None, files: list[str] = FILES) -> Path:
+def find_folder(model: str, revision: str | None = None, files: list[str] = FILES,
+                named: str | None = None) -> Path:
     """The folder of `nano`, of a path, or of a hub repository, whose `files` are fetched or found
-    in the cache."""
-    local = NANO if model == "nano" else Path(model).expanduser()
+    in the cache; Refusal that begins with `named` (default: --model) where there is none."""
+    named = named or f"--model {model}"
+    local = NANO if model == "nano" else expanded(model)
     if local.is_dir():
         if revision:
             raise Refusal(f"--revision {revision}: is for a repository of the hub; {model} is on "
                           f"this computer and has none")
         return local
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise Refusal(f"--model {model}: no such folder, and not a hub id such as vinai/PhoGPT-4B")
+        raise Refusal(f"{named}: no such folder, and not a hub id such as vinai/PhoGPT-4B")
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -77,20 +80,20 @@ def find_folder(model: str, revision: str | None = None, files: list[str] = FILE
         return Path(snapshot_download(model, revision=revision, allow_patterns=files))
     except hub.GatedRepoError:
         raise Refusal(
-            f"--model {model}: the repository is gated; accept its terms on "
+            f"{named}: the repository is gated; accept its terms on "
             f"https://huggingface.co/{model} and set HF_TOKEN to a token of that account"
         ) from None
     except hub.RevisionNotFoundError:
-        raise Refusal(f"--model {model}: it has no revision {revision!r}") from None
+        raise Refusal(f"{named}: it has no revision {revision!r}") from None
     except hub.RepositoryNotFoundError:
         raise Refusal(
-            f"--model {model}: no such repository on the hub (or private: then set HF_TOKEN)"
+            f"{named}: no such repository on the hub (or private: then set HF_TOKEN)"
         ) from None
     except hub.HFValidationError as error:
-        raise Refusal(f"--model {model}: no such folder, and not a hub id ({error})") from None
+        raise Refusal(f"{named}: no such folder, and not a hub id ({error})") from None
     except (hub.HTTPError, hub.LocalEntryNotFoundError, OSError) as error:  # proxy's: HTTPError
         raise Refusal(
-            f"--model {model}: no such folder, and the hub does not answer "
+            f"{named}: no such folder, and the hub does not answer "
             f"({type(error).__name__}); fetch it once while online, or name a folder"
         ) from None
 
@@ -160,7 +163,7 @@ def find_cache(folder: Path, caches: str | Path, *, dtype: torch.dtype,
     if base.parent.name == "snapshots":  # of the hub: …/models--vinai--PhoGPT-4B/snapshots/0a1b…
         base = base.parents[1]
     name = "nano" if folder == NANO else base.name.split("--")[-1]
-    return NF4Cache(Path(caches).expanduser(), name, str(base), key)
+    return NF4Cache(expanded(caches), name, str(base), key)
 
 
 def read_checkpoint(folder: Path, config: ModelConfig, *, nf4: bool, dtype: torch.dtype,

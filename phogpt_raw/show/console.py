@@ -46,7 +46,7 @@ def wrapped(text: str, indent: int = 0) -> str:
 
 
 def heading(title: str) -> None:
-    out.print(f"\n[bold cyan]{title}[/bold cyan]")
+    out.print(Text(f"\n{title}", "bold cyan"))
 
 
 def say(text: str) -> None:

@@ -8,13 +8,14 @@ import dataclasses
 import json
 import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from phogpt_raw import config as configuration
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples, fingerprint
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.files import write_text
+from phogpt_raw.files import expanded, write_text
 from phogpt_raw.model.adapter_config import run_record
 from phogpt_raw.refusal import Refusal
 
@@ -37,8 +38,9 @@ def check_place(folder: Path) -> None:
     """Raise Refusal where a new run would write over files that are not a run's."""
     if folder.exists() and not folder.is_dir():
         raise Refusal(f"--out {folder}: is a file; name a folder")
-    if run_record(folder / "config.json"):  # of a run that was killed before its first checkpoint
-        return
+    with suppress(Refusal):
+        if run_record(folder / "config.json"):  # of a run killed before its first checkpoint
+            return
     for name in ("config.json", ROWS, "metrics.jsonl"):
         if os.path.lexists(folder / name):
             raise Refusal(f"--out {folder}: holds a {name} that is not a run's, and the run would "
@@ -64,8 +66,8 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
 
 def whole_path(name: str, value):
     """A setting as it is compared: of a folder its whole path, however it was written."""
-    if name in ("model", "adapter") and value and Path(value).expanduser().is_dir():
-        return str(Path(value).expanduser().resolve())
+    if name in ("model", "adapter") and value and expanded(value).is_dir():
+        return str(expanded(value).resolve())
     return value
 
 

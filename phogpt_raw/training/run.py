@@ -13,6 +13,7 @@ from pathlib import Path
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
+from phogpt_raw.files import expanded
 from phogpt_raw.messages import _
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.refusal import Refusal, RunFailed
@@ -49,7 +50,7 @@ class Run:
     out; a run that goes on must have the same."""
 
     def __init__(self, config: Config, steps: int, examples: Examples):
-        self.folder = (Path(config.out).expanduser() if config.out
+        self.folder = (expanded(config.out) if config.out
                        else next_number(config.model))
         self.config, self.steps, self.examples = config, steps, examples
         self.state = RunState()

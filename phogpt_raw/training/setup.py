@@ -8,7 +8,6 @@ adapters ask for, and only then are the base's weights read.
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,8 @@ from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Stream, TokenStream
 from phogpt_raw.data.examples import Examples, load_examples
 from phogpt_raw.data.packing import Packing
-from phogpt_raw.model.adapter_config import read_adapter_config
+from phogpt_raw.files import expanded
+from phogpt_raw.model.adapter_config import check_not_merged, read_adapter_config
 from phogpt_raw.model.adapters import (
     Adapters,
     check_targets,
@@ -114,7 +114,7 @@ class Job(Training):
 
 def with_own_adapter(config: Config) -> Config:
     """The config with the rank, alpha, dropout and targets of the adapter that --adapter names."""
-    lora = read_adapter_config(Path(config.adapter).expanduser())
+    lora = read_adapter_config(expanded(config.adapter))
     targets = lora.target_modules
     targets = targets if isinstance(targets, str) else ",".join(sorted(targets))
     return replace(config, rank=lora.r, alpha=lora.lora_alpha, dropout=lora.lora_dropout,
@@ -157,6 +157,8 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     dtype, dtype_reason = training_dtype(card, config.dtype)
     folder = find_folder(config.model, config.revision, files=WITHOUT_WEIGHTS)
     shape = read_config(folder)
+    if config.adapter:
+        check_not_merged(folder, expanded(config.adapter))
     tokenizer = read_tokenizer(folder, shape)
     examples = examples or load_examples(tokenizer, config)
     stream = make_stream(examples, config, tokenizer.pad_token_id)
@@ -172,7 +174,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
                            nf4_cache=config.nf4_cache)
     base = config.base_reference()
     if config.adapter:
-        adapters = load_adapters(model, Path(config.adapter).expanduser(), base, config.revision)
+        adapters = load_adapters(model, expanded(config.adapter), base, config.revision)
     else:
         adapters = new_adapters(model, rank=config.rank, alpha=config.alpha,
                                 dropout=config.dropout, targets=config.target_names(),
