@@ -154,8 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
         load_adapters(model, options.adapter, trainable=False)
     stream, ids, begun, first = TextStream(tokenizer, stops), [], time.perf_counter(), None
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
-                sampling=sampling, capture=options.capture) as engine:
-        engine.add(0, prompt, most, options.seed)
+                capture=options.capture) as engine:
+        engine.add(0, prompt, most, options.seed, sampling)
         shown, ended = "", False
         try:
             for token in engine.run():

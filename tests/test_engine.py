@@ -7,7 +7,7 @@ import torch
 
 from phogpt_raw.decode import engine as module
 from phogpt_raw.decode.engine import Engine, answer, rows_that_fit
-from phogpt_raw.decode.sampling import Sampling
+from phogpt_raw.decode.sampling import Needs, Sampling
 from phogpt_raw.model.cache import Cache
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import load_base
@@ -208,7 +208,7 @@ def test_a_row_that_has_ended_stays_where_it_is(lively):
         engine.rows.append(engine.rows[0])  # its place, with the row that has ended
         places = []
         for _ in range(3):
-            engine.step(2)
+            engine.step(2, Needs.of([]))
             places.append(engine.cache.place_B.tolist())
     assert [one for one, _ in places] == [5, 6, 7] and len({other for _, other in places}) == 1
     assert engine.ids_B is None
@@ -296,8 +296,8 @@ def test_drawn_answers_repeat_and_are_the_same_alone_and_in_a_batch(lively):
     asked = prompts(3, 17, 1, 8)
 
     def draw(them, seed, **how):
-        with Engine(lively, eos_id=NEVER, pad_id=PAD, sampling=DRAWN, **how) as engine:
-            return [a.ids for a in engine.answers(them, 25, seed)]
+        with Engine(lively, eos_id=NEVER, pad_id=PAD, **how) as engine:
+            return [a.ids for a in engine.answers(them, 25, seed, DRAWN)]
 
     together = draw(asked, 7)
     assert draw(asked, 7) == together
@@ -316,9 +316,9 @@ def test_drawn_answers_of_any_lengths_and_seeds_are_those_alone(lively, monkeypa
 
     def draw(keys, rows):
         found = {key: [] for key in keys}
-        with Engine(lively, eos_id=NEVER, pad_id=PAD, sampling=DRAWN, rows=rows) as engine:
+        with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=rows) as engine:
             for key in keys:
-                engine.add(key, asked[key], most[key], seed=100 + key)
+                engine.add(key, asked[key], most[key], 100 + key, DRAWN)
             for token in engine.run():
                 if token.id is not None:
                     found[token.key].append(token.id)
@@ -329,15 +329,76 @@ def test_drawn_answers_of_any_lengths_and_seeds_are_those_alone(lively, monkeypa
     assert draw(range(5), 5) == draw(range(5), 3) == alone
 
 
+def test_rows_with_other_sampling_do_not_influence_each_other(lively, monkeypatch):
+    """They come and go at different times; the cache and the history grow meanwhile."""
+    monkeypatch.setattr(module, "STEP", 8)
+    monkeypatch.setattr(module, "AHEAD", 5)
+    hows = [Sampling(), DRAWN, Sampling(0.7), Sampling(repetition_penalty=1.5),
+            Sampling(1.0, top_k=3), Sampling(1.2, top_p=0.5), Sampling(1.0, min_p=0.2), Sampling()]
+    asked, most = prompts(3, 17, 1, 8, 8, 5, 2, 30), [30, 4, 22, 9, 40, 3, 12, 25]
+
+    def draw(keys, rows):
+        found = {key: [] for key in keys}
+        with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=rows) as engine:
+            for key in keys:
+                engine.add(key, asked[key], most[key], 100 + key, hows[key])
+            for token in engine.run():
+                if token.id is not None:
+                    found[token.key].append(token.id)
+        return found
+
+    alone = {key: ids for n in range(8) for key, ids in draw([n], 1).items()}
+    assert draw(range(8), 3) == draw(range(8), 8) == draw(range(7, -1, -1), 4) == alone
+
+
+def test_a_conversation_reads_only_what_is_new(lively):
+    """Each turn's prompt begins with all that was said; its answer is that of the whole prompt."""
+    turns = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+    read = []
+    with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=1) as engine:
+        conversation = []
+        for turn in turns:
+            conversation += turn
+            engine.add(0, conversation, 6)
+            read.append(len(conversation) - engine.known(conversation))
+            ids = [token.id for token in engine.run() if token.id is not None]
+            [alone] = write(lively, [conversation], max_new_tokens=6)
+            assert ids == alone.ids
+            conversation = conversation + ids
+    assert read == [4, 2 + 1, 3 + 1]  # the last token written was not read yet
+
+
+def test_another_conversation_is_read_from_where_it_differs(lively):
+    with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=1) as engine:
+        for prompt, known in (([5, 6, 7, 8], 0), ([5, 6, 9, 8], 2), ([5, 6, 9, 8], 3), ([4], 0),
+                              ([5, 6, 9], 0)):
+            engine.add(0, prompt, 5)
+            assert engine.known(prompt) == known
+            assert [t.id for t in engine.run()][:-1] == write(lively, [prompt],
+                                                              max_new_tokens=5)[0].ids
+
+
+def test_a_dropped_answer_leaves_what_it_had_read(lively):
+    with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=1) as engine:
+        engine.add(0, [5, 6, 7], 20)
+        running = engine.run()
+        ids = [next(running).id for _ in range(4)]
+        engine.drop(0)
+        prompt = [5, 6, 7, *ids, 9]
+        assert engine.known(prompt) >= 3 + 3
+        engine.add(0, prompt, 5)
+        assert [t.id for t in engine.run()][:-1] == write(lively, [prompt], max_new_tokens=5)[0].ids
+
+
 def test_what_was_written_is_penalised_and_what_stands_behind_a_row_is_not(lively):
     """Against transformers' processor over exactly the tokens so far."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
     penalty = RepetitionPenaltyLogitsProcessor(5.0)
     asked = prompts(3, 17)
-    with Engine(lively, eos_id=NEVER, pad_id=PAD,
-                sampling=Sampling(repetition_penalty=5.0)) as engine:
-        found = [a.ids for a in engine.answers(asked, 12)]
+    with Engine(lively, eos_id=NEVER, pad_id=PAD) as engine:
+        found = [a.ids for a in engine.answers(asked, 12, sampling=Sampling(
+            repetition_penalty=5.0))]
     for prompt, ids in zip(asked, found, strict=True):
         so_far = list(prompt)
         for token in ids:

@@ -178,20 +178,21 @@ def prompts(*lengths):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, 50, 0.95, 0.01, 1.2)],
-                         ids=["greedy", "drawn"])
+@pytest.mark.parametrize("samplings", [
+    [Sampling()], [Sampling(0.9, 50, 0.95, 0.01, 1.2)],
+    [Sampling(), Sampling(0.7), Sampling(repetition_penalty=1.4), Sampling(1.0, top_p=0.8)]],
+    ids=["greedy", "drawn", "each its own"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fused", "the model's forward"])
-def test_captured_answers_are_the_eager_ones(on_gpu, sampling, fast, monkeypatch):
+def test_captured_answers_are_the_eager_ones(on_gpu, samplings, fast, monkeypatch):
     """Unequal prompts, rows that leave, a cache that grows."""
     monkeypatch.setattr("phogpt_raw.decode.engine.AHEAD", 40)
     if not fast:
         monkeypatch.setattr("phogpt_raw.decode.engine.fused_step", lambda *_: None)
     found = []
     for capture in (True, False):
-        with Engine(on_gpu, eos_id=-1, pad_id=3, rows=4, sampling=sampling,
-                    capture=capture) as engine:
+        with Engine(on_gpu, eos_id=-1, pad_id=3, rows=4, capture=capture) as engine:
             for key, prompt in enumerate(prompts(5, 90, 33, 1, 60, 2)):
-                engine.add(key, prompt, 20 + 30 * key, seed=7)
+                engine.add(key, prompt, 20 + 30 * key, 7, samplings[key % len(samplings)])
             ids = {}
             for token in engine.run():
                 ids.setdefault(token.key, []).append(token.id)
@@ -249,14 +250,29 @@ def test_an_engine_gives_its_memory_back(on_gpu):
 
 
 @pytest.mark.gpu
+def test_a_conversation_goes_on_from_its_cache_captured_as_eagerly(on_gpu):
+    found = []
+    for capture in (True, False):
+        said, known = [], []
+        with Engine(on_gpu, eos_id=-1, pad_id=3, rows=1, capture=capture) as engine:
+            for turn in prompts(20, 7, 40):
+                said += turn
+                engine.add(0, said, 30)
+                known.append(engine.known(said))
+                said = said + [token.id for token in engine.run() if token.id is not None]
+        assert known == [0, 20 + 29, 20 + 30 + 7 + 29]
+        found.append(said)
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
 def test_no_step_waits_for_the_gpu(on_gpu):
     """Neither a replay nor an eager fused step asks the device for a value; reading a token waits
     for an event alone."""
     for capture in (True, False):
-        with Engine(on_gpu, eos_id=-1, pad_id=3, rows=2, capture=capture,
-                    sampling=Sampling(temperature=0.8, top_k=40)) as engine:
+        with Engine(on_gpu, eos_id=-1, pad_id=3, rows=2, capture=capture) as engine:
             for key, prompt in enumerate(prompts(5, 9)):
-                engine.add(key, prompt, 100)
+                engine.add(key, prompt, 100, sampling=Sampling(0.8, top_k=40))
             engine.admit()
             for _ in range(3):
                 engine.launch()

@@ -1,24 +1,28 @@
-"""Choosing the next token: transformers' processors, and noise that is a hash."""
+"""Choosing the next token: what transformers' processors compute, and noise that is a hash."""
 
 import pytest
 import torch
 
-from phogpt_raw.decode.sampling import Sampler, Sampling, gumbel, mixed
+from phogpt_raw.decode import sampling as module
+from phogpt_raw.decode.sampling import Needs, Sampling, filtered, gumbel, mixed, penalised
 
 
 def longs(*values):
     return torch.tensor(values)
 
 
-def choose(sampler, logits_BV, *, place=0, seed=0, history_BS=None):
+def choose(sampling, logits_BV, *, places=None, seed=0, history_BS=None):
+    """All rows with one Sampling."""
     rows = len(logits_BV)
-    place_B, seed_B = torch.full((rows,), place), torch.full((rows,), seed)
-    return sampler.choose(logits_BV, history_BS, place_B, seed_B)
+    values_PB = torch.tensor([sampling.values()] * rows).T
+    place_B = torch.zeros(rows).long() if places is None else places
+    return module.choose(logits_BV, values_PB, Needs.of([sampling]), history_BS, place_B,
+                         torch.full((rows,), seed))
 
 
 def test_greedy_is_the_likeliest():
     logits_BV = torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(choose(Sampler(Sampling()), logits_BV), logits_BV.argmax(-1))
+    assert torch.equal(choose(Sampling(), logits_BV), logits_BV.argmax(-1))
 
 
 def test_the_hash_is_splitmix64():
@@ -53,8 +57,7 @@ def test_tokens_are_drawn_with_their_probabilities():
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.08, 0.02])
     draws = 20_000
     logits_BV = probabilities.log().expand(draws, -1)
-    sampler = Sampler(Sampling(temperature=1.0))
-    chosen = sampler.choose(logits_BV, None, torch.arange(draws), torch.full((draws,), 11))
+    chosen = choose(Sampling(temperature=1.0), logits_BV, places=torch.arange(draws), seed=11)
     for token, p in enumerate(probabilities.tolist()):
         count = int((chosen == token).sum())
         assert abs(count - draws * p) < 4 * (draws * p * (1 - p)) ** 0.5
@@ -65,53 +68,83 @@ def test_tokens_are_drawn_with_their_probabilities():
     (dict(top_k=4, min_p=0.1), {0, 1, 2, 3}), (dict(), {0, 1, 2, 3, 4})])
 def test_only_what_the_filters_keep_is_drawn(how, kept):
     logits_BV = torch.tensor([0.5, 0.25, 0.15, 0.08, 0.02]).log().expand(3000, -1)
-    sampler = Sampler(Sampling(temperature=1.0, **how))
-    chosen = sampler.choose(logits_BV, None, torch.arange(3000), torch.zeros(3000).long())
+    chosen = choose(Sampling(temperature=1.0, **how), logits_BV, places=torch.arange(3000))
     assert set(chosen.tolist()) == kept
 
 
-@pytest.mark.parametrize("how", [dict(top_k=7), dict(top_p=0.6), dict(min_p=0.2)], ids=str)
-def test_the_order_of_the_filters_is_transformers(how):
-    """The temperature first: at 2 a filter by probability keeps others than at 1."""
+HOWS = [dict(top_k=7), dict(top_p=0.6), dict(min_p=0.2), dict(top_k=7, top_p=0.6),
+        dict(top_k=12, top_p=0.9, min_p=0.1), dict(top_k=1), dict(top_k=10**6), dict(top_p=1e-9),
+        dict(top_k=3, repetition_penalty=1.7), dict(min_p=1.0)]
+
+
+@pytest.mark.parametrize("how", HOWS, ids=str)
+def test_a_row_keeps_what_transformers_processors_keep(how):
+    """In their order: penalty, temperature, top-k, top-p, min-p; each over what is left."""
     from transformers.generation import logits_process as hf
 
-    logits_BV = 3 * torch.randn(1, 40, generator=torch.Generator().manual_seed(1))
-    kinds = dict(top_k=hf.TopKLogitsWarper, top_p=hf.TopPLogitsWarper, min_p=hf.MinPLogitsWarper)
-    [(name, value)] = how.items()
-    wanted = kinds[name](value)(None, hf.TemperatureLogitsWarper(2.0)(None, logits_BV))
-    sampler = Sampler(Sampling(temperature=2.0, **how))
-    found = sampler.choose(logits_BV.expand(4000, -1), None, torch.arange(4000),
-                           torch.zeros(4000).long())
-    assert set(found.tolist()) == set(wanted[0].isfinite().nonzero().flatten().tolist())
+    dice = torch.Generator().manual_seed(1)
+    logits_BV = 3 * torch.randn(20, 40, generator=dice)
+    history_BS = torch.randint(0, 40, (20, 6), generator=dice)
+    kinds = dict(repetition_penalty=hf.RepetitionPenaltyLogitsProcessor,
+                 temperature=hf.TemperatureLogitsWarper, top_k=hf.TopKLogitsWarper,
+                 top_p=hf.TopPLogitsWarper, min_p=hf.MinPLogitsWarper)
+    wanted = logits_BV
+    for name in kinds:
+        if name in how or name == "temperature":
+            wanted = kinds[name](how.get(name, 2.0))(history_BS, wanted)
+    temperature_B, _, top_k_B, top_p_B, least_B, penalty_B = torch.tensor(
+        [Sampling(temperature=2.0, **how).values()] * 20).T
+    found = penalised(logits_BV, history_BS, penalty_B) / temperature_B[:, None]
+    found = filtered(found, top_k_B, top_p_B, least_B)
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_of_one_batch_have_their_own_values():
+    dice = torch.Generator().manual_seed(2)
+    logits_BV, place_B, seed_B = (3 * torch.randn(11, 40, generator=dice), torch.arange(11),
+                                  torch.arange(11) + 5)
+    history_BS = torch.randint(0, 40, (11, 6), generator=dice)
+    hows = [Sampling(temperature=1.5, **how) for how in HOWS] + [Sampling()]
+    alone = [module.choose(logits_BV[n : n + 1], torch.tensor([how.values()]).T, Needs.of([how]),
+                           history_BS[n : n + 1], place_B[n : n + 1], seed_B[n : n + 1])
+             for n, how in enumerate(hows)]
+    together = module.choose(logits_BV, torch.tensor([how.values() for how in hows]).T,
+                             Needs.of(hows), history_BS, place_B, seed_B)
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
+def test_only_what_a_row_needs_is_computed():
+    assert Needs.of([Sampling(), Sampling(top_k=5)]) == Needs(False, False, False)  # greedy
+    assert Needs.of([Sampling(), Sampling(0.5)]) == Needs(False, True, False)
+    assert Needs.of([Sampling(repetition_penalty=2), Sampling(0.5, top_p=0.9)]) == Needs(
+        True, True, True)
 
 
 def test_the_penalty_is_there_when_tokens_are_drawn():
     logits_BV = torch.tensor([[4.0, 3.9, 0.0]]).expand(4000, -1)
-    sampler = Sampler(Sampling(temperature=1.0, repetition_penalty=4.0))
-    history = torch.zeros(4000, 2).long()
-    found = sampler.choose(logits_BV, history, torch.arange(4000), torch.zeros(4000).long())
+    found = choose(Sampling(temperature=1.0, repetition_penalty=4.0), logits_BV,
+                   history_BS=torch.zeros(4000, 2).long(), places=torch.arange(4000))
     assert float((found == 0).float().mean()) == pytest.approx(0.0515, abs=0.015)
 
 
 def test_a_temperature_that_makes_logits_infinite_is_greedy():
     logits_BV = torch.tensor([[1.0, 5.0, 3.0, -2.0]])
     for temperature in (1e-38, 1e-45, 1e-7):
-        assert choose(Sampler(Sampling(temperature=temperature)), logits_BV).tolist() == [1]
+        assert choose(Sampling(temperature=temperature), logits_BV).tolist() == [1]
 
 
 def test_a_low_temperature_is_nearly_greedy_and_a_high_one_nearly_even():
     logits_BV = torch.tensor([2.0, 1.0, 0.0]).expand(3000, -1)
     shares = []
     for temperature in (0.05, 1.0, 50.0):
-        sampler = Sampler(Sampling(temperature=temperature))
-        chosen = sampler.choose(logits_BV, None, torch.arange(3000), torch.zeros(3000).long())
+        chosen = choose(Sampling(temperature=temperature), logits_BV, places=torch.arange(3000))
         shares.append(float((chosen == 0).float().mean()))
     assert shares[0] > 0.999 and shares[1] == pytest.approx(0.665, abs=0.03)
     assert shares[2] == pytest.approx(1 / 3, abs=0.04)
 
 
 def test_the_penalty_takes_from_what_is_in_the_history_alone():
-    sampler = Sampler(Sampling(repetition_penalty=2.0))
     logits_BV = torch.tensor([[4.0, 3.0, 1.0], [4.0, 3.0, 1.0]])
-    chosen = choose(sampler, logits_BV, history_BS=torch.tensor([[0, 0], [2, 2]]))
-    assert sampler.needs_history and chosen.tolist() == [1, 0]
+    chosen = choose(Sampling(repetition_penalty=2.0), logits_BV,
+                    history_BS=torch.tensor([[0, 0], [2, 2]]))
+    assert chosen.tolist() == [1, 0]

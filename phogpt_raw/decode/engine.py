@@ -20,14 +20,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from phogpt_raw.data.packing import round_up
 from phogpt_raw.decode.dense import dense_step
 from phogpt_raw.decode.fused import fused_step
-from phogpt_raw.decode.sampling import Sampler, Sampling
+from phogpt_raw.decode.sampling import VALUES, Needs, Sampling, choose
 from phogpt_raw.model.cache import Piece, Step, cache_bytes
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 
@@ -61,7 +61,12 @@ class Row:
     prompt: list[int]
     most: int  # tokens of the answer, at most
     seed: int
-    written: int = 0
+    sampling: Sampling
+    ids: list[int] = field(default_factory=list)  # written so far
+
+    @property
+    def written(self) -> int:
+        return len(self.ids)
 
 
 @dataclass
@@ -89,18 +94,19 @@ class Engine:
     """Answers of one model, at most `rows` at once; use it as a context manager.
 
     It gathers weights and adapters at the first prompt. Later changes to them need a new engine.
+    An engine of one row does not read again what the prompt before and its answer begin with: in a
+    conversation each turn costs its own tokens only.
 
     eos_id: the token that ends an answer. capture: run steps as CUDA graphs on a GPU. memory: a
     context in which large tensors are allocated.
     """
 
     def __init__(self, model: PhoGPT, *, eos_id: int, pad_id: int, rows: int = 8,
-                 sampling: Sampling = GREEDY, capture: bool = True,
-                 memory: Callable[[], AbstractContextManager] = nullcontext):
+                 capture: bool = True, memory: Callable[[], AbstractContextManager] = nullcontext):
         if rows < 1:
             raise ValueError(f"{rows} rows: at least one is needed")
         self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
-        self.sampler, self.memory, self.most_rows = Sampler(sampling), memory, rows
+        self.memory, self.most_rows = memory, rows
         self.device = model.head.device
         self.capture = capture and self.device.type == "cuda"
         self.queue: deque[Row] = deque()
@@ -108,8 +114,9 @@ class Engine:
         self.unread: deque[Pending] = deque()
         self.out: deque[Token] = deque()  # read from the device, not yet yielded
         self.cache = self.fast = self.history_BS = None
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.seen: set[int] = set()  # batch sizes that have run eagerly
+        self.graphs: dict[tuple[int, Needs], torch.cuda.CUDAGraph] = {}
+        self.seen: set[tuple[int, Needs]] = set()  # that have run eagerly
+        self.kept: list[int] = []  # with one row: tokens whose keys and values the cache still has
         self.steps = 0
 
     def __enter__(self) -> "Engine":
@@ -127,13 +134,15 @@ class Engine:
             requests.clear()
         self.cache = self.fast = self.history_BS = None
         self.ids_B = self.seed_B = self.last_B = self.ended_B = self.out_2B = None
+        self.values_PB, self.kept = None, []
         self.evaluating.__exit__(*error)
         if held:
             torch.cuda.empty_cache()  # the graphs' memory pools: nothing else can use them
 
     # -- requests
 
-    def add(self, key: int, prompt: list[int], max_new_tokens: int, seed: int = 0) -> None:
+    def add(self, key: int, prompt: list[int], max_new_tokens: int, seed: int = 0,
+            sampling: Sampling = GREEDY) -> None:
         """Add a request; `run` yields its tokens under this key.
 
         Raises ValueError for an empty prompt, max_new_tokens below 1, or a key in use.
@@ -143,7 +152,7 @@ class Engine:
                              f" write; at least one of each is needed")
         if any(row.key == key for row in (*self.queue, *self.rows)):
             raise ValueError(f"request {key}: there is one of this key already")
-        self.queue.append(Row(key, prompt, max_new_tokens, seed))
+        self.queue.append(Row(key, prompt, max_new_tokens, seed, sampling))
 
     def drop(self, key: int) -> None:
         """Remove request `key`, finished or not."""
@@ -170,6 +179,7 @@ class Engine:
                 self.read(behind=0)
 
     def answers(self, prompts: list[list[int]], max_new_tokens: int, seed: int = 0,
+                sampling: Sampling = GREEDY,
                 on_token: Callable[[int], None] | None = None) -> list[Answer]:
         """The answers to `prompts`, in order; `on_token` gets each token of the first one.
 
@@ -178,7 +188,7 @@ class Engine:
         if self.queue or self.rows or self.out:
             raise ValueError("other requests are open: take their tokens, or drop them")
         for key, prompt in enumerate(prompts):
-            self.add(key, prompt, max_new_tokens, seed)
+            self.add(key, prompt, max_new_tokens, seed, sampling)
         written, stopped = [[] for _ in prompts], [False] * len(prompts)
         try:
             for token in self.run():
@@ -222,6 +232,9 @@ class Engine:
                 longer = self.history_BS[:, :1].repeat(1, positions + 1)
                 longer[:, : self.history_BS.shape[1]] = self.history_BS
                 self.history_BS = longer
+        if self.history_BS is None and Needs.of(row.sampling for row in new).penalty:
+            self.history_BS = torch.zeros(self.most_rows, self.cache.positions + 1,
+                                          dtype=torch.long, device=self.device)
 
     def positions_for(self, rows: list[Row]) -> int:
         """Positions that these rows need to grow by AHEAD tokens, or to their end."""
@@ -236,13 +249,13 @@ class Engine:
         self.ids_B, self.seed_B, self.last_B = (zeros_B.clone() for _ in range(3))
         self.ended_B = torch.ones_like(zeros_B, dtype=torch.bool)
         self.out_2B = torch.stack([zeros_B, zeros_B])
-        if self.sampler.needs_history:
-            self.history_BS = zeros_B[:, None].repeat(1, positions + 1)
+        self.values_PB = torch.zeros(VALUES, self.most_rows, device=self.device)
         self.fast = fused_step(self.model, self.cache) or dense_step(self.model, self.cache)
 
     def prefill(self, group: list[Row]) -> None:
         """Read these prompts, given shortest first, and choose the first token of each answer."""
         first, lengths = len(self.rows), [len(row.prompt) for row in group]
+        known = self.known(group[0].prompt)
         place = slice(first, first + len(group))
         ids_BL = torch.full((len(group), lengths[-1]), self.pad_id)
         for n, row in enumerate(group):
@@ -251,7 +264,7 @@ class Engine:
         hidden_BD = torch.empty(len(group), self.model.config.d_model,
                                 dtype=self.model.head.dtype, device=self.device)
         with self.memory():
-            for start in range(0, lengths[-1], PREFILL):
+            for start in range(known, lengths[-1], PREFILL):
                 stop = min(start + PREFILL, lengths[-1])
                 piece_BL, piece = ids_BL[:, start:stop], Piece(self.cache, first, start)
                 hidden_BLD = (self.fast.read(piece_BL, piece) if self.fast
@@ -264,14 +277,25 @@ class Engine:
                                            zip(lengths, group, strict=True)], device=self.device)
         self.seed_B[place] = torch.tensor([row.seed for row in group], device=self.device)
         self.ended_B[place] = False
+        self.values_PB[:, place] = torch.tensor([row.sampling.values() for row in group],
+                                                device=self.device).T
         if self.history_BS is not None:
             self.history_BS[place] = ids_BL[:, :1]
             for n, length in enumerate(lengths):
                 self.history_BS[first + n, :length] = ids_BL[n, :length]
         self.rows += group
-        self.choose(hidden_BD, place)
+        self.choose(hidden_BD, place, Needs.of(row.sampling for row in group))
         self.unread.append(self.sent(place))
         self.read(behind=0)
+
+    def known(self, prompt: list[int]) -> int:
+        """How many tokens at the beginning of a prompt the cache has already; the last one is
+        always read, for its hidden state."""
+        if self.most_rows > 1:
+            return 0
+        pairs = zip(self.kept, prompt[:-1], strict=False)
+        return next((n for n, (one, other) in enumerate(pairs) if one != other),
+                    min(len(self.kept), len(prompt) - 1))
 
     def place_of(self, key: int) -> int | None:
         """The row of request `key`; None where it has none."""
@@ -283,8 +307,10 @@ class Engine:
         if n is None:
             return
         last = len(self.rows) - 1
+        self.kept = self.rows[n].prompt + self.rows[n].ids[:-1]  # the last was not read any more
         if n != last:
             self.cache.move(last, n)
+            self.values_PB[:, n] = self.values_PB[:, last]
             for state in (self.ids_B, self.seed_B, self.last_B, self.ended_B, self.history_BS):
                 if state is not None:
                     state[n] = state[last]
@@ -301,20 +327,22 @@ class Engine:
         if longest > self.cache.positions:
             self.make_room([])
         size = min(self.most_rows, 2 ** math.ceil(math.log2(rows))) if self.capture else rows
-        if size in self.graphs:
-            self.graphs[size].replay()
-        elif self.capture and size in self.seen:
-            self.graphs[size] = graph = torch.cuda.CUDAGraph()
+        needs = Needs.of(row.sampling for row in self.rows)
+        kind = size, needs
+        if kind in self.graphs:
+            self.graphs[kind].replay()
+        elif self.capture and kind in self.seen:
+            self.graphs[kind] = graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.step(size)
+                self.step(*kind)
             graph.replay()
         else:
-            self.seen.add(size)
-            self.step(size)
+            self.seen.add(kind)
+            self.step(*kind)
         self.steps += 1
         return self.sent(slice(0, rows))
 
-    def step(self, size: int) -> None:
+    def step(self, size: int, needs: Needs) -> None:
         """Write one more token in each of the first `size` rows; ended rows do not change."""
         positions = self.cache.positions
         if not self.capture:  # an eager step may depend on the host: read only the positions in use
@@ -324,14 +352,15 @@ class Engine:
         else:
             hidden_BD = self.model(self.ids_B[:size, None],
                                    cache=Step(self.cache, size, positions))[:, 0]
-        self.choose(hidden_BD, slice(0, size))
+        self.choose(hidden_BD, slice(0, size), needs)
 
-    def choose(self, hidden_BD: torch.Tensor, rows: slice) -> None:
+    def choose(self, hidden_BD: torch.Tensor, rows: slice, needs: Needs) -> None:
         """Choose these rows' next tokens from their hidden states, and mark the rows that end."""
         place_B, ended_B = self.cache.place_B[rows], self.ended_B[rows]
-        history_BS = None if self.history_BS is None else self.history_BS[rows]
+        history_BS = self.history_BS[rows] if needs.penalty else None
         logits_BV = (self.fast or self.model).logits(hidden_BD).float()
-        chosen_B = self.sampler.choose(logits_BV, history_BS, place_B, self.seed_B[rows])
+        chosen_B = choose(logits_BV, self.values_PB[:, rows], needs, history_BS, place_B,
+                          self.seed_B[rows])
         self.ids_B[rows] = chosen_B = torch.where(ended_B, self.pad_id, chosen_B)
         place_B += ~ended_B
         if history_BS is not None:
@@ -365,7 +394,7 @@ class Engine:
                 n = self.place_of(key)
                 if n is None:
                     continue  # its row was removed meanwhile
-                self.rows[n].written += 1
+                self.rows[n].ids.append(token)
                 if token != self.eos_id:
                     self.out.append(Token(key, token))
                 if end:

@@ -1,17 +1,22 @@
 """Choose the next token: the most likely one, or one drawn at random.
 
-Temperature, top-k, top-p, min-p and the repetition penalty are transformers' own processors. A
-token is drawn as the argmax of the scores plus Gumbel noise, which picks each token with its
-probability (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
+Temperature, top-k, top-p, min-p and the repetition penalty compute what transformers' processors
+do, but each row of a batch has its own values, which stand in tensors on the device: rows with
+other values come and go while a CUDA graph stays. A token is drawn as the argmax of the scores plus
+Gumbel noise, which picks each token with its probability (Gumbel 1954; Maddison et al. 2014,
+arXiv:1411.0030).
 
 The noise is a hash of the row's seed, the token's position and its id, so no generator state must
 be kept. An answer is the same alone and in a batch, with and without CUDA graphs, and on any device
 up to rounding.
 
-B rows, V vocabulary, S positions.
+B rows, V vocabulary, S positions, P values of a Sampling.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -33,38 +38,75 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature < COLDEST
 
-
-class Sampler:
-    """Chooses the tokens of a batch; nothing in it waits for the GPU."""
-
-    def __init__(self, sampling: Sampling):
-        from transformers.generation import logits_process as hf
-
-        self.greedy, self.needs_history = sampling.greedy, sampling.repetition_penalty != 1
-        self.processors = hf.LogitsProcessorList()
-        if self.needs_history:
-            self.processors.append(hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    def values(self) -> list[float]:
+        """P values as `choose` reads them; a greedy row has no noise and no filters."""
         if self.greedy:
-            return
-        if sampling.temperature != 1:
-            self.processors.append(hf.TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            self.processors.append(hf.TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self.processors.append(hf.TopPLogitsWarper(sampling.top_p))
-        if sampling.min_p:
-            self.processors.append(hf.MinPLogitsWarper(sampling.min_p))
+            return [1, 0, 0, math.inf, -math.inf, self.repetition_penalty]
+        least = math.log(self.min_p) if self.min_p else -math.inf
+        top_p = self.top_p if self.top_p < 1 else math.inf  # sums of probabilities may pass 1
+        return [self.temperature, 1, self.top_k, top_p, least, self.repetition_penalty]
 
-    def choose(self, logits_BV, history_BS, place_B, seed_B) -> torch.Tensor:
-        """The next token of each row, [B].
 
-        logits_BV: fp32, of the tokens at the positions place_B. history_BS: the tokens so far, with
-        later positions filled with the row's first token; None where no processor needs it.
-        """
-        scores = self.processors(history_BS, logits_BV) if self.processors else logits_BV
-        if not self.greedy:
-            scores = scores + gumbel(seed_B, place_B, scores.shape[1])
-        return scores.argmax(-1)
+VALUES = len(Sampling().values())
+
+
+class Needs(NamedTuple):
+    """Which parts of `choose` any row of a batch needs; the others are left out."""
+
+    penalty: bool
+    noise: bool
+    filters: bool
+
+    @classmethod
+    def of(cls, samplings: Iterable[Sampling]) -> "Needs":
+        samplings = list(samplings)
+        drawn = [s for s in samplings if not s.greedy]
+        return cls(any(s.repetition_penalty != 1 for s in samplings), bool(drawn),
+                   any(s.top_k or s.top_p < 1 or s.min_p for s in drawn))
+
+
+def choose(logits_BV, values_PB, needs: Needs, history_BS, place_B, seed_B) -> torch.Tensor:
+    """The next token of each row, [B]; nothing here waits for the GPU.
+
+    logits_BV: fp32, of the tokens at the positions place_B. values_PB: each row's Sampling.values.
+    history_BS: the tokens so far, with later positions filled with the row's first token; read only
+    where `needs` has a penalty.
+    """
+    temperature_B, noise_B, top_k_B, top_p_B, least_B, penalty_B = values_PB
+    scores_BV = logits_BV
+    if needs.penalty:
+        scores_BV = penalised(scores_BV, history_BS, penalty_B)
+    if not needs.noise:
+        return scores_BV.argmax(-1)
+    scores_BV = scores_BV / temperature_B[:, None]
+    if needs.filters:
+        scores_BV = filtered(scores_BV, top_k_B, top_p_B, least_B)
+    return (scores_BV + noise_B[:, None] * gumbel(seed_B, place_B, scores_BV.shape[1])).argmax(-1)
+
+
+def penalised(scores_BV, history_BS, penalty_B) -> torch.Tensor:
+    """Tokens of the history become less likely: a positive score is divided, a negative one
+    multiplied (Keskar et al. 2019, arXiv:1909.05858)."""
+    known_BS, penalty_B1 = scores_BV.gather(1, history_BS), penalty_B[:, None]
+    known_BS = torch.where(known_BS < 0, known_BS * penalty_B1, known_BS / penalty_B1)
+    return scores_BV.scatter(1, history_BS, known_BS)
+
+
+def filtered(scores_BV, top_k_B, top_p_B, least_B) -> torch.Tensor:
+    """Scores with -inf where top-k, then top-p, then min-p leave a token out.
+
+    Each filter keeps the tokens from some score on, so one threshold a row decides. top_k_B: 0
+    keeps all. least_B: the logarithm of min-p.
+    """
+    sorted_BV = scores_BV.sort(descending=True).values
+    last_B = torch.where(top_k_B == 0, scores_BV.shape[1], top_k_B).clamp(max=scores_BV.shape[1])
+    threshold_B1 = sorted_BV.gather(1, last_B[:, None].long() - 1)
+    p_BV = sorted_BV.where(sorted_BV >= threshold_B1, -math.inf).softmax(-1)
+    likelier_BV = p_BV.cumsum(-1) - p_BV  # the probability of all tokens before
+    kept_BV = (likelier_BV < top_p_B[:, None]) & (sorted_BV >= threshold_B1)
+    threshold_B1 = sorted_BV.where(kept_BV, math.inf).amin(-1, keepdim=True)
+    threshold_B1 = torch.maximum(threshold_B1, sorted_BV[:, :1] + least_B[:, None])
+    return scores_BV.where(scores_BV >= threshold_B1, -math.inf)
 
 
 def gumbel(seed_B, place_B, vocabulary: int) -> torch.Tensor:
