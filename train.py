@@ -16,7 +16,7 @@ from phogpt_raw.training.setup import set_up
 from phogpt_raw.training.step import train_step
 
 
-@exits_cleanly(stopped=console.STOPPED)
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     config = from_command_line(arguments, __doc__)
     job = set_up(config)  # model, adapters, optimizer, data: everything, wired once

@@ -13,13 +13,12 @@ from rich.text import Text
 from tqdm import tqdm
 
 from phogpt_raw.messages import _
+from phogpt_raw.training.checkpoint import newest
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.metrics import StepRow
 from phogpt_raw.training.run import Run, record
 
 out = Rich(highlight=False, soft_wrap=True)
-
-STOPPED = _("stopped by hand; with the same --out train.py goes on from its last checkpoint")
 
 
 def listing(title: str, lines: dict[str, str]) -> None:
@@ -68,8 +67,11 @@ class Display:
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, kind, *_exception) -> None:
+        """Close the line; Ctrl-C is raised again, with what is left of the run as its text."""
         self.bar.close()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(stopped(self.run)) from None
 
     def step(self, row: StepRow, seconds: float) -> None:
         """Show a finished step, before the evaluation that may follow it."""
@@ -97,6 +99,16 @@ class Display:
         if score:
             self.evaluation_seconds.add(score.seconds)
             say(_("step {step}: {score}", step=self.run.state.step, score=score_line(score)))
+
+
+def stopped(run: Run) -> str:
+    """What is left of a run that is stopped now."""
+    saved = newest(run.folder)
+    if saved is None:
+        return _("stopped by hand after step {n}: no checkpoint has been saved, and the same "
+                 "command begins again at step 1", n=run.state.step)
+    return _("stopped by hand after step {n}: the same command with --out {folder} goes on from "
+             "{checkpoint}", n=run.state.step, folder=run.folder, checkpoint=saved.name)
 
 
 class Mean:
