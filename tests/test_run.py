@@ -643,7 +643,26 @@ def test_patience_ends_a_run_that_gets_no_better(train, tmp_path, monkeypatch):
     assert [row["step"] for row in metrics(out)[0]][-1] == 6
     assert (out / "checkpoint-6").is_dir() and "(step 2, the" in said
     status, _, line = train("--out", out, "--steps", 20, "--patience", 2)
-    assert status == 2 and "this run is complete (6 steps)" in line
+    assert status == 2 and "this run ended early, after step 6 of 20" in line
+    assert "no lower in 2 evaluations (--patience 2)" in line and "--patience above 2" in line
+    scores_of(monkeypatch, 2.0, 1.0)
+    status, said, _ = train("--out", out, "--steps", 10, "--patience", 3)
+    assert status == 0 and "\ndone" in said
+
+
+def test_the_score_before_training_counts_for_patience(train, tmp_path, monkeypatch):
+    scores_of(monkeypatch, 3.0, 4.0, 3.5, 1.0)
+    status, said, _ = train("--out", tmp_path / "run", "--steps", 20, "--patience", 2)
+    assert status == 0 and "ended early: no better in 2 evaluations" in said
+    assert metrics(tmp_path / "run")[0][-1]["step"] == 4
+    assert "(step 4, the lowest validation loss)" in said  # of the trained ones the better
+
+
+def test_patience_without_held_out_rows_is_refused_before_the_weights(train, tmp_path,
+                                                                      monkeypatch):
+    monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
+    status, _, line = train("--out", tmp_path / "run", "--patience", 2, "--hold-out", 0)
+    assert status == 2 and "--patience 2: counts evaluations, and no row is held out" in line
 
 
 def test_patience_is_forgotten_at_each_better_score(train, tmp_path, monkeypatch):

@@ -160,6 +160,9 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     tokenizer = read_tokenizer(folder, shape)
     examples = examples or load_examples(tokenizer, config)
     stream = make_stream(examples, config, tokenizer.pad_token_id)
+    if config.patience and not examples.held_out:
+        raise Refusal(f"--patience {config.patience}: counts evaluations, and no row is held out; "
+                      f"give --hold-out or --val, or leave it out")
     steps = config.steps or stream.steps(config.epochs or 3)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
     check_asked(config, shape)
