@@ -195,7 +195,7 @@ def test_going_on_with_other_rows_is_refused_and_says_which(train, tmp_path, row
 def test_another_division_of_the_rows_is_refused(train, tmp_path):
     train("--out", tmp_path / "run", "--steps", 1, "--eval-answers", 0)
     status, _, line = train("--out", tmp_path / "run", "--steps", 2, "--hold-out", 2)
-    assert status == 2 and "its training rows have changed" in line
+    assert status == 2 and "began with --hold-out 3, not with --hold-out 2" in line
 
 
 def test_the_same_rows_may_come_from_another_place(train, tmp_path, rows, monkeypatch):
