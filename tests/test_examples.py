@@ -37,6 +37,19 @@ def test_a_share_is_about_that_share_and_at_least_one_row():
         assert len(held_out) == 1 if count == 2 else 1 <= len(held_out) < 0.1 * count
 
 
+def test_the_default_holds_out_a_few_rows_at_least(tmp_path):
+    for count in (40, 60, 80):
+        assert 4 <= len(loaded(tmp_path, count).held_out) <= 10
+    assert len(loaded(tmp_path, 45).held_out) == 4
+    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # a share is what was asked for
+
+
+def test_few_rows_move_when_a_file_with_the_least_held_out_rows_grows(tmp_path):
+    before = asked(divide(rows(*range(45)), 0.05, "f", 4)[1])
+    after = asked(divide(rows(*range(50)), 0.05, "f", 4)[1])
+    assert len(before) == len(after) == 4 and len(before - after) <= 2
+
+
 def test_with_a_share_new_rows_move_none_of_the_others():
     _, before = divide(rows(*range(200)), 0.1, "f")
     _, after = divide(rows(*range(1000, 1300), *range(199, -1, -1)), 0.1, "f")
@@ -76,6 +89,14 @@ def test_a_twentieth_of_enough_rows_is_held_out_unless_said_otherwise(tmp_path, 
     examples = loaded(tmp_path, count, **config)
     assert held[0] <= len(examples.held_out) <= held[1]
     assert len(examples.train) + len(examples.held_out) == count
+
+
+def test_held_out_rows_that_are_training_rows_too_are_counted(tmp_path):
+    val = write_rows(tmp_path / "val.jsonl", [("khác", "x"), ("CÂU  hỏi 1", " trả lời 1"),
+                                              ("câu hỏi 1", "khác"), ("câu hỏi 2", "trả lời 2")])
+    examples = loaded(tmp_path, 5, val=str(val))
+    assert examples.trained_too == (f"{val}:2", f"{val}:4")
+    assert loaded(tmp_path, 200).trained_too == ()
 
 
 def test_nano_has_its_own_held_out_rows():

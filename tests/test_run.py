@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from contextlib import nullcontext
 
@@ -270,6 +271,18 @@ def test_dry_run_shows_the_plan_and_an_example_and_trains_nothing(train, tmp_pat
         assert "capture off: graphs need a GPU" in plan
 
 
+def test_the_plan_says_what_is_held_out_and_why(train, tmp_path):
+    few = " ".join(train("--dry-run", "--hold-out", 0)[1].split())
+    assert "; none held out" in few
+    one = write_rows(tmp_path / "one.jsonl", QUESTIONS[:1])
+    val = write_rows(tmp_path / "val.jsonl", QUESTIONS[:2])
+    said = " ".join(train("--dry-run", "--data", one, "--val", val, "--hold-out", 0)[1].split())
+    assert "1 row of one.jsonl" in said and "2 held out, of val.jsonl" in said
+    assert f"also training rows: 1 of 2 (the first: {val}:1)" in said
+    share = " ".join(train("--dry-run", "--hold-out", 0.3)[1].split())
+    assert "(--hold-out 0.3: about that share)" in share
+
+
 def test_dry_run_says_why_nothing_is_captured(train):
     _, said, _ = train("--dry-run", "--no-capture")
     assert "capture off: --no-capture" in " ".join(said.split())
@@ -308,7 +321,9 @@ def test_brackets_in_an_answer_are_shown_as_they_are(train, tmp_path):
 def test_answers_that_are_cut_are_reported(train):
     status, said, _ = train("--dry-run", "--max-len", 24)
     assert status == 0
-    assert "rows are longer than --max-len 24: their answers are cut" in " ".join(said.split())
+    said = " ".join(said.split())
+    assert re.search(r"rows longer than --max-len 24: \d+ \(the first: .*:\d+\); their answers are "
+                     r"cut", said)
 
 
 def test_a_question_too_long_is_refused_with_its_line(train, rows):

@@ -9,7 +9,9 @@ from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_r
 from phogpt_raw.data.rows import Row, read_rows
 from phogpt_raw.refusal import Refusal
 
-DEFAULT_SHARE, ENOUGH = 0.05, 40  # held out unless --hold-out says otherwise, of so many rows
+# Without --hold-out: this share is held out, and so many rows at least, of files with ENOUGH rows.
+# One or two held-out rows would decide by chance which adapter is the best.
+DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
@@ -24,7 +26,8 @@ class DataFile:
 @dataclass(frozen=True)
 class Examples:
     """Encoded rows, the held-out ones' questions as typed, the template, why, and the files: `file`
-    of the training rows, `held_out_file` where the held-out ones come from another."""
+    of the training rows, `held_out_file` where the held-out ones come from another. `trained_too`:
+    where those held-out rows are that are training rows as well."""
 
     train: list[Example]
     held_out: list[Example]
@@ -34,6 +37,7 @@ class Examples:
     source: str
     file: DataFile | None = None
     held_out_file: DataFile | None = None
+    trained_too: tuple[str, ...] = ()
 
 
 def load_examples(tokenizer, config: Config) -> Examples:
@@ -48,42 +52,50 @@ def load_examples(tokenizer, config: Config) -> Examples:
     name, reason = choose_template(tokenizer, config.template)
     rows, held_out = read_rows(data), read_rows(val) if val else []
     if not val:
-        rows, held_out = divide(rows, hold_out_of(config, len(rows)), data)
+        hold_out, least = hold_out_of(config, len(rows))
+        rows, held_out = divide(rows, hold_out, data, least)
     train, kept_out = (
         [encode_row(tokenizer, TEMPLATES[name], row, config.max_len) for row in part]
         for part in (rows, held_out)
     )
     return Examples(train, kept_out, [row.prompt for row in held_out], name, reason,
-                    Path(data).name, identify(data), identify(val) if val else None)
+                    Path(data).name, identify(data), identify(val) if val else None,
+                    shared(rows, held_out))
 
 
-def hold_out_of(config: Config, rows: int) -> float:
-    """--hold-out, or its default."""
+def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
+    """(--hold-out or its default, the least number of rows where that is a share)."""
     if config.hold_out is None:
-        return DEFAULT_SHARE if rows >= ENOUGH else 0
-    return config.hold_out
+        return (DEFAULT_SHARE, LEAST) if rows >= ENOUGH else (0, 0)
+    return config.hold_out, 1
 
 
-def divide(rows: list[Row], hold_out: float, data: str) -> tuple[list[Row], list[Row]]:
+def divide(rows: list[Row], hold_out: float, data: str,
+           least: int = 1) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows), both in the file's order.
 
     The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
-    share: rows that are added later move none of the others. From 1 on it is a count, reached or
-    passed by as few as equal rows force.
+    share: rows that are added later move none of the others, unless the share is fewer than `least`
+    rows. From 1 on it is a count, reached or passed by as few as equal rows force.
     """
     if not hold_out:
         return rows, []
     hashes = [hash_of(row) for row in rows]
-    limit = hold_out * 2**64 if hold_out < 1 else 0
-    if min(hashes) >= limit:  # a count; or a share of so few rows that none is below it
-        nth = min(max(1, int(hold_out)), len(rows))
-        limit = sorted(hashes)[nth - 1] + 1
+    nth = min(max(least, int(hold_out)), len(rows))
+    limit = max(hold_out * 2**64 if hold_out < 1 else 0, sorted(hashes)[nth - 1] + 1)
     kept, held_out = ([row for row, place in zip(rows, hashes, strict=True)
                        if (place < limit) == held] for held in (False, True))
     if not kept:
         raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(rows)} rows, "
                       f"{len(set(hashes))} of them different; none would be left to train on")
     return kept, held_out
+
+
+def shared(train: list[Row], held_out: list[Row]) -> tuple[str, ...]:
+    """Where the held-out rows are that are training rows too: a file that --val names may repeat
+    rows of --data."""
+    trained = {hash_of(row) for row in train}
+    return tuple(row.where for row in held_out if hash_of(row) in trained)
 
 
 def hash_of(row: Row) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from phogpt_raw.cards import capability, dtype_name
 from phogpt_raw.config import Config
-from phogpt_raw.data.examples import DEFAULT_SHARE
+from phogpt_raw.data.examples import DEFAULT_SHARE, ENOUGH, LEAST
 from phogpt_raw.data.prompt import IGNORED, Example
 from phogpt_raw.messages import _
 from phogpt_raw.model.attention import choose_attention
@@ -25,8 +25,7 @@ def show(job: Job, choice: Choice) -> None:
     kernels = Recorder(attention_kernels(job.card, job.model.head.dtype)) if plan else nullcontext()
     with kernels:
         attention = attention_line(job)
-    lengths = [len(e.ids) for e in job.examples.train]
-    longest, dtype = max(lengths), job.model.head.dtype
+    longest, dtype = max(len(e.ids) for e in job.examples.train), job.model.head.dtype
     listing("PhoGPT raw", {
         **({_("preset"): preset_line(config)} if config.preset else {}),
         _("model"): model_line(job),
@@ -34,10 +33,7 @@ def show(job: Job, choice: Choice) -> None:
         _("card"): card_line(job),
         _("dtype"): f"{dtype_name(dtype)}: {job.dtype_reason}",
         _("attention"): attention,
-        _("data"): _(
-            "{n:,} rows of {file}, median {median} tokens, longest {longest}; {held}",
-            n=len(lengths), file=job.examples.source, median=int(statistics.median(lengths)),
-            longest=longest, held=held_out_line(job)),
+        _("data"): data_line(job),
         _("template"): f"{job.examples.template}: {job.examples.template_reason}",
         _("steps"): steps_line(job),
         _("packing"): packing_line(job),
@@ -51,21 +47,42 @@ def show(job: Job, choice: Choice) -> None:
     if longest > shape.max_seq_len:
         say(_("the longest row is longer than the {n} tokens that the model was trained for",
               n=shape.max_seq_len))
+    if job.examples.trained_too:
+        say(_("held-out rows that are also training rows: {n} of {of} (the first: {where}); they "
+              "make the validation loss too low", n=len(job.examples.trained_too),
+              of=len(job.examples.held_out), where=job.examples.trained_too[0]))
     cut = [e for e in job.examples.train + job.examples.held_out if e.cut]
     if cut:
-        say(_("{n} rows are longer than --max-len {limit}: their answers are cut and have no </s> "
-              "(the first: {where})", n=len(cut), limit=config.max_len, where=cut[0].where))
+        say(_("rows longer than --max-len {limit}: {n} (the first: {where}); their answers are cut "
+              "and have no </s>", n=len(cut), limit=config.max_len, where=cut[0].where))
 
 
 def preset_line(config: Config) -> str:
     return _("{name} (--preset none turns it off)", name=config.preset)
 
 
+def data_line(job: Job) -> str:
+    lengths = [len(e.ids) for e in job.examples.train]
+    rows = (_("1 row of {file}", file=job.examples.source) if len(lengths) == 1
+            else _("{n:,} rows of {file}", n=len(lengths), file=job.examples.source))
+    return _("{rows}, median {median} tokens, longest {longest}; {held}", rows=rows,
+             median=int(statistics.median(lengths)), longest=max(lengths), held=held_out_line(job))
+
+
 def held_out_line(job: Job) -> str:
-    n, config = len(job.examples.held_out), job.config
-    if n and config.hold_out is None and not job.examples.held_out_file:
-        return _("{n:,} held out (about {share:.0%}; --hold-out 0 trains on all)", n=n,
-                 share=DEFAULT_SHARE)
+    n, hold_out = len(job.examples.held_out), job.config.hold_out
+    if job.examples.held_out_file:
+        return _("{n:,} held out, of {file}", n=n, file=job.examples.held_out_file.name)
+    if hold_out is None and not n:
+        return _("none held out: fewer than {enough} rows; --hold-out N or --val FILE holds out "
+                 "some", enough=ENOUGH)
+    if hold_out is None:
+        return _("{n:,} held out (about {share:.0%}, at least {least}; --hold-out 0 trains on "
+                 "all)", n=n, share=DEFAULT_SHARE, least=LEAST)
+    if 0 < hold_out < 1:
+        return _("{n:,} held out (--hold-out {share:g}: about that share)", n=n, share=hold_out)
+    if not n:
+        return _("none held out (--hold-out 0)")
     return _("{n:,} held out", n=n)
 
 
