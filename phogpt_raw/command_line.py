@@ -88,7 +88,12 @@ def from_command_line(arguments: list[str] | None, description: str) -> Config:
     given = vars(parser(description).parse_args(arguments))
     preset = given.pop("preset", None) or preset_for(
         given.get("model", Config.model), given.get("card"))
+    if preset and not preset.endswith(".toml"):
+        preset = preset.lower()  # T4
     values = {} if preset in (None, "none") else read_preset(preset)
+    if "pack_len" in given and not {**values, **given}.get("packing", True):
+        raise Refusal(f"--pack-len {given['pack_len']}: is the length of packed rows; leave it out "
+                      f"with --no-packing")
     if any({"batch_size", "batch_tokens"} <= set(source) for source in (given, values)):
         raise Refusal("--batch-size and --batch-tokens: give one of them")
     for pair in EITHER:
@@ -111,6 +116,14 @@ def preset_for(model: str, card: str | None) -> str | None:
     return next((preset for part, preset in CARDS.items() if part in name), None)
 
 
+def asked_by(config: Config, field: str) -> str:
+    """What a setting comes from, as it is shown: `--preset t4` or `--dtype`."""
+    preset = config.preset
+    if preset not in (None, "none") and read_preset(preset).get(field) == getattr(config, field):
+        return f"--preset {preset}"
+    return f"--{flag(field)}"
+
+
 def preset_names() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.toml"))
 
@@ -119,8 +132,8 @@ def read_preset(preset: str) -> dict:
     """The keys of presets/<preset>.toml, or of a TOML file; unknown keys are refused."""
     file = Path(preset).expanduser() if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     if not file.is_file():
-        raise Refusal(f"--preset {preset}: no such preset; there is {', '.join(preset_names())}, "
-                      f"or name a .toml file")
+        raise Refusal(f"--preset {preset}: no such preset; choose from "
+                      f"{', '.join(preset_names())}, none, or name a .toml file")
     try:
         values = tomllib.loads(file.read_text("utf-8"))
     except ValueError as error:  # not TOML, or not UTF-8

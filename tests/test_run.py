@@ -701,7 +701,7 @@ def test_a_plan_for_a_card_that_is_not_here_needs_no_weights(train, tmp_path, ti
     assert status == 0, error
     said = " ".join(said.split())
     for part in ("preset t4", "card Tesla T4, 14.6 GiB, compute capability 7.5",
-                 "dtype fp16: asked for by --dtype", "attention efficient attention",
+                 "dtype fp16: asked for by --preset t4", "attention efficient attention",
                  "of 14.6 GiB with margins", "optimizer AdamW, 8-bit state, paged"):
         assert part in said, part
     assert "attention flash attention" in " ".join(

@@ -58,6 +58,8 @@ def show(job: Job, choice: Choice) -> None:
 
 
 def preset_line(config: Config) -> str:
+    if config.preset == "none":
+        return _("none: each setting has its default")
     return _("{name} (--preset none turns it off)", name=config.preset)
 
 

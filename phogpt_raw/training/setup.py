@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from phogpt_raw.cards import Card, dtype_name, known_card, this_card, training_dtype
+from phogpt_raw.command_line import asked_by
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Stream, TokenStream
 from phogpt_raw.data.examples import Examples, load_examples
@@ -154,7 +155,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     if config.adapter:
         config = with_own_adapter(config)
     card = known_card(config.card) if config.card else this_card()
-    dtype, dtype_reason = training_dtype(card, config.dtype)
+    dtype, dtype_reason = training_dtype(card, config.dtype, asked_by(config, "dtype"))
     folder = find_folder(config.model, config.revision, files=WITHOUT_WEIGHTS)
     shape = read_config(folder)
     tokenizer = read_tokenizer(folder, shape)
