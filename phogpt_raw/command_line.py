@@ -6,7 +6,9 @@ help text, so there is no second list to keep in step.
 
 import argparse
 import dataclasses
+import difflib
 import inspect
+import math
 import re
 import tomllib
 import types
@@ -38,8 +40,40 @@ def field_type(field: dataclasses.Field) -> type:
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line that names the flag that may have been meant."""
+
     def error(self, message):
-        raise Refusal(f"{message}; see --help")
+        unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split()
+        meant = self.nearest(unknown[0]) if unknown else None
+        raise Refusal(f"{message}; " + (f"did you mean {meant}?" if meant else "see --help"))
+
+    def nearest(self, unknown: str) -> str | None:
+        """The flag of --help that is spelled most like an unknown one; None where none is like
+        it."""
+        shown = [name for action in self._actions if action.help is not argparse.SUPPRESS
+                 for name in action.option_strings if name.startswith("--")]
+        asked = unknown.replace("_", "-")
+        longer = [name for name in shown if name.startswith(asked) and unknown.startswith("--")]
+        found = longer or difflib.get_close_matches(asked, shown, 1, 0.7)
+        return found[0] if found else None
+
+
+def share_or_count(text: str) -> float:
+    """argparse's type for --hold-out: 32, 0.05 or 5%.
+
+    >>> share_or_count("5%"), share_or_count("32")
+    (0.05, 32.0)
+    """
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if math.isnan(value) or (text.endswith("%") and value >= 100):
+        raise argparse.ArgumentTypeError(f"{text} is no count (32) and no share (0.05 or 5%)")
+    return value / 100 if text.endswith("%") else value
+
+
+TYPES = {"hold_out": share_or_count}  # of flags that are written in more ways than their field
 
 
 def parser(description: str) -> Parser:
@@ -65,9 +99,10 @@ def parser(description: str) -> Parser:
             group.add_argument(shown, action=argparse.BooleanOptionalAction, help=help_text)
             group.add_argument(f"--no_{field.name}", action="store_false", **hidden)
         else:
-            group.add_argument(shown, type=kind, metavar=kind.__name__.upper(), help=help_text)
+            read = TYPES.get(field.name, kind)
+            group.add_argument(shown, type=read, metavar=kind.__name__.upper(), help=help_text)
         if spelled != shown:
-            how = dict(action="store_true") if kind is bool else dict(type=kind)
+            how = dict(action="store_true") if kind is bool else dict(type=read)
             group.add_argument(spelled, **how, **hidden)
     return built
 

@@ -1,6 +1,7 @@
 """Defaults, presets and flags; every mistake on the command line is refused in one line."""
 
 import dataclasses
+import doctest
 import re
 import subprocess
 import sys
@@ -79,6 +80,14 @@ def test_a_step_is_counted_in_examples_or_in_tokens(tmp_path):
         read("--preset", preset(tmp_path, "batch_size = 8\nbatch_tokens = 512\n"))
 
 
+def test_doctest():
+    assert doctest.testmod(command_line).failed == 0
+
+
+def test_a_share_may_be_written_as_a_percentage():
+    assert read("--hold-out", "5%").hold_out == read("--hold_out", "0.05").hold_out == 0.05
+
+
 def test_pack_len_without_packing_is_refused():
     with pytest.raises(Refusal, match=r"--pack-len 512: .* leave it out with --no-packing"):
         read("--no-packing", "--pack-len", "512")
@@ -146,7 +155,13 @@ def test_there_are_presets_for_nano_and_both_cards():
 @pytest.mark.parametrize("arguments, said", [
     (["--learning-rate", "1"], "--learning-rate"),
     (["--micro", "2"], "--micro"),  # an abbreviation today is another flag tomorrow
-    (["rows.jsonl"], "rows.jsonl"),
+    (["--epoch", "3"], "did you mean --epochs?"),
+    (["--batchsize=3"], "did you mean --batch-size?"),
+    (["--no_pack"], "did you mean --no-packing?"),
+    (["--zzz"], "--zzz; see --help"),
+    (["--hold-out", "100%"], "100% is no count (32) and no share (0.05 or 5%)"),
+    (["--hold-out", "some"], "some is no count (32) and no share (0.05 or 5%)"),
+    (["rows.jsonl"], "rows.jsonl; see --help"),
     (["--steps"], "--steps"),
     (["--steps", "many"], "many"),
     (["--rank", "1.5"], "1.5"),
