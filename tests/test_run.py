@@ -108,8 +108,19 @@ def test_a_validation_file_is_read_and_nothing_of_it_trained_on(train, tmp_path)
 
 def test_epochs_are_passes_over_the_rows(train, tmp_path):
     out = tmp_path / "run"
-    train("--out", out, "--epochs", 2)  # 12 rows less 3, 4 a step
+    _, said, _ = train("--out", out, "--epochs", 2)  # 12 rows less 3, 4 a step
     assert len(metrics(out)[0]) == 5
+    assert "(2 epochs, rounded up to whole steps: 2.2)" in said
+    assert "(2.2 epochs)" in train("--dry-run", "--steps", 5)[1]
+
+
+def test_the_steps_of_a_resumed_run_are_remarked_on_only_where_they_changed(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--eval-answers", 0, "--steps", 4)
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "adapter_model.safetensors").unlink()
+    assert "began with" not in train("--out", out, "--steps", 4, "--dry-run")[1]
+    assert "began with 4 steps" in train("--out", out, "--steps", 5, "--dry-run")[1]
 
 
 def test_not_a_number_is_written_as_null(tmp_path):
@@ -155,6 +166,7 @@ def test_more_steps_go_on_with_a_complete_run(train, tmp_path):
     train("--out", out, "--steps", 3, "--eval-answers", 0)
     status, said, _ = train("--out", out, "--steps", 5, "--eval-answers", 2)
     assert status == 0
+    assert "it began with 3 steps: the learning rate now falls until step 5" in said
     assert [row["step"] for row in metrics(out)[0]] == [1, 2, 3, 4, 5]
     assert "held-out questions" not in said  # nothing was written before training to compare with
 

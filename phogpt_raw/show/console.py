@@ -129,8 +129,8 @@ def score_line(score: Score) -> str:
     text = _("validation loss {loss:.3f} (perplexity {ppl:.4g})", loss=score.val_loss,
              ppl=score.val_ppl)
     if score.stops is not None:
-        text += _(", {share:.0%} of {n} answers stop by themselves", share=score.stops,
-                  n=len(score.answers))
+        text += _("; answers that stop: {n} of {of}", of=len(score.answers),
+                  n=round(score.stops * len(score.answers)))
     return text
 
 

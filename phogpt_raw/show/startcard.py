@@ -16,7 +16,7 @@ from phogpt_raw.model.documents import choose_kernel
 from phogpt_raw.show.console import heading, listing, out, say
 from phogpt_raw.simulate.fit import Choice, attention_kernels
 from phogpt_raw.simulate.trace import Recorder
-from phogpt_raw.training.setup import Job
+from phogpt_raw.training.setup import EPOCHS, Job
 
 
 def show(job: Job, choice: Choice) -> None:
@@ -121,12 +121,20 @@ def card_line(job: Job) -> str:
 
 def steps_line(job: Job) -> str:
     config, steps = job.config, job.run.steps
-    epochs = _("{epochs:.1f} epochs", epochs=steps / job.stream.steps(1))
-    if config.batch_tokens:
-        return _("{steps} of at most {n:,} tokens ({epochs})", steps=steps, n=config.batch_tokens,
-                 epochs=epochs)
-    epochs = _("{epochs:.1f} epochs", epochs=steps * config.batch_size / len(job.examples.train))
-    return _("{steps} of {n} examples ({epochs})", steps=steps, n=config.batch_size, epochs=epochs)
+    passes = (steps / job.stream.steps(1) if config.batch_tokens
+              else steps * config.batch_size / len(job.examples.train))
+    asked = None if config.steps else config.epochs or EPOCHS
+    epochs = (_("{epochs:.1f} epochs", epochs=passes) if asked is None or passes - asked < 0.05
+              else _("{asked:g} epochs, rounded up to whole steps: {epochs:.1f}", asked=asked,
+                     epochs=passes))
+    text = (_("{steps} of at most {n:,} tokens ({epochs})", steps=steps, n=config.batch_tokens,
+              epochs=epochs) if config.batch_tokens
+            else _("{steps} of {n} examples ({epochs})", steps=steps, n=config.batch_size,
+                   epochs=epochs))
+    if job.run.planned not in (0, steps):
+        text += _("; it began with {before} steps: the learning rate now falls until step {steps}",
+                  before=job.run.planned, steps=steps)
+    return text
 
 
 def packing_line(job: Job) -> str:
@@ -182,7 +190,9 @@ def recompute_line(choice: Choice) -> str:
     text = _("{n} of {blocks} blocks in backward", n=choice.recompute, blocks=choice.blocks)
     if choice.gib is None:
         return text
-    text += _(" (auto): {gib:.1f} of {of:.1f} GiB with margins", gib=choice.gib, of=choice.of)
+    if choice.auto:
+        text += _(" (auto)")
+    text += _(": {gib:.1f} of {of:.1f} GiB with margins", gib=choice.gib, of=choice.of)
     if choice.recompute:
         text += _(", for {share:.0%} more arithmetic in the blocks",
                   share=choice.recompute / choice.blocks / 2)

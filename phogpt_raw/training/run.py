@@ -33,6 +33,7 @@ class RunState:
     not_better: int = 0  # evaluations since the lowest validation loss, that before training too
     first: dict = field(default_factory=dict)  # score before training: val_loss, stops, answers
     best: dict = field(default_factory=dict)  # the same of the adapter that was kept
+    planned: int = 0  # steps that the run should take; 0 in checkpoints of before this was kept
 
     @property
     def applied(self) -> int:
@@ -52,11 +53,13 @@ class Run:
         self.folder = (Path(config.out).expanduser() if config.out
                        else next_number(config.model))
         self.config, self.steps, self.examples = config, steps, examples
-        self.state = RunState()
+        self.planned = steps  # when its newest checkpoint was saved
+        self.state = RunState(planned=steps)
         self.checkpoint = checkpoint.newest(self.folder)
         if self.checkpoint:
             resume.check_same(self.folder, config, examples)
             self.state = RunState(**checkpoint.read_state(self.checkpoint))
+            self.planned, self.state.planned = self.state.planned, steps
             if self.ended:
                 self.check_adapter()
                 raise Refusal(self.nothing_left())

@@ -44,6 +44,7 @@ from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.run import Run
 from phogpt_raw.training.step import Training
 
+EPOCHS = 3  # where neither --steps nor --epochs is given
 PLANNED = 512  # steps whose rows decide the row lengths and what is captured
 
 
@@ -164,7 +165,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     if config.patience and not examples.held_out:
         raise Refusal(f"--patience {config.patience}: counts evaluations, and no row is held out; "
                       f"give --hold-out or --val, or leave it out")
-    steps = config.steps or stream.steps(config.epochs or 3)
+    steps = config.steps or stream.steps(config.epochs or EPOCHS)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
     check_asked(config, shape)
 
