@@ -17,7 +17,7 @@ from phogpt_raw.refusal import Refusal
 class Config:
     # what is trained, on what
     preset: str | None = None  # t4, v100, nano, none, or a TOML file; default: by model and card
-    model: str = "nano"  # nano, a folder, or a hub id such as vinai/PhoGPT-4B-Chat
+    model: str = "nano"  # nano, a folder, or a hub id; with --dry-run also the shape 7b5 or 4b
     revision: str | None = None  # the hub repository's branch, tag or commit
     data: str | None = None  # training rows; default for nano: its bundled pairs
     val: str | None = None  # held-out rows; default for nano: its bundled ones

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from phogpt_raw import files
 from phogpt_raw.model import phogpt
+from phogpt_raw.model.weights import read_config
 from phogpt_raw.training import evaluate, setup
 from phogpt_raw.training import step as step_module
 from phogpt_raw.training.metrics import Metrics
@@ -721,6 +722,63 @@ def test_a_plan_for_a_card_that_is_not_here_needs_no_weights(train, tmp_path, ti
     status, _, line = train("--out", tmp_path / "run", "--card", "t4")
     assert status == 2 and "--card t4: is for --dry-run" in line
     assert "choose from t4, v100" in train("--dry-run", "--card", "t5")[2]
+
+
+def test_a_plan_for_a_cpu_reads_no_weights_either(train, tmp_path, tiny, monkeypatch):
+    out = tmp_path / "run"
+    trained = train("--out", out, "--eval-answers", 0)[1]
+    shutil.rmtree(out)
+    monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
+    status, said, _ = train("--out", out, "--eval-answers", 0, "--dry-run")
+    assert status == 0
+    settings = said.split("\n\none training example")[0]
+    assert len(settings.splitlines()) > 12 and trained.startswith(settings)
+
+
+@pytest.fixture
+def tiny_published(tiny, monkeypatch):
+    """tiny's shape under the name 7b5."""
+    shape = read_config(tiny)
+    monkeypatch.setitem(phogpt.PUBLISHED, "7b5", shape)
+    return shape
+
+
+def test_a_built_in_shape_is_planned_without_any_file(train, tmp_path, tiny_published, rows):
+    plan = ("--dry-run", "--card", "t4", "--model", "7b5", "--max-len", 64)
+    status, said, error = train(*plan, "--epochs", 2)
+    said = " ".join(said.split())
+    assert status == 0, error
+    assert "9 rows of rows.jsonl, counted but not tokenised: each is taken to have 64" in said
+    assert "steps 5 of 4 examples" in said and "GiB with margins" in said
+    assert re.search(r"time simulated: \S+ to \S+ s a step, .* for all of them", said)
+    assert "one training example" not in said
+    rows.write_text('{"prompt": "x"}', "utf-8")
+    assert "rows.jsonl:1" in train(*plan)[2]
+
+
+def test_a_built_in_shape_without_rows_is_planned_by_the_step(tiny_published, capsys):
+    import train as script
+
+    script.main(["--model", "7b5", "--card", "v100", "--dry-run", "--max-len", "32"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no rows are read: each is taken to have 32 tokens" in said
+    assert "steps 8 examples each; --data FILE or --steps N gives their number" in said
+    assert re.search(r"time simulated: \S+ to \S+ s a step packing", said)
+
+
+def test_a_built_in_shape_is_not_trained(train, tmp_path, tiny_published):
+    status, _, line = train("--model", "7b5", "--out", tmp_path / "run")
+    assert status == 2 and "--model 7b5: is a shape without weights, for --dry-run" in line
+
+
+def test_more_tokens_take_longer_and_a_faster_card_less(train, tiny_published):
+    def step_s(*flags):
+        said = train("--dry-run", "--model", "7b5", *flags)[1]
+        return float(re.search(r"simulated: \S+ to (\S+) s a step", said)[1])
+
+    long = step_s("--card", "t4", "--max-len", 128)
+    assert step_s("--card", "t4", "--max-len", 32) < long > step_s("--card", "v100",
+                                                                   "--max-len", 128)
 
 
 @pytest.mark.parametrize("name", ["config.json", "row_hashes.json", "metrics.jsonl"])

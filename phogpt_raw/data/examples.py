@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phogpt_raw.config import Config
-from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row
+from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row, next_tokens
 from phogpt_raw.data.rows import Row, read_rows
 from phogpt_raw.refusal import Refusal
 
 # Without --hold-out: this share is held out, and so many rows at least, of files with ENOUGH rows.
 # One or two held-out rows would decide by chance which adapter is the best.
 DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
+PAD = 3  # any token: a plan has no values
+STEPS = 50  # of a plan without rows, so that its warm-up is that of most runs
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
@@ -50,10 +52,7 @@ def load_examples(tokenizer, config: Config) -> Examples:
         raise Refusal("--data: name a file of rows, such as --data rows.jsonl with lines "
                       '{"prompt": "…", "response": "…"}')
     name, reason = choose_template(tokenizer, config.template)
-    rows, held_out = read_rows(data), read_rows(val) if val else []
-    if not val:
-        hold_out, least = hold_out_of(config, len(rows))
-        rows, held_out = divide(rows, hold_out, data, least)
+    rows, held_out = read_parts(config, data, val)
     train, kept_out = (
         [encode_row(tokenizer, TEMPLATES[name], row, config.max_len) for row in part]
         for part in (rows, held_out)
@@ -63,6 +62,26 @@ def load_examples(tokenizer, config: Config) -> Examples:
                     shared(rows, held_out))
 
 
+def stand_ins(config: Config) -> Examples:
+    """Examples for a plan without a tokenizer: as many as --data has, or as STEPS take, each of
+    --max-len tokens that all carry loss."""
+    ids = [PAD] * config.max_len
+    every = Example(ids, next_tokens(ids, start=1))
+    data, counts = config.data, (STEPS * config.batch_size, 0)
+    if data:
+        counts = map(len, read_parts(config, data, config.val))
+    train, held_out = ([every] * n for n in counts)
+    return Examples(train, held_out, [], "", "", Path(data).name if data else "",
+                    identify(data) if data else None,
+                    identify(config.val) if config.val else None)
+
+
+def read_parts(config: Config, data: str, val: str | None) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows) of the files."""
+    rows, held_out = read_rows(data), read_rows(val) if val else []
+    return (rows, held_out) if val else divide(rows, *hold_out_of(config, len(rows)), data)
+
+
 def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
     """(--hold-out or its default, the least number of rows where that is a share)."""
     if config.hold_out is None:
@@ -70,8 +89,8 @@ def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
     return config.hold_out, 1
 
 
-def divide(rows: list[Row], hold_out: float, data: str,
-           least: int = 1) -> tuple[list[Row], list[Row]]:
+def divide(rows: list[Row], hold_out: float, least: int,
+           data: str) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows), both in the file's order.
 
     The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a

@@ -13,18 +13,23 @@ from phogpt_raw.data.prompt import IGNORED, Example
 from phogpt_raw.messages import _
 from phogpt_raw.model.attention import choose_attention
 from phogpt_raw.model.documents import choose_kernel
-from phogpt_raw.show.console import heading, listing, out, say
+from phogpt_raw.show.console import clock, heading, listing, out, say
 from phogpt_raw.simulate.fit import Choice, attention_kernels
+from phogpt_raw.simulate.plan import Duration
 from phogpt_raw.simulate.trace import Recorder
 from phogpt_raw.training.setup import EPOCHS, Job
 
 
-def show(job: Job, choice: Choice) -> None:
+def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
+    """Print the settings of a run; `duration`: of a plan."""
     config, shape, run = job.config, job.model.config, job.run
-    plan = job.model.head.is_meta  # of a card that need not be here: it decides, not the device
-    kernels = Recorder(attention_kernels(job.card, job.model.head.dtype)) if plan else nullcontext()
+    slopes_H, kernels = job.model.slopes_H, nullcontext()
+    if slopes_H.is_meta and job.card.device == "cuda":  # a card that need not be here decides
+        kernels = Recorder(attention_kernels(job.card, job.model.head.dtype))
+    elif slopes_H.is_meta:
+        slopes_H = torch.zeros(slopes_H.shape)  # the CPU that is here
     with kernels:
-        attention = attention_line(job)
+        attention = attention_line(job, slopes_H)
     longest, dtype = max(len(e.ids) for e in job.examples.train), job.model.head.dtype
     listing("PhoGPT raw", {
         **({_("preset"): preset_line(config)} if config.preset else {}),
@@ -34,8 +39,9 @@ def show(job: Job, choice: Choice) -> None:
         _("dtype"): f"{dtype_name(dtype)}: {job.dtype_reason}",
         _("attention"): attention,
         _("data"): data_line(job),
-        _("template"): f"{job.examples.template}: {job.examples.template_reason}",
+        _("template"): template_line(job),
         _("steps"): steps_line(job),
+        **({_("time"): time_line(job, duration)} if duration else {}),
         _("packing"): packing_line(job),
         _("optimizer"): optimizer_line(job),
         _("recompute"): recompute_line(choice),
@@ -64,11 +70,24 @@ def preset_line(config: Config) -> str:
 
 
 def data_line(job: Job) -> str:
+    if job.tokenizer is None and not job.config.data:
+        return _("no rows are read: each is taken to have {n:,} tokens (--max-len)",
+                 n=job.config.max_len)
+    if job.tokenizer is None:
+        return _("{n:,} rows of {file}, counted but not tokenised: each is taken to have "
+                 "{tokens:,} tokens (--max-len); {held}", n=len(job.examples.train),
+                 file=job.examples.source, tokens=job.config.max_len, held=held_out_line(job))
     lengths = [len(e.ids) for e in job.examples.train]
     rows = (_("1 row of {file}", file=job.examples.source) if len(lengths) == 1
             else _("{n:,} rows of {file}", n=len(lengths), file=job.examples.source))
     return _("{rows}, median {median} tokens, longest {longest}; {held}", rows=rows,
              median=int(statistics.median(lengths)), longest=max(lengths), held=held_out_line(job))
+
+
+def template_line(job: Job) -> str:
+    if job.tokenizer is None:
+        return _("not chosen: {model} has no tokenizer here", model=job.config.model)
+    return f"{job.examples.template}: {job.examples.template_reason}"
 
 
 def held_out_line(job: Job) -> str:
@@ -121,6 +140,11 @@ def card_line(job: Job) -> str:
 
 def steps_line(job: Job) -> str:
     config, steps = job.config, job.run.steps
+    if job.tokenizer is None and not config.data:  # epochs of nothing
+        each = (_("at most {n:,} tokens each", n=config.batch_tokens) if config.batch_tokens
+                else _("{n} examples each", n=config.batch_size))
+        return f"{config.steps}, {each}" if config.steps else _(
+            "{each}; --data FILE or --steps N gives their number", each=each)
     passes = (steps / job.stream.steps(1) if config.batch_tokens
               else steps * config.batch_size / len(job.examples.train))
     asked = None if config.steps else config.epochs or EPOCHS
@@ -137,6 +161,15 @@ def steps_line(job: Job) -> str:
     return text
 
 
+def time_line(job: Job, duration: Duration) -> str:
+    """Seconds of a step, and of all steps where their number is known."""
+    text = _("simulated: {low:.3g} to {high:.3g} s a step", low=duration.low, high=duration.high)
+    if job.tokenizer or job.config.data or job.config.steps:
+        ends = dict.fromkeys(clock(job.run.steps * s) for s in (duration.low, duration.high))
+        text += _(", {span} for all of them, without evaluations", span=_(" to ").join(ends))
+    return text
+
+
 def packing_line(job: Job) -> str:
     packing, micro_batch = job.stream.packing, job.config.micro_batch
     if packing is None:
@@ -150,17 +183,18 @@ def packing_line(job: Job) -> str:
              lengths=", ".join(f"{length:,}" for length in packing.lengths), n=micro_batch)
 
 
-def attention_line(job: Job) -> str:
+def attention_line(job: Job, slopes_H: torch.Tensor) -> str:
+    """The attention kernel on the device of slopes_H."""
     model, packing, dtype = job.model, job.stream.packing, job.model.head.dtype
     length = (packing.lengths[-1] if packing
               else max(len(e.ids) for e in job.examples.train))
     if packing:
-        kernel = choose_kernel(model.slopes_H, model.config.d_model // model.config.n_heads, length,
+        kernel = choose_kernel(slopes_H, model.config.d_model // model.config.n_heads, length,
                                dtype, packing.bounds(length))
         if kernel is not None:
             return _("{kernel}, each example for itself, ALiBi as columns of the keys",
                      kernel=in_words(kernel.name))
-    found = choose_attention(model.slopes_H, model.config, length, dtype)
+    found = choose_attention(slopes_H, model.config, length, dtype)
     text = _("{kernel}, ALiBi as a bias of {block} x {length}", kernel=in_words(found.kernel),
              block=found.block, length=length)
     if packing:
@@ -202,7 +236,10 @@ def recompute_line(choice: Choice) -> str:
 
 
 def example(tokenizer, encoded: Example) -> None:
-    """One training example, the tokens that carry loss in brackets and colour."""
+    """One training example, the tokens that carry loss in brackets and colour; nothing without a
+    tokenizer."""
+    if tokenizer is None:
+        return
     heading(_("one training example"))
     out.print(_("{where}; loss on the {n} of {of} tokens between ⟦ and ⟧", where=encoded.where,
                 n=encoded.supervised, of=len(encoded.ids)), markup=False)
