@@ -9,6 +9,7 @@ Greedy unless --temperature is given, streamed as it is written, ended by the mo
 
 import argparse
 import codecs
+import os
 import sys
 import time
 import unicodedata
@@ -59,7 +60,8 @@ def parse(arguments):
                         help="draw from those at least this likely, beside the likeliest")
     parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, default=1.0,
                         help="above 1: tokens that have been written become less likely")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+    parser.add_argument("--seed", type=int,
+                        help="with --temperature: the same seed draws the same answer (default 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end the answer before this text; may be given several times")
     parser.add_argument("--stats", action="store_true", help="say how fast it was, and the memory")
@@ -88,26 +90,55 @@ def from_stdin() -> str:
         raise Refusal("the question is not UTF-8; save it as UTF-8, or type it anew") from None
 
 
+def read_question(given: str) -> str:
+    """The question of the command line, or of standard input for `-`; Refusal where it is empty or
+    no text.
+
+    Where the system's encoding is not UTF-8, Python hides the bytes of an argument that it cannot
+    read in lone surrogates. They are read again as UTF-8.
+    """
+    question = from_stdin() if given == "-" else given
+    try:
+        question = os.fsencode(question).decode("utf-8") if broken(question) else question
+    except UnicodeError:
+        raise Refusal("the question is not UTF-8; convert it, or type it anew") from None
+    question = question.removeprefix("\ufeff")
+    lost = next((letter for letter in question if letter in "\0\ufffd\ufffe\uffff"), None)
+    if lost:
+        raise Refusal(f"the question holds U+{ord(lost):04X}, which no text has: it was saved or "
+                      f"converted in another encoding; save it as UTF-8")
+    if not question.strip():
+        raise Refusal("the question is empty")
+    return question
+
+
+def broken(text: str) -> bool:
+    """Whether a text has lone surrogates."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def sampling_of(options) -> Sampling:
-    """The flags of drawing; Refusal for what cannot be."""
+    """The flags of drawing; Refusal for what cannot be, --max-new-tokens too."""
     bounds = {"temperature": (0, 100), "top_k": (0, 2**31), "top_p": (0, 1), "min_p": (0, 1),
               "repetition_penalty": (0, 100), "seed": (0, 2**63 - 1)}
     for name, (low, high) in bounds.items():
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is None:
+            continue
         if not low <= value <= high or (name in ("top_p", "repetition_penalty") and value == 0):
             raise Refusal(f"{flag} {value}: must be from {low} to {high}"
                           + (", and not 0" if low == value else ""))
-        if name in ("top_k", "top_p", "min_p") and not options.temperature \
-                and value != getattr(Sampling, name):
+        if name in ("top_k", "top_p", "min_p", "seed") and not options.temperature \
+                and value != getattr(Sampling, name, None):
             raise Refusal(f"{flag} {value}: is for drawing at random; give --temperature too")
+    if options.max_new_tokens < 1:
+        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     return Sampling(options.temperature, options.top_k, options.top_p, options.min_p,
                     options.repetition_penalty)
 
 
 def bounded(options, prompt: list[int], most: int) -> int:
     """Tokens that the answer may have, so that the model's `most` hold it and its prompt."""
-    if options.max_new_tokens < 1:
-        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     left = most - len(prompt)
     if left < 1:
         raise Refusal(f"the question is too long: {len(prompt):,} tokens of the {most:,} that the "
@@ -125,13 +156,7 @@ def say(line: str) -> None:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    question = from_stdin() if options.question == "-" else options.question
-    question = question.removeprefix("\ufeff")
-    if not question.strip():
-        raise Refusal("the question is empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in question):
-        raise Refusal("the question is not UTF-8; convert it, or type it anew")
-    sampling = sampling_of(options)
+    question, sampling = read_question(options.question), sampling_of(options)
     stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as answers are
     card = this_card()
     options.adapter = options.adapter and expanded(options.adapter)
@@ -155,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     stream, ids, begun, first = TextStream(tokenizer, stops), [], time.perf_counter(), None
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
                 capture=options.capture) as engine:
-        engine.add(0, prompt, most, options.seed, sampling)
+        engine.add(0, prompt, most, options.seed or 0, sampling)
         shown, ended = "", False
         try:
             for token in engine.run():
@@ -175,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     show(stream.end(), shown)
     print()
     if not ended:
-        text = _("(cut after {n} tokens; --max-new-tokens writes on)", n=most)
+        text = _("(cut after {n} tokens; raise --max-new-tokens for a longer answer)", n=most)
         full = _("(cut after {n} tokens: the model was made for no more)", n=most)
         say(full if len(prompt) + most == shape.max_seq_len else text)
     if loops(ids):

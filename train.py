@@ -9,6 +9,7 @@ from phogpt_raw.export import model_card
 from phogpt_raw.refusal import exits_cleanly
 from phogpt_raw.show import console, plots, startcard
 from phogpt_raw.simulate.fit import choose
+from phogpt_raw.simulate.plan import duration
 from phogpt_raw.training.limits import retry_without_graphs
 from phogpt_raw.training.metrics import Metrics
 from phogpt_raw.training.optim import lr_at
@@ -16,7 +17,7 @@ from phogpt_raw.training.setup import set_up
 from phogpt_raw.training.step import train_step
 
 
-@exits_cleanly(stopped=console.STOPPED)
+@exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     config = from_command_line(arguments, __doc__)
     job = set_up(config)  # model, adapters, optimizer, data: everything, wired once
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     choice = choose(job)  # simulated: how rows are packed, how many blocks backward recomputes
     job.pack(choice.packing)
     job.limits.recompute = choice.recompute
-    startcard.show(job, choice)
+    startcard.show(job, choice, duration(job, choice) if config.dry_run else None)
     if config.dry_run:
         return startcard.example(job.tokenizer, job.examples.train[0])
 

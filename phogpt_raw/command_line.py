@@ -6,7 +6,9 @@ help text, so there is no second list to keep in step.
 
 import argparse
 import dataclasses
+import difflib
 import inspect
+import math
 import re
 import tomllib
 import types
@@ -39,8 +41,40 @@ def field_type(field: dataclasses.Field) -> type:
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line that names the flag that may have been meant."""
+
     def error(self, message):
-        raise Refusal(f"{message}; see --help")
+        unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split()
+        meant = self.nearest(unknown[0]) if unknown else None
+        raise Refusal(f"{message}; " + (f"did you mean {meant}?" if meant else "see --help"))
+
+    def nearest(self, unknown: str) -> str | None:
+        """The flag of --help that is spelled most like an unknown one; None where none is like
+        it."""
+        shown = [name for action in self._actions if action.help is not argparse.SUPPRESS
+                 for name in action.option_strings if name.startswith("--")]
+        asked = unknown.replace("_", "-")
+        longer = [name for name in shown if name.startswith(asked) and unknown.startswith("--")]
+        found = longer or difflib.get_close_matches(asked, shown, 1, 0.7)
+        return found[0] if found else None
+
+
+def share_or_count(text: str) -> float:
+    """argparse's type for --hold-out: 32, 0.05 or 5%.
+
+    >>> share_or_count("5%"), share_or_count("32")
+    (0.05, 32.0)
+    """
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if math.isnan(value) or (text.endswith("%") and value >= 100):
+        raise argparse.ArgumentTypeError(f"{text} is no count (32) and no share (0.05 or 5%)")
+    return value / 100 if text.endswith("%") else value
+
+
+TYPES = {"hold_out": share_or_count}  # of flags that are written in more ways than their field
 
 
 def parser(description: str) -> Parser:
@@ -66,9 +100,10 @@ def parser(description: str) -> Parser:
             group.add_argument(shown, action=argparse.BooleanOptionalAction, help=help_text)
             group.add_argument(f"--no_{field.name}", action="store_false", **hidden)
         else:
-            group.add_argument(shown, type=kind, metavar=kind.__name__.upper(), help=help_text)
+            read = TYPES.get(field.name, kind)
+            group.add_argument(shown, type=read, metavar=kind.__name__.upper(), help=help_text)
         if spelled != shown:
-            how = dict(action="store_true") if kind is bool else dict(type=kind)
+            how = dict(action="store_true") if kind is bool else dict(type=read)
             group.add_argument(spelled, **how, **hidden)
     return built
 
@@ -89,7 +124,12 @@ def from_command_line(arguments: list[str] | None, description: str) -> Config:
     given = vars(parser(description).parse_args(arguments))
     preset = given.pop("preset", None) or preset_for(
         given.get("model", Config.model), given.get("card"))
+    if preset and not preset.endswith(".toml"):
+        preset = preset.lower()  # T4
     values = {} if preset in (None, "none") else read_preset(preset)
+    if "pack_len" in given and not {**values, **given}.get("packing", True):
+        raise Refusal(f"--pack-len {given['pack_len']}: is the length of packed rows; leave it out "
+                      f"with --no-packing")
     if any({"batch_size", "batch_tokens"} <= set(source) for source in (given, values)):
         raise Refusal("--batch-size and --batch-tokens: give one of them")
     for pair in EITHER:
@@ -112,6 +152,14 @@ def preset_for(model: str, card: str | None) -> str | None:
     return next((preset for part, preset in CARDS.items() if part in name), None)
 
 
+def asked_by(config: Config, field: str) -> str:
+    """What a setting comes from, as it is shown: `--preset t4` or `--dtype`."""
+    preset = config.preset
+    if preset not in (None, "none") and read_preset(preset).get(field) == getattr(config, field):
+        return f"--preset {preset}"
+    return f"--{flag(field)}"
+
+
 def preset_names() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.toml"))
 
@@ -120,8 +168,8 @@ def read_preset(preset: str) -> dict:
     """The keys of presets/<preset>.toml, or of a TOML file; unknown keys are refused."""
     file = expanded(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     if not file.is_file():
-        raise Refusal(f"--preset {preset}: no such preset; there is {', '.join(preset_names())}, "
-                      f"or name a .toml file")
+        raise Refusal(f"--preset {preset}: no such preset; choose from "
+                      f"{', '.join(preset_names())}, none, or name a .toml file")
     try:
         values = tomllib.loads(file.read_text("utf-8"))
     except ValueError as error:  # not TOML, or not UTF-8

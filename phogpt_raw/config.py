@@ -17,7 +17,7 @@ from phogpt_raw.refusal import Refusal
 class Config:
     # what is trained, on what
     preset: str | None = None  # t4, v100, nano, none, or a TOML file; default: by model and card
-    model: str = "nano"  # nano, a folder, or a hub id such as vinai/PhoGPT-4B-Chat
+    model: str = "nano"  # nano, a folder, or a hub id; with --dry-run also the shape 7b5 or 4b
     revision: str | None = None  # the hub repository's branch, tag or commit
     data: str | None = None  # training rows; default for nano: its bundled pairs
     val: str | None = None  # held-out rows; default for nano: its bundled ones
@@ -87,6 +87,10 @@ class Config:
         if not re.fullmatch(r"auto|all|none|\d+", self.recompute):
             raise Refusal(f"--recompute {self.recompute}: auto, all, none or a number of blocks")
         check_nf4_cache(self.nf4_cache, nf4=self.nf4)
+        if self.adapter and self.out and same_folder(self.adapter, self.out):
+            raise Refusal(f"--adapter {self.adapter} --out {self.out}: the new run would write "
+                          f"over the adapter that it starts from; name another --out, or leave "
+                          f"--adapter out to go on with that run")
         if self.val is not None and self.hold_out:
             raise Refusal("--val and --hold-out: give one of them")
         if self.hold_out and self.hold_out >= 1 and self.hold_out % 1:
@@ -129,6 +133,12 @@ LOWEST = dict(steps=1, batch_size=1, batch_tokens=1, micro_batch=1, max_len=8, p
 WARMUP = 5  # steps: AdamW's second moment needs a few before the rate is at its peak
 CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))
+
+
+def same_folder(adapter: str, out: str) -> bool:
+    """Whether the adapter lies in the folder `out`, or in one of its checkpoints."""
+    folder, written = (Path(path).expanduser().resolve() for path in (adapter, out))
+    return written in (folder, folder.parent)
 
 
 def hub_id(model: str) -> str | None:

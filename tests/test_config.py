@@ -1,6 +1,7 @@
 """Defaults, presets and flags; every mistake on the command line is refused in one line."""
 
 import dataclasses
+import doctest
 import re
 import subprocess
 import sys
@@ -79,6 +80,38 @@ def test_a_step_is_counted_in_examples_or_in_tokens(tmp_path):
         read("--preset", preset(tmp_path, "batch_size = 8\nbatch_tokens = 512\n"))
 
 
+def test_doctest():
+    assert doctest.testmod(command_line).failed == 0
+
+
+def test_a_share_may_be_written_as_a_percentage():
+    assert read("--hold-out", "5%").hold_out == read("--hold_out", "0.05").hold_out == 0.05
+
+
+def test_pack_len_without_packing_is_refused():
+    with pytest.raises(Refusal, match=r"--pack-len 512: .* leave it out with --no-packing"):
+        read("--no-packing", "--pack-len", "512")
+
+
+def test_a_preset_may_be_written_in_capitals():
+    assert read("--preset", "T4") == read("--preset", "t4")
+    assert read("--preset", "None").preset == "none"
+
+
+def test_a_run_does_not_write_over_the_adapter_that_it_starts_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for adapter in ("runs/a", "./runs/a/", "runs/a/checkpoint-5"):
+        with pytest.raises(Refusal, match="would write over the adapter"):
+            read("--adapter", adapter, "--out", "runs/a")
+    read("--adapter", "runs/a", "--out", "runs/b")
+
+
+def test_it_is_said_whether_a_flag_or_the_preset_asks():
+    assert command_line.asked_by(read("--preset", "t4"), "dtype") == "--preset t4"
+    assert command_line.asked_by(read("--preset", "t4", "--dtype", "bf16"), "dtype") == "--dtype"
+    assert command_line.asked_by(read("--dtype", "fp32"), "dtype") == "--dtype"
+
+
 def test_without_packing_the_row_length_of_a_preset_is_no_matter():
     assert read("--no-packing").packing is False and read().pack_len
 
@@ -122,7 +155,13 @@ def test_there_are_presets_for_nano_and_both_cards():
 @pytest.mark.parametrize("arguments, said", [
     (["--learning-rate", "1"], "--learning-rate"),
     (["--micro", "2"], "--micro"),  # an abbreviation today is another flag tomorrow
-    (["rows.jsonl"], "rows.jsonl"),
+    (["--epoch", "3"], "did you mean --epochs?"),
+    (["--batchsize=3"], "did you mean --batch-size?"),
+    (["--no_pack"], "did you mean --no-packing?"),
+    (["--zzz"], "--zzz; see --help"),
+    (["--hold-out", "100%"], "100% is no count (32) and no share (0.05 or 5%)"),
+    (["--hold-out", "some"], "some is no count (32) and no share (0.05 or 5%)"),
+    (["rows.jsonl"], "rows.jsonl; see --help"),
     (["--steps"], "--steps"),
     (["--steps", "many"], "many"),
     (["--rank", "1.5"], "1.5"),

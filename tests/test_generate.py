@@ -165,6 +165,7 @@ def test_a_question_that_is_too_long_is_refused_before_the_weights_are_read(ask,
     (["--min-p", "1.5", "--temperature", "1"], "--min-p 1.5: must be from 0 to 1"),
     (["--repetition-penalty", "0"], "--repetition-penalty 0.0: must be from 0 to 100, and not 0"),
     (["--seed", "-1"], "--seed -1: must be from 0"),
+    (["--seed", "0"], "--seed 0: is for drawing at random; give --temperature too"),
 ])
 def test_sampling_that_cannot_be_is_one_line(ask, flags, said):
     status, out, err = ask(*flags, QUESTION)
@@ -222,6 +223,18 @@ def test_nothing_is_written_after_a_stop_string(ask, tiny):
 def test_a_question_that_is_no_text_is_refused(ask):
     status, _, err = ask("\udcff")
     assert status == 2 and "the question is not UTF-8" in err
+
+
+@pytest.mark.parametrize("question", ["P\0h\0o\0", "Ph\ufffd là gì?"])
+def test_a_question_that_lost_letters_in_a_conversion_is_refused(ask, question):
+    status, _, err = ask(question)
+    assert status == 2 and "which no text has" in err and err.count("\n") == 1
+
+
+def test_a_question_is_read_as_utf8_where_the_system_has_another_encoding(monkeypatch):
+    seen_by_python = QUESTION.encode("utf-8").decode("ascii", "surrogateescape")
+    assert generate.broken(seen_by_python)
+    assert generate.read_question(seen_by_python) == QUESTION
 
 
 def test_ctrl_c_ends_the_answer_and_says_so(ask, tiny, monkeypatch):

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phogpt_raw.config import Config
-from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row
+from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row, next_tokens
 from phogpt_raw.data.rows import Row, read_rows
 from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
-DEFAULT_SHARE, ENOUGH = 0.05, 40  # held out unless --hold-out says otherwise, of so many rows
+# Without --hold-out: this share is held out, and so many rows at least, of files with ENOUGH rows.
+# One or two held-out rows would decide by chance which adapter is the best.
+DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
+PAD = 3  # any token: a plan has no values
+STEPS = 50  # of a plan without rows, so that its warm-up is that of most runs
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
@@ -25,7 +29,8 @@ class DataFile:
 @dataclass(frozen=True)
 class Examples:
     """Encoded rows, the held-out ones' questions as typed, the template, why, and the files: `file`
-    of the training rows, `held_out_file` where the held-out ones come from another."""
+    of the training rows, `held_out_file` where the held-out ones come from another. `trained_too`:
+    where those held-out rows are that are training rows as well."""
 
     train: list[Example]
     held_out: list[Example]
@@ -35,6 +40,7 @@ class Examples:
     source: str
     file: DataFile | None = None
     held_out_file: DataFile | None = None
+    trained_too: tuple[str, ...] = ()
 
 
 def load_examples(tokenizer, config: Config) -> Examples:
@@ -47,44 +53,69 @@ def load_examples(tokenizer, config: Config) -> Examples:
         raise Refusal("--data: name a file of rows, such as --data rows.jsonl with lines "
                       '{"prompt": "…", "response": "…"}')
     name, reason = choose_template(tokenizer, config.template)
-    rows, held_out = read_rows(data), read_rows(val) if val else []
-    if not val:
-        rows, held_out = divide(rows, hold_out_of(config, len(rows)), data)
+    rows, held_out = read_parts(config, data, val)
     train, kept_out = (
         [encode_row(tokenizer, TEMPLATES[name], row, config.max_len) for row in part]
         for part in (rows, held_out)
     )
     return Examples(train, kept_out, [row.prompt for row in held_out], name, reason,
-                    Path(data).name, identify(data), identify(val) if val else None)
+                    Path(data).name, identify(data), identify(val) if val else None,
+                    shared(rows, held_out))
 
 
-def hold_out_of(config: Config, rows: int) -> float:
-    """--hold-out, or its default."""
+def stand_ins(config: Config) -> Examples:
+    """Examples for a plan without a tokenizer: as many as --data has, or as STEPS take, each of
+    --max-len tokens that all carry loss."""
+    ids = [PAD] * config.max_len
+    every = Example(ids, next_tokens(ids, start=1))
+    data, counts = config.data, (STEPS * config.batch_size, 0)
+    if data:
+        counts = map(len, read_parts(config, data, config.val))
+    train, held_out = ([every] * n for n in counts)
+    return Examples(train, held_out, [], "", "", Path(data).name if data else "",
+                    identify(data) if data else None,
+                    identify(config.val) if config.val else None)
+
+
+def read_parts(config: Config, data: str, val: str | None) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows) of the files."""
+    rows, held_out = read_rows(data), read_rows(val) if val else []
+    return (rows, held_out) if val else divide(rows, *hold_out_of(config, len(rows)), data)
+
+
+def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
+    """(--hold-out or its default, the least number of rows where that is a share)."""
     if config.hold_out is None:
-        return DEFAULT_SHARE if rows >= ENOUGH else 0
-    return config.hold_out
+        return (DEFAULT_SHARE, LEAST) if rows >= ENOUGH else (0, 0)
+    return config.hold_out, 1
 
 
-def divide(rows: list[Row], hold_out: float, data: str) -> tuple[list[Row], list[Row]]:
+def divide(rows: list[Row], hold_out: float, least: int,
+           data: str) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows), both in the file's order.
 
     The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
-    share: rows that are added later move none of the others. From 1 on it is a count, reached or
-    passed by as few as equal rows force.
+    share: rows that are added later move none of the others, unless the share is fewer than `least`
+    rows. From 1 on it is a count, reached or passed by as few as equal rows force.
     """
     if not hold_out:
         return rows, []
     hashes = [hash_of(row) for row in rows]
-    limit = hold_out * 2**64 if hold_out < 1 else 0
-    if min(hashes) >= limit:  # a count; or a share of so few rows that none is below it
-        nth = min(max(1, int(hold_out)), len(rows))
-        limit = sorted(hashes)[nth - 1] + 1
+    nth = min(max(least, int(hold_out)), len(rows))
+    limit = max(hold_out * 2**64 if hold_out < 1 else 0, sorted(hashes)[nth - 1] + 1)
     kept, held_out = ([row for row, place in zip(rows, hashes, strict=True)
                        if (place < limit) == held] for held in (False, True))
     if not kept:
         raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(rows)} rows, "
                       f"{len(set(hashes))} of them different; none would be left to train on")
     return kept, held_out
+
+
+def shared(train: list[Row], held_out: list[Row]) -> tuple[str, ...]:
+    """Where the held-out rows are that are training rows too: a file that --val names may repeat
+    rows of --data."""
+    trained = {hash_of(row) for row in train}
+    return tuple(row.where for row in held_out if hash_of(row) in trained)
 
 
 def hash_of(row: Row) -> int:

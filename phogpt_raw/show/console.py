@@ -13,13 +13,12 @@ from rich.text import Text
 from tqdm import tqdm
 
 from phogpt_raw.messages import _
+from phogpt_raw.training.checkpoint import newest
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.metrics import StepRow
 from phogpt_raw.training.run import Run, record
 
 out = Rich(highlight=False, soft_wrap=True)
-
-STOPPED = _("stopped by hand; with the same --out train.py goes on from its last checkpoint")
 
 
 def listing(title: str, lines: dict[str, str]) -> None:
@@ -68,8 +67,11 @@ class Display:
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, kind, *_exception) -> None:
+        """Close the line; Ctrl-C is raised again, with what is left of the run as its text."""
         self.bar.close()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(stopped(self.run)) from None
 
     def step(self, row: StepRow, seconds: float) -> None:
         """Show a finished step, before the evaluation that may follow it."""
@@ -99,6 +101,16 @@ class Display:
             say(_("step {step}: {score}", step=self.run.state.step, score=score_line(score)))
 
 
+def stopped(run: Run) -> str:
+    """What is left of a run that is stopped now."""
+    saved = newest(run.folder)
+    if saved is None:
+        return _("stopped by hand after step {n}: no checkpoint has been saved, and the same "
+                 "command begins again at step 1", n=run.state.step)
+    return _("stopped by hand after step {n}: the same command with --out {folder} goes on from "
+             "{checkpoint}", n=run.state.step, folder=run.folder, checkpoint=saved.name)
+
+
 class Mean:
     """The mean of the values added so far, 0 before the first."""
 
@@ -117,8 +129,8 @@ def score_line(score: Score) -> str:
     text = _("validation loss {loss:.3f} (perplexity {ppl:.4g})", loss=score.val_loss,
              ppl=score.val_ppl)
     if score.stops is not None:
-        text += _(", {share:.0%} of {n} answers stop by themselves", share=score.stops,
-                  n=len(score.answers))
+        text += _("; answers that stop: {n} of {of}", of=len(score.answers),
+                  n=round(score.stops * len(score.answers)))
     return text
 
 

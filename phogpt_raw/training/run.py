@@ -31,9 +31,10 @@ class RunState:
     skipped_in_row: int = 0
     best_loss: float = math.inf
     best_step: int = 0
-    not_better: int = 0  # evaluations since the best one
+    not_better: int = 0  # evaluations since the lowest validation loss, that before training too
     first: dict = field(default_factory=dict)  # score before training: val_loss, stops, answers
     best: dict = field(default_factory=dict)  # the same of the adapter that was kept
+    planned: int = 0  # steps that the run should take; 0 in checkpoints of before this was kept
 
     @property
     def applied(self) -> int:
@@ -53,19 +54,16 @@ class Run:
         self.folder = (expanded(config.out) if config.out
                        else next_number(config.model))
         self.config, self.steps, self.examples = config, steps, examples
-        self.state = RunState()
+        self.planned = steps  # when its newest checkpoint was saved
+        self.state = RunState(planned=steps)
         self.checkpoint = checkpoint.newest(self.folder)
         if self.checkpoint:
             resume.check_same(self.folder, config, examples)
             self.state = RunState(**checkpoint.read_state(self.checkpoint))
+            self.planned, self.state.planned = self.state.planned, steps
             if self.ended:
                 self.check_adapter()
-                raise Refusal(
-                    f"{self.folder}: this run is complete ({self.state.step} steps). Ask it: "
-                    f'python generate.py --adapter {self.folder} "…" ; more of the same: a larger '
-                    f"--steps; from its adapter with other data: --adapter {self.folder} and "
-                    f"another --out"
-                )
+                raise Refusal(self.nothing_left())
         elif (self.folder / "adapter_model.safetensors").is_file():
             raise Refusal(f"{self.folder}: holds an adapter but no checkpoint to go on from; name "
                           f"another --out, or start from it with --adapter {self.folder}")
@@ -78,6 +76,19 @@ class Run:
         state, patience = self.state, self.config.patience
         return state.step >= self.steps or 0 < patience <= state.not_better
 
+    def nothing_left(self) -> str:
+        """Why a run that has ended does not go on, and what to do instead."""
+        state, patience = self.state, self.config.patience
+        if state.step >= self.steps:
+            why, more = f"this run is complete ({state.step} steps)", "a larger --steps"
+        else:
+            why = (f"this run ended early, after step {state.step} of {self.steps}: the validation "
+                   f"loss was no lower in {state.not_better} evaluations (--patience {patience})")
+            more = f"a --patience above {state.not_better}, or none"
+        return (f'{self.folder}: {why}. Ask it: python generate.py --adapter {self.folder} "…" ; '
+                f"more of the same: {more}; from its adapter with other data: --adapter "
+                f"{self.folder} and another --out")
+
     def begin(self, training: Training) -> None:
         """Make the folder, or restore the newest checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +100,13 @@ class Run:
         """Keep the adapter as the result if its score is the best, or if nothing is held out.
 
         Before the first update the score is only remembered: it is of an adapter not yet trained.
-        A loss that is not finite is never the best.
+        A loss that is not finite is never the best. For --patience, though, it counts: what is no
+        better than the untrained adapter is no better.
         """
         state = self.state
+        if score and state.step:
+            lowest = min(state.best_loss, state.first.get("val_loss", math.inf))
+            state.not_better = 0 if score.val_loss < lowest else state.not_better + 1
         if state.step == 0:
             if score and not math.isfinite(score.val_loss):
                 raise RunFailed(_("{folder}: the validation loss is not finite before the first "
@@ -103,10 +118,7 @@ class Run:
         elif state.applied and (score is None or score.val_loss < state.best_loss):
             state.best_loss = score.val_loss if score else math.inf
             state.best_step, state.best = state.step, record(score)
-            state.not_better = 0
             adapters.save(self.folder)
-        else:
-            state.not_better += 1
 
     def save(self, training: Training) -> None:
         checkpoint.save(self.folder, self.state.step, training, dataclasses.asdict(self.state))
