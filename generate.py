@@ -3,45 +3,39 @@
     python generate.py --adapter runs/nano-001 "Phở bò là gì?"
     python generate.py --model vinai/PhoGPT-4B-Chat "Phở bò là gì?"
     python generate.py --adapter runs/nano-001 --temperature 0.7 --top-p 0.9 "Phở bò là gì?"
+    python generate.py --adapter runs/nano-001 --chat
 
 Greedy unless --temperature is given, streamed as it is written, ended by the model's own </s>.
 """
 
 import argparse
-import codecs
-import os
 import sys
-import time
 import unicodedata
 from pathlib import Path
 
 import torch
 
-from phogpt_raw.cards import DTYPES, recorded_dtype, this_card
+from phogpt_raw.cards import DTYPES
 from phogpt_raw.command_line import Parser
-from phogpt_raw.config import check_nf4_cache
-from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
+from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
-from phogpt_raw.decode.text import TextStream, loops
-from phogpt_raw.files import expanded
 from phogpt_raw.messages import _
-from phogpt_raw.model.adapter_config import Origin, check_not_merged, chosen_base, read_origin
-from phogpt_raw.model.adapters import load_adapters
-from phogpt_raw.model.weights import (
-    WITHOUT_WEIGHTS,
-    find_folder,
-    load_base,
-    read_config,
-    read_tokenizer,
-)
 from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.talk.conversation import chat
+from phogpt_raw.talk.loading import Found, find
+from phogpt_raw.talk.question import read_question
+from phogpt_raw.talk.streaming import Written, remarks, say, stream
 
 
 def parse(arguments):
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", help="what to ask; - reads it from standard input")
+    parser.add_argument("question", nargs="?", help="what to ask; - reads it from standard input")
+    parser.add_argument("--chat", action="store_true",
+                        help="a conversation; from a pipe, a question a line")
+    parser.add_argument("--system", default="", metavar="TEXT",
+                        help="with --chat: what stands before the first question")
     parser.add_argument("--adapter", type=Path, help="the folder of a run, or of a checkpoint")
     parser.add_argument("--model", help="the base (default: the one the adapter names, or nano)")
     parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
@@ -74,47 +68,12 @@ def parse(arguments):
                         help="a folder that keeps the quantised base: later starts are faster")
     parser.add_argument("--no-capture", "--no_capture", dest="capture", action="store_false",
                         help="on a GPU: without CUDA graphs")
-    return parser.parse_args(arguments)
-
-
-def from_stdin() -> str:
-    """Standard input as text, with or without the mark that Windows puts before it."""
-    read = getattr(sys.stdin, "buffer", None)
-    if read is None:
-        return sys.stdin.read()
-    content = read.read()
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return content.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError:
-        raise Refusal("the question is not UTF-8; save it as UTF-8, or type it anew") from None
-
-
-def read_question(given: str) -> str:
-    """The question of the command line, or of standard input for `-`; Refusal where it is empty or
-    no text.
-
-    Where the system's encoding is not UTF-8, Python hides the bytes of an argument that it cannot
-    read in lone surrogates. They are read again as UTF-8.
-    """
-    question = from_stdin() if given == "-" else given
-    try:
-        question = os.fsencode(question).decode("utf-8") if broken(question) else question
-    except UnicodeError:
-        raise Refusal("the question is not UTF-8; convert it, or type it anew") from None
-    question = question.removeprefix("\ufeff")
-    lost = next((letter for letter in question if letter in "\0\ufffd\ufffe\uffff"), None)
-    if lost:
-        raise Refusal(f"the question holds U+{ord(lost):04X}, which no text has: it was saved or "
-                      f"converted in another encoding; save it as UTF-8")
-    if not question.strip():
-        raise Refusal("the question is empty")
-    return question
-
-
-def broken(text: str) -> bool:
-    """Whether a text has lone surrogates."""
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
+    options = parser.parse_args(arguments)
+    if (options.question is not None) == options.chat:
+        raise Refusal("what to ask? a question, or - for standard input, or --chat")
+    if options.system and not options.chat:
+        raise Refusal("--system: is for --chat; write it into the question")
+    return options
 
 
 def sampling_of(options) -> Sampling:
@@ -149,79 +108,45 @@ def bounded(options, prompt: list[int], most: int) -> int:
     return min(left, options.max_new_tokens)
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    question, sampling = read_question(options.question), sampling_of(options)
     stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as answers are
-    card = this_card()
-    options.adapter = options.adapter and expanded(options.adapter)
-    made = read_origin(options.adapter) if options.adapter else Origin("nano")
-    nf4 = options.nf4 if options.nf4 is not None else made.nf4
-    check_nf4_cache(options.nf4_cache, nf4=nf4)
-    dtype = recorded_dtype(card, options.dtype, made.dtype)
-    base, revision, named = chosen_base(options.adapter, made, options.model, options.revision)
-    folder = find_folder(base, revision, WITHOUT_WEIGHTS, named)
-    shape = read_config(folder)
-    if options.adapter:
-        check_not_merged(folder, options.adapter)
-    tokenizer = read_tokenizer(folder, shape)
-    template, _reason = choose_template(tokenizer, options.template, made.template)
-    prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
-    most = bounded(options, prompt, shape.max_seq_len)
-    model, tokenizer = load_base(base, nf4=nf4, dtype=dtype, device=card.device,
-                                 revision=revision, nf4_cache=options.nf4_cache)
-    if options.adapter:
-        load_adapters(model, options.adapter, trainable=False)
-    stream, ids, begun, first = TextStream(tokenizer, stops), [], time.perf_counter(), None
+    how = dict(sampling=sampling_of(options), seed=options.seed or 0, stops=stops)
+    if options.chat:
+        chat(find(options), most=options.max_new_tokens, system=options.system.strip(),
+             capture=options.capture, **how)
+    else:
+        one(options, read_question(options.question), how)
+
+
+def one(options, question: str, how: dict) -> None:
+    """Answer one question."""
+    found = find(options)
+    tokenizer = found.tokenizer
+    prompt = encode_prompt(tokenizer, found.template, question)
+    most = bounded(options, prompt, found.shape.max_seq_len)
+    model, written = found.load(), Written()
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
                 capture=options.capture) as engine:
-        engine.add(0, prompt, most, options.seed or 0, sampling)
-        shown, ended = "", False
         try:
-            for token in engine.run():
-                first = first or time.perf_counter()
-                if token.id is None:
-                    ended = ended or token.stopped
-                    continue
-                ids.append(token.id)
-                shown += show(stream.put(token.id), shown)
-                if stream.stopped:
-                    ended = True
-                    engine.drop(0)
+            stream(engine, tokenizer, prompt, most, written, **how)
         except KeyboardInterrupt:
-            print()
             say(_("(stopped by hand)"))
             sys.exit(130)
-    show(stream.end(), shown)
-    print()
-    if not ended:
-        text = _("(cut after {n} tokens; raise --max-new-tokens for a longer answer)", n=most)
-        full = _("(cut after {n} tokens: the model was made for no more)", n=most)
-        say(full if len(prompt) + most == shape.max_seq_len else text)
-    if loops(ids):
-        say(_("(the answer repeats itself; --repetition-penalty 1.2 may help, or more training)"))
+    for line in remarks(written, most, full=len(prompt) + most == found.shape.max_seq_len):
+        say(line)
     if options.stats:
-        say(stats(card, len(prompt), len(ids), first - begun, time.perf_counter() - first))
+        say(stats(found, len(prompt), written))
 
 
-def show(text: str, shown: str) -> str:
-    """Print text, without the spaces before the first letter (4B's template begins with one)."""
-    text = text if shown else text.lstrip()
-    print(text, end="", flush=True)
-    return text
-
-
-def stats(card, prompt: int, written: int, first_s: float, then_s: float) -> str:
+def stats(found: Found, prompt: int, written: Written) -> str:
+    n = len(written.ids)
     text = _("({prompt:,} tokens read, {written:,} written; the first after {first:.3f} s",
-             prompt=prompt, written=written, first=first_s)
-    if written > 1:
-        text += _(", then {rate:,.1f} tokens/s", rate=(written - 1) / then_s)
-    if card.device == "cuda":
+             prompt=prompt, written=n, first=written.first_s)
+    if n > 1:
+        text += _(", then {rate:,.1f} tokens/s", rate=(n - 1) / written.then_s)
+    if found.card.device == "cuda":
         gib = torch.cuda.max_memory_allocated() / 2**30
         text += _("; at most {gib:.2f} GiB allocated", gib=gib)
     return text + ")"

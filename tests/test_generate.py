@@ -19,6 +19,8 @@ from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import write_utf8
+from phogpt_raw.talk import loading, streaming
+from phogpt_raw.talk.question import broken, from_stdin, read_question
 
 QUESTION = "Phở bò là gì?"
 
@@ -57,7 +59,7 @@ def test_generating_allocates_no_gradients(ask, adapted, tiny, tmp_path, monkeyp
         loaded.append(load_adapters(*args, **kwargs))
         return loaded[-1]
 
-    monkeypatch.setattr(generate, "load_adapters", noted)
+    monkeypatch.setattr(loading, "load_adapters", noted)
     status, _, _ = ask("--model", tiny, "--adapter", tmp_path, "--max-new-tokens", 2, QUESTION)
     assert status == 0 and len(loaded) == 1
     assert loaded[0].flat.grad is None and not loaded[0].flat.requires_grad
@@ -151,7 +153,7 @@ def test_prompt_and_answer_fit_what_the_model_was_made_for_and_it_is_said(ask, t
 
 
 def test_a_question_that_is_too_long_is_refused_before_the_weights_are_read(ask, tiny, monkeypatch):
-    monkeypatch.setattr(generate, "load_base", None)
+    monkeypatch.setattr(loading, "load_base", None)
     status, _, err = ask("--model", tiny, "một hai ba " * 100)
     assert status == 2 and re.search(r"the question is too long: \d+ tokens of the 128", err)
     assert err.count("\n") == 1
@@ -205,7 +207,7 @@ def test_an_answer_that_loops_is_said(ask, tiny):
 
 def test_a_stop_string_in_other_letters_of_the_same_look_is_the_same(ask, tiny, monkeypatch):
     """NFD, as a Mac's keyboard may give it. Nothing is written after it."""
-    monkeypatch.setattr(generate, "TextStream", lambda tokenizer, stops: seen.append(stops)
+    monkeypatch.setattr(streaming, "TextStream", lambda tokenizer, stops: seen.append(stops)
                         or module.TextStream(tokenizer, stops))
     seen = []
     ask("--model", tiny, "--max-new-tokens", 2, "--stop", unicodedata.normalize("NFD", "một"),
@@ -233,15 +235,15 @@ def test_a_question_that_lost_letters_in_a_conversion_is_refused(ask, question):
 
 def test_a_question_is_read_as_utf8_where_the_system_has_another_encoding(monkeypatch):
     seen_by_python = QUESTION.encode("utf-8").decode("ascii", "surrogateescape")
-    assert generate.broken(seen_by_python)
-    assert generate.read_question(seen_by_python) == QUESTION
+    assert broken(seen_by_python)
+    assert read_question(seen_by_python) == QUESTION
 
 
 def test_ctrl_c_ends_the_answer_and_says_so(ask, tiny, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "show", interrupted)
+    monkeypatch.setattr(streaming.Written, "show", interrupted)
     status, out, err = ask("--model", tiny, "--max-new-tokens", 5, QUESTION)
     assert (status, out, err) == (130, "\n", "(stopped by hand)\n")
 
@@ -259,8 +261,8 @@ def test_the_runs_template_and_precision_are_the_answers(ask, first_command, tmp
     made = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(made | {"template": "7b5-instruct", "nf4": False}))
     loaded, encoded = [], []
-    load, encode = generate.load_base, generate.encode_prompt
-    monkeypatch.setattr(generate, "load_base",
+    load, encode = loading.load_base, generate.encode_prompt
+    monkeypatch.setattr(loading, "load_base",
                         lambda *a, **k: loaded.append(k["nf4"]) or load(*a, **k))
     monkeypatch.setattr(generate, "encode_prompt", lambda tokenizer, template, question:
                         encoded.append(template.question) or encode(tokenizer, template, question))
@@ -275,7 +277,7 @@ def test_the_runs_template_and_precision_are_the_answers(ask, first_command, tmp
     lambda text: text.encode("utf-16")], ids=["utf-8", "with a mark", "utf-16"])
 def test_a_question_from_a_file_of_any_editor(encode, monkeypatch):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(encode(QUESTION))))
-    assert generate.from_stdin() == QUESTION
+    assert from_stdin() == QUESTION
 
 
 def test_a_question_in_another_encoding_is_refused(ask, monkeypatch):

@@ -1,0 +1,76 @@
+"""An answer on the screen while it is written."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from phogpt_raw.decode.engine import Engine
+from phogpt_raw.decode.sampling import Sampling
+from phogpt_raw.decode.text import TextStream, loops
+from phogpt_raw.messages import _
+
+
+@dataclass
+class Written:
+    """What was written so far. ids: without `</s>`; ended: by `</s>` or a stop string, not by the
+    number of tokens; first_s, then_s: seconds until the first token, and from there on."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    ended: bool = False
+    first_s: float = 0.0
+    then_s: float = 0.0
+
+    def show(self, text: str) -> None:
+        """Print text, without the spaces before the first letter (4B's template begins with
+        one)."""
+        text = text if self.text else text.lstrip()
+        self.text += text
+        print(text, end="", flush=True)
+
+
+def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Written, *,
+           stops: Sequence[str] = (), seed: int = 0, sampling: Sampling) -> None:
+    """Answer one prompt in an engine without other requests, and print the answer meanwhile.
+
+    `written` is filled as the answer grows: Ctrl-C leaves it with what stands on the screen.
+    """
+    text, begun = TextStream(tokenizer, stops), time.perf_counter()
+    engine.add(0, prompt, most, seed, sampling)
+    try:
+        for token in engine.run():
+            now = time.perf_counter() - begun
+            written.first_s = written.first_s or now
+            written.then_s = now - written.first_s
+            if token.id is None:
+                written.ended = written.ended or token.stopped
+                continue
+            written.ids.append(token.id)
+            written.show(text.put(token.id))
+            if text.stopped:
+                written.ended = True
+                engine.drop(0)
+        written.show(text.end())
+    finally:
+        engine.drop(0)
+        print()
+
+
+def remarks(written: Written, most: int, full: bool) -> list[str]:
+    """What a person should know of an answer that has ended. most: tokens that it might have; full:
+    whether the model can hold no more."""
+    lines = []
+    if not written.ended:
+        lines.append(
+            _("(cut after {n} tokens: the model was made for no more)", n=most) if full else
+            _("(cut after {n} tokens; raise --max-new-tokens for a longer answer)", n=most))
+    if loops(written.ids):
+        lines.append(_("(the answer repeats itself; --repetition-penalty 1.2 may help, or more "
+                       "training)"))
+    return lines
+
+
+def say(line: str) -> None:
+    """A line that is not part of an answer."""
+    print(line, file=sys.stderr, flush=True)
