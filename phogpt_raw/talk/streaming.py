@@ -1,9 +1,12 @@
 """An answer on the screen while it is written."""
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from rich.cells import cell_len
 
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
@@ -21,13 +24,57 @@ class Written:
     ended: bool = False
     first_s: float = 0.0
     then_s: float = 0.0
+    screen: "Screen" = field(default_factory=lambda: Screen(terminal_width()))
 
     def show(self, text: str) -> None:
         """Print text, without the spaces before the first letter (4B's template begins with
         one)."""
         text = text if self.text else text.lstrip()
         self.text += text
-        print(text, end="", flush=True)
+        print(self.screen.put(text), end="", flush=True)
+
+    def end(self) -> None:
+        """Print what was held back, and end the line."""
+        print(self.screen.end())
+
+
+class Screen:
+    """Text broken between words where a terminal of `width` columns ends; width 0: as it is.
+
+    A word is held back until it is complete, so that it never stands on two lines.
+    """
+
+    def __init__(self, width: int):
+        self.width, self.column, self.word = width, 0, ""
+
+    def put(self, text: str) -> str:
+        """What of this text, and of what was held back, can be shown now."""
+        if not self.width:
+            return text
+        shown = ""
+        for letter in text:
+            if not letter.isspace():
+                self.word += letter
+                continue
+            shown += self.place() + letter
+            self.column = 0 if letter == "\n" else self.column + 1
+        return shown
+
+    def place(self) -> str:
+        """The complete word, on the next line where this one has no room for it."""
+        word, self.word = self.word, ""
+        size = cell_len(word)
+        wraps = self.column > 0 and self.column + size >= self.width  # a space needs room too
+        self.column = size if wraps else self.column + size
+        return f"\n{word}" if wraps else word
+
+    def end(self) -> str:
+        return self.place()
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that shows the output; 0 where none does."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
 def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Written, *,
@@ -54,7 +101,7 @@ def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Wri
         written.show(text.end())
     finally:
         engine.drop(0)
-        print()
+        written.end()
 
 
 def remarks(written: Written, most: int, full: bool) -> list[str]:
