@@ -25,7 +25,7 @@ from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.decode.text import TextStream, loops
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.model.adapter_config import Origin, chosen_base, read_origin
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import (
@@ -207,13 +207,17 @@ def main(arguments: list[str] | None = None) -> None:
     show(stream.end(), shown)
     print()
     if not ended:
-        text = _("(cut after {n} tokens; raise --max-new-tokens for a longer answer)", n=most)
-        full = _("(cut after {n} tokens: the model was made for no more)", n=most)
+        text = _("(cut at {n}: raise --max-new-tokens for a longer answer)", n=tokens(most))
+        full = _("(cut at {n}: the model was made for no more)", n=tokens(most))
         say(full if len(prompt) + most == shape.max_seq_len else text)
     if loops(ids):
         say(_("(the answer repeats itself; --repetition-penalty 1.2 may help, or more training)"))
     if options.stats:
         say(stats(card, len(prompt), len(ids), first - begun, time.perf_counter() - first))
+
+
+def tokens(count: int) -> str:
+    return plural(count, _("1 token"), _("{n:,} tokens", n=count))
 
 
 def show(text: str, shown: str) -> str:
@@ -224,8 +228,8 @@ def show(text: str, shown: str) -> str:
 
 
 def stats(card, prompt: int, written: int, first_s: float, then_s: float) -> str:
-    text = _("({prompt:,} tokens read, {written:,} written; the first after {first:.3f} s",
-             prompt=prompt, written=written, first=first_s)
+    text = _("({prompt} read, {written:,} written; the first after {first:.3f} s",
+             prompt=tokens(prompt), written=written, first=first_s)
     if written > 1:
         text += _(", then {rate:,.1f} tokens/s", rate=(written - 1) / then_s)
     if card.device == "cuda":

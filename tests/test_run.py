@@ -348,7 +348,7 @@ def test_a_question_too_long_is_refused_with_its_line(train, rows):
 
 @pytest.mark.parametrize("flags, said", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
-    (["--hold-out", 12], "has only 12 rows"),
+    (["--hold-out", 12], "has only 12 different rows"),
     (["--model", "/nowhere"], "--model /nowhere: no such folder"),
     (["--adapter", "/nowhere"], "/nowhere/adapter_config.json: missing"),
     (["--targets", "q_proj,v_proj"], "no linear layer q_proj"),
@@ -486,7 +486,7 @@ def test_a_diverging_run_ends_as_a_failure_that_says_so(train, tmp_path, hold_ou
     if hold_out:
         assert not (out / "adapter_model.safetensors").exists()
         status, _, again = train(*flags)
-        assert status == 1 and "this run took its 7 steps and found no usable adapter" in again
+        assert status == 1 and "this run has ended, after step 7, without a usable adapter" in again
         assert "no good checkpoint was saved" in again
 
 

@@ -12,7 +12,7 @@ from rich.console import Console as Rich
 from rich.text import Text
 from tqdm import tqdm
 
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.training.checkpoint import newest
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.metrics import StepRow
@@ -170,8 +170,9 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
     if about:
         lines[_("beside it")] = ", ".join(about)
     early = state.step < run.steps
-    listing(_("ended early: no better in {n} evaluations", n=state.not_better) if early
-            else _("done"), lines)
+    ended = plural(state.not_better, _("ended early: no better in 1 evaluation"),
+                   _("ended early: no better in {n} evaluations", n=state.not_better))
+    listing(ended if early else _("done"), lines)
     if last and best["val_loss"] >= first["val_loss"]:
         out.print()
         paragraph(_("This training made the model no better on the held-out rows: even its best "

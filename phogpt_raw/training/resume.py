@@ -106,4 +106,4 @@ def changes(began: list[str], examples: list[Example]) -> str:
         parts.append(f"{added.total():,} new or edited (the first: {first.where})")
     if removed:
         parts.append(f"{removed.total():,} gone")
-    return f"{', '.join(parts)} ({len(began):,} rows then, {len(now):,} now)"
+    return f"{', '.join(parts)} (rows then: {len(began):,}, now: {len(now):,})"
