@@ -168,7 +168,7 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
     about = [name for name in ("README.md", "loss.png", "loss.svg")
              if (run.folder / name).is_file()]
     if about:
-        lines[_("beside it")] = ", ".join(about)
+        lines[_("also there")] = ", ".join(about)
     early = state.step < run.steps
     ended = plural(state.not_better, _("ended early: no better in 1 evaluation"),
                    _("ended early: no better in {n} evaluations", n=state.not_better))

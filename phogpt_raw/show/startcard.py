@@ -45,8 +45,8 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
         _("packing"): packing_line(job),
         _("optimizer"): optimizer_line(job),
         _("recompute"): recompute_line(choice),
-        _("capture"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
-        _("on: a shape that is seen again runs as CUDA graphs"),
+        _("CUDA graphs"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
+        _("on, for each shape that comes again"),
         _("folder"): f"{run.folder}" + (
             _(", resumed after step {n}", n=run.state.step) if run.state.step else ""),
     })
@@ -216,8 +216,9 @@ def optimizer_line(job: Job) -> str:
     else:
         kind = _("AdamW, 8-bit state (paging needs a GPU)")
     warmup = config.warmup_of(job.run.steps)
-    steps = plural(warmup, _("1 step of warm-up"), _("{n} steps of warm-up", n=warmup))
-    return kind + _("; learning rate {peak:g} after {warmup}, then a cosine to {end:g}; gradient "
+    steps = plural(warmup, _(" after 1 step of warm-up"),
+                   _(" after {n} steps of warm-up", n=warmup)) if warmup else ""
+    return kind + _("; learning rate {peak:g}{warmup}, then a cosine to {end:g}; gradient "
                     "clipped to {clip:g}", peak=config.lr, warmup=steps,
                     end=config.lr * config.lr_floor, clip=config.clip)
 
