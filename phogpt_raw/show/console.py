@@ -61,7 +61,7 @@ class Display:
         self.live = sys.stderr.isatty()
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
                         dynamic_ncols=True,
-                        bar_format="{n_fmt}/{total_fmt} |{bar:10}| {postfix}")
+                        bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}")
         self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 
     def __enter__(self) -> "Display":
@@ -82,7 +82,7 @@ class Display:
         if row.skipped:
             text += _(", {n} skipped", n=row.skipped)
         text += _(", {time} left", time=clock(self.seconds_left()))
-        self.bar.set_postfix_str(text)
+        self.bar.set_description_str(text)
         self.bar.update()
         steps = self.run.steps
         if not self.live and (row.step % max(1, steps // 10) == 0 or row.step in (1, steps)):
@@ -105,10 +105,9 @@ def stopped(run: Run) -> str:
     """What is left of a run that is stopped now."""
     saved = newest(run.folder)
     if saved is None:
-        return _("stopped by hand after step {n}: no checkpoint has been saved, and the same "
-                 "command begins again at step 1", n=run.state.step)
-    return _("stopped by hand after step {n}: the same command with --out {folder} goes on from "
-             "{checkpoint}", n=run.state.step, folder=run.folder, checkpoint=saved.name)
+        return _("stopped by hand after step {n}; no checkpoint was saved yet", n=run.state.step)
+    return _("stopped by hand after step {n}; with --out {folder} it goes on from {checkpoint}",
+             n=run.state.step, folder=run.folder, checkpoint=saved.name)
 
 
 class Mean:
