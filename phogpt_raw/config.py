@@ -62,6 +62,8 @@ class Config:
     answer_tokens: int = 96  # most tokens in such an answer
     patience: int = 0  # stop after N evaluations without a lower validation loss; 0: never
     save_every: int = 50  # steps between checkpoints; each evaluation saves one too
+    keep: int = 2  # newest checkpoints that stay, beside the best one
+    max_minutes: float | None = None  # save and end after this time; the same command goes on
     tensorboard: bool = False  # write the values of metrics.jsonl for TensorBoard too
     max_skipped: int = 20  # stop after N skipped steps in a row; their gradients are not finite
 
@@ -129,7 +131,7 @@ class Config:
 LOWEST = dict(steps=1, batch_size=1, batch_tokens=1, micro_batch=1, max_len=8, pack_len=1,
               warmup=0, rank=1, loss_mib=1, eval_every=0, eval_answers=0, answer_tokens=1,
               save_every=0, hold_out=0, seed=0, weight_decay=0, max_skipped=1,
-              patience=0)
+              patience=0, keep=1, max_minutes=0)
 WARMUP = 5  # steps: AdamW's second moment needs a few before the rate is at its peak
 CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))

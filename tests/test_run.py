@@ -19,6 +19,7 @@ from phogpt_raw.model.weights import read_config
 from phogpt_raw.training import evaluate, setup
 from phogpt_raw.training import step as step_module
 from phogpt_raw.training.metrics import Metrics
+from phogpt_raw.training.run import RunState
 
 STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_gib", "scale",
              "skipped", "rows", "fill"]
@@ -47,7 +48,7 @@ def adapter_bytes(folder):
 
 def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path, tiny, rows):
     out = tmp_path / "run"
-    status, said, _ = train("--out", out)
+    status, said, _ = train("--out", out, "--keep", 9)
     assert status == 0
     steps, scores = metrics(out)
     assert [list(row) for row in steps] == [STEP_KEYS] * 7
@@ -126,7 +127,7 @@ def test_the_steps_of_a_resumed_run_are_remarked_on_only_where_they_changed(trai
 
 
 def test_not_a_number_is_written_as_null(tmp_path):
-    file = Metrics(tmp_path, 0, None)
+    file = Metrics(tmp_path, RunState(), None)
     file.write(dict(step=1, loss=math.nan, grad_norm=math.inf, lr=0.1))
     file.write(dict(step=2, val_loss=-math.inf, stops=None))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -412,7 +413,7 @@ def overflowing_at(monkeypatch, steps):
 def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_path, monkeypatch):
     overflowing_at(monkeypatch, {3})
     out = tmp_path / "run"
-    status, said, _ = train("--out", out, "--save-every", 1, "--warmup", 5)
+    status, said, _ = train("--out", out, "--save-every", 1, "--warmup", 5, "--keep", 9)
     assert status == 0
     steps, _ = metrics(out)
     assert [row["skipped"] for row in steps] == [0, 0, 1, 1, 1, 1, 1]

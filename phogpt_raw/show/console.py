@@ -102,12 +102,24 @@ class Display:
 
 
 def stopped(run: Run) -> str:
-    """What is left of a run that is stopped now."""
+    """What is left of a run that is stopped without being saved."""
     saved = newest(run.folder)
     if saved is None:
         return _("stopped by hand after step {n}; no checkpoint was saved yet", n=run.state.step)
     return _("stopped by hand after step {n}; with --out {folder} it goes on from {checkpoint}",
              n=run.state.step, folder=run.folder, checkpoint=saved.name)
+
+
+def left(run: Run, why: str, arguments: list[str]) -> None:
+    """What is left of a run that was saved and ends before its last step; how it goes on."""
+    print(_("{why}: ended after step {n} of {steps}", why=why, n=run.state.step, steps=run.steps),
+          file=sys.stderr)
+    if run.state.step == 0:
+        return print(_("nothing was trained yet, so nothing is saved"), file=sys.stderr)
+    if not run.config.out:
+        arguments = [*arguments, "--out", str(run.folder)]
+    print(_("saved; go on with:\n  {command}",
+            command=shlex.join(["python", "train.py", *arguments])), file=sys.stderr)
 
 
 class Mean:

@@ -5,6 +5,7 @@ What can be wrong is found before anything slow: tokenizer and rows, the run's f
 adapters ask for, and only then are the base's weights read.
 """
 
+import random
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -208,6 +209,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
                     micro_batch=config.micro_batch, loss_mib=config.loss_mib,
                     graphs=not_captured is None and not model.head.is_meta)
     torch.manual_seed(config.seed)  # dropout's; a resumed run restores its own
+    random.seed(config.seed)  # so that the checkpoints of two processes are equal
     return Job(**vars(training), config=config, card=card, dtype_reason=dtype_reason,
                tokenizer=tokenizer, examples=examples, stream=stream, run=run,
                not_captured=not_captured)
