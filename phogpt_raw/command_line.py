@@ -22,6 +22,7 @@ PRESETS = Path(__file__).parent / "presets"
 # Of these one is given; a flag takes the place of either in a preset.
 EITHER = (("steps", "epochs"), ("batch_size", "batch_tokens"), ("val", "hold_out"))
 ADAPTERS_OWN = ("rank", "alpha", "dropout", "targets")  # fields that --adapter decides
+SEVERAL = tuple[str, ...]  # a flag that may be given several times
 CARDS = {"T4": "t4", "V100": "v100"}  # part of a GPU's name: its preset
 
 
@@ -65,6 +66,8 @@ def parser(description: str) -> Parser:
         if kind is bool:
             group.add_argument(shown, action=argparse.BooleanOptionalAction, help=help_text)
             group.add_argument(f"--no_{field.name}", action="store_false", **hidden)
+        elif kind == SEVERAL:
+            group.add_argument(shown, action="append", metavar="NAME", help=help_text)
         else:
             group.add_argument(shown, type=kind, metavar=kind.__name__.upper(), help=help_text)
         if spelled != shown:
@@ -131,7 +134,10 @@ def read_preset(preset: str) -> dict:
         if key not in fields:
             raise Refusal(f"{file}: unknown key {key}; known are {', '.join(fields)}")
         kind = field_type(fields[key])
-        if kind is float and type(value) is int:
+        if kind == SEVERAL and isinstance(value, str | list) and all(
+                isinstance(name, str) for name in value):
+            continue
+        elif kind is float and type(value) is int:
             values[key] = float(value)
         elif type(value) is not kind:
             raise Refusal(f"{file}: {key} = {value!r} should be {kind.__name__}")

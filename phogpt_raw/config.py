@@ -19,13 +19,19 @@ class Config:
     preset: str | None = None  # t4, v100, nano, none, or a TOML file; default: by model and card
     model: str = "nano"  # nano, a folder, or a hub id such as vinai/PhoGPT-4B-Chat
     revision: str | None = None  # the hub repository's branch, tag or commit
-    data: str | None = None  # training rows; default for nano: its bundled pairs
-    val: str | None = None  # held-out rows; default for nano: its bundled ones
+    data: tuple[str, ...] | str | None = None  # training rows (nano has its own); may come again
+    val: tuple[str, ...] | str | None = None  # held-out rows; default for nano: its bundled ones
     hold_out: float | None = None  # rows of --data kept for validation: a count, or a share (0.05)
+    map: str | None = None  # columns of other names: response=tra_loi,prompt=cau_hoi
+    strict: bool = False  # refuse a file with any bad row; default: leave out at most a tenth
+    too_long: str | None = None  # cut, split or drop; default: a text is split, an answer cut
+    data_cache: str | None = None  # a folder that keeps the encoded rows: later starts are faster
     template: str = "auto"  # auto, 7b5-instruct or 4b-chat: how a row becomes a prompt
     out: str | None = None  # run folder; default runs/<model>-NNN, a new number each time
     adapter: str | None = None  # go on from this adapter (its rank and targets) with new data
     dry_run: bool = False  # print what the run would do, and train nothing
+    inspect: int | None = None  # print so many packed rows with their borders, and train nothing
+    json: bool = False  # with --inspect: print ids, targets and documents, for scripts
     card: str | None = None  # with --dry-run: plan for this card (t4, v100, …), not the one here
     # how long it is trained
     steps: int | None = None  # optimizer steps; or --epochs
@@ -66,6 +72,10 @@ class Config:
     max_skipped: int = 20  # steps skipped in a row (gradients not finite) before the run stops
 
     def __post_init__(self):
+        for name in ("data", "val"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):  # one name is a text, here and in config.json
+                object.__setattr__(self, name, value[0] if len(value) == 1 else tuple(value))
         for name, low in LOWEST.items():
             value = getattr(self, name)
             if value is not None and not low <= value < float("inf"):  # nan is neither
@@ -73,7 +83,7 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise Refusal(f"--{flag(name)} {getattr(self, name)}: choose from "
-                              f"{', '.join(choices)}")
+                              f"{', '.join(filter(None, choices))}")
         for name in ("lr", "clip", "alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise Refusal(f"--{flag(name)} {getattr(self, name)}: must be positive")
@@ -91,8 +101,12 @@ class Config:
             raise Refusal("--val and --hold-out: give one of them")
         if self.hold_out and self.hold_out >= 1 and self.hold_out % 1:
             raise Refusal(f"--hold-out {self.hold_out}: a share is below 1, a count is whole")
-        if self.card and not self.dry_run:
+        if self.card and not self.dry_run and not self.inspect:
             raise Refusal(f"--card {self.card}: is for --dry-run; a run takes the card at hand")
+        if self.json and self.inspect is None:
+            raise Refusal("--json: is how --inspect N prints; give both")
+        if self.data_cache == "":
+            raise Refusal("--data-cache: names no folder")
         if self.patience and not self.eval_every:
             raise Refusal("--patience: counts evaluations; set --eval-every too")
 
@@ -125,9 +139,10 @@ class Config:
 LOWEST = dict(steps=1, batch_size=1, batch_tokens=1, micro_batch=1, max_len=8, pack_len=1,
               warmup=0, rank=1, loss_mib=1, eval_every=0, eval_answers=0, answer_tokens=1,
               save_every=0, hold_out=0, seed=0, weight_decay=0, max_skipped=1,
-              patience=0)
+              patience=0, inspect=1)
 WARMUP = 5  # steps: AdamW's second moment needs a few before the rate is at its peak
-CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp16", "bf16", "fp32"),
+CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"),
+               too_long=(None, "cut", "split", "drop"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))
 
 

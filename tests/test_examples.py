@@ -6,18 +6,19 @@ import pytest
 from conftest import write_rows
 
 from phogpt_raw.config import Config
+from phogpt_raw.data.conversations import Conversation
 from phogpt_raw.data.examples import divide, fingerprint, load_examples
-from phogpt_raw.data.rows import Row
 from phogpt_raw.model.weights import NANO, read_config, read_tokenizer
 from phogpt_raw.refusal import Refusal
 
 
 def rows(*numbers, spelled="câu hỏi {}"):
-    return [Row(spelled.format(n), f"trả lời {n}", f"rows.jsonl:{n}") for n in numbers]
+    return [Conversation((("user", spelled.format(n)), ("assistant", f"trả lời {n}")),
+                         f"rows.jsonl:{n}") for n in numbers]
 
 
 def asked(part):
-    return {row.prompt for row in part}
+    return {row.question for row in part}
 
 
 @pytest.mark.parametrize("hold_out, held", [(0, 0), (1, 1), (7, 7), (99, 99)])
@@ -26,8 +27,8 @@ def test_a_count_is_held_out(hold_out, held):
     assert len(held_out) == held and len(train) == 100 - held
     assert asked(train).isdisjoint(asked(held_out))
     for part in (train, held_out):  # in the file's order
-        assert [int(row.prompt.split()[-1]) for row in part] == sorted(
-            int(row.prompt.split()[-1]) for row in part)
+        assert [int(row.question.split()[-1]) for row in part] == sorted(
+            int(row.question.split()[-1]) for row in part)
 
 
 def test_a_share_is_about_that_share_and_at_least_one_row():

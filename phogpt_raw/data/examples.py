@@ -1,13 +1,16 @@
 """The training and the held-out examples of a run, from its files or from nano's bundled pairs."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from phogpt_raw.config import Config
-from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row
-from phogpt_raw.data.rows import Row, read_rows
-from phogpt_raw.files import expanded
+from phogpt_raw.data.conversations import parse_map
+from phogpt_raw.data.encoded import Encoded, Rows, encode_sources
+from phogpt_raw.data.prompt import TEMPLATES, Example, Template, choose_template
+from phogpt_raw.data.report import Report, report
+from phogpt_raw.data.sources import Source, find_source
 from phogpt_raw.refusal import Refusal
 
 DEFAULT_SHARE, ENOUGH = 0.05, 40  # held out unless --hold-out says otherwise, of so many rows
@@ -16,7 +19,8 @@ PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that was read: its name without the path, and the SHA-256 of its bytes."""
+    """What was read: its name without the path, and the SHA-256 of its bytes; of several, both of
+    each."""
 
     name: str
     sha256: str
@@ -24,8 +28,9 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows, the held-out ones' questions as typed, the template, why, and the files: `file`
-    of the training rows, `held_out_file` where the held-out ones come from another."""
+    """Encoded rows, the questions as typed of the held-out ones that have any, the template, why,
+    and the files: `file` of the training rows, `held_out_file` where the held-out ones come from
+    another. reports: what the training and the held-out rows are like."""
 
     train: list[Example]
     held_out: list[Example]
@@ -35,6 +40,8 @@ class Examples:
     source: str
     file: DataFile | None = None
     held_out_file: DataFile | None = None
+    report: Report | None = None
+    held_out_report: Report | None = None
 
 
 def load_examples(tokenizer, config: Config) -> Examples:
@@ -46,16 +53,47 @@ def load_examples(tokenizer, config: Config) -> Examples:
     if data is None:
         raise Refusal("--data: name a file of rows, such as --data rows.jsonl with lines "
                       '{"prompt": "…", "response": "…"}')
+    data, val = ((names,) if isinstance(names, str) else names for names in (data, val))
+    sources, others = ([find_source(name) for name in names or ()] for names in (data, val))
     name, reason = choose_template(tokenizer, config.template)
-    rows, held_out = read_rows(data), read_rows(val) if val else []
+    found, found_val = (read(part, tokenizer, TEMPLATES[name], config)
+                        for part in (sources, others))
+    rows, held_out = found.rows, found_val.rows
     if not val:
-        rows, held_out = divide(rows, hold_out_of(config, len(rows)), data)
-    train, kept_out = (
-        [encode_row(tokenizer, TEMPLATES[name], row, config.max_len) for row in part]
-        for part in (rows, held_out)
-    )
-    return Examples(train, kept_out, [row.prompt for row in held_out], name, reason,
-                    Path(data).name, identify(data), identify(val) if val else None)
+        rows, held_out = divide(rows, hold_out_of(config, len(rows)), " and ".join(data))
+    train = weighted(rows, [source.weight for source in sources])
+    if not train:
+        raise Refusal(f"{' and '.join(data)}: no row is left to train on")
+    kept_out = [document for row in held_out for document in row.documents]
+    return Examples(train, kept_out, questions(tokenizer, TEMPLATES[name], kept_out), name, reason,
+                    ", ".join(Path(source.name).name for source in sources),
+                    identify(sources), identify(others) if val else None,
+                    report(rows, found.together()),
+                    report(held_out, found_val.together()) if val else None)
+
+
+def read(sources: list[Source], tokenizer, template: Template, config: Config) -> Rows:
+    """The rows of the sources; Refusal where too many are bad, or any with --strict."""
+    found = encode_sources(sources, tokenizer, template, max_len=config.max_len,
+                           too_long=config.too_long, mapped=parse_map(config.map))
+    found.check(config.strict)
+    return found
+
+
+def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
+    """The rows' documents, each as often as the weight of its source says. Of a part of a time it
+    is decided by a hash of the row's text, so that it is the same in every run."""
+    return [document for row in rows
+            for _ in range(int(weights[row.source])
+                           + (row.hash < weights[row.source] % 1 * 2**64))
+            for document in row.documents]
+
+
+def questions(tokenizer, template: Template, examples: Iterable[Example]) -> list[str]:
+    """What is asked by each example that asks, as typed."""
+    before, after = template.question.split("{}")
+    return [tokenizer.decode(example.prompt).removeprefix(before).removesuffix(after)
+            for example in examples if example.asks]
 
 
 def hold_out_of(config: Config, rows: int) -> float:
@@ -65,7 +103,8 @@ def hold_out_of(config: Config, rows: int) -> float:
     return config.hold_out
 
 
-def divide(rows: list[Row], hold_out: float, data: str) -> tuple[list[Row], list[Row]]:
+def divide(rows: list[Encoded], hold_out: float, data: str
+           ) -> tuple[list[Encoded], list[Encoded]]:
     """(training rows, held-out rows), both in the file's order.
 
     The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
@@ -74,7 +113,7 @@ def divide(rows: list[Row], hold_out: float, data: str) -> tuple[list[Row], list
     """
     if not hold_out:
         return rows, []
-    hashes = [hash_of(row) for row in rows]
+    hashes = [row.hash for row in rows]
     limit = hold_out * 2**64 if hold_out < 1 else 0
     if min(hashes) >= limit:  # a count; or a share of so few rows that none is below it
         nth = min(max(1, int(hold_out)), len(rows))
@@ -87,18 +126,11 @@ def divide(rows: list[Row], hold_out: float, data: str) -> tuple[list[Row], list
     return kept, held_out
 
 
-def hash_of(row: Row) -> int:
-    """A number below 2^64 from a row's text, in which capitals and spaces do not count."""
-    text = "\0".join(" ".join(part.casefold().split()) for part in (row.prompt, row.response))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-
-
 def fingerprint(example: Example) -> str:
     """12 hexadecimal digits that tell an encoded row from others."""
     return hashlib.sha256(repr((example.ids, example.targets)).encode()).hexdigest()[:12]
 
 
-def identify(path: str) -> DataFile:
-    file = expanded(path)
-    with file.open("rb") as content:
-        return DataFile(file.name, hashlib.file_digest(content, "sha256").hexdigest())
+def identify(sources: list[Source]) -> DataFile:
+    return DataFile(", ".join(Path(source.name).name for source in sources),
+                    ", ".join(source.identity() for source in sources))

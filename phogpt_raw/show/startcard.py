@@ -13,6 +13,7 @@ from phogpt_raw.data.prompt import IGNORED, Example
 from phogpt_raw.messages import _
 from phogpt_raw.model.attention import choose_attention
 from phogpt_raw.model.documents import choose_kernel
+from phogpt_raw.show import data_report
 from phogpt_raw.show.console import heading, listing, out, say
 from phogpt_raw.simulate.fit import Choice, attention_kernels
 from phogpt_raw.simulate.trace import Recorder
@@ -48,6 +49,8 @@ def show(job: Job, choice: Choice) -> None:
         _("folder"): f"{run.folder}" + (
             _(", resumed after step {n}", n=run.state.step) if run.state.step else ""),
     })
+    if job.examples.report:
+        data_report.show(job.tokenizer, job.examples, config)
     if longest > shape.max_seq_len:
         say(_("the longest row is longer than the {n} tokens that the model was trained for",
               n=shape.max_seq_len))
