@@ -241,7 +241,7 @@ def test_data_may_be_named_once_or_several_times(tmp_path):
     assert read("--preset", preset(tmp_path, 'data = ["a", "b"]')).data == ("a", "b")
     assert read("--preset", preset(tmp_path, 'data = "a"'), "--data", "b").data == "b"
     for wrong in ("data = 5", "data = [5]"):
-        with pytest.raises(Refusal, match="data = .* should be tuple"):
+        with pytest.raises(Refusal, match=r"data = .* should be tuple"):
             read("--preset", preset(tmp_path, wrong))
 
 

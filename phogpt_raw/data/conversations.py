@@ -178,6 +178,8 @@ class Reader:
         for name, value in record.value.items():
             usual = field_of(name) if field_of(name) not in self.mapped.values() else None
             meaning = self.mapped.get(plain(name)) or usual or f"({name})"
+            if plain(name) in self.mapped:
+                self.note(f"mapped {meaning}", name)
             if meaning in found and found[meaning][1] not in (None, "") \
                     and value not in (None, ""):
                 raise Unusable(f"{found[meaning][0]} and {name} mean the same; rename or remove "

@@ -39,6 +39,7 @@ TO_TCVN3 = {ord(letter): byte for byte, letter in TCVN3.items() if letter != "."
 SYLLABLE = re.compile(
     r"(ngh|ng|nh|gh|gi|kh|ph|qu|th|tr|ch|[bcdđghklmnpqrstvx])?[aăâeêioôơuưy]{1,3}"
     r"(ch|ng|nh|[cmnptiuoy])?")
+UNDECODED = re.compile("[\udc80-\udcff]")  # what Python makes of a byte that is not UTF-8
 # UTF-8 that was read as Windows-1252 and saved: ở became "á»Ÿ", đ "Ä‘", ư "Æ°", à "Ã" and a space.
 MOJIBAKE = re.compile("á[»º][\u0080-ÿŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]"
                       "|Ä[‘\u0090\u0091ƒ]|Æ[°¡¯\xa0]|Ã[\u00a0-\u00bf]")
@@ -61,8 +62,8 @@ def detect(head: bytes) -> str | None:
     if len(head) == HEAD:
         head = head[: head.rfind(b"\n") + 1] or head[:-4]  # no half letter at the end
     text = head.decode("utf-8", "surrogateescape")
-    wrong = sum("\udc80" <= letter <= "\udcff" for letter in text)
-    if not wrong or 2 * wrong < sum(letter > "\x7f" for letter in text):
+    wrong = len(UNDECODED.findall(text))
+    if not wrong or 2 * wrong < len(re.findall("[^\x00-\x7f]", text)):
         return "utf-8"
     name, share = max(legacy(head).items(), key=lambda found: found[1])
     return name if share > 0.6 else None

@@ -10,6 +10,7 @@ from phogpt_raw.data.conversations import parse_map
 from phogpt_raw.data.encoded import Encoded, Rows, encode_sources
 from phogpt_raw.data.prompt import TEMPLATES, Example, Template, choose_template
 from phogpt_raw.data.report import Report, report
+from phogpt_raw.data.row_cache import through_cache
 from phogpt_raw.data.sources import Source, find_source
 from phogpt_raw.refusal import Refusal
 
@@ -56,8 +57,9 @@ def load_examples(tokenizer, config: Config) -> Examples:
     data, val = ((names,) if isinstance(names, str) else names for names in (data, val))
     sources, others = ([find_source(name) for name in names or ()] for names in (data, val))
     name, reason = choose_template(tokenizer, config.template)
-    found, found_val = (read(part, tokenizer, TEMPLATES[name], config)
+    found, found_val = (read(part, tokenizer, TEMPLATES[name], config) if part else Rows()
                         for part in (sources, others))
+    check_map(config.map, found, found_val)
     rows, held_out = found.rows, found_val.rows
     if not val:
         rows, held_out = divide(rows, hold_out_of(config, len(rows)), " and ".join(data))
@@ -74,10 +76,18 @@ def load_examples(tokenizer, config: Config) -> Examples:
 
 def read(sources: list[Source], tokenizer, template: Template, config: Config) -> Rows:
     """The rows of the sources; Refusal where too many are bad, or any with --strict."""
-    found = encode_sources(sources, tokenizer, template, max_len=config.max_len,
-                           too_long=config.too_long, mapped=parse_map(config.map))
+    settings = dict(max_len=config.max_len, too_long=config.too_long, mapped=parse_map(config.map))
+    found = through_cache(config.data_cache, sources, tokenizer, template, settings,
+                          lambda: encode_sources(sources, tokenizer, template, **settings))
     found.check(config.strict)
     return found
+
+
+def check_map(spec: str | None, *found: Rows) -> None:
+    """Raise Refusal for a --map that names a column which no row has."""
+    for name, field in parse_map(spec).items():
+        if not any(f"mapped {field}" in rows.together().notes for rows in found):
+            raise Refusal(f"--map {field}={name}: no row has a field {name}")
 
 
 def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from io import TextIOBase
 from itertools import count
 
+from phogpt_raw.data.encodings import UNDECODED
 from phogpt_raw.data.fields import field_of
 from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
 from phogpt_raw.refusal import Refusal
@@ -61,9 +62,8 @@ def lines_of(stream: TextIOBase) -> Iterator[str | None]:
 
 def undecoded(text: str) -> int | None:
     """The column of the first byte that could not be decoded."""
-    if text.isascii():
-        return None
-    return next((n for n, letter in enumerate(text, 1) if "\udc80" <= letter <= "\udcff"), None)
+    found = None if text.isascii() else UNDECODED.search(text)
+    return found and found.start() + 1
 
 
 def parse_line(line: str | None, where: str) -> Record | Bad:

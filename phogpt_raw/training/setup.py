@@ -166,7 +166,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
     check_asked(config, shape)
 
-    if config.dry_run and card.device == "cuda":  # a plan needs shapes alone
+    if config.inspect or (config.dry_run and card.device == "cuda"):  # needs shapes alone
         model = base_on_meta(shape, dtype, nf4=config.nf4)
     else:
         model = read_model(find_folder(config.model, config.revision), nf4=config.nf4,
