@@ -153,8 +153,8 @@ def test_the_questions_are_those_of_the_held_out_conversations(tmp_path):
 
 
 def test_duplicates_and_lengths_are_reported(tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", [("Phở?", "Dạ."), ("phở?", " Dạ.  "), ("Bún?", "Ơ.")])
+    file = write_rows(tmp_path / "rows.jsonl",
+                      [("Phở?", "Dạ."), ("phở?", " Dạ.  "), ("Bún?", "Ơ.")])
     tokenizer = read_tokenizer(NANO, read_config(NANO))
     report = load_examples(tokenizer, Config(data=str(file))).report
     assert (report.rows, report.duplicates, report.fits) == (3, 1, 1)
-    assert report.lengths.total == sum(report.lengths.counts) * report.lengths.median
