@@ -92,6 +92,20 @@ def test_a_record_over_the_limit_is_bad_and_the_next_is_read(tmp_path):
     assert findings.bad[0].where == f"{file}:4" and "10,000,000" in findings.bad[0].what
 
 
+def test_a_row_over_the_limit_in_parquet_is_refused_unread(tmp_path):
+    long = [{"prompt": "a", "response": "ạ" * 20_000_000}]
+    (tmp_path / "rows.parquet").write_bytes(parquet(long))
+    with pytest.raises(Refusal, match=r"rows\.parquet: a row of more than 10,000,000 letters"):
+        read(tmp_path / "rows.parquet")
+
+
+def test_a_file_of_bad_rows_without_end_is_not_read_to_its_end(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,response\n" + "a\n" * 500_000)
+    with pytest.raises(Refusal, match=r"rows\.csv:2, :3, .* \(100,001 rows cannot be used so far"):
+        read(file)
+
+
 def test_a_folder_is_its_data_files_by_name_and_says_what_it_leaves(tmp_path):
     for name in ("b.jsonl", "sub/a.csv", "README.md", "picture.png", ".hidden.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -99,7 +99,7 @@ def conversations(records: Iterable[Record | Bad], findings: Findings,
         try:
             found = reader.conversation(record)
         except Unusable as fault:
-            findings.bad.append(Bad(record.where, str(fault)))
+            findings.reject(Bad(record.where, str(fault)))
             continue
         if len(sample) < SAMPLE:
             sample.append(found)

@@ -66,7 +66,7 @@ def encode_sources(sources: list[Source], tokenizer, template: Template, *, max_
             talks = seen(conversations(records, findings, mapped), findings)
             for talk, documents in encode(tokenizer, template, talks, max_len, too_long, findings):
                 if isinstance(documents, Bad):
-                    findings.bad.append(documents)
+                    findings.reject(documents)
                     continue
                 findings.good += 1
                 if documents:

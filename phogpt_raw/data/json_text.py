@@ -6,6 +6,7 @@ parsed.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from io import TextIOBase
 from itertools import count
@@ -16,6 +17,7 @@ from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
 from phogpt_raw.refusal import Refusal
 
 PIECE = 1 << 20  # letters read at once
+FIRST = re.compile(r"\s*(\S)")
 TOO_LONG = f"a row of more than {LONGEST:,} letters; is it one row? Cut it into several"
 NOT_UTF8 = "is not UTF-8 at column {}; save the file as UTF-8"
 
@@ -121,9 +123,9 @@ class Walk:
     def opens_objects(self) -> bool:
         """Whether the list that begins here has objects as its members."""
         while True:
-            inside = self.text[self.at + 1 : self.at + 100].lstrip()
+            inside = FIRST.match(self.text, self.at + 1)
             if inside or not self.more():
-                return inside.startswith("{")
+                return inside is not None and inside[1] == "{"
 
     def take(self, letters: str, what: str) -> str:
         """The next letter, which must be one of `letters`."""

@@ -8,6 +8,7 @@ from phogpt_raw.refusal import Refusal
 
 LONGEST = 10_000_000  # letters of a record; more is a broken file and would fill the memory
 ENOUGH, NAMED = 0.9, 10  # share of good rows below which none is left out; bad rows that are named
+MANY = 100_000  # bad rows, more than good ones: the rest of the file is not read
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,18 @@ class Findings:
         for kind, note in other.notes.items():
             self.note(kind, note.where, note.example, note.count)
 
+    def reject(self, bad: Bad) -> None:
+        """Count a bad row; Refusal where so many are bad that reading on would take long."""
+        self.bad.append(bad)
+        if len(self.bad) > max(MANY, self.good):
+            raise Refusal(f"{named(self.bad)} ({len(self.bad):,} rows cannot be used so far, and "
+                          f"{self.good:,} can)")
+
     def sift(self, found: Iterable) -> Iterator:
         """What is not bad; the bad is kept here."""
         for one in found:
             if isinstance(one, Bad):
-                self.bad.append(one)
+                self.reject(one)
             else:
                 yield one
 

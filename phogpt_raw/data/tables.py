@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from phogpt_raw.data.json_text import NOT_UTF8, TOO_LONG, lines_of, undecoded
-from phogpt_raw.data.records import Bad, Findings, Record
+from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
 from phogpt_raw.refusal import Refusal
 
 DELIMITERS = ",;\t|"
@@ -255,6 +255,7 @@ def parquet(path: Path, name: str) -> Iterator[Record]:
             file, number = ParquetFile(content), 0
             names = file.schema_arrow.names
             columns(names, name)
+            check_sizes(file.metadata, name)
             for batch in file.iter_batches(256):
                 for row in batch.to_pylist():
                     number += 1
@@ -263,6 +264,15 @@ def parquet(path: Path, name: str) -> Iterator[Record]:
         if isinstance(error, Refusal):
             raise
         raise Refusal(f"{name}: cannot be read as .parquet ({one_line(error)})") from None
+
+
+def check_sizes(metadata, name: str) -> None:
+    """Raise Refusal where the rows of a group have more bytes on average than a record may have
+    letters of four bytes; nothing is read for it."""
+    for n in range(metadata.num_row_groups):
+        group = metadata.row_group(n)
+        if group.total_byte_size > 4 * LONGEST * group.num_rows:
+            raise Refusal(f"{name}: {TOO_LONG}")
 
 
 def one_line(error: Exception) -> str:
