@@ -11,7 +11,7 @@ import sys
 from phogpt_raw.command_line import from_command_line
 from phogpt_raw.export import model_card
 from phogpt_raw.refusal import exits_cleanly
-from phogpt_raw.show import console, plots, startcard
+from phogpt_raw.show import console, inspection, plots, startcard
 from phogpt_raw.simulate.fit import choose
 from phogpt_raw.simulate.plan import duration
 from phogpt_raw.training.leaving import Leaving, Left
@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     choice = choose(job)  # simulated: how rows are packed, how many blocks backward recomputes
     job.pack(choice.packing)
     job.limits.recompute = choice.recompute
+    if config.inspect:
+        return inspection.show(job)
     startcard.show(job, choice, duration(job, choice) if config.dry_run else None)
     if config.dry_run:
         return startcard.example(job.tokenizer, job.examples.train[0])

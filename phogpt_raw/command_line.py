@@ -26,6 +26,7 @@ PRESETS = Path(__file__).parent / "presets"
 # Of these one is given; a flag takes the place of either in a preset.
 EITHER = (("steps", "epochs"), ("batch_size", "batch_tokens"), ("val", "hold_out"))
 ADAPTERS_OWN = ("rank", "alpha", "dropout", "targets")  # fields that --adapter decides
+SEVERAL = tuple[str, ...]  # a flag that may be given several times
 CARDS = {"T4": "t4", "V100": "v100"}  # part of a GPU's name: its preset
 
 
@@ -131,6 +132,7 @@ def parser(description: str) -> Parser:
         if defaults:
             help_text += f" ({', '.join(defaults)})"
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
+               dict(action="append", metavar="NAME") if kind == SEVERAL else
                dict(type=TYPES.get(field.name, kind), metavar=METAVARS[kind]))
         group.add_argument(f"--{flag(field.name)}", help=help_text, **how)
     return built
@@ -207,7 +209,10 @@ def read_preset(preset: str) -> dict:
         if key not in fields:
             raise Refusal(f"{file}: unknown key {key}; known are {', '.join(fields)}")
         kind = field_type(fields[key])
-        if kind is float and type(value) is int:
+        if kind == SEVERAL and isinstance(value, str | list) and all(
+                isinstance(name, str) for name in value):
+            continue
+        elif kind is float and type(value) is int:
             values[key] = float(value)
         elif type(value) is not kind:
             raise Refusal(f"{file}: {key} = {value!r} should be {kind.__name__}")

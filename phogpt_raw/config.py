@@ -19,13 +19,19 @@ class Config:
     preset: str | None = None  # t4, v100, nano, none or a TOML file; default: by model and GPU
     model: str = "nano"  # nano, a folder or a hub id; with --dry-run also the shape 7b5 or 4b
     revision: str | None = None  # branch, tag or commit of the hub repository
-    data: str | None = None  # file with the training rows; nano has its own
-    val: str | None = None  # file with the held-out rows; nano has its own
+    data: tuple[str, ...] | str | None = None  # training rows; repeat it for several files
+    val: tuple[str, ...] | str | None = None  # held-out rows; repeat it for several files
     hold_out: float | None = None  # rows to hold out: 32, or 5%; default: 5% of 40 rows or more
+    map: str | None = None  # columns of other names: response=tra_loi,prompt=cau_hoi
+    strict: bool = False  # refuse a file with any bad row; default: leave out at most a tenth
+    too_long: str | None = None  # cut, split or drop; default: a text is split, an answer cut
+    data_cache: str | None = None  # folder that keeps the encoded rows, for faster later starts
     template: str = "auto"  # prompt template: auto, 7b5-instruct or 4b-chat
     out: str | None = None  # folder of the run; default: runs/<model>-NNN, a new one each time
     adapter: str | None = None  # start from this adapter, with its rank and targets
     dry_run: bool = False  # print the settings and one example, and train nothing
+    inspect: int | None = None  # print N packed rows as the model reads them, and train nothing
+    json: bool = False  # with --inspect: print ids, targets and documents, for scripts
     card: str | None = None  # with --dry-run: plan for this GPU: t4, v100, l4, a100 or h200
     # how long it is trained
     steps: int | None = None  # number of optimizer steps; or give --epochs
@@ -68,6 +74,10 @@ class Config:
     max_skipped: int = 20  # stop after N skipped steps in a row; their gradients are not finite
 
     def __post_init__(self):
+        for name in ("data", "val"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):  # one name is a text, here and in config.json
+                object.__setattr__(self, name, value[0] if len(value) == 1 else tuple(value))
         for name, low in LOWEST.items():
             value = getattr(self, name)
             if value is not None and not low <= value < float("inf"):  # nan is neither
@@ -75,7 +85,7 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise Refusal(f"--{flag(name)} {getattr(self, name)}: choose from "
-                              f"{', '.join(choices)}")
+                              f"{', '.join(filter(None, choices))}")
         for name in ("lr", "clip", "alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise Refusal(f"--{flag(name)} {getattr(self, name)}: must be positive")
@@ -97,8 +107,12 @@ class Config:
             raise Refusal("--val and --hold-out: give one of them")
         if self.hold_out and self.hold_out >= 1 and self.hold_out % 1:
             raise Refusal(f"--hold-out {self.hold_out}: a share is below 1, a count is whole")
-        if self.card and not self.dry_run:
+        if self.card and not self.dry_run and not self.inspect:
             raise Refusal(f"--card {self.card}: is for --dry-run; a run takes the card at hand")
+        if self.json and self.inspect is None:
+            raise Refusal("--json: is how --inspect N prints; give both")
+        if self.data_cache == "":
+            raise Refusal("--data-cache: names no folder")
         if self.patience and not self.eval_every:
             raise Refusal("--patience: counts evaluations; set --eval-every too")
 
@@ -131,9 +145,10 @@ class Config:
 LOWEST = dict(steps=1, batch_size=1, batch_tokens=1, micro_batch=1, max_len=8, pack_len=1,
               warmup=0, rank=1, loss_mib=1, eval_every=0, eval_answers=0, answer_tokens=1,
               save_every=0, hold_out=0, seed=0, weight_decay=0, max_skipped=1,
-              patience=0, keep=1, max_minutes=0)
+              patience=0, keep=1, max_minutes=0, inspect=1)
 WARMUP = 5  # steps: AdamW's second moment needs a few before the rate is at its peak
-CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp16", "bf16", "fp32"),
+CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"),
+               too_long=(None, "cut", "split", "drop"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))
 
 

@@ -22,15 +22,18 @@ ROOT = Path(__file__).parents[1]
 FLAGS = [
     "--adapter", "--alpha", "--answer-tokens", "--batch-size", "--batch-tokens",
     "--capture", "--card", "--clip",
-    "--data", "--dropout", "--dry-run", "--dtype", "--epochs",
-    "--eval-answers", "--eval-every", "--help", "--hold-out", "--loss-mib",
-    "--lr", "--lr-floor", "--max-len", "--max-skipped", "--micro-batch", "--model",
-    "--nf4", "--nf4-cache", "--no-capture", "--no-dry-run", "--no-nf4", "--no-packing",
-    "--no-tensorboard",
+    "--data", "--data-cache", "--dropout", "--dry-run", "--dtype", "--epochs",
+    "--eval-answers", "--eval-every", "--help", "--hold-out", "--inspect", "--json",
+    "--keep", "--loss-mib",
+    "--lr", "--lr-floor", "--map", "--max-len", "--max-minutes",
+    "--max-skipped", "--micro-batch", "--model",
+    "--nf4", "--nf4-cache", "--no-capture", "--no-dry-run", "--no-json", "--no-nf4",
+    "--no-packing", "--no-strict", "--no-tensorboard",
     "--optimizer", "--out",
     "--pack-len", "--packing", "--patience",
     "--preset", "--rank", "--recompute", "--revision", "--save-every",
-    "--seed", "--steps", "--targets", "--template", "--tensorboard", "--val",
+    "--seed", "--steps", "--strict", "--targets", "--template", "--tensorboard",
+    "--too-long", "--val",
     "--warmup", "--weight-decay",
 ]
 
@@ -280,3 +283,22 @@ def test_help_lists_each_flag_once_in_groups_with_nanos_defaults():
     assert "one optimizer step:" in text and text.count("--micro-batch") == 1
     assert "--micro_batch" not in text and "--no_nf4" not in text
     assert "(default 0.0002, 0.003 for nano)" in " ".join(text.split())
+
+
+def test_data_may_be_named_once_or_several_times(tmp_path):
+    assert read("--data", "a.jsonl").data == "a.jsonl"
+    assert read("--data", "a.jsonl", "--data", "b.csv=2").data == ("a.jsonl", "b.csv=2")
+    assert read("--preset", preset(tmp_path, 'data = ["a", "b"]')).data == ("a", "b")
+    assert read("--preset", preset(tmp_path, 'data = "a"'), "--data", "b").data == "b"
+    for wrong in ("data = 5", "data = [5]"):
+        with pytest.raises(Refusal, match=r"data = .* should be tuple"):
+            read("--preset", preset(tmp_path, wrong))
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--json"], "--json: is how --inspect N prints"), (["--inspect", "0"], "must be at least 1"),
+    (["--too-long", "chop"], "choose from cut, split, drop"),
+    (["--data-cache", ""], "--data-cache: names no folder")])
+def test_a_flag_of_the_rows_that_cannot_be_is_refused(flags, said):
+    with pytest.raises(Refusal, match=said):
+        read(*flags)

@@ -54,7 +54,7 @@ def test_a_bad_row_is_found_before_any_weight_is_read(tmp_path, tiny, monkeypatc
     rows = write_rows(tmp_path / "rows.jsonl")
     rows.write_text(rows.read_text("utf-8") + '{"prompt": "x"}\n', "utf-8")
     with pytest.raises(Refusal, match=r"rows\.jsonl:13"):
-        set_up(config(tmp_path, tiny, rows))
+        set_up(config(tmp_path, tiny, rows, strict=True))
 
 
 def test_a_folder_that_cannot_be_used_is_found_before_any_weight_is_read(tmp_path, tiny, rows,

@@ -1,13 +1,17 @@
 """The training and the held-out examples of a run, from its files or from nano's bundled pairs."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from phogpt_raw.config import Config
-from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row, next_tokens
-from phogpt_raw.data.rows import Row, read_rows
-from phogpt_raw.files import expanded
+from phogpt_raw.data.conversations import Conversation, conversations, parse_map
+from phogpt_raw.data.encoded import Encoded, Rows, encode_sources, units
+from phogpt_raw.data.prompt import TEMPLATES, Example, Template, choose_template, next_tokens
+from phogpt_raw.data.report import Report, report
+from phogpt_raw.data.row_cache import through_cache
+from phogpt_raw.data.sources import Source, find_source
 from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
@@ -16,12 +20,14 @@ from phogpt_raw.refusal import Refusal
 DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
 PAD = 3  # any token: a plan has no values
 STEPS = 50  # of a plan without rows, so that its warm-up is that of most runs
+Hashed = Encoded | Conversation  # rows with the hash of their text
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that was read: its name without the path, and the SHA-256 of its bytes."""
+    """What was read: its name without the path, and the SHA-256 of its bytes; of several, both of
+    each."""
 
     name: str
     sha256: str
@@ -29,9 +35,10 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows, the held-out ones' questions as typed, the template, why, and the files: `file`
-    of the training rows, `held_out_file` where the held-out ones come from another. `trained_too`:
-    where those held-out rows are that are training rows as well."""
+    """Encoded rows, the questions as typed of the held-out ones that have any, the template, why,
+    and the files: `file` of the training rows, `held_out_file` where the held-out ones come from
+    another. reports: what the training and the held-out rows are like. trained_too: where those
+    held-out rows are that are training rows as well."""
 
     train: list[Example]
     held_out: list[Example]
@@ -41,6 +48,8 @@ class Examples:
     source: str
     file: DataFile | None = None
     held_out_file: DataFile | None = None
+    report: Report | None = None
+    held_out_report: Report | None = None
     trained_too: tuple[str, ...] = ()
 
 
@@ -53,15 +62,30 @@ def load_examples(tokenizer, config: Config) -> Examples:
     if data is None:
         raise Refusal("--data: name a file of rows, such as --data rows.jsonl with lines "
                       '{"prompt": "…", "response": "…"}')
+    sources, others = find_sources(data), find_sources(val)
+    named = " and ".join(source.name for source in sources)
     name, reason = choose_template(tokenizer, config.template)
-    rows, held_out = read_parts(config, data, val)
-    train, kept_out = (
-        [encode_row(tokenizer, TEMPLATES[name], row, config.max_len) for row in part]
-        for part in (rows, held_out)
-    )
-    return Examples(train, kept_out, [row.prompt for row in held_out], name, reason,
-                    Path(data).name, identify(data), identify(val) if val else None,
+    found, found_val = (read(part, tokenizer, TEMPLATES[name], config) if part else Rows()
+                        for part in (sources, others))
+    check_map(config.map, found, found_val)
+    rows, held_out = found.rows, found_val.rows
+    if not val:
+        rows, held_out = divide(rows, *hold_out_of(config, len(rows)), named)
+    train = weighted(rows, [source.weight for source in sources])
+    if not train:
+        raise Refusal(f"{named}: no row is left to train on")
+    kept_out = [document for row in held_out for document in row.documents]
+    return Examples(train, kept_out, questions(tokenizer, TEMPLATES[name], kept_out), name, reason,
+                    ", ".join(Path(source.name).name for source in sources),
+                    identify(sources), identify(others) if val else None,
+                    report(rows, found.together()),
+                    report(held_out, found_val.together()) if val else None,
                     shared(rows, held_out))
+
+
+def find_sources(names: tuple[str, ...] | str | None) -> list[Source]:
+    """What --data or --val name."""
+    return [find_source(name) for name in ((names,) if isinstance(names, str) else names or ())]
 
 
 def stand_ins(config: Config) -> Examples:
@@ -69,19 +93,61 @@ def stand_ins(config: Config) -> Examples:
     --max-len tokens that all carry loss."""
     ids = [PAD] * config.max_len
     every = Example(ids, next_tokens(ids, start=1))
-    data, counts = config.data, (STEPS * config.batch_size, 0)
-    if data:
-        counts = map(len, read_parts(config, data, config.val))
+    sources, others = find_sources(config.data), find_sources(config.val)
+    counts = STEPS * config.batch_size, 0
+    if sources:
+        rows, held_out = unencoded(sources, config), unencoded(others, config)
+        if not others:
+            rows, held_out = divide(rows, *hold_out_of(config, len(rows)), sources[0].name)
+        counts = len(rows), len(held_out)
     train, held_out = ([every] * n for n in counts)
-    return Examples(train, held_out, [], "", "", Path(data).name if data else "",
-                    identify(data) if data else None,
-                    identify(config.val) if config.val else None)
+    return Examples(train, held_out, [], "", "",
+                    ", ".join(Path(source.name).name for source in sources),
+                    identify(sources) if sources else None, identify(others) if others else None)
 
 
-def read_parts(config: Config, data: str, val: str | None) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows) of the files."""
-    rows, held_out = read_rows(data), read_rows(val) if val else []
-    return (rows, held_out) if val else divide(rows, *hold_out_of(config, len(rows)), data)
+def unencoded(sources: list[Source], config: Config) -> list[Conversation]:
+    """The rows of the sources as conversations; bad ones as `read` has it."""
+    found = []
+    for source in sources:
+        for _name, records, findings in units(source):
+            rows = list(conversations(records, findings, parse_map(config.map)))
+            findings.good += len(rows)
+            findings.check(config.strict)
+            found += rows
+    return found
+
+
+def read(sources: list[Source], tokenizer, template: Template, config: Config) -> Rows:
+    """The rows of the sources; Refusal where too many are bad, or any with --strict."""
+    settings = dict(max_len=config.max_len, too_long=config.too_long, mapped=parse_map(config.map))
+    found = through_cache(config.data_cache, sources, tokenizer, template, settings,
+                          lambda: encode_sources(sources, tokenizer, template, **settings))
+    found.check(config.strict)
+    return found
+
+
+def check_map(spec: str | None, *found: Rows) -> None:
+    """Raise Refusal for a --map that names a column which no row has."""
+    for name, field in parse_map(spec).items():
+        if not any(f"mapped {field}" in rows.together().notes for rows in found):
+            raise Refusal(f"--map {field}={name}: no row has a field {name}")
+
+
+def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
+    """The rows' documents, each as often as the weight of its source says. Of a part of a time it
+    is decided by a hash of the row's text, so that it is the same in every run."""
+    return [document for row in rows
+            for _ in range(int(weights[row.source])
+                           + (row.hash < weights[row.source] % 1 * 2**64))
+            for document in row.documents]
+
+
+def questions(tokenizer, template: Template, examples: Iterable[Example]) -> list[str]:
+    """What is asked by each example that asks, as typed."""
+    before, after = template.question.split("{}")
+    return [tokenizer.decode(example.prompt).removeprefix(before).removesuffix(after)
+            for example in examples if example.asks]
 
 
 def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
@@ -91,8 +157,8 @@ def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
     return config.hold_out, 1
 
 
-def divide(rows: list[Row], hold_out: float, least: int,
-           data: str) -> tuple[list[Row], list[Row]]:
+def divide(rows: list[Hashed], hold_out: float, least: int, data: str
+           ) -> tuple[list[Hashed], list[Hashed]]:
     """(training rows, held-out rows), both in the file's order.
 
     The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
@@ -101,7 +167,7 @@ def divide(rows: list[Row], hold_out: float, least: int,
     """
     if not hold_out:
         return rows, []
-    hashes = [hash_of(row) for row in rows]
+    hashes = [row.hash for row in rows]
     nth = min(max(least, int(hold_out)), len(rows))
     limit = max(hold_out * 2**64 if hold_out < 1 else 0, sorted(hashes)[nth - 1] + 1)
     kept, held_out = ([row for row, place in zip(rows, hashes, strict=True)
@@ -112,17 +178,11 @@ def divide(rows: list[Row], hold_out: float, least: int,
     return kept, held_out
 
 
-def shared(train: list[Row], held_out: list[Row]) -> tuple[str, ...]:
+def shared(train: list[Hashed], held_out: list[Hashed]) -> tuple[str, ...]:
     """Where the held-out rows are that are training rows too: a file that --val names may repeat
     rows of --data."""
-    trained = {hash_of(row) for row in train}
-    return tuple(row.where for row in held_out if hash_of(row) in trained)
-
-
-def hash_of(row: Row) -> int:
-    """A number below 2^64 from a row's text, in which capitals and spaces do not count."""
-    text = "\0".join(" ".join(part.casefold().split()) for part in (row.prompt, row.response))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+    trained = {row.hash for row in train}
+    return tuple(row.where for row in held_out if row.hash in trained)
 
 
 def fingerprint(example: Example) -> str:
@@ -130,7 +190,6 @@ def fingerprint(example: Example) -> str:
     return hashlib.sha256(repr((example.ids, example.targets)).encode()).hexdigest()[:12]
 
 
-def identify(path: str) -> DataFile:
-    file = expanded(path)
-    with file.open("rb") as content:
-        return DataFile(file.name, hashlib.file_digest(content, "sha256").hexdigest())
+def identify(sources: list[Source]) -> DataFile:
+    return DataFile(", ".join(Path(source.name).name for source in sources),
+                    ", ".join(source.identity() for source in sources))

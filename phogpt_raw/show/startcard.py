@@ -2,18 +2,19 @@
 
 import statistics
 from contextlib import nullcontext
-from itertools import groupby
 
 import torch
 
 from phogpt_raw.cards import capability, dtype_name
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import DEFAULT_SHARE, ENOUGH, LEAST
-from phogpt_raw.data.prompt import IGNORED, Example
+from phogpt_raw.data.prompt import Example
 from phogpt_raw.messages import _, plural
 from phogpt_raw.model.attention import choose_attention
 from phogpt_raw.model.documents import choose_kernel
-from phogpt_raw.show.console import clock, heading, listing, out, say
+from phogpt_raw.show import data_report
+from phogpt_raw.show.console import clock, heading, listing, say
+from phogpt_raw.show.inspection import print_example
 from phogpt_raw.simulate.fit import Choice, attention_kernels
 from phogpt_raw.simulate.plan import Duration
 from phogpt_raw.simulate.trace import Recorder
@@ -52,6 +53,8 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
     })
     for fault in run.damaged:
         say(_("not used: {fault}", fault=fault))
+    if job.examples.report:
+        data_report.show(job.tokenizer, job.examples, config)
     if longest > shape.max_seq_len:
         say(_("the longest row is longer than the {n} tokens that the model was trained for",
               n=shape.max_seq_len))
@@ -241,20 +244,11 @@ def recompute_line(choice: Choice) -> str:
 
 
 def example(tokenizer, encoded: Example) -> None:
-    """One training example, the tokens that carry loss in brackets and colour; nothing without a
-    tokenizer."""
+    """One training example; nothing without a tokenizer."""
     if tokenizer is None:
         return
     heading(_("one training example"))
-    out.print(_("{where}; loss on the {n} of {of} tokens between ⟦ and ⟧", where=encoded.where,
-                n=encoded.supervised, of=len(encoded.ids)), markup=False)
-    carries_loss = [False, *(target != IGNORED for target in encoded.targets[:-1])]
-    for supervised, part in groupby(zip(encoded.ids, carries_loss, strict=True),
-                                    key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _carries in part])
-        out.print(f"⟦{text}⟧" if supervised else text, markup=False, end="",
-                  style="bold green" if supervised else None)
-    out.print()
+    print_example(tokenizer, encoded)
 
 
 def millions(count: int) -> str:

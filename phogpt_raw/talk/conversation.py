@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from phogpt_raw.data.prompt import encode_prompt, encode_text
 from phogpt_raw.decode.engine import Engine
-from phogpt_raw.decode.history import between
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
@@ -60,7 +59,7 @@ class Conversation:
 
     def prompt(self) -> list[int]:
         tokenizer = self.found.tokenizer
-        newline = encode_text(tokenizer, between(self.found.template))
+        newline = encode_text(tokenizer, self.found.template.between)
         ids = []
         for turn in self.turns:
             ids += [*turn.question, *turn.answer, *newline]

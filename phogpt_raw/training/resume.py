@@ -20,9 +20,10 @@ from phogpt_raw.model.adapter_config import run_record
 from phogpt_raw.refusal import Refusal
 
 # May differ when a run goes on: everything else would make it another run.
-FREE = {"preset", "data", "val", "hold_out", "out", "dry_run", "steps", "epochs", "eval_every",
-        "eval_answers", "answer_tokens", "patience", "save_every", "keep", "max_minutes",
-        "tensorboard", "max_skipped",
+FREE = {"preset", "data", "val", "map", "strict", "too_long", "data_cache", "inspect", "json",
+        "hold_out", "out", "dry_run", "steps", "epochs", "eval_every", "eval_answers",
+        "answer_tokens", "patience", "save_every", "keep", "max_minutes", "tensorboard",
+        "max_skipped",
         "micro_batch", "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
 ROWS = "row_hashes.json"  # of the rows with which the run began
 

@@ -190,7 +190,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     steps = config.steps or stream.steps(config.epochs or EPOCHS)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
 
-    if config.dry_run:  # a plan needs shapes alone
+    if config.dry_run or config.inspect:  # needs shapes alone
         model = base_on_meta(shape, dtype, nf4=config.nf4)
     else:
         model = read_model(find_folder(config.model, config.revision), nf4=config.nf4,
