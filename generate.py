@@ -1,13 +1,14 @@
-"""Ask a fine-tuned PhoGPT, or the base alone:
+"""Ask a fine-tuned PhoGPT a question, or a base without an adapter.
 
     python generate.py --adapter runs/nano-001 "Phở bò là gì?"
     python generate.py --model vinai/PhoGPT-4B-Chat "Phở bò là gì?"
-    python generate.py --adapter runs/nano-001 --temperature 0.7 --top-p 0.9 "Phở bò là gì?"
+    python generate.py --adapter runs/nano-001 --temperature 0.7 "Trà đá là gì?"
     python generate.py --adapter runs/nano-001 --chat
     python generate.py --adapter runs/nano-001 --input questions.jsonl --output answers.jsonl
     python generate.py --adapter runs/nano-001 --eval rows.jsonl --output scores.json
 
-Greedy unless --temperature is given, streamed as it is written, ended by the model's own </s>.
+The answer is shown while it is written. It ends where the model writes its end token </s>. Without
+--temperature each token is the most likely one.
 """
 
 import argparse
@@ -30,59 +31,64 @@ from phogpt_raw.talk.conversation import chat
 from phogpt_raw.talk.loading import Found, find
 from phogpt_raw.talk.question import read_question
 from phogpt_raw.talk.score import evaluate
-from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream
+from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream, tokens
 
 
 def parse(arguments):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", nargs="?", help="what to ask; - reads it from standard input")
+    parser = Parser(usage="%(prog)s [options] [question]", description=__doc__)
+    parser.add_argument("question", nargs="?", help="the question; - reads it from standard input")
     parser.add_argument("--chat", action="store_true",
-                        help="a conversation; from a pipe, a question a line")
+                        help="a conversation; from a pipe, one question per line")
     parser.add_argument("--system", default="", metavar="TEXT",
                         help="with --chat: what stands before the first question")
     parser.add_argument("--input", metavar="FILE", help="answer the questions of a file, of any "
-                        "kind that train.py reads, or a text file with a question a line")
+                        "kind that train.py reads, or a text file with one question per line")
     parser.add_argument("--eval", metavar="FILE", help="score the answers to the rows of a file, "
                         "with and without the adapter")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="with --input: the answers, a "
-                        "line of JSON each; with --eval: the scores, and a page of answers")
-    parser.add_argument("--num-samples", "--num_samples", type=int, default=1, metavar="N",
+    parser.add_argument("--output", type=Path, metavar="FILE", help="with --input: the answers, one "
+                        "JSON line each; with --eval: the scores, and a page of answers")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N",
                         help="with --input: N answers to each question (default 1)")
     parser.add_argument("--map", metavar="FIELD=NAME,…", help="with --input and --eval: what the "
                         "columns of the file mean, as for train.py")
-    parser.add_argument("--adapter", type=Path, help="the folder of a run, or of a checkpoint")
-    parser.add_argument("--model", help="the base (default: the one the adapter names, or nano)")
-    parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
+    parser.add_argument("--adapter", type=Path, metavar="DIR",
+                        help="folder of a run or of one of its checkpoints")
+    parser.add_argument("--model", metavar="BASE", help="nano, a folder or a hub id (default: the "
+                        "adapter's base; without --adapter nano)")
+    parser.add_argument("--revision", metavar="TEXT",
+                        help="branch, tag or commit of the hub repository")
     parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES],
-                        help="around the question (default: the run's, else the tokenizer's)")
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=256,
-                        help="tokens of the answer, at most (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.0,
-                        help="draw tokens at random; 1: as the model weighs them, less: the "
-                        "likelier ones more often (default 0: always the likeliest)")
-    parser.add_argument("--top-k", "--top_k", type=int, default=0,
-                        help="draw from the K likeliest tokens (default 0: from all)")
-    parser.add_argument("--top-p", "--top_p", type=float, default=1.0,
-                        help="draw from the likeliest that together have this probability")
-    parser.add_argument("--min-p", "--min_p", type=float, default=0.0,
-                        help="draw from those at least this likely, beside the likeliest")
-    parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, default=1.0,
-                        help="above 1: tokens that have been written become less likely")
-    parser.add_argument("--seed", type=int,
+                        help="prompt template (default: the run's; without a run the tokenizer's)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N",
+                        help="most tokens in the answer (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                        help="draw each token at random. 1: with the model's probabilities; below "
+                        "1: likely tokens more often (default 0: always the most likely token)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K",
+                        help="draw from the K most likely tokens only (default 0: from all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="draw from the most likely tokens only, as many as have the "
+                        "probability P together (default 1: from all)")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P",
+                        help="draw only from tokens with at least P times the probability of the "
+                        "most likely one (default 0: from all)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
+                        help="above 1: makes tokens that are already there less likely (default 1)")
+    parser.add_argument("--seed", type=int, metavar="N",
                         help="with --temperature: the same seed draws the same answer (default 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end the answer before this text; may be given several times")
-    parser.add_argument("--stats", action="store_true", help="say how fast it was, and the memory")
+    parser.add_argument("--stats", action="store_true",
+                        help="print the speed, and on a GPU the memory")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                        help="of the activations (default: the run's, where the card has it)")
-    parser.add_argument("--nf4", action="store_true", default=None,
-                        help="the base in 4 bits (default: as the run had it, else yes)")
-    parser.add_argument("--no-nf4", "--no_nf4", dest="nf4", action="store_false")
-    parser.add_argument("--nf4-cache", "--nf4_cache", metavar="DIR",
-                        help="a folder that keeps the quantised base: later starts are faster")
-    parser.add_argument("--no-capture", "--no_capture", dest="capture", action="store_false",
-                        help="on a GPU: without CUDA graphs")
+                        help="data type of activations (default: the run's, if this computer "
+                        "computes in it)")
+    parser.add_argument("--nf4", action=argparse.BooleanOptionalAction,
+                        help="keep the base in 4 bits (default: as in the run; without a run yes)")
+    parser.add_argument("--nf4-cache", metavar="DIR",
+                        help="folder that keeps the 4-bit base, for faster later starts")
+    parser.add_argument("--no-capture", dest="capture", action="store_false",
+                        help="on a GPU: do not use CUDA graphs")
     options = parser.parse_args(arguments)
     check(options)
     return options
@@ -180,8 +186,8 @@ def one(options, question: str, how: Generation) -> None:
 
 def stats(found: Found, prompt: int, written: Written) -> str:
     n = len(written.ids)
-    text = _("({prompt:,} tokens read, {written:,} written; the first after {first:.3f} s",
-             prompt=prompt, written=n, first=written.first_s)
+    text = _("({prompt} read, {written:,} written; the first after {first:.3f} s",
+             prompt=tokens(prompt), written=n, first=written.first_s)
     if n > 1:
         text += _(", then {rate:,.1f} tokens/s", rate=(n - 1) / written.then_s)
     if found.card.device == "cuda":

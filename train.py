@@ -1,7 +1,9 @@
-"""QLoRA fine-tuning of PhoGPT; the loop: window, step, show, evaluate?, save?
+"""Fine-tune a PhoGPT on your questions and answers, by QLoRA.
 
-    python train.py --steps 60                          nano on any CPU, in under a minute
-    python train.py --preset t4 --model vinai/PhoGPT-4B-Chat --data rows.jsonl --epochs 3
+    python train.py --steps 60      train the small model nano, on any CPU
+    python train.py --model vinai/PhoGPT-4B-Chat --data rows.jsonl --epochs 3
+
+With --dry-run it prints its settings and trains nothing.
 """
 
 from phogpt_raw.command_line import from_command_line
@@ -39,7 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(job, metrics, show):
-    """The loop, from where the run stands to its last step; returns the last loss and score."""
+    """The loop, from where the run stands to its last step: take a window, step, show, evaluate
+    and save where it is due. Returns the last loss and score."""
     config, run, state = job.config, job.run, job.run.state
     step = retry_without_graphs(train_step, job, console.say)
     evaluate = retry_without_graphs(job.evaluate, job, console.say)

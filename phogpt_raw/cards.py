@@ -86,7 +86,7 @@ def training_dtype(card: Card, asked: str = "auto",
                           f"train.py --card t4 --dry-run")
         return DTYPES[asked], _("asked for by {flag}", flag=by)
     if card.device == "cpu":
-        return torch.float32, _("the CPU has no faster one")
+        return torch.float32, _("the fastest type on a CPU")
     if bf16:
         return torch.bfloat16, _("compute capability {version} has bf16 in hardware",
                                  version=capability(card))

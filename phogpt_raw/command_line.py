@@ -1,7 +1,7 @@
 """The command line of a run, built from Config's fields: default < preset < flag.
 
-A field of Config is a flag (`--micro-batch` or `--micro_batch`) and its trailing comment is the
-help text, so there is no second list to keep in step.
+A field of Config is a flag (`--micro-batch` or `--micro_batch`). Its trailing comment is the help
+text, so there is no second list that could differ.
 """
 
 import argparse
@@ -10,6 +10,8 @@ import difflib
 import inspect
 import math
 import re
+import sys
+import textwrap
 import tomllib
 import types
 import typing
@@ -40,8 +42,31 @@ def field_type(field: dataclasses.Field) -> type:
     return field.type
 
 
+class Help(argparse.HelpFormatter):
+    """Wraps the paragraphs of a description; indented lines, which are commands, stay as they
+    are."""
+
+    def _fill_text(self, text, width, indent):
+        parts = [part if part.startswith(" ") else "\n".join(self._split_lines(part, width))
+                 for part in text.strip("\n").split("\n\n")]
+        return "\n\n".join(parts)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line that names the flag that may have been meant."""
+    """argparse's, for flags with - or _. Its errors are one line that names the flag that may have
+    been meant."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Help, **settings})
+
+    def parse_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        flags = args.index("--") if "--" in args else len(args)
+        args[:flags] = map(with_hyphens, args[:flags])
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split()
@@ -53,10 +78,19 @@ class Parser(argparse.ArgumentParser):
         it."""
         shown = [name for action in self._actions if action.help is not argparse.SUPPRESS
                  for name in action.option_strings if name.startswith("--")]
-        asked = unknown.replace("_", "-")
-        longer = [name for name in shown if name.startswith(asked) and unknown.startswith("--")]
-        found = longer or difflib.get_close_matches(asked, shown, 1, 0.7)
+        longer = [name for name in shown if name.startswith(unknown) and unknown.startswith("--")]
+        found = longer or difflib.get_close_matches(unknown, shown, 1, 0.7)
         return found[0] if found else None
+
+
+def with_hyphens(argument: str) -> str:
+    """A flag spelled with - for _; its value, and every other argument, as it is.
+
+    >>> with_hyphens("--hold_out=a_b"), with_hyphens("a_b")
+    ('--hold-out=a_b', 'a_b')
+    """
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
 def share_or_count(text: str) -> float:
@@ -75,13 +109,13 @@ def share_or_count(text: str) -> float:
 
 
 TYPES = {"hold_out": share_or_count}  # of flags that are written in more ways than their field
+METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
 def parser(description: str) -> Parser:
-    """A flag for every field, with - or _, in the groups of Config's own headings."""
+    """A flag for every field, in the groups of Config's own headings."""
     built = Parser(usage="%(prog)s [options]", description=description,
-                   argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+                   argument_default=argparse.SUPPRESS)
     nano = read_preset("nano")
     groups = {}
     for title, names in headings().items():
@@ -89,22 +123,16 @@ def parser(description: str) -> Parser:
     for field in dataclasses.fields(Config):
         group, kind = groups[field.name], field_type(field)
         help_text = comments()[field.name].replace("%", "%%")
-        defaults = [] if field.default is None else [f"default {field.default}"]
+        default = {True: "on", False: None}.get(field.default, field.default) \
+            if kind is bool else field.default
+        defaults = [] if default is None else [f"default {default}"]
         if field.name in nano:
             defaults.append(f"{nano[field.name]} for nano")
         if defaults:
             help_text += f" ({', '.join(defaults)})"
-        shown, spelled = f"--{flag(field.name)}", f"--{field.name}"
-        hidden = dict(dest=field.name, help=argparse.SUPPRESS)  # --help lists each flag once
-        if kind is bool:
-            group.add_argument(shown, action=argparse.BooleanOptionalAction, help=help_text)
-            group.add_argument(f"--no_{field.name}", action="store_false", **hidden)
-        else:
-            read = TYPES.get(field.name, kind)
-            group.add_argument(shown, type=read, metavar=kind.__name__.upper(), help=help_text)
-        if spelled != shown:
-            how = dict(action="store_true") if kind is bool else dict(type=read)
-            group.add_argument(spelled, **how, **hidden)
+        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
+               dict(type=TYPES.get(field.name, kind), metavar=METAVARS[kind]))
+        group.add_argument(f"--{flag(field.name)}", help=help_text, **how)
     return built
 
 

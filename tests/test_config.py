@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import os
 import re
 import subprocess
 import sys
@@ -263,6 +264,15 @@ def test_a_card_brings_its_preset(monkeypatch, name, preset):
 def test_warm_up_is_at_most_a_tenth_of_the_steps(steps, warmup):
     assert Config().warmup_of(steps) == warmup
     assert Config(warmup=7).warmup_of(steps) == 7
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py", "bench/memory.py"])
+def test_help_fits_80_columns(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, text=True, timeout=120,
+                          capture_output=True, env={**os.environ, "COLUMNS": "80",
+                                                    "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 30
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
 
 
 def test_help_lists_each_flag_once_in_groups_with_nanos_defaults():

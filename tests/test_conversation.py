@@ -218,8 +218,8 @@ def test_in_a_terminal_pasted_lines_are_one_question(tmp_path):
     terminal = Terminal("--model", "nano", "--max-new-tokens", 3)
     terminal.until("> ")
     terminal.type("\x1b[200~dòng một\ndòng hai\x1b[201~\n")
-    terminal.until("(cut after 3 tokens")
+    terminal.until("(cut at 3 tokens")
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
-    assert "(cut after" not in terminal.seen  # one answer, not two
+    assert "(cut at" not in terminal.seen  # one answer, not two

@@ -70,7 +70,7 @@ def test_the_answer_is_written_on_standard_output(ask, tiny):
     assert status == 0
     assert out == expected(tiny, 6).lstrip() + "\n"
     assert len(out) > 6
-    assert "(cut after 6 tokens" in err  # apart from the answer, so that a pipe gets it alone
+    assert "(cut at 6 tokens" in err  # apart from the answer, so that a pipe gets it alone
 
 
 def test_a_hyphen_reads_the_question_from_standard_input(ask, tiny, monkeypatch):
@@ -149,7 +149,7 @@ def test_prompt_and_answer_fit_what_the_model_was_made_for_and_it_is_said(ask, t
     first, second, *_ = err.splitlines()
     assert re.fullmatch(r"\(at most \d+ tokens: the model was made for 128, and the question has "
                         r"\d+\)", first)
-    assert re.fullmatch(r"\(cut after \d+ tokens: the model was made for no more\)", second)
+    assert re.fullmatch(r"\(cut at \d+ tokens: the model was made for no more\)", second)
 
 
 def test_a_question_that_is_too_long_is_refused_before_the_weights_are_read(ask, tiny, monkeypatch):

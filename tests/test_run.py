@@ -13,6 +13,7 @@ from conftest import QUESTIONS, write_rows
 from safetensors.torch import load_file
 
 from phogpt_raw import files
+from phogpt_raw.cards import Card
 from phogpt_raw.model import phogpt
 from phogpt_raw.model.weights import read_config
 from phogpt_raw.training import evaluate, setup
@@ -209,7 +210,7 @@ def test_going_on_with_other_rows_is_refused_and_says_which(train, tmp_path, row
 def test_another_division_of_the_rows_is_refused(train, tmp_path):
     train("--out", tmp_path / "run", "--steps", 1, "--eval-answers", 0)
     status, _, line = train("--out", tmp_path / "run", "--steps", 2, "--hold-out", 2)
-    assert status == 2 and "began with --hold-out 3, not with --hold-out 2" in line
+    assert status == 2 and "this run began with --hold-out 3; with --hold-out 2 other rows" in line
 
 
 def test_the_same_rows_may_come_from_another_place(train, tmp_path, rows, monkeypatch):
@@ -275,13 +276,13 @@ def test_dry_run_shows_the_plan_and_an_example_and_trains_nothing(train, tmp_pat
         "ALiBi as a bias", "9 rows of rows.jsonl", "3 held out",
         "4b-chat: the tokenizer's chat template", "7 of 4 examples (3.1 epochs)",
         "examples a row", "% full; rows of", "2 at a time",
-        "AdamW, 8-bit state", "0 of 2 blocks in backward", "capture o",
+        "AdamW, 8-bit state", "0 of 2 blocks in backward", "CUDA graphs o",
     ):
         assert part in plan, part
     if not torch.cuda.is_available():
-        assert "dtype fp32: the CPU has no faster one" in plan
+        assert "dtype fp32: the fastest type on a CPU" in plan
         assert "attention flash attention, ALiBi as a bias of" in plan
-        assert "capture off: graphs need a GPU" in plan
+        assert "CUDA graphs off: there is no GPU" in plan
 
 
 def test_the_plan_says_what_is_held_out_and_why(train, tmp_path):
@@ -298,7 +299,7 @@ def test_the_plan_says_what_is_held_out_and_why(train, tmp_path):
 
 def test_dry_run_says_why_nothing_is_captured(train):
     _, said, _ = train("--dry-run", "--no-capture")
-    assert "capture off: --no-capture" in " ".join(said.split())
+    assert "CUDA graphs off: --no-capture" in " ".join(said.split())
 
 
 def test_dry_run_shows_where_the_loss_is(train, rows):
@@ -348,7 +349,7 @@ def test_a_question_too_long_is_refused_with_its_line(train, rows):
 
 @pytest.mark.parametrize("flags, said", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
-    (["--hold-out", 12], "has only 12 rows"),
+    (["--hold-out", 12], "has only 12 different rows"),
     (["--model", "/nowhere"], "--model /nowhere: no such folder"),
     (["--adapter", "/nowhere"], "/nowhere/adapter_config.json: missing"),
     (["--targets", "q_proj,v_proj"], "no linear layer q_proj"),
@@ -486,7 +487,7 @@ def test_a_diverging_run_ends_as_a_failure_that_says_so(train, tmp_path, hold_ou
     if hold_out:
         assert not (out / "adapter_model.safetensors").exists()
         status, _, again = train(*flags)
-        assert status == 1 and "this run took its 7 steps and found no usable adapter" in again
+        assert status == 1 and "this run has ended, after step 7, without a usable adapter" in again
         assert "no good checkpoint was saved" in again
 
 
@@ -764,6 +765,12 @@ def test_a_built_in_shape_without_rows_is_planned_by_the_step(tiny_published, ca
     assert "no rows are read: each is taken to have 32 tokens" in said
     assert "steps 8 examples each; --data FILE or --steps N gives their number" in said
     assert re.search(r"time simulated: \S+ to \S+ s a step packing", said)
+
+
+def test_a_built_in_shape_is_not_planned_for_a_cpu(train, tiny_published, monkeypatch):
+    monkeypatch.setattr(setup, "this_card", lambda: Card("CPU", "cpu"))
+    status, _, line = train("--model", "7b5", "--dry-run")
+    assert status == 2 and "name one, such as --card t4" in line
 
 
 def test_a_built_in_shape_is_not_trained(train, tmp_path, tiny_published):

@@ -8,6 +8,7 @@ from phogpt_raw.config import Config
 from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row, next_tokens
 from phogpt_raw.data.rows import Row, read_rows
 from phogpt_raw.files import expanded
+from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
 # Without --hold-out: this share is held out, and so many rows at least, of files with ENOUGH rows.
@@ -106,8 +107,8 @@ def divide(rows: list[Row], hold_out: float, least: int,
     kept, held_out = ([row for row, place in zip(rows, hashes, strict=True)
                        if (place < limit) == held] for held in (False, True))
     if not kept:
-        raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(rows)} rows, "
-                      f"{len(set(hashes))} of them different; none would be left to train on")
+        raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(set(hashes))} different "
+                      f"{plural(len(set(hashes)), 'row', 'rows')}; none would be left to train on")
     return kept, held_out
 
 

@@ -12,7 +12,7 @@ from rich.console import Console as Rich
 from rich.text import Text
 from tqdm import tqdm
 
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.training.checkpoint import newest
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.metrics import StepRow
@@ -61,7 +61,7 @@ class Display:
         self.live = sys.stderr.isatty()
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
                         dynamic_ncols=True,
-                        bar_format="{n_fmt}/{total_fmt} |{bar:10}| {postfix}")
+                        bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}")
         self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 
     def __enter__(self) -> "Display":
@@ -82,7 +82,7 @@ class Display:
         if row.skipped:
             text += _(", {n} skipped", n=row.skipped)
         text += _(", {time} left", time=clock(self.seconds_left()))
-        self.bar.set_postfix_str(text)
+        self.bar.set_description_str(text)
         self.bar.update()
         steps = self.run.steps
         if not self.live and (row.step % max(1, steps // 10) == 0 or row.step in (1, steps)):
@@ -105,10 +105,9 @@ def stopped(run: Run) -> str:
     """What is left of a run that is stopped now."""
     saved = newest(run.folder)
     if saved is None:
-        return _("stopped by hand after step {n}: no checkpoint has been saved, and the same "
-                 "command begins again at step 1", n=run.state.step)
-    return _("stopped by hand after step {n}: the same command with --out {folder} goes on from "
-             "{checkpoint}", n=run.state.step, folder=run.folder, checkpoint=saved.name)
+        return _("stopped by hand after step {n}; no checkpoint was saved yet", n=run.state.step)
+    return _("stopped by hand after step {n}; with --out {folder} it goes on from {checkpoint}",
+             n=run.state.step, folder=run.folder, checkpoint=saved.name)
 
 
 class Mean:
@@ -168,10 +167,11 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
     about = [name for name in ("README.md", "loss.png", "loss.svg")
              if (run.folder / name).is_file()]
     if about:
-        lines[_("beside it")] = ", ".join(about)
+        lines[_("also there")] = ", ".join(about)
     early = state.step < run.steps
-    listing(_("ended early: no better in {n} evaluations", n=state.not_better) if early
-            else _("done"), lines)
+    ended = plural(state.not_better, _("ended early: no better in 1 evaluation"),
+                   _("ended early: no better in {n} evaluations", n=state.not_better))
+    listing(ended if early else _("done"), lines)
     if last and best["val_loss"] >= first["val_loss"]:
         out.print()
         paragraph(_("This training made the model no better on the held-out rows: even its best "

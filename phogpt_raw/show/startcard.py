@@ -10,7 +10,7 @@ from phogpt_raw.cards import capability, dtype_name
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import DEFAULT_SHARE, ENOUGH, LEAST
 from phogpt_raw.data.prompt import IGNORED, Example
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.model.attention import choose_attention
 from phogpt_raw.model.documents import choose_kernel
 from phogpt_raw.show.console import clock, heading, listing, out, say
@@ -45,8 +45,8 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
         _("packing"): packing_line(job),
         _("optimizer"): optimizer_line(job),
         _("recompute"): recompute_line(choice),
-        _("capture"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
-        _("on: a shape that is seen again runs as CUDA graphs"),
+        _("CUDA graphs"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
+        _("on, for each shape that comes again"),
         _("folder"): f"{run.folder}" + (
             _(", resumed after step {n}", n=run.state.step) if run.state.step else ""),
     })
@@ -78,8 +78,8 @@ def data_line(job: Job) -> str:
                  "{tokens:,} tokens (--max-len); {held}", n=len(job.examples.train),
                  file=job.examples.source, tokens=job.config.max_len, held=held_out_line(job))
     lengths = [len(e.ids) for e in job.examples.train]
-    rows = (_("1 row of {file}", file=job.examples.source) if len(lengths) == 1
-            else _("{n:,} rows of {file}", n=len(lengths), file=job.examples.source))
+    rows = plural(len(lengths), _("1 row of {file}", file=job.examples.source),
+                  _("{n:,} rows of {file}", n=len(lengths), file=job.examples.source))
     return _("{rows}, median {median} tokens, longest {longest}; {held}", rows=rows,
              median=int(statistics.median(lengths)), longest=max(lengths), held=held_out_line(job))
 
@@ -173,7 +173,8 @@ def time_line(job: Job, duration: Duration) -> str:
 def packing_line(job: Job) -> str:
     packing, micro_batch = job.stream.packing, job.config.micro_batch
     if packing is None:
-        return _("off (--no-packing); {n} rows at a time", n=micro_batch)
+        return _("off (--no-packing)") + "; " + plural(
+            micro_batch, _("1 row at a time"), _("{n} rows at a time", n=micro_batch))
     windows = [job.stream.window(step) for step in job.planned()]
     shapes = [shape for window in windows for shape in window.shapes(micro_batch)]
     rows = sum(rows for rows, _length in shapes)
@@ -214,10 +215,12 @@ def optimizer_line(job: Job) -> str:
         kind = _("AdamW, 8-bit state, paged")
     else:
         kind = _("AdamW, 8-bit state (paging needs a GPU)")
-    return kind + _("; learning rate {peak:g} after {warmup} steps of warm-up, then a cosine to "
-                    "{end:g}; gradient clipped to {clip:g}", peak=config.lr,
-                    warmup=config.warmup_of(job.run.steps), end=config.lr * config.lr_floor,
-                    clip=config.clip)
+    warmup = config.warmup_of(job.run.steps)
+    steps = plural(warmup, _(" after 1 step of warm-up"),
+                   _(" after {n} steps of warm-up", n=warmup)) if warmup else ""
+    return kind + _("; learning rate {peak:g}{warmup}, then a cosine to {end:g}; gradient "
+                    "clipped to {clip:g}", peak=config.lr, warmup=steps,
+                    end=config.lr * config.lr_floor, clip=config.clip)
 
 
 def recompute_line(choice: Choice) -> str:

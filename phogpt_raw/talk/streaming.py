@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.decode.text import TextStream, loops
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,16 @@ def remarks(written: Written, most: int, full: bool) -> list[str]:
     lines = []
     if not written.ended:
         lines.append(
-            _("(cut after {n} tokens: the model was made for no more)", n=most) if full else
-            _("(cut after {n} tokens; raise --max-new-tokens for a longer answer)", n=most))
+            _("(cut at {n}: the model was made for no more)", n=tokens(most)) if full else
+            _("(cut at {n}: raise --max-new-tokens for a longer answer)", n=tokens(most)))
     if loops(written.ids):
         lines.append(_("(the answer repeats itself; --repetition-penalty 1.2 may help, or more "
                        "training)"))
     return lines
+
+
+def tokens(count: int) -> str:
+    return plural(count, _("1 token"), _("{n:,} tokens", n=count))
 
 
 def say(line: str) -> None:

@@ -81,9 +81,9 @@ def check_rows(folder: Path, before: dict, now: dict, examples: Examples) -> Non
     for part, name in (("train", "training"), ("held_out", "held-out")):
         change = changes(began[part], getattr(examples, part))
         if change and before["hold_out"] != now["hold_out"]:
-            raise Refusal(f"--out {folder}: this run began {with_hold_out(before)}, not "
-                          f"{with_hold_out(now)}, which holds out other rows; go on with the same, "
-                          f"or name another --out")
+            raise Refusal(f"--out {folder}: this run began {with_hold_out(before)}; "
+                          f"{with_hold_out(now)} other rows are held out; go on as it began, or "
+                          f"name another --out")
         if change:
             raise Refusal(f"--out {folder}: its {name} rows have changed since it began: {change}; "
                           f"go on with the same rows, or name another --out")
@@ -108,4 +108,4 @@ def changes(began: list[str], examples: list[Example]) -> str:
         parts.append(f"{added.total():,} new or edited (the first: {first.where})")
     if removed:
         parts.append(f"{removed.total():,} gone")
-    return f"{', '.join(parts)} ({len(began):,} rows then, {len(now):,} now)"
+    return f"{', '.join(parts)} (rows then: {len(began):,}, now: {len(now):,})"

@@ -14,7 +14,7 @@ from pathlib import Path
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
 from phogpt_raw.files import expanded
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.refusal import Refusal, RunFailed
 from phogpt_raw.training import checkpoint, resume
@@ -80,10 +80,12 @@ class Run:
         """Why a run that has ended does not go on, and what to do instead."""
         state, patience = self.state, self.config.patience
         if state.step >= self.steps:
-            why, more = f"this run is complete ({state.step} steps)", "a larger --steps"
+            done = plural(state.step, "1 step", f"{state.step} steps")
+            why, more = f"this run is complete ({done})", "a larger --steps"
         else:
+            times = plural(state.not_better, "1 evaluation", f"{state.not_better} evaluations")
             why = (f"this run ended early, after step {state.step} of {self.steps}: the validation "
-                   f"loss was no lower in {state.not_better} evaluations (--patience {patience})")
+                   f"loss was no lower in {times} (--patience {patience})")
             more = f"a --patience above {state.not_better}, or none"
         return (f'{self.folder}: {why}. Ask it: python generate.py --adapter {self.folder} "…" ; '
                 f"more of the same: {more}; from its adapter with other data: --adapter "
@@ -160,8 +162,8 @@ class Run:
     def check_adapter(self) -> None:
         """Raise RunFailed where a run that took all its steps has left no adapter."""
         if not (self.folder / "adapter_model.safetensors").is_file():
-            raise RunFailed(_("{folder}: this run took its {n} steps and found no usable adapter; "
-                              "{advice}", folder=self.folder, n=self.state.step,
+            raise RunFailed(_("{folder}: this run has ended, after step {n}, without a usable "
+                              "adapter; {advice}", folder=self.folder, n=self.state.step,
                               advice=self.advice()))
 
     def advice(self) -> str:

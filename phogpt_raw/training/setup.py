@@ -171,6 +171,9 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     card = known_card(config.card) if config.card else this_card()
     dtype, dtype_reason = training_dtype(card, config.dtype, asked_by(config, "dtype"))
     shape = shape_alone(config)
+    if shape and card.device == "cpu":
+        raise Refusal(f"--model {config.model} --dry-run: plans for a GPU, and there is none here; "
+                      f"name one, such as --card t4")
     folder = None if shape else find_folder(config.model, config.revision, files=WITHOUT_WEIGHTS)
     shape = shape or read_config(folder)
     if config.adapter and folder:
