@@ -4,6 +4,8 @@
     python generate.py --model vinai/PhoGPT-4B-Chat "Phở bò là gì?"
     python generate.py --adapter runs/nano-001 --temperature 0.7 "Trà đá là gì?"
     python generate.py --adapter runs/nano-001 --chat
+    python generate.py --adapter runs/nano-001 --input questions.jsonl --output answers.jsonl
+    python generate.py --adapter runs/nano-001 --eval rows.jsonl --output scores.json
 
 The answer is shown while it is written. It ends where the model writes its end token </s>. Without
 --temperature each token is the most likely one.
@@ -18,15 +20,18 @@ import torch
 
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.command_line import Parser
+from phogpt_raw.data.conversations import parse_map
 from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.talk.answers import answer_file
 from phogpt_raw.talk.conversation import chat
 from phogpt_raw.talk.loading import Found, find
 from phogpt_raw.talk.question import read_question
-from phogpt_raw.talk.streaming import Written, remarks, say, stream, tokens
+from phogpt_raw.talk.score import evaluate
+from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream, tokens
 
 
 def parse(arguments):
@@ -36,6 +41,16 @@ def parse(arguments):
                         help="a conversation; from a pipe, one question per line")
     parser.add_argument("--system", default="", metavar="TEXT",
                         help="with --chat: what stands before the first question")
+    parser.add_argument("--input", metavar="FILE", help="answer the questions of a file, of any "
+                        "kind that train.py reads, or a text file with one question per line")
+    parser.add_argument("--eval", metavar="FILE", help="score the answers to the rows of a file, "
+                        "with and without the adapter")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="with --input: the answers, "
+                        "one JSON line each; with --eval: the scores, and a page of answers")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N",
+                        help="with --input: N answers to each question (default 1)")
+    parser.add_argument("--map", metavar="FIELD=NAME,…", help="with --input and --eval: what the "
+                        "columns of the file mean, as for train.py")
     parser.add_argument("--adapter", type=Path, metavar="DIR",
                         help="folder of a run or of one of its checkpoints")
     parser.add_argument("--model", metavar="BASE", help="nano, a folder or a hub id (default: the "
@@ -75,11 +90,29 @@ def parse(arguments):
     parser.add_argument("--no-capture", dest="capture", action="store_false",
                         help="on a GPU: do not use CUDA graphs")
     options = parser.parse_args(arguments)
-    if (options.question is not None) == options.chat:
-        raise Refusal("what to ask? a question, or - for standard input, or --chat")
-    if options.system and not options.chat:
-        raise Refusal("--system: is for --chat; write it into the question")
+    check(options)
     return options
+
+
+def check(options) -> None:
+    """Raise Refusal for flags that do not go together."""
+    asked = [options.question is not None, options.chat, bool(options.input), bool(options.eval)]
+    if sum(asked) != 1:
+        raise Refusal("what to ask? a question, or - for standard input; or one of --chat, --input "
+                      "FILE and --eval FILE")
+    only = {"system": options.chat, "output": options.input or options.eval,
+            "map": options.input or options.eval, "num_samples": options.input,
+            "stats": options.question is not None}
+    for name, fits in only.items():
+        if getattr(options, name) not in (None, "", 1, False) and not fits:
+            raise Refusal(f"--{name.replace('_', '-')}: has no effect here; see --help")
+    if options.input and not options.output:
+        raise Refusal("--input: name a file for the answers with --output")
+    if options.num_samples < 1:
+        raise Refusal(f"--num-samples {options.num_samples}: must be at least 1")
+    if options.num_samples > 1 and not options.temperature:
+        raise Refusal(f"--num-samples {options.num_samples}: without --temperature all are the "
+                      f"same; give it too")
 
 
 def sampling_of(options) -> Sampling:
@@ -117,16 +150,21 @@ def bounded(options, prompt: list[int], most: int) -> int:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as answers are
-    how = dict(sampling=sampling_of(options), seed=options.seed or 0, stops=stops)
+    stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)  # as answers are
+    how = Generation(options.max_new_tokens, sampling_of(options), options.seed or 0, stops,
+                     options.capture)
     if options.chat:
-        chat(find(options), most=options.max_new_tokens, system=options.system.strip(),
-             capture=options.capture, **how)
+        chat(find(options), how, options.system.strip())
+    elif options.input:
+        answer_file(find(options), options.input, options.output, how,
+                    samples=options.num_samples, mapped=parse_map(options.map))
+    elif options.eval:
+        evaluate(find(options), options.eval, options.output, how, mapped=parse_map(options.map))
     else:
         one(options, read_question(options.question), how)
 
 
-def one(options, question: str, how: dict) -> None:
+def one(options, question: str, how: Generation) -> None:
     """Answer one question."""
     found = find(options)
     tokenizer = found.tokenizer
@@ -134,9 +172,9 @@ def one(options, question: str, how: dict) -> None:
     most = bounded(options, prompt, found.shape.max_seq_len)
     model, written = found.load(), Written()
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
-                capture=options.capture) as engine:
+                capture=how.capture) as engine:
         try:
-            stream(engine, tokenizer, prompt, most, written, **how)
+            stream(engine, tokenizer, prompt, most, written, how)
         except KeyboardInterrupt:
             say(_("(stopped by hand)"))
             sys.exit(130)

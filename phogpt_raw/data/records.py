@@ -85,6 +85,13 @@ class Findings:
                       f"{why})")
 
 
+def check_all(findings: Findings) -> None:
+    """Raise Refusal where any row is bad."""
+    if findings.bad:
+        raise Refusal(f"{named(findings.bad)} ({len(findings.bad):,} of "
+                      f"{findings.good + len(findings.bad):,} rows cannot be used)")
+
+
 def named(bad: list[Bad]) -> str:
     """The first of them with file, line and fault; those with one fault are named together.
 

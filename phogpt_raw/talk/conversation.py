@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 from phogpt_raw.data.prompt import encode_prompt, encode_text
 from phogpt_raw.decode.engine import Engine
-from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.talk.loading import Found
 from phogpt_raw.talk.question import checked
-from phogpt_raw.talk.streaming import Written, remarks, say, stream
+from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream
 
 RESET, QUIT, HELP = ("/xoá", "/xóa", "/reset"), ("/thoát", "/quit", "/exit"), ("/?", "/help")
 PROMPT = "> "
@@ -70,28 +69,27 @@ class Conversation:
         self.turns.append(Turn(self.question, [*ids, self.found.tokenizer.eos_token_id]))
 
 
-def chat(found: Found, *, most: int, sampling: Sampling, seed: int, stops: list[str],
-         system: str = "", capture: bool = True) -> None:
+def chat(found: Found, how: Generation, system: str = "") -> None:
     """Read questions and print answers until the input ends or a person leaves."""
     live = sys.stdin.isatty()
     if not live and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    conversation = Conversation(found, most, system)
+    conversation = Conversation(found, how.most, system)
     model, tokenizer = found.load(), found.tokenizer
     if live:
         edit_lines()
         say(_("/xoá (/reset) begins anew, /thoát (/quit) leaves; Ctrl-C ends an answer"))
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
-                capture=capture) as engine:
+                capture=how.capture) as engine:
         for question in questions(live):
             if question.lower() in RESET:
                 conversation.turns.clear()
                 say(_("(a new conversation)"))
             else:
-                turn(conversation, question, engine, sampling=sampling, seed=seed, stops=stops)
+                turn(conversation, question, engine, how)
 
 
-def turn(conversation: Conversation, question: str, engine: Engine, **how) -> None:
+def turn(conversation: Conversation, question: str, engine: Engine, how: Generation) -> None:
     """Answer one question of a conversation; Ctrl-C ends the answer alone."""
     try:
         prompt, most, left_out = conversation.ask(question)
@@ -102,7 +100,7 @@ def turn(conversation: Conversation, question: str, engine: Engine, **how) -> No
               most=conversation.found.shape.max_seq_len))
     written = Written()
     try:
-        stream(engine, conversation.found.tokenizer, prompt, most, written, **how)
+        stream(engine, conversation.found.tokenizer, prompt, most, written, how)
         full = len(prompt) + most == conversation.found.shape.max_seq_len
         for line in remarks(written, most, full):
             say(line)

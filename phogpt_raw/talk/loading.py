@@ -13,7 +13,13 @@ from phogpt_raw.cards import Card, recorded_dtype, this_card
 from phogpt_raw.config import check_nf4_cache
 from phogpt_raw.data.prompt import TEMPLATES, Template, choose_template
 from phogpt_raw.files import expanded
-from phogpt_raw.model.adapter_config import Origin, check_not_merged, chosen_base, read_origin
+from phogpt_raw.model.adapter_config import (
+    Origin,
+    adapter_hash,
+    check_not_merged,
+    chosen_base,
+    read_origin,
+)
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import (
@@ -39,6 +45,12 @@ class Found:
     nf4_cache: str | None
     dtype: torch.dtype
     card: Card
+
+    def identity(self) -> tuple:
+        """What decides the answers beside question and sampling, as far as it is known without
+        reading the base's weights."""
+        return (self.base, self.revision, self.adapter and adapter_hash(self.adapter),
+                self.template.question, self.nf4, str(self.dtype))
 
     def load(self) -> PhoGPT:
         model, _tokenizer = load_base(self.base, nf4=self.nf4, dtype=self.dtype,

@@ -3,7 +3,6 @@
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.cells import cell_len
@@ -12,6 +11,18 @@ from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.decode.text import TextStream, loops
 from phogpt_raw.messages import _, plural
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated. most: tokens of an answer; stops: texts before which it ends;
+    capture: run steps as CUDA graphs on a GPU."""
+
+    most: int
+    sampling: Sampling
+    seed: int = 0
+    stops: tuple[str, ...] = ()
+    capture: bool = True
 
 
 @dataclass
@@ -77,14 +88,15 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
-def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Written, *,
-           stops: Sequence[str] = (), seed: int = 0, sampling: Sampling) -> None:
+def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Written,
+           how: Generation) -> None:
     """Answer one prompt in an engine without other requests, and print the answer meanwhile.
 
-    `written` is filled as the answer grows: Ctrl-C leaves it with what stands on the screen.
+    most: tokens of this answer. `written` is filled as the answer grows: Ctrl-C leaves it with what
+    stands on the screen.
     """
-    text, begun = TextStream(tokenizer, stops), time.perf_counter()
-    engine.add(0, prompt, most, seed, sampling)
+    text, begun = TextStream(tokenizer, how.stops), time.perf_counter()
+    engine.add(0, prompt, most, how.seed, how.sampling)
     try:
         for token in engine.run():
             now = time.perf_counter() - begun
