@@ -3,6 +3,7 @@
     python generate.py --adapter runs/nano-001 "Phở bò là gì?"
     python generate.py --model vinai/PhoGPT-4B-Chat "Phở bò là gì?"
     python generate.py --adapter runs/nano-001 --temperature 0.7 --top-p 0.9 "Phở bò là gì?"
+    python generate.py --adapter runs/nano-001 --serve 8000
 
 Greedy unless --temperature is given, streamed as it is written, ended by the model's own </s>.
 """
@@ -12,7 +13,6 @@ import codecs
 import sys
 import time
 import unicodedata
-from pathlib import Path
 
 import torch
 
@@ -23,7 +23,6 @@ from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.decode.text import TextStream, loops
-from phogpt_raw.files import expanded
 from phogpt_raw.messages import _
 from phogpt_raw.model.adapter_config import Origin, check_not_merged, chosen_base, read_origin
 from phogpt_raw.model.adapters import load_adapters
@@ -35,13 +34,17 @@ from phogpt_raw.model.weights import (
     read_tokenizer,
 )
 from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.serve.models import named_adapters
+from phogpt_raw.serve.start import serve
 
 
 def parse(arguments):
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", help="what to ask; - reads it from standard input")
-    parser.add_argument("--adapter", type=Path, help="the folder of a run, or of a checkpoint")
+    parser.add_argument("question", nargs="?", help="what to ask; - reads it from standard input")
+    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
+                        help="the folder of a run, or of a checkpoint; with --serve several, each "
+                        "under a name")
     parser.add_argument("--model", help="the base (default: the one the adapter names, or nano)")
     parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
     parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES],
@@ -72,7 +75,20 @@ def parse(arguments):
                         help="a folder that keeps the quantised base: later starts are faster")
     parser.add_argument("--no-capture", "--no_capture", dest="capture", action="store_false",
                         help="on a GPU: without CUDA graphs")
-    return parser.parse_args(arguments)
+    parser.add_argument("--serve", metavar="[HOST:]PORT",
+                        help="answer requests of the chat-completions protocol, and show a page to "
+                        "chat with (default host 127.0.0.1); the flags of drawing are its defaults")
+    parser.add_argument("--api-key", "--api_key", metavar="KEY",
+                        help="with --serve: what requests must hold")
+    parser.add_argument("--slots", type=int, metavar="N",
+                        help="with --serve: answers written at once (default 8, or as many as fit)")
+    options = parser.parse_args(arguments)
+    if bool(options.serve) == (options.question is not None):
+        raise Refusal("give a question, or --serve PORT; see --help")
+    for flag in ("api_key", "slots"):
+        if getattr(options, flag) is not None and not options.serve:
+            raise Refusal(f"--{flag.replace('_', '-')}: is for --serve")
+    return options
 
 
 def from_stdin() -> str:
@@ -125,6 +141,12 @@ def say(line: str) -> None:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    adapters = named_adapters(options.adapter)
+    if options.serve:
+        return serve(options, adapters, sampling_of(options))
+    if len(adapters) > 1:
+        raise Refusal("--adapter: several are for --serve; give one")
+    options.adapter = next(iter(adapters.values()), None)
     question = from_stdin() if options.question == "-" else options.question
     question = question.removeprefix("\ufeff")
     if not question.strip():
@@ -134,7 +156,6 @@ def main(arguments: list[str] | None = None) -> None:
     sampling = sampling_of(options)
     stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as answers are
     card = this_card()
-    options.adapter = options.adapter and expanded(options.adapter)
     made = read_origin(options.adapter) if options.adapter else Origin("nano")
     nf4 = options.nf4 if options.nf4 is not None else made.nf4
     check_nf4_cache(options.nf4_cache, nf4=nf4)
