@@ -28,8 +28,9 @@ def locked(tiny, tmp_path_factory):
     """Two adapters behind a key."""
     folder = tmp_path_factory.mktemp("adapters")
     new_adapters(load_base(str(tiny))[0], rank=2, alpha=4).save(folder)
-    with served("--model", tiny, "--adapter", f"mot={folder}", "--adapter",
-                f"mot-cai-ten-dai-hon-man-hinh-cua-dien-thoai={folder}", "--api-key", "mo-ra") as found:
+    flags = [flag for name in ("mot", "mot-cai-ten-dai-hon-man-hinh-cua-dien-thoai")
+             for flag in ("--adapter", f"{name}={folder}")]
+    with served("--model", tiny, *flags, "--api-key", "mo-ra") as found:
         yield found
 
 

@@ -28,6 +28,7 @@ from starlette.routing import Route
 
 from phogpt_raw.serve.models import Served
 from phogpt_raw.serve.protocol import (
+    NO_FLAGS,
     Ask,
     Choice,
     Defaults,
@@ -97,7 +98,7 @@ class Answers:
 
 
 def create_app(worker: Worker, answers: Answers, *, key: str | None = None, host: str = "127.0.0.1",
-               defaults: Defaults = Defaults()) -> "Guard":
+               defaults: Defaults = NO_FLAGS) -> "Guard":
     """The application. key: what /v1/ asks for; host: the name that the server listens on."""
     models = {served.name: served for served in worker.models}
     started = int(time.time())

@@ -10,6 +10,7 @@ import unicodedata
 import uuid
 from dataclasses import dataclass
 
+from phogpt_raw.decode.engine import GREEDY
 from phogpt_raw.decode.history import Turn
 from phogpt_raw.decode.sampling import Sampling
 
@@ -52,9 +53,12 @@ class ProtocolError(Exception):
 class Defaults:
     """What a request gets that does not say: the flags of generate.py."""
 
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     max_tokens: int = 256
     stops: tuple[str, ...] = ()
+
+
+NO_FLAGS = Defaults()
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def not_a_number(name: str):
 
 
 def asks_for_nothing(name: str, value) -> bool:
-    return value is None and name in ONLY or any(
+    return (value is None and name in ONLY) or any(
         value == off and isinstance(value, bool) == isinstance(off, bool)
         for off in ONLY.get(name, ()))
 

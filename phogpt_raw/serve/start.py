@@ -14,7 +14,7 @@ from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.serve.models import load, memory_line, plan
-from phogpt_raw.serve.protocol import Defaults
+from phogpt_raw.serve.protocol import NO_FLAGS, Defaults
 from phogpt_raw.serve.worker import Worker
 
 HERE = "127.0.0.1"
@@ -42,7 +42,7 @@ def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
 
 
 def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: str | None = None,
-        defaults: Defaults = Defaults(), capture: bool = True) -> None:
+        defaults: Defaults = NO_FLAGS, capture: bool = True) -> None:
     """Serve models at a bound socket."""
     import uvicorn
 
@@ -80,7 +80,7 @@ def say(line: str) -> None:
 
 def check_extra() -> None:
     try:
-        import starlette
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise Refusal(f"--serve: needs {error.name}; pip install -c constraints.txt -e '.[serve]'"

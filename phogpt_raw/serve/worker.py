@@ -154,6 +154,8 @@ class Worker:
             self.pieces += [Piece(key, "", 0, error=broken()) for line in self.lines.values()
                             for key in line.open]
             self.send()
+            for line in self.lines.values():
+                line.engine.__exit__(None, None, None)
 
     @property
     def busy(self) -> bool:
@@ -234,7 +236,7 @@ class Worker:
                                  status=503, kind="server_error")
         self.pieces += [Piece(key, "", one.written, error=told) for key, one in line.open.items()]
         line.open.clear()
-        line.engine.__exit__()
+        line.engine.__exit__(None, None, None)
         self.lines[line.served.name] = self.line_of(line.served)
 
     def count(self) -> None:
