@@ -41,8 +41,8 @@ class Served:
         """The protocol's official client."""
         import openai
 
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=self.key,
-                             **{"max_retries": 0, "timeout": 120, **how})
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1",
+                             **{"api_key": self.key, "max_retries": 0, "timeout": 120, **how})
 
     def send(self, method: str, path: str, body=None, **headers) -> tuple[int, dict | str]:
         """(status, JSON or text) of a request with exactly these headers, Host by default."""

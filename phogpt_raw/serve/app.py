@@ -315,10 +315,10 @@ class Guard:
         """Whether a Host header is this server's: a name of its own, or any numeric address, which
         no foreign domain can be."""
         try:
-            name = urlsplit(f"//{host}").hostname or ""
-            if name in self.names:
-                return True
-            return bool(ipaddress.ip_address(name))
+            place = urlsplit(f"//{host}")
+            name = place.hostname or ""
+            return place.netloc == host and place.username is None and (
+                name in self.names or bool(ipaddress.ip_address(name)))
         except ValueError:
             return False
 
