@@ -1,12 +1,15 @@
 """A real server and the protocol's official client: answers, errors, many clients, the end."""
 
 import http.client
+import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,8 +17,9 @@ import pytest
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 
-from serving import ROOT, served  # noqa: E402
+from serving import served  # noqa: E402
 
+from bench.server import ROOT  # noqa: E402
 from phogpt_raw.data.prompt import TEMPLATES, encode_text  # noqa: E402
 from phogpt_raw.decode.engine import answer  # noqa: E402
 from phogpt_raw.decode.history import Turn, encode_history  # noqa: E402
@@ -302,21 +306,46 @@ def test_the_page_loads_nothing_from_elsewhere(server):
 
 
 def test_32_clients_at_once_get_what_each_gets_alone(server, nano):
-    """Greedy; streamed or not; more than there are slots."""
+    """Greedy, streamed and not, more than there are slots; some leave early. SOAK_S=120 in the
+    environment goes on for two minutes and says what it saw."""
     questions = [f"Câu {n}: {'phở ' * (n % 7)}là gì?" for n in range(32)]
-    tokenizer = nano[1]
-    wanted = [alone(nano, encode_history(tokenizer, TEMPLATE, [Turn(q)]), 8 + n % 5).lstrip()
-              for n, q in enumerate(questions)]
+    tokens = [8 + n % 5 for n in range(32)]
+    wanted = [alone(nano, encode_history(nano[1], TEMPLATE, [Turn(question)]), most).lstrip()
+              for question, most in zip(questions, tokens, strict=True)]
+    soak_s, began, memory = float(os.environ.get("SOAK_S", 0)), time.monotonic(), []
+    counts = Counter()
 
-    def ask(n):
-        how = {"model": "nano", "messages": asked(questions[n]), "max_tokens": 8 + n % 5}
-        if n % 2:
-            return server.client().chat.completions.create(**how).choices[0].message.content
-        return "".join(c.choices[0].delta.content or "" for c in
-                       server.client().chat.completions.create(**how, stream=True))
+    def client_of(n):
+        client = server.client()
+        for turn in itertools.count():
+            which = (n + 5 * turn) % 32
+            how = {"model": "nano", "messages": asked(questions[which])}
+            kind = ("stream", "whole", "stream", "left")[(n + turn) % 4]
+            if kind == "whole":
+                reply = client.chat.completions.create(**how, max_tokens=tokens[which])
+                assert reply.choices[0].message.content == wanted[which]
+            elif kind == "stream":
+                pieces = client.chat.completions.create(**how, max_tokens=tokens[which],
+                                                        stream=True)
+                assert "".join(c.choices[0].delta.content or "" for c in pieces) == wanted[which]
+            else:
+                with client.chat.completions.create(**how, max_tokens=ENDLESS, stream=True) as one:
+                    next(iter(one))
+            counts[kind] += 1
+            if time.monotonic() - began >= soak_s:
+                return
 
-    with ThreadPoolExecutor(32) as pool:
-        assert list(pool.map(ask, range(32))) == wanted
+    with ThreadPoolExecutor(33) as pool:
+        clients = [pool.submit(client_of, n) for n in range(32)]
+        while soak_s and not all(client.done() for client in clients):
+            time.sleep(10)
+            memory.append(round(server.rss() / 2**20, 1))
+        for client in clients:
+            client.result()
+    until(lambda: idle(server))
+    if soak_s:
+        print(f"{dict(counts)} in {time.monotonic() - began:.0f} s; MiB each 10 s: {memory}")
+        assert max(memory[2:]) - memory[1] < 16
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
