@@ -6,6 +6,7 @@
     python generate.py --adapter runs/nano-001 --chat
     python generate.py --adapter runs/nano-001 --input questions.jsonl --output answers.jsonl
     python generate.py --adapter runs/nano-001 --eval rows.jsonl --output scores.json
+    python generate.py --adapter runs/nano-001 --serve 8000
 
 The answer is shown while it is written. It ends where the model writes its end token </s>. Without
 --temperature each token is the most likely one.
@@ -26,6 +27,8 @@ from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.serve.models import named_adapters
+from phogpt_raw.serve.start import serve
 from phogpt_raw.talk.answers import answer_file
 from phogpt_raw.talk.conversation import chat
 from phogpt_raw.talk.loading import Found, find
@@ -51,8 +54,9 @@ def parse(arguments):
                         help="with --input: N answers to each question (default 1)")
     parser.add_argument("--map", metavar="FIELD=NAME,…", help="with --input and --eval: what the "
                         "columns of the file mean, as for train.py")
-    parser.add_argument("--adapter", type=Path, metavar="DIR",
-                        help="folder of a run or of one of its checkpoints")
+    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
+                        help="folder of a run or of one of its checkpoints; with --serve several, "
+                        "each under a name")
     parser.add_argument("--model", metavar="BASE", help="nano, a folder or a hub id (default: the "
                         "adapter's base; without --adapter nano)")
     parser.add_argument("--revision", metavar="TEXT",
@@ -89,6 +93,13 @@ def parse(arguments):
                         help="folder that keeps the 4-bit base, for faster later starts")
     parser.add_argument("--no-capture", dest="capture", action="store_false",
                         help="on a GPU: do not use CUDA graphs")
+    parser.add_argument("--serve", metavar="[HOST:]PORT",
+                        help="answer requests of the chat-completions protocol, and show a page to "
+                        "chat with (default host 127.0.0.1); the flags of sampling are its "
+                        "defaults")
+    parser.add_argument("--api-key", metavar="KEY", help="with --serve: what requests must hold")
+    parser.add_argument("--slots", type=int, metavar="N", help="with --serve: most answers at once "
+                        "(default 8, or as many as fit into memory)")
     options = parser.parse_args(arguments)
     check(options)
     return options
@@ -96,13 +107,15 @@ def parse(arguments):
 
 def check(options) -> None:
     """Raise Refusal for flags that do not go together."""
-    asked = [options.question is not None, options.chat, bool(options.input), bool(options.eval)]
+    asked = [options.question is not None, options.chat, bool(options.input), bool(options.eval),
+             bool(options.serve)]
     if sum(asked) != 1:
         raise Refusal("what to ask? a question, or - for standard input; or one of --chat, --input "
-                      "FILE and --eval FILE")
+                      "FILE, --eval FILE and --serve PORT")
     only = {"system": options.chat, "output": options.input or options.eval,
             "map": options.input or options.eval, "num_samples": options.input,
-            "stats": options.question is not None}
+            "stats": options.question is not None, "api_key": options.serve,
+            "slots": options.serve}
     for name, fits in only.items():
         if getattr(options, name) not in (None, "", 1, False) and not fits:
             raise Refusal(f"--{name.replace('_', '-')}: has no effect here; see --help")
@@ -150,6 +163,12 @@ def bounded(options, prompt: list[int], most: int) -> int:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    adapters = named_adapters(options.adapter)
+    if options.serve:
+        return serve(options, adapters, sampling_of(options))
+    if len(adapters) > 1:
+        raise Refusal("--adapter: several are for --serve; give one")
+    options.adapter = next(iter(adapters.values()), None)
     stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)  # as answers are
     how = Generation(options.max_new_tokens, sampling_of(options), options.seed or 0, stops,
                      options.capture)

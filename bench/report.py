@@ -231,3 +231,18 @@ def products(rows: list[dict], title: str) -> Table:
                      f"{1e6 * row['bitsandbytes_s']:.1f}", f"{1e6 * row['ours_s']:.1f}",
                      f"{row['bytes_per_s'] / 1e12:.2f}", f"{row['times_faster']:.2f}")
     return made
+
+
+# -- the server
+
+
+def serve(rows: list[dict], title: str) -> Table:
+    made = table(title, ["who", "tokens/s", "of engine", "first token", "of prefill",
+                         "beside others"])
+    for row in rows:
+        cells = [row["who"], f"{row['tokens_per_s']:,.0f}", "", f"{row['first_s']:.3f} s", "", ""]
+        if "share_of_engine" in row:
+            cells[2], cells[4] = f"{row['share_of_engine']:.0%}", f"{row['first_of_prefill']:.2f} x"
+            cells[5] = f"{row['first_beside_others_s']:.3f} s"
+        made.add_row(*cells)
+    return made

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.adapter_config import named_base
-from phogpt_raw.model.adapters import TARGETS, load_adapters, new_adapters
+from phogpt_raw.model.adapters import TARGETS, load_adapters, new_adapters, same_base
 from phogpt_raw.model.flat import FlatBuffer
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal
@@ -617,3 +617,23 @@ def test_integers_are_no_weights(saved, tmp_path):
               other / "adapter_model.safetensors")
     with pytest.raises(Refusal, match=r"is stored as torch\.int8"):
         load_adapters(base(), other)
+
+
+@pytest.mark.parametrize("nf4", [True, False])
+def test_models_over_the_same_base_share_its_weights_and_not_their_adapters(tiny, nf4):
+    base, _ = load_base(str(tiny), nf4=nf4)
+    one, other = same_base(base), same_base(base)
+    held = {p.data_ptr() for p in base.parameters()}
+    ids_BL = random_ids({"vocab_size": base.config.vocab_size}, 2, 9)
+    with torch.no_grad():
+        plain = base(ids_BL)
+        new_adapters(one, rank=4, alpha=8).flat.data.fill_(0.05)
+        assert not torch.equal(one(ids_BL), plain)
+        assert torch.equal(other(ids_BL), plain) and torch.equal(base(ids_BL), plain)
+    for model in (one, other):
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        assert {p.data_ptr() for p in frozen} == held
+        states = [getattr(module, "quant_state", None) for module in model.modules()]
+        assert {id(state) for state in states if state} == {
+            id(module.quant_state) for module in base.modules()
+            if getattr(module, "quant_state", None)}

@@ -226,3 +226,17 @@ def check_targets(model: PhoGPT, targets) -> None:
         if target.rsplit(".", 1)[-1] not in names:
             raise Refusal(f"--targets: the model has no linear layer {target}; it has "
                           f"{', '.join(sorted(names))}")
+
+
+def same_base(model: PhoGPT) -> PhoGPT:
+    """Another model over the same frozen weights, for an adapter of its own.
+
+    Its modules are new, so an adapter put into one is not in the other; its parameters and buffers
+    are the very tensors of `model`, which must have no adapters yet.
+    """
+    shared = {}
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values(),
+                getattr(module, "quant_state", None))  # bitsandbytes' scales of an NF4 weight
+        shared |= {id(value): value for value in held if value is not None}
+    return copy.deepcopy(model, shared)

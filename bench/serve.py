@@ -1,0 +1,189 @@
+"""Bench of the server: clients over HTTP against the engine alone, in tokens per second.
+
+    python bench/serve.py --model 7b5 --save        on a GPU: random weights, 16 clients
+    python bench/serve.py --model nano              anywhere
+
+The engine first writes for as many prompts as there are clients. Then `generate.py --serve` runs
+in a process of its own, over the same weights and adapter, and each client streams the answer to
+one of the prompts. Both are warm: an uncounted run has captured the graphs. Rates are of all rows
+together over the whole time, prompts included. The first token is that of one client alone, against
+the engine's with one prompt, which is the prefill; and that of one more client while all others
+are being answered.
+"""
+
+import argparse
+import http.client
+import json
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from bench import report, results
+from bench.command_line import count
+from bench.random_data import random_rows
+from bench.server import Server
+from bench.sides import write_random_checkpoint
+from phogpt_raw.cards import DTYPES, this_card
+from phogpt_raw.command_line import Parser
+from phogpt_raw.config import Config
+from phogpt_raw.decode.engine import Engine
+from phogpt_raw.model.adapters import load_adapters, new_adapters
+from phogpt_raw.model.phogpt import PUBLISHED
+from phogpt_raw.model.weights import find_folder, load_base, read_config
+from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.show.console import out
+
+TURNS = 5  # of which the median counts
+
+
+def prepare(folder: Path, options) -> str:
+    """Write what both sides load: a checkpoint, unless it is nano, and an adapter; the model."""
+    model = options.model
+    if model in PUBLISHED:
+        model = str(folder / "base")
+        write_random_checkpoint(folder / "base", PUBLISHED[options.model])
+        widen(folder / "base" / "tokenizer.json", PUBLISHED[options.model].vocab_size)
+    base, _ = load_base(model, dtype=DTYPES[options.dtype], device="cpu", nf4=False)
+    new_adapters(base, rank=options.rank, alpha=2 * options.rank).save(folder / "adapter")
+    return model
+
+
+def widen(file: Path, vocabulary: int) -> None:
+    """Give nano's tokenizer a token for every row of a larger embedding, so that each token of the
+    answer is text that the server must send."""
+    content = json.loads(file.read_text("utf-8"))
+    known = content["model"]["vocab"]
+    known |= {f"Ġt{n}": n for n in range(len(known), vocabulary)}
+    file.write_text(json.dumps(content), "utf-8")
+
+
+def engine_side(model: str, folder: Path, options) -> dict:
+    """The engine alone: tokens/s with a row for each client, and the first token of one prompt."""
+    phogpt, tokenizer = load_base(model, dtype=DTYPES[options.dtype])
+    load_adapters(phogpt, folder / "adapter", trainable=False)
+    with Engine(phogpt, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+                rows=options.clients) as engine:
+        prompts = prompts_of(options)
+
+        def run(prompts, new) -> tuple[float, float, int]:
+            """(seconds to the first token, seconds in all, tokens)."""
+            began, first, tokens = time.perf_counter(), None, 0
+            for key, prompt in enumerate(prompts):
+                engine.add(key, prompt, new)
+            for token in engine.run():
+                first = first or time.perf_counter() - began
+                tokens += token.id is not None
+            return first, time.perf_counter() - began, tokens
+
+        run(prompts, options.new)
+        whole = [run(prompts, options.new) for _ in range(TURNS)]
+        alone = [run(prompts[:1], 2)[0] for _ in range(TURNS)]
+    return {"tokens_per_s": median(tokens / seconds for _, seconds, tokens in whole),
+            "first_s": median(alone)}
+
+
+def server_side(model: str, folder: Path, options) -> dict:
+    """The same through the server."""
+    prompts = prompts_of(options)
+    with Server("--model", model, "--adapter", f"bench={folder / 'adapter'}", "--dtype",
+                options.dtype, "--slots", options.clients) as server, \
+            ThreadPoolExecutor(options.clients) as clients:
+
+        def run(prompts, new) -> tuple[float, int, list[float]]:
+            """(seconds in all, tokens, seconds to each client's first token)."""
+            began = time.perf_counter()
+            done = list(clients.map(lambda prompt: ask(server.port, prompt, new), prompts))
+            return time.perf_counter() - began, sum(tokens for _, tokens in done), \
+                [first for first, _ in done]
+
+        run(prompts, options.new)
+        whole = [run(prompts, options.new) for _ in range(TURNS)]
+        alone = [run(prompts[:1], 2)[2][0] for _ in range(TURNS)]
+        beside = []
+        for _ in range(TURNS):
+            others = [clients.submit(ask, server.port, prompt, options.new)
+                      for prompt in prompts[1:]]
+            time.sleep(0.5 * min(seconds for seconds, *_ in whole))
+            beside.append(ask(server.port, prompts[0], 2)[0])
+            for other in others:
+                other.result()
+    return {"tokens_per_s": median(tokens / seconds for seconds, tokens, _ in whole),
+            "first_s": median(alone), "first_beside_others_s": median(beside)}
+
+
+def ask(port: int, prompt: list[int], new: int) -> tuple[float, int]:
+    """Stream an answer: (seconds to its first text, its tokens)."""
+    began, first, used = time.perf_counter(), None, None
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    link.request("POST", "/v1/completions", json.dumps({
+        "prompt": prompt, "max_tokens": new, "stream": True,
+        "stream_options": {"include_usage": True}}))
+    for line in link.getresponse():
+        if line.startswith(b"data: {"):
+            first = first or time.perf_counter() - began
+            used = line
+    link.close()
+    return first, json.loads(used[len("data: "):])["usage"]["completion_tokens"]
+
+
+def prompts_of(options) -> list[list[int]]:
+    return list(random_rows(options.vocabulary, options.clients, options.prompt, seed=0))
+
+
+def median(values) -> float:
+    values = sorted(values)
+    return values[len(values) // 2]
+
+
+def parse(arguments):
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="7b5" if torch.cuda.is_available() else "nano",
+                        choices=[*PUBLISHED, "nano"], help="random weights of that shape, or nano")
+    parser.add_argument("--clients", type=count, default=16)
+    parser.add_argument("--prompt", type=count, default=128, help="tokens (default 128)")
+    parser.add_argument("--new", type=count, default=256, help="tokens to write (default 256)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16" if torch.cuda.is_available()
+                        else "fp32")
+    parser.add_argument("--rank", type=count, default=16)
+    parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+    options = parser.parse_args(arguments)
+    if options.clients < 2 or options.new < 2:
+        raise Refusal("--clients, --new: at least 2")
+    # options of other benches, needed for the name of the result
+    options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
+    return options
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    options, card = parse(arguments), this_card()
+    folder = Path(tempfile.mkdtemp())
+    try:
+        out.print(f"preparing {options.model}")
+        model = prepare(folder, options)
+        options.vocabulary = read_config(find_folder(model)).vocab_size
+        ours = {"who": "engine", **engine_side(model, folder, options)}
+        torch.cuda.empty_cache()
+        served = {"who": "server", **server_side(model, folder, options)}
+    finally:
+        shutil.rmtree(folder)
+    for row in (ours, served):
+        row |= {"clients": options.clients, "prompt": options.prompt, "new": options.new}
+    served |= {"share_of_engine": served["tokens_per_s"] / ours["tokens_per_s"],
+               "first_of_prefill": served["first_s"] / ours["first_s"]}
+    rows = [ours, served]
+    out.print(report.serve(rows, f"measured on {card.name}: {options.model}, NF4, {options.dtype}, "
+                                 f"{options.clients} clients, {options.prompt} + {options.new} "
+                                 f"tokens"))
+    if options.save:
+        file = results.save("serve", card, options, DTYPES[options.dtype], rows, new=options.new)
+        out.print(f"saved {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""`generate.py --serve`: from its flags to a server that listens, and to its end.
+
+Whatever can be refused is refused before any weights are read: flags, adapters, an address in use.
+SIGTERM and Ctrl-C end the server after the answers that are being written.
+"""
+
+import socket
+import sys
+import unicodedata
+from pathlib import Path
+
+from phogpt_raw.cards import this_card
+from phogpt_raw.decode.sampling import Sampling
+from phogpt_raw.messages import _
+from phogpt_raw.refusal import Refusal
+from phogpt_raw.serve.models import load, memory_line, plan
+from phogpt_raw.serve.protocol import NO_FLAGS, Defaults
+from phogpt_raw.serve.worker import Worker
+
+HERE = "127.0.0.1"
+GRACE_S = 600  # for the last answers; then their connections are closed
+SWITCH_S = 5e-4  # after which a thread gives way: the engines' thread must not wait for the server
+
+
+def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
+    """Serve until SIGTERM or Ctrl-C. options: generate.py's; adapters: by name, none for the base
+    alone; sampling: of requests that name none."""
+    check_extra()
+    host, port = address(options.serve)
+    check_key(options.api_key)
+    if options.seed:
+        raise Refusal(f"--seed {options.seed}: each request names its own; leave it out")
+    if options.max_new_tokens < 1:
+        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
+    made = plan(options, adapters, this_card())
+    listening = bind(host, port)
+    stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)
+    defaults = Defaults(sampling, options.max_new_tokens, stops)
+    say(memory_line(made))
+    run(load(made), made.slots, listening, host=host, key=options.api_key, defaults=defaults,
+        capture=options.capture)
+
+
+def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: str | None = None,
+        defaults: Defaults = NO_FLAGS, capture: bool = True) -> None:
+    """Serve models at a bound socket."""
+    import uvicorn
+
+    from phogpt_raw.serve.app import Answers, create_app
+
+    answers = Answers()
+    worker = Worker(models, slots, answers.deliver, capture)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            say(_("serving {models} at {url} (Ctrl-C ends it)",
+                  models=", ".join(served.name for served in models),
+                  url=f"http://{shown(host)}:{listening.getsockname()[1]}"))
+
+        def handle_exit(self, number, frame) -> None:
+            worker.close()
+            super().handle_exit(number, frame)
+
+    worker.start()
+    sys.setswitchinterval(SWITCH_S)
+    app = create_app(worker, answers, key=key, host=host, defaults=defaults)
+    Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning",
+                          access_log=False, server_header=False, date_header=False,
+                          proxy_headers=False, timeout_graceful_shutdown=GRACE_S)
+           ).run(sockets=[listening])
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# -- flags
+
+
+def check_extra() -> None:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise Refusal(f"--serve: needs {error.name}; pip install -c constraints.txt -e '.[serve]'"
+                      ) from None
+
+
+def address(text: str) -> tuple[str, int]:
+    """[HOST:]PORT as (host, port); an IPv6 host stands in brackets.
+
+    >>> address("8000"), address("0.0.0.0:8000"), address("[::1]:0")
+    (('127.0.0.1', 8000), ('0.0.0.0', 8000), ('::1', 0))
+    """
+    host, _colon, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535 or (":" in host) != (
+            host.startswith("[") and host.endswith("]")) or (_colon and not host):
+        raise Refusal(f"--serve {text}: is not PORT or HOST:PORT, such as 8000 or 0.0.0.0:8000")
+    return host.strip("[]") or HERE, int(port)
+
+
+def shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def check_key(key: str | None) -> None:
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise Refusal("--api-key: must be letters, digits and signs of ASCII, without spaces")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at the address; Refusal where it cannot be had."""
+    try:
+        family, _kind, _protocol, _name, place = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(place)
+    except OSError as error:
+        raise Refusal(f"--serve {shown(host)}:{port}: cannot be listened on ({error.strerror}); "
+                      f"choose another") from None
+    return found

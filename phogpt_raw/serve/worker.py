@@ -1,0 +1,264 @@
+"""The one thread that owns the engines: requests join and leave their batches between two tokens.
+
+Other threads put orders into an inbox. The thread takes them between two steps, runs a step of each
+engine that has rows, and hands the new text of all answers over in one call. An answer that nobody
+waits for any more leaves its row at once. Where an engine fails, its requests get an error and the
+next ones a new engine.
+
+Tokens become text here, and not where they are sent, so that a stop string frees the row before the
+next step.
+"""
+
+import copy
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from phogpt_raw.decode.engine import Engine
+from phogpt_raw.decode.sampling import Sampling
+from phogpt_raw.decode.text import TextStream
+from phogpt_raw.serve.models import Served
+from phogpt_raw.serve.protocol import ProtocolError
+
+MOST_WAITING = 2048
+WARM_UP = 4  # tokens; the first is eager, then a step's CUDA graph is captured and replayed
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to write. lstrip: without the spaces before its first letter."""
+
+    key: int
+    model: str
+    prompt: list[int]
+    most: int
+    seed: int
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    lstrip: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of answer `key`. finish: stop or length, where this is its last piece; error: why
+    there is no more."""
+
+    key: int
+    text: str
+    written: int  # tokens so far
+    finish: str | None = None
+    error: ProtocolError | None = None
+
+    @property
+    def last(self) -> bool:
+        return bool(self.finish or self.error)
+
+
+@dataclass
+class Open:
+    """A job that is being answered or waits for a row."""
+
+    job: Job
+    stream: TextStream
+    written: int = 0
+    begun: bool = False  # whether any letter has been handed over
+
+
+@dataclass
+class Line:
+    """A model, its engine, and its open jobs by key."""
+
+    served: Served
+    engine: Engine
+    tokenizer: object  # this thread's own: encoding changes a tokenizer while it runs
+    open: dict[int, Open] = field(default_factory=dict)
+
+
+class Worker:
+    """Answers jobs until `close`. deliver: gets each step's pieces, in the worker's thread.
+
+    slots: rows of each engine. Start it with `start`; it is warm when that returns.
+    """
+
+    def __init__(self, models: list[Served], slots: int, deliver: Callable[[list[Piece]], None],
+                 capture: bool = True):
+        self.models, self.slots, self.deliver, self.capture = models, slots, deliver, capture
+        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.lines: dict[str, Line] = {}
+        self.pieces: list[Piece] = []
+        self.closing = False
+        self.answering = self.waiting = 0  # jobs with and without a row; read by other threads
+        self.ready, self.failed = threading.Event(), None
+        self.thread = threading.Thread(target=self.work, name="engines", daemon=True)
+
+    # -- from any thread
+
+    def start(self) -> None:
+        """Run the thread and wait until every engine has answered once; raises what it raised."""
+        self.thread.start()
+        self.ready.wait()
+        if self.failed:
+            raise self.failed
+
+    def submit(self, job: Job) -> None:
+        """Raises ProtocolError where no more jobs are taken."""
+        if self.closing:
+            raise shutting_down()
+        if not self.alive:
+            raise broken()
+        if self.waiting + self.inbox.qsize() >= MOST_WAITING:
+            raise ProtocolError(f"{MOST_WAITING} answers are waiting already; try again later",
+                                status=503, kind="server_error", code="overloaded")
+        self.inbox.put(lambda: self.add(job))
+
+    def cancel(self, key: int) -> None:
+        """Nobody waits for this answer any more; nothing more of it is delivered."""
+        self.inbox.put(lambda: self.drop(key))
+
+    def close(self) -> None:
+        """Finish the answers that have begun, refuse those that wait, then end the thread."""
+        self.closing = True
+        self.inbox.put(self.refuse_waiting)
+
+    @property
+    def alive(self) -> bool:
+        return self.thread.is_alive()
+
+    # -- in the thread
+
+    @torch.no_grad()  # an engine that is replaced restores what was there before it
+    def work(self) -> None:
+        try:
+            for served in self.models:
+                self.lines[served.name] = self.line_of(served)
+            for line in self.lines.values():
+                warm_up(line.engine)
+        except BaseException as error:
+            self.failed = error
+            return
+        finally:
+            self.ready.set()
+        try:
+            while self.busy or not self.closing:
+                self.take()
+                for line in self.lines.values():
+                    if line.open:
+                        self.turn(line)
+                self.send()
+        finally:  # also after an error that no engine's replacement mends
+            self.pieces += [Piece(key, "", 0, error=broken()) for line in self.lines.values()
+                            for key in line.open]
+            self.send()
+            for line in self.lines.values():
+                line.engine.__exit__(None, None, None)
+
+    @property
+    def busy(self) -> bool:
+        return any(line.open for line in self.lines.values())
+
+    def line_of(self, served: Served) -> Line:
+        tokenizer = served.tokenizer
+        engine = Engine(served.model, eos_id=tokenizer.eos_token_id,
+                        pad_id=tokenizer.pad_token_id, rows=self.slots, capture=self.capture)
+        engine.__enter__()
+        return Line(served, engine, copy.deepcopy(tokenizer))
+
+    def take(self) -> None:
+        """Carry out the orders in the inbox; wait for one where there is nothing to answer."""
+        wait = not (self.busy or self.closing)
+        while True:
+            try:
+                order = self.inbox.get(block=wait)
+            except queue.Empty:
+                return
+            order()
+            wait = False
+
+    def add(self, job: Job) -> None:
+        line = self.lines[job.model]
+        line.open[job.key] = Open(job, TextStream(line.tokenizer, job.stops))
+        line.engine.add(job.key, job.prompt, job.most, job.seed, job.sampling)
+
+    def drop(self, key: int) -> None:
+        for line in self.lines.values():
+            if line.open.pop(key, None):
+                line.engine.drop(key)
+        self.count()
+
+    def refuse_waiting(self) -> None:
+        for line in self.lines.values():
+            for row in list(line.engine.queue):
+                line.open.pop(row.key)
+                line.engine.drop(row.key)
+                self.pieces.append(Piece(row.key, "", 0, error=shutting_down()))
+
+    def turn(self, line: Line) -> None:
+        """The tokens of one step of an engine."""
+        try:
+            for token in line.engine.run():
+                self.got(line, token)
+                if not line.engine.out:
+                    break
+        except Exception as error:
+            self.fail(line, error)
+        self.count()
+
+    def got(self, line: Line, token) -> None:
+        one = line.open[token.key]
+        if token.id is None:
+            text, finish = one.stream.end(), "stop" if token.stopped else "length"
+        else:
+            one.written += 1
+            text, finish = one.stream.put(token.id), None
+        if one.stream.stopped:
+            finish = "stop"
+            line.engine.drop(token.key)
+        if one.job.lstrip and not one.begun:
+            text = text.lstrip()
+        one.begun = one.begun or bool(text)
+        if text or finish:
+            self.pieces.append(Piece(token.key, text, one.written, finish))
+        if finish:
+            del line.open[token.key]
+
+    def fail(self, line: Line, error: Exception) -> None:
+        """Give all requests of an engine an error, and later ones a new engine."""
+        traceback.print_exception(error, file=sys.stderr)
+        full = type(error).__name__ == "OutOfMemoryError"
+        told = broken()
+        if full:
+            told = ProtocolError("the GPU's memory is full; start the server with fewer --slots",
+                                 status=503, kind="server_error")
+        self.pieces += [Piece(key, "", one.written, error=told) for key, one in line.open.items()]
+        line.open.clear()
+        line.engine.__exit__(None, None, None)
+        self.lines[line.served.name] = self.line_of(line.served)
+
+    def count(self) -> None:
+        self.answering = sum(len(line.engine.rows) for line in self.lines.values())
+        self.waiting = sum(len(line.engine.queue) for line in self.lines.values())
+
+    def send(self) -> None:
+        if self.pieces:
+            self.deliver(self.pieces)
+            self.pieces = []
+
+
+def warm_up(engine: Engine) -> None:
+    """Gather the weights, compile the kernels and capture a graph, before anybody waits."""
+    engine.answers([[engine.pad_id]], WARM_UP)
+
+
+def shutting_down() -> ProtocolError:
+    return ProtocolError("the server is shutting down", status=503, kind="server_error",
+                         code="shutting_down")
+
+
+def broken() -> ProtocolError:
+    return ProtocolError("the answer could not be written; the server's output says why",
+                         status=500, kind="server_error")

@@ -1,0 +1,127 @@
+"""What a server offers: adapters by name, one base, the memory that is said."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from phogpt_raw.cards import Card, known_card
+from phogpt_raw.data.prompt import TEMPLATES
+from phogpt_raw.decode.history import Turn, encode_history
+from phogpt_raw.model.adapter_config import Base
+from phogpt_raw.model.phogpt import PUBLISHED
+from phogpt_raw.refusal import Refusal
+from phogpt_raw.serve.models import (
+    Found,
+    Plan,
+    load,
+    memory_line,
+    named_adapters,
+    plan,
+    slots_for,
+)
+from phogpt_raw.serve.protocol import Conversation, ProtocolError
+
+CPU = Card("CPU", "cpu")
+
+
+def options(**more):
+    return SimpleNamespace(**{"model": None, "revision": None, "template": "auto", "nf4": None,
+                              "dtype": "auto", "nf4_cache": None, "slots": None, **more})
+
+
+def found(shape="7b5", nf4=True, dtype=torch.float16):
+    return Found(Base("b", None, "b"), None, PUBLISHED[shape], nf4, dtype, "4b-chat")
+
+
+@pytest.fixture
+def folders(adapted, tmp_path):
+    """Two adapters' folders over tiny: one and two."""
+    for name in ("one", "two"):
+        adapted()[1].save(tmp_path / name)
+    return {name: tmp_path / name for name in ("one", "two")}
+
+
+def test_an_adapter_has_the_name_that_is_given_or_its_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named_adapters(["a=runs/x", "runs/y/", f"c.d-e={tmp_path}/a=b"]) == {
+        "a": tmp_path.__class__("runs/x"), "y": tmp_path.__class__("runs/y"),
+        "c.d-e": tmp_path / "a=b"}
+    assert list(named_adapters(["/runs/a=b"])) == ["a=b"]  # the first part is no name
+    for given in (["a=x", "a=y"], ["runs/x", "x=other"]):
+        with pytest.raises(Refusal, match="there are two of the name"):
+            named_adapters(given)
+
+
+def test_adapters_are_loaded_over_one_base(tiny, folders):
+    made = plan(options(model=str(tiny)), folders, CPU)
+    one, two = load(made)
+    assert (one.name, two.name, made.slots) == ("one", "two", 8)
+    assert one.model.head.data_ptr() == two.model.head.data_ptr()
+    assert one.model is not two.model and one.template == TEMPLATES["4b-chat"]
+    flat = [next(p for n, p in served.model.named_parameters() if "lora_B" in n)
+            for served in (one, two)]
+    assert flat[0].data_ptr() != flat[1].data_ptr()
+
+
+def test_the_base_alone_has_its_own_name(tiny):
+    assert list(plan(options(model=str(tiny)), {}, CPU).adapters) == [tiny.name]
+    for model in (None, "nano"):
+        assert list(plan(options(model=model), {}, CPU).adapters) == ["nano"]
+
+
+def test_each_adapter_keeps_the_template_of_its_run(tiny, folders):
+    record = {"model": str(tiny), "template": "7b5-instruct", "rank": 4, "nf4": True}
+    (folders["two"] / "config.json").write_text(json.dumps(record))
+    one, two = load(plan(options(model=str(tiny)), folders, CPU))
+    assert (one.template, two.template) == (TEMPLATES["4b-chat"], TEMPLATES["7b5-instruct"])
+
+
+def test_adapters_over_other_weights_are_refused(tiny, folders):
+    record = {"model": str(tiny), "template": "auto", "rank": 4, "nf4": False}
+    (folders["two"] / "config.json").write_text(json.dumps(record))
+    with pytest.raises(Refusal, match=r"one and two are not over the same base \(nf4"):
+        plan(options(model=str(tiny)), folders, CPU)
+    made = plan(options(model=str(tiny), nf4=False), folders, CPU)  # said for all
+    assert not made.found.nf4
+
+
+def test_a_conversation_is_encoded_in_the_models_template(tiny):
+    [served] = load(plan(options(model=str(tiny), template="7b5-instruct"), {}, CPU))
+    said = Conversation((Turn("a", "b"), Turn("c")), "s")
+    assert served.encode(said) == encode_history(
+        served.tokenizer, TEMPLATES["7b5-instruct"], [Turn("a", "b"), Turn("c")], "s")
+    assert served.encode([5, 6]) == [5, 6]
+    most = served.model.config.max_seq_len
+    assert len(served.encode([5] * (most - 1))) == most - 1  # one token of answer fits
+    for prompt in ([5] * most, [], "", [-1], [served.model.config.vocab_size]):
+        with pytest.raises(ProtocolError) as caught:
+            served.encode(prompt)
+        assert caught.value.param == "prompt" and caught.value.status == 400
+
+
+@pytest.mark.parametrize("card, shape, models, slots", [
+    ("h200", "7b5", 1, 8), ("t4", "7b5", 1, 8), ("t4", "7b5", 2, 4), ("t4", "4b", 1, 3)])
+def test_so_many_slots_are_taken_as_the_card_has_room_for(card, shape, models, slots):
+    """A row of 7B5 at 2,048 tokens is 1 GiB; of 4B at 8,192 tokens, 3 GiB. A T4 has 14.56 GiB."""
+    assert slots_for(None, found(shape), known_card(card), models) == slots
+
+
+def test_more_slots_than_fit_are_refused_before_weights_are_read():
+    with pytest.raises(Refusal, match=r"--slots 64: .* takes 1.00 GiB, and Tesla T4 has room for"):
+        slots_for(64, found(), known_card("t4"), 1)
+    assert slots_for(64, found(), CPU, 1) == 64
+    for slots in (0, -1, 1025):
+        with pytest.raises(Refusal, match="from 1 to 1024"):
+            slots_for(slots, found(), CPU, 1)
+
+
+def test_what_slots_take_is_said():
+    two = {"a": None, "b": None}
+    said = memory_line(Plan(found(), two, {}, 17, "cuda", None))
+    assert "8 answers" not in said and "17 answers of 2,048 tokens" in said
+    assert "cache at most 17.00 GiB for each of 2 models, 34.00 GiB in all" in said
+    assert "more than 16 slots are slower" in said
+    assert said.startswith("(base 4.") or said.startswith("(base 5.")
+    assert "slower" not in memory_line(Plan(found(), {"a": None}, {}, 16, "cuda", None))
