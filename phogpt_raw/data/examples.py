@@ -80,6 +80,9 @@ def read(sources: list[Source], tokenizer, template: Template, config: Config) -
     found = through_cache(config.data_cache, sources, tokenizer, template, settings,
                           lambda: encode_sources(sources, tokenizer, template, **settings))
     found.check(config.strict)
+    if not found.rows:
+        raise Refusal(f"{sources[0].name}: no row is left; all are longer than --max-len "
+                      f"{config.max_len}, and --too-long drop leaves them out")
     return found
 
 
@@ -92,10 +95,11 @@ def check_map(spec: str | None, *found: Rows) -> None:
 
 def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
     """The rows' documents, each as often as the weight of its source says. Of a part of a time it
-    is decided by a hash of the row's text, so that it is the same in every run."""
+    is decided by a hash of the row's text (by other bits of it than what is held out), so that it
+    is the same in every run."""
     return [document for row in rows
             for _ in range(int(weights[row.source])
-                           + (row.hash < weights[row.source] % 1 * 2**64))
+                           + (row.hash % 2**32 < weights[row.source] % 1 * 2**32))
             for document in row.documents]
 
 
