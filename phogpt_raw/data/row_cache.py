@@ -18,7 +18,7 @@ from phogpt_raw.data.encoded import Encoded, Rows
 from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import Bad, Findings, Note
 from phogpt_raw.data.sources import Source
-from phogpt_raw.files import whole_file
+from phogpt_raw.files import expanded, whole_file
 
 FORMAT = 1  # of the files, and of what the rows become; raise it when either changes
 
@@ -42,7 +42,7 @@ def through_cache(folder: str | None, sources: list[Source], tokenizer, template
     if folder is None or any(source.hub for source in sources):
         return encode()
     name = f"{key_of(sources, tokenizer, template, settings)}.npz"
-    file = Path(folder).expanduser() / name
+    file = expanded(folder) / name
     if file.is_file():
         try:
             return read(file)
