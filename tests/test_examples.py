@@ -23,7 +23,7 @@ def asked(part):
 
 @pytest.mark.parametrize("hold_out, held", [(0, 0), (1, 1), (7, 7), (99, 99)])
 def test_a_count_is_held_out(hold_out, held):
-    train, held_out = divide(rows(*range(100)), hold_out, "f")
+    train, held_out = divide(rows(*range(100)), hold_out, 1, "f")
     assert len(held_out) == held and len(train) == 100 - held
     assert asked(train).isdisjoint(asked(held_out))
     for part in (train, held_out):  # in the file's order
@@ -33,14 +33,27 @@ def test_a_count_is_held_out(hold_out, held):
 
 def test_a_share_is_about_that_share_and_at_least_one_row():
     for count in (1000, 20, 2):
-        train, held_out = divide(rows(*range(count)), 0.05, "f")
+        train, held_out = divide(rows(*range(count)), 0.05, 1, "f")
         assert len(train) + len(held_out) == count and train
         assert len(held_out) == 1 if count == 2 else 1 <= len(held_out) < 0.1 * count
 
 
+def test_the_default_holds_out_a_few_rows_at_least(tmp_path):
+    for count in (40, 60, 80):
+        assert 4 <= len(loaded(tmp_path, count).held_out) <= 10
+    assert len(loaded(tmp_path, 45).held_out) == 4
+    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # a share is what was asked for
+
+
+def test_few_rows_move_when_a_file_with_the_least_held_out_rows_grows(tmp_path):
+    before = asked(divide(rows(*range(45)), 0.05, 4, "f")[1])
+    after = asked(divide(rows(*range(50)), 0.05, 4, "f")[1])
+    assert len(before) == len(after) == 4 and len(before - after) <= 2
+
+
 def test_with_a_share_new_rows_move_none_of_the_others():
-    _, before = divide(rows(*range(200)), 0.1, "f")
-    _, after = divide(rows(*range(1000, 1300), *range(199, -1, -1)), 0.1, "f")
+    _, before = divide(rows(*range(200)), 0.1, 1, "f")
+    _, after = divide(rows(*range(1000, 1300), *range(199, -1, -1)), 0.1, 1, "f")
     assert asked(before) == asked(after) & asked(rows(*range(200)))
     assert len(asked(after)) > len(asked(before))
 
@@ -48,7 +61,7 @@ def test_with_a_share_new_rows_move_none_of_the_others():
 def test_rows_that_differ_only_in_spaces_and_capitals_are_on_one_side():
     both = rows(*range(50)) + rows(*range(50), spelled="  CÂU   hỏi {} ")
     for hold_out in (0.2, 11):
-        train, held_out = divide(both, hold_out, "f")
+        train, held_out = divide(both, hold_out, 1, "f")
         same = [{" ".join(prompt.casefold().split()) for prompt in asked(part)}
                 for part in (train, held_out)]
         assert same[0].isdisjoint(same[1])
@@ -59,7 +72,7 @@ def test_rows_that_differ_only_in_spaces_and_capitals_are_on_one_side():
                                                ([3], 0.05)])
 def test_nothing_left_to_train_on_is_refused(numbers, hold_out):
     with pytest.raises(Refusal, match=r"--hold-out .*: f has only"):
-        divide(rows(*numbers), hold_out, "f")
+        divide(rows(*numbers), hold_out, 1, "f")
 
 
 def loaded(tmp_path, count, **config):
@@ -77,6 +90,14 @@ def test_a_twentieth_of_enough_rows_is_held_out_unless_said_otherwise(tmp_path, 
     examples = loaded(tmp_path, count, **config)
     assert held[0] <= len(examples.held_out) <= held[1]
     assert len(examples.train) + len(examples.held_out) == count
+
+
+def test_held_out_rows_that_are_training_rows_too_are_counted(tmp_path):
+    val = write_rows(tmp_path / "val.jsonl", [("khác", "x"), ("CÂU  hỏi 1", " trả lời 1"),
+                                              ("câu hỏi 1", "khác"), ("câu hỏi 2", "trả lời 2")])
+    examples = loaded(tmp_path, 5, val=str(val))
+    assert examples.trained_too == (f"{val}:2", f"{val}:4")
+    assert loaded(tmp_path, 200).trained_too == ()
 
 
 def test_nano_has_its_own_held_out_rows():

@@ -77,6 +77,23 @@ def encode_sources(sources: list[Source], tokenizer, template: Template, *, max_
     return found
 
 
+def read_sources(sources: list[Source], mapped: dict[str, str], strict: bool
+                 ) -> list[Conversation]:
+    """Every conversation of the sources, checked as `encode_sources` and Rows.check do, without a
+    tokenizer."""
+    found = []
+    for source in sources:
+        before = len(found)
+        for records, findings in units(source):
+            talks = list(conversations(records, findings, mapped))
+            findings.good = len(talks)
+            findings.check(strict)
+            found += talks
+        if len(found) == before:
+            raise Refusal(f"{source.name}: {HOLDS_NO_ROWS}")
+    return found
+
+
 def units(source: Source) -> Iterator[tuple[Iterable, Findings]]:
     """(records, findings) of each file of a source, or of its hub dataset."""
     if source.hub:

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phogpt_raw.config import Config
-from phogpt_raw.data.conversations import parse_map
-from phogpt_raw.data.encoded import Encoded, Rows, encode_sources
-from phogpt_raw.data.prompt import TEMPLATES, Example, Template, choose_template
+from phogpt_raw.data.conversations import Conversation, parse_map
+from phogpt_raw.data.encoded import Encoded, Rows, encode_sources, read_sources
+from phogpt_raw.data.prompt import TEMPLATES, Example, Template, choose_template, next_tokens
 from phogpt_raw.data.report import Report, report
 from phogpt_raw.data.row_cache import through_cache
 from phogpt_raw.data.sources import Source, find_source
+from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
-DEFAULT_SHARE, ENOUGH = 0.05, 40  # held out unless --hold-out says otherwise, of so many rows
+# Without --hold-out: this share is held out, and so many rows at least, of files with ENOUGH rows.
+# One or two held-out rows would decide by chance which adapter is the best.
+DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
+PAD = 3  # any token: a plan has no values
+STEPS = 50  # of a plan without rows, so that its warm-up is that of most runs
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
@@ -31,7 +36,8 @@ class DataFile:
 class Examples:
     """Encoded rows, the questions as typed of the held-out ones that have any, the template, why,
     and the files: `file` of the training rows, `held_out_file` where the held-out ones come from
-    another. reports: what the training and the held-out rows are like."""
+    another. `trained_too`: where those held-out rows are that are training rows as well. Reports:
+    what the training and the held-out rows are like."""
 
     train: list[Example]
     held_out: list[Example]
@@ -41,6 +47,7 @@ class Examples:
     source: str
     file: DataFile | None = None
     held_out_file: DataFile | None = None
+    trained_too: tuple[str, ...] = ()
     report: Report | None = None
     held_out_report: Report | None = None
 
@@ -54,24 +61,53 @@ def load_examples(tokenizer, config: Config) -> Examples:
     if data is None:
         raise Refusal("--data: name a file of rows, such as --data rows.jsonl with lines "
                       '{"prompt": "…", "response": "…"}')
-    data, val = ((names,) if isinstance(names, str) else names for names in (data, val))
-    sources, others = ([find_source(name) for name in names or ()] for names in (data, val))
+    sources, others = sources_of(data), sources_of(val)
     name, reason = choose_template(tokenizer, config.template)
     found, found_val = (read(part, tokenizer, TEMPLATES[name], config) if part else Rows()
                         for part in (sources, others))
     check_map(config.map, found, found_val)
     rows, held_out = found.rows, found_val.rows
     if not val:
-        rows, held_out = divide(rows, hold_out_of(config, len(rows)), " and ".join(data))
+        rows, held_out = divide(rows, *hold_out_of(config, len(rows)), names(sources))
     train = weighted(rows, [source.weight for source in sources])
     if not train:
-        raise Refusal(f"{' and '.join(data)}: no row is left to train on")
+        raise Refusal(f"{names(sources)}: no row is left to train on")
     kept_out = [document for row in held_out for document in row.documents]
     return Examples(train, kept_out, questions(tokenizer, TEMPLATES[name], kept_out), name, reason,
-                    ", ".join(Path(source.name).name for source in sources),
-                    identify(sources), identify(others) if val else None,
-                    report(rows, found.together()),
+                    file_names(sources), identify(sources), identify(others),
+                    shared(rows, held_out), report(rows, found.together()),
                     report(held_out, found_val.together()) if val else None)
+
+
+def stand_ins(config: Config) -> Examples:
+    """Examples for a plan without a tokenizer: as many as --data has, or as STEPS take, each of
+    --max-len tokens that all carry loss."""
+    ids = [PAD] * config.max_len
+    every = Example(ids, next_tokens(ids, start=1))
+    sources, others = sources_of(config.data), sources_of(config.val)
+    counts = (STEPS * config.batch_size, 0)
+    if sources:
+        rows, held_out = (read_sources(part, parse_map(config.map), config.strict)
+                          for part in (sources, others))
+        counts = map(len, (rows, held_out) if others else
+                     divide(rows, *hold_out_of(config, len(rows)), names(sources)))
+    train, held_out = ([every] * n for n in counts)
+    return Examples(train, held_out, [], "", "", file_names(sources), identify(sources),
+                    identify(others))
+
+
+def sources_of(specs: tuple[str, ...] | str | None) -> list[Source]:
+    """What --data or --val names."""
+    return [find_source(spec) for spec in ((specs,) if isinstance(specs, str) else specs or ())]
+
+
+def names(sources: list[Source]) -> str:
+    return " and ".join(source.name for source in sources)
+
+
+def file_names(sources: list[Source]) -> str:
+    """Without their paths."""
+    return ", ".join(Path(source.name).name for source in sources)
 
 
 def read(sources: list[Source], tokenizer, template: Template, config: Config) -> Rows:
@@ -81,7 +117,7 @@ def read(sources: list[Source], tokenizer, template: Template, config: Config) -
                           lambda: encode_sources(sources, tokenizer, template, **settings))
     found.check(config.strict)
     if not found.rows:
-        raise Refusal(f"{sources[0].name}: no row is left; all are longer than --max-len "
+        raise Refusal(f"{names(sources)}: no row is left; all are longer than --max-len "
                       f"{config.max_len}, and --too-long drop leaves them out")
     return found
 
@@ -110,34 +146,39 @@ def questions(tokenizer, template: Template, examples: Iterable[Example]) -> lis
             for example in examples if example.asks]
 
 
-def hold_out_of(config: Config, rows: int) -> float:
-    """--hold-out, or its default."""
+def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
+    """(--hold-out or its default, the least number of rows where that is a share)."""
     if config.hold_out is None:
-        return DEFAULT_SHARE if rows >= ENOUGH else 0
-    return config.hold_out
+        return (DEFAULT_SHARE, LEAST) if rows >= ENOUGH else (0, 0)
+    return config.hold_out, 1
 
 
-def divide(rows: list[Encoded], hold_out: float, data: str
-           ) -> tuple[list[Encoded], list[Encoded]]:
+def divide(rows: list[Encoded] | list[Conversation], hold_out: float, least: int,
+           data: str) -> tuple[list, list]:
     """(training rows, held-out rows), both in the file's order.
 
     The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
-    share: rows that are added later move none of the others. From 1 on it is a count, reached or
-    passed by as few as equal rows force.
+    share: rows that are added later move none of the others, unless the share is fewer than `least`
+    rows. From 1 on it is a count, reached or passed by as few as equal rows force.
     """
     if not hold_out:
         return rows, []
     hashes = [row.hash for row in rows]
-    limit = hold_out * 2**64 if hold_out < 1 else 0
-    if min(hashes) >= limit:  # a count; or a share of so few rows that none is below it
-        nth = min(max(1, int(hold_out)), len(rows))
-        limit = sorted(hashes)[nth - 1] + 1
+    nth = min(max(least, int(hold_out)), len(rows))
+    limit = max(hold_out * 2**64 if hold_out < 1 else 0, sorted(hashes)[nth - 1] + 1)
     kept, held_out = ([row for row, place in zip(rows, hashes, strict=True)
                        if (place < limit) == held] for held in (False, True))
     if not kept:
-        raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(rows)} rows, "
-                      f"{len(set(hashes))} of them different; none would be left to train on")
+        raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(set(hashes))} different "
+                      f"{plural(len(set(hashes)), 'row', 'rows')}; none would be left to train on")
     return kept, held_out
+
+
+def shared(train: list[Encoded], held_out: list[Encoded]) -> tuple[str, ...]:
+    """Where the held-out rows are that are training rows too: a file that --val names may repeat
+    rows of --data."""
+    trained = {row.hash for row in train}
+    return tuple(row.where for row in held_out if row.hash in trained)
 
 
 def fingerprint(example: Example) -> str:
@@ -145,6 +186,7 @@ def fingerprint(example: Example) -> str:
     return hashlib.sha256(repr((example.ids, example.targets)).encode()).hexdigest()[:12]
 
 
-def identify(sources: list[Source]) -> DataFile:
-    return DataFile(", ".join(Path(source.name).name for source in sources),
-                    ", ".join(source.identity() for source in sources))
+def identify(sources: list[Source]) -> DataFile | None:
+    """The names and hashes of sources; None of none."""
+    return DataFile(file_names(sources), ", ".join(source.identity() for source in sources)) \
+        if sources else None
