@@ -16,9 +16,10 @@ from itertools import chain
 from pathlib import Path
 
 from phogpt_raw.data.encodings import CONVERT, HEAD, detect
+from phogpt_raw.data.excel import sheets
 from phogpt_raw.data.json_text import json_lines, json_values, lines_of
 from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
-from phogpt_raw.data.tables import one_line, parquet, sheets, text_table
+from phogpt_raw.data.tables import one_line, parquet, text_table
 from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
