@@ -4,8 +4,8 @@
     python generate.py --model vinai/PhoGPT-4B-Chat "Phở bò là gì?"
     python generate.py --adapter runs/nano-001 --temperature 0.7 "Trà đá là gì?"
     python generate.py --adapter runs/nano-001 --chat
-    python generate.py --adapter runs/nano-001 --input questions.jsonl --output answers.jsonl
-    python generate.py --adapter runs/nano-001 --eval rows.jsonl --output scores.json
+    python generate.py --adapter RUN --input questions.jsonl --output answers.jsonl
+    python generate.py --adapter RUN --eval rows.jsonl --output scores.json
     python generate.py --adapter runs/nano-001 --serve 8000
 
 The answer is shown while it is written. It ends where the model writes its end token </s>. Without

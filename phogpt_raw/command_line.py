@@ -132,7 +132,7 @@ def parser(description: str) -> Parser:
         if defaults:
             help_text += f" ({', '.join(defaults)})"
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
-               dict(action="append", metavar="NAME") if kind == SEVERAL else
+               dict(action="append", metavar="FILE") if kind == SEVERAL else
                dict(type=TYPES.get(field.name, kind), metavar=METAVARS[kind]))
         group.add_argument(f"--{flag(field.name)}", help=help_text, **how)
     return built

@@ -19,19 +19,19 @@ class Config:
     preset: str | None = None  # t4, v100, nano, none or a TOML file; default: by model and GPU
     model: str = "nano"  # nano, a folder or a hub id; with --dry-run also the shape 7b5 or 4b
     revision: str | None = None  # branch, tag or commit of the hub repository
-    data: tuple[str, ...] | str | None = None  # training rows; repeat it for several files
-    val: tuple[str, ...] | str | None = None  # held-out rows; repeat it for several files
+    data: tuple[str, ...] | str | None = None  # file with training rows, also several times
+    val: tuple[str, ...] | str | None = None  # file with held-out rows, also several times
     hold_out: float | None = None  # rows to hold out: 32, or 5%; default: 5% of 40 rows or more
-    map: str | None = None  # columns of other names: response=tra_loi,prompt=cau_hoi
-    strict: bool = False  # refuse a file with any bad row; default: leave out at most a tenth
-    too_long: str | None = None  # cut, split or drop; default: a text is split, an answer cut
+    map: str | None = None  # names of other columns: response=tra_loi,prompt=cau_hoi
+    strict: bool = False  # refuse any row that cannot be used; default: leave out a tenth at most
+    too_long: str | None = None  # cut, split or drop long rows; default: split texts, cut answers
     data_cache: str | None = None  # folder that keeps the encoded rows, for faster later starts
     template: str = "auto"  # prompt template: auto, 7b5-instruct or 4b-chat
     out: str | None = None  # folder of the run; default: runs/<model>-NNN, a new one each time
     adapter: str | None = None  # start from this adapter, with its rank and targets
     dry_run: bool = False  # print the settings and one example, and train nothing
     inspect: int | None = None  # print N packed rows as the model reads them, and train nothing
-    json: bool = False  # with --inspect: print ids, targets and documents, for scripts
+    json: bool = False  # with --inspect: print token ids, targets and documents, for scripts
     card: str | None = None  # with --dry-run: plan for this GPU: t4, v100, l4, a100 or h200
     # how long it is trained
     steps: int | None = None  # number of optimizer steps; or give --epochs

@@ -152,6 +152,13 @@ def test_a_record_that_cannot_be_used_says_why(record, said):
     assert said in fault(record)
 
 
+def test_half_a_character_in_a_name_can_be_printed(capsys):
+    found, findings = read({"prompt": Q, "response": A, "\ud83d": "x"}, {"\ud83d": "x"})
+    print(findings.bad[0], findings.notes)
+    assert len(found) == 1 and "fields \\ud83d" in findings.bad[0].what
+    assert findings.notes["unused \\ud83d"].example == "\\ud83d"
+
+
 def test_letters_of_an_old_font_are_refused_by_name():
     with pytest.raises(Refusal, match="rows:1: the text is in VNI"):
         read({"prompt": "Nöôùc Vieät Nam ôû ñaâu?", "response": "Daï, ôû chaâu AÙ aï."})

@@ -23,11 +23,11 @@ def test_format_first_row_lengths_and_fit_are_said(train, tmp_path):
     said = shown(train, "--data", write_rows(tmp_path / "rows.jsonl", rows), "--max-len", 60)
     lines = dict(line.split(None, 1) for line in said.split("\nrows\n")[1].split("\n\n")[0]
                  .splitlines())
-    assert lines["format"] == "prompt, response (40 rows)"
+    assert lines["format"] == "prompt, response: 40"
     assert lines["first"] == "rows.jsonl:1: Câu 0? → Dạ</s>"
     assert "carry loss; median" in lines["tokens"] and "95% have at most" in lines["tokens"]
-    assert "█" in lines["lengths"] and lines["fit"].endswith("of 40 rows fit --max-len 60")
-    assert not lines["fit"].startswith("100")
+    assert "█" in lines["lengths"]
+    assert lines["fit"].startswith("--max-len 60 is enough for ") and "100" not in lines["fit"]
 
 
 def test_what_was_found_and_left_out_is_said_with_its_place(train, tmp_path):
@@ -38,8 +38,8 @@ def test_what_was_found_and_left_out_is_said_with_its_place(train, tmp_path):
     assert "not used: id" in said
     assert f"left out  2 of 41 rows; {file}:40: response is not text" in said
     assert f"{file}:41: fields prompt" in said
-    assert "19 rows are there already" in said
-    assert f"1 rows have no Vietnamese letters at all (the first: {file}:39)" in said
+    assert "rows that are there already: 19" in said
+    assert f"rows without any Vietnamese letters: 1 (the first: {file}:39)" in said
 
 
 def test_long_rows_are_counted_by_what_is_done_to_them(train, tmp_path):
@@ -47,9 +47,9 @@ def test_long_rows_are_counted_by_what_is_done_to_them(train, tmp_path):
     file.write_text(json.dumps({"text": "Một câu dài. " * 40}) + "\n"
                     + json.dumps({"prompt": "Hai?", "response": "Dạ " * 90}) + "\n" + GOOD, "utf-8")
     said = shown(train, "--data", file, "--max-len", 50)
-    assert "; 1 are split into several" in said and "1 rows are longer than --max-len 50" in said
+    assert "; split into several: 1" in said and "longer than --max-len 50" in said
     said = shown(train, "--data", file, "--max-len", 50, "--too-long", "drop")
-    assert "; 2 are dropped" in said and "split" not in said
+    assert "; dropped: 2" in said and "split" not in said
 
 
 def test_strict_refuses_what_would_be_left_out(train, tmp_path):

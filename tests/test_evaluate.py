@@ -10,6 +10,7 @@ from conftest import ragged_examples
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.packing import Packing
+from phogpt_raw.data.prompt import Example, next_tokens
 from phogpt_raw.decode.engine import answer
 from phogpt_raw.training import evaluate as module
 from phogpt_raw.training.evaluate import Score, evaluate, held_out_loss
@@ -107,3 +108,17 @@ def test_perplexity_is_the_exponential_and_never_overflows():
     assert Score(2.0, None, []).val_ppl == pytest.approx(math.exp(2))
     assert math.isfinite(Score(1e6, None, []).val_ppl)
     assert math.isnan(Score(math.nan, None, []).val_ppl)
+
+
+def test_texts_have_a_loss_and_no_question_to_answer(adapted, tokenizer):
+    """A {text} row carries loss from its second token on; nothing is asked in it."""
+    model, _ = adapted()
+    asking = ragged_examples(2)
+    text = Example(asking[0].ids, next_tokens(asking[0].ids, start=0), where="notes.txt:1")
+    assert not text.asks and all(example.asks for example in asking)
+    config, limits = Config(eval_answers=2, answer_tokens=3), Limits(2, 16)
+    score = evaluate(model, tokenizer, [text, *asking], config, limits)
+    alone = evaluate(model, tokenizer, asking, config, limits)
+    assert score.answers == alone.answers and len(score.answers) == 2
+    assert score.val_loss != alone.val_loss
+    assert evaluate(model, tokenizer, [text], config, limits).stops is None

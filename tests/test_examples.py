@@ -155,6 +155,19 @@ def test_a_weight_that_leaves_no_row_is_refused(tmp_path):
         both(tmp_path, "=0.001", "=0.001", count=2, hold_out=0)
 
 
+@pytest.mark.parametrize("more", [{"hold_out": 3}, {}])
+def test_long_rows_dropped_to_the_last_are_refused(tmp_path, more):
+    with pytest.raises(Refusal, match=r"rows\.jsonl: no row is left; all are longer than"):
+        loaded(tmp_path, 5, max_len=8, too_long="drop", **more)
+
+
+def test_a_file_that_is_named_twice_is_counted_twice(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [("Phở?", "Dạ.")] * 3)
+    tokenizer = read_tokenizer(NANO, read_config(NANO))
+    examples = load_examples(tokenizer, Config(data=[str(file), str(file)]))
+    assert len(examples.train) == examples.report.findings.good == 6
+
+
 def test_a_folder_with_one_bad_file_is_refused_though_most_rows_are_good(tmp_path):
     write_rows(tmp_path / "a.jsonl", [(f"câu {n}", "đáp") for n in range(100)])
     (tmp_path / "b.jsonl").write_text('{"cau": "a", "dap": "b"}\n')

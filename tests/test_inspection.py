@@ -111,7 +111,7 @@ def test_for_people_it_shows_borders_prompts_and_what_is_learned(tmp_path, capsy
     file = written(tmp_path, "rows.jsonl", "prompt")
     script.main(["--inspect", "1", "--hold-out", "0", "--data", str(file), "--batch-size", "2"])
     said = capsys.readouterr().out
-    assert "row 1: 2 examples" in said and said.count("document ") == 2
+    assert "tokens; examples: 2" in said and said.count("document ") == 2
     assert said.count("⟦ Dạ") == 2 and said.count("</s>⟧") == 2
     assert f"{file}:" in said and "PhoGPT raw" not in said
 

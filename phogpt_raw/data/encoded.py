@@ -36,20 +36,20 @@ class Encoded:
 
 @dataclass
 class Rows:
-    """The rows of the sources, and what was found in each file."""
+    """The rows of the sources, and what was found in each file, in their order."""
 
     rows: list[Encoded] = field(default_factory=list)
-    findings: dict[str, Findings] = field(default_factory=dict)
+    findings: list[Findings] = field(default_factory=list)
 
     def check(self, strict: bool) -> None:
         """Raise Refusal for a file with too many bad rows."""
-        for findings in self.findings.values():
+        for findings in self.findings:
             findings.check(strict)
 
     def together(self) -> Findings:
         """What was found in all files."""
         found = Findings()
-        for findings in self.findings.values():
+        for findings in self.findings:
             found.add(findings)
         return found
 
@@ -61,8 +61,8 @@ def encode_sources(sources: list[Source], tokenizer, template: Template, *, max_
     found = Rows()
     for number, source in enumerate(sources):
         read = 0
-        for name, records, findings in units(source):
-            found.findings[name] = findings
+        for records, findings in units(source):
+            found.findings.append(findings)
             talks = seen(conversations(records, findings, mapped), findings)
             for talk, documents in encode(tokenizer, template, talks, max_len, too_long, findings):
                 if isinstance(documents, Bad):
@@ -77,17 +77,33 @@ def encode_sources(sources: list[Source], tokenizer, template: Template, *, max_
     return found
 
 
-def units(source: Source) -> Iterator[tuple[str, Iterable, Findings]]:
-    """(name, records, findings) of each file of a source, or of its hub dataset."""
+def read_sources(sources: list[Source], mapped: dict[str, str], strict: bool
+                 ) -> list[Conversation]:
+    """Every conversation of the sources, checked as `encode_sources` and Rows.check do, without a
+    tokenizer."""
+    found = []
+    for source in sources:
+        before = len(found)
+        for records, findings in units(source):
+            talks = list(conversations(records, findings, mapped))
+            findings.good = len(talks)
+            findings.check(strict)
+            found += talks
+        if len(found) == before:
+            raise Refusal(f"{source.name}: {HOLDS_NO_ROWS}")
+    return found
+
+
+def units(source: Source) -> Iterator[tuple[Iterable, Findings]]:
+    """(records, findings) of each file of a source, or of its hub dataset."""
     if source.hub:
-        findings = Findings()
-        yield source.name, read_hub(*source.hub), findings
+        yield read_hub(*source.hub), Findings()
     for n, path in enumerate(source.files):
         findings = Findings()
         if n == 0:
             for left in source.not_read():
                 findings.note("file", str(left), left.name)
-        yield str(path), read_file(path, findings), findings
+        yield read_file(path, findings), findings
 
 
 def seen(talks: Iterable[Conversation], findings: Findings) -> Iterator[Conversation]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phogpt_raw.config import Config
-from phogpt_raw.data.conversations import Conversation, conversations, parse_map
-from phogpt_raw.data.encoded import Encoded, Rows, encode_sources, units
+from phogpt_raw.data.conversations import Conversation, parse_map
+from phogpt_raw.data.encoded import Encoded, Rows, encode_sources, read_sources
 from phogpt_raw.data.prompt import TEMPLATES, Example, Template, choose_template, next_tokens
 from phogpt_raw.data.report import Report, report
 from phogpt_raw.data.row_cache import through_cache
@@ -20,7 +20,6 @@ from phogpt_raw.refusal import Refusal
 DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
 PAD = 3  # any token: a plan has no values
 STEPS = 50  # of a plan without rows, so that its warm-up is that of most runs
-Hashed = Encoded | Conversation  # rows with the hash of their text
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
@@ -37,8 +36,8 @@ class DataFile:
 class Examples:
     """Encoded rows, the questions as typed of the held-out ones that have any, the template, why,
     and the files: `file` of the training rows, `held_out_file` where the held-out ones come from
-    another. reports: what the training and the held-out rows are like. trained_too: where those
-    held-out rows are that are training rows as well."""
+    another. `trained_too`: where those held-out rows are that are training rows as well. Reports:
+    what the training and the held-out rows are like."""
 
     train: list[Example]
     held_out: list[Example]
@@ -48,9 +47,9 @@ class Examples:
     source: str
     file: DataFile | None = None
     held_out_file: DataFile | None = None
+    trained_too: tuple[str, ...] = ()
     report: Report | None = None
     held_out_report: Report | None = None
-    trained_too: tuple[str, ...] = ()
 
 
 def load_examples(tokenizer, config: Config) -> Examples:
@@ -62,30 +61,22 @@ def load_examples(tokenizer, config: Config) -> Examples:
     if data is None:
         raise Refusal("--data: name a file of rows, such as --data rows.jsonl with lines "
                       '{"prompt": "…", "response": "…"}')
-    sources, others = find_sources(data), find_sources(val)
-    named = " and ".join(source.name for source in sources)
+    sources, others = sources_of(data), sources_of(val)
     name, reason = choose_template(tokenizer, config.template)
     found, found_val = (read(part, tokenizer, TEMPLATES[name], config) if part else Rows()
                         for part in (sources, others))
     check_map(config.map, found, found_val)
     rows, held_out = found.rows, found_val.rows
     if not val:
-        rows, held_out = divide(rows, *hold_out_of(config, len(rows)), named)
+        rows, held_out = divide(rows, *hold_out_of(config, len(rows)), names(sources))
     train = weighted(rows, [source.weight for source in sources])
     if not train:
-        raise Refusal(f"{named}: no row is left to train on")
+        raise Refusal(f"{names(sources)}: no row is left to train on")
     kept_out = [document for row in held_out for document in row.documents]
     return Examples(train, kept_out, questions(tokenizer, TEMPLATES[name], kept_out), name, reason,
-                    ", ".join(Path(source.name).name for source in sources),
-                    identify(sources), identify(others) if val else None,
-                    report(rows, found.together()),
-                    report(held_out, found_val.together()) if val else None,
-                    shared(rows, held_out))
-
-
-def find_sources(names: tuple[str, ...] | str | None) -> list[Source]:
-    """What --data or --val name."""
-    return [find_source(name) for name in ((names,) if isinstance(names, str) else names or ())]
+                    file_names(sources), identify(sources), identify(others),
+                    shared(rows, held_out), report(rows, found.together()),
+                    report(held_out, found_val.together()) if val else None)
 
 
 def stand_ins(config: Config) -> Examples:
@@ -93,29 +84,30 @@ def stand_ins(config: Config) -> Examples:
     --max-len tokens that all carry loss."""
     ids = [PAD] * config.max_len
     every = Example(ids, next_tokens(ids, start=1))
-    sources, others = find_sources(config.data), find_sources(config.val)
-    counts = STEPS * config.batch_size, 0
+    sources, others = sources_of(config.data), sources_of(config.val)
+    counts = (STEPS * config.batch_size, 0)
     if sources:
-        rows, held_out = unencoded(sources, config), unencoded(others, config)
-        if not others:
-            rows, held_out = divide(rows, *hold_out_of(config, len(rows)), sources[0].name)
-        counts = len(rows), len(held_out)
+        rows, held_out = (read_sources(part, parse_map(config.map), config.strict)
+                          for part in (sources, others))
+        counts = map(len, (rows, held_out) if others else
+                     divide(rows, *hold_out_of(config, len(rows)), names(sources)))
     train, held_out = ([every] * n for n in counts)
-    return Examples(train, held_out, [], "", "",
-                    ", ".join(Path(source.name).name for source in sources),
-                    identify(sources) if sources else None, identify(others) if others else None)
+    return Examples(train, held_out, [], "", "", file_names(sources), identify(sources),
+                    identify(others))
 
 
-def unencoded(sources: list[Source], config: Config) -> list[Conversation]:
-    """The rows of the sources as conversations; bad ones as `read` has it."""
-    found = []
-    for source in sources:
-        for _name, records, findings in units(source):
-            rows = list(conversations(records, findings, parse_map(config.map)))
-            findings.good += len(rows)
-            findings.check(config.strict)
-            found += rows
-    return found
+def sources_of(specs: tuple[str, ...] | str | None) -> list[Source]:
+    """What --data or --val names."""
+    return [find_source(spec) for spec in ((specs,) if isinstance(specs, str) else specs or ())]
+
+
+def names(sources: list[Source]) -> str:
+    return " and ".join(source.name for source in sources)
+
+
+def file_names(sources: list[Source]) -> str:
+    """Without their paths."""
+    return ", ".join(Path(source.name).name for source in sources)
 
 
 def read(sources: list[Source], tokenizer, template: Template, config: Config) -> Rows:
@@ -124,6 +116,9 @@ def read(sources: list[Source], tokenizer, template: Template, config: Config) -
     found = through_cache(config.data_cache, sources, tokenizer, template, settings,
                           lambda: encode_sources(sources, tokenizer, template, **settings))
     found.check(config.strict)
+    if not found.rows:
+        raise Refusal(f"{names(sources)}: no row is left; all are longer than --max-len "
+                      f"{config.max_len}, and --too-long drop leaves them out")
     return found
 
 
@@ -136,10 +131,11 @@ def check_map(spec: str | None, *found: Rows) -> None:
 
 def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
     """The rows' documents, each as often as the weight of its source says. Of a part of a time it
-    is decided by a hash of the row's text, so that it is the same in every run."""
+    is decided by a hash of the row's text (by other bits of it than what is held out), so that it
+    is the same in every run."""
     return [document for row in rows
             for _ in range(int(weights[row.source])
-                           + (row.hash < weights[row.source] % 1 * 2**64))
+                           + (row.hash % 2**32 < weights[row.source] % 1 * 2**32))
             for document in row.documents]
 
 
@@ -157,8 +153,8 @@ def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
     return config.hold_out, 1
 
 
-def divide(rows: list[Hashed], hold_out: float, least: int, data: str
-           ) -> tuple[list[Hashed], list[Hashed]]:
+def divide(rows: list[Encoded] | list[Conversation], hold_out: float, least: int,
+           data: str) -> tuple[list, list]:
     """(training rows, held-out rows), both in the file's order.
 
     The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
@@ -178,7 +174,7 @@ def divide(rows: list[Hashed], hold_out: float, least: int, data: str
     return kept, held_out
 
 
-def shared(train: list[Hashed], held_out: list[Hashed]) -> tuple[str, ...]:
+def shared(train: list[Encoded], held_out: list[Encoded]) -> tuple[str, ...]:
     """Where the held-out rows are that are training rows too: a file that --val names may repeat
     rows of --data."""
     trained = {row.hash for row in train}
@@ -190,6 +186,7 @@ def fingerprint(example: Example) -> str:
     return hashlib.sha256(repr((example.ids, example.targets)).encode()).hexdigest()[:12]
 
 
-def identify(sources: list[Source]) -> DataFile:
-    return DataFile(", ".join(Path(source.name).name for source in sources),
-                    ", ".join(source.identity() for source in sources))
+def identify(sources: list[Source]) -> DataFile | None:
+    """The names and hashes of sources; None of none."""
+    return DataFile(file_names(sources), ", ".join(source.identity() for source in sources)) \
+        if sources else None

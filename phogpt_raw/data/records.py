@@ -48,6 +48,7 @@ class Findings:
     notes: dict[str, Note] = field(default_factory=dict)
 
     def note(self, kind: str, where: str, example: str = "", count: int = 1) -> None:
+        kind, where, example = printable(kind), printable(where), printable(example)
         first = self.notes.get(kind, Note(0, where, example))
         self.notes[kind] = Note(first.count + count, first.where, first.example)
 
@@ -59,7 +60,7 @@ class Findings:
 
     def reject(self, bad: Bad) -> None:
         """Count a bad row; Refusal where so many are bad that reading on would take long."""
-        self.bad.append(bad)
+        self.bad.append(Bad(printable(bad.where), printable(bad.what)))
         if len(self.bad) > max(MANY, self.good):
             raise Refusal(f"{named(self.bad)} ({len(self.bad):,} rows cannot be used so far, and "
                           f"{self.good:,} can)")
@@ -90,6 +91,15 @@ def check_all(findings: Findings) -> None:
     if findings.bad:
         raise Refusal(f"{named(findings.bad)} ({len(findings.bad):,} of "
                       f"{findings.good + len(findings.bad):,} rows cannot be used)")
+
+
+def printable(text: str) -> str:
+    """Text that any UTF-8 output takes: half a character is written as its code.
+
+    >>> printable("a\\ud83db")
+    'a\\\\ud83db'
+    """
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def named(bad: list[Bad]) -> str:

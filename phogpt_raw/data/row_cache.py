@@ -18,7 +18,7 @@ from phogpt_raw.data.encoded import Encoded, Rows
 from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import Bad, Findings, Note
 from phogpt_raw.data.sources import Source
-from phogpt_raw.files import whole_file
+from phogpt_raw.files import expanded, whole_file
 
 FORMAT = 1  # of the files, and of what the rows become; raise it when either changes
 
@@ -42,7 +42,7 @@ def through_cache(folder: str | None, sources: list[Source], tokenizer, template
     if folder is None or any(source.hub for source in sources):
         return encode()
     name = f"{key_of(sources, tokenizer, template, settings)}.npz"
-    file = Path(folder).expanduser() / name
+    file = expanded(folder) / name
     if file.is_file():
         try:
             return read(file)
@@ -62,10 +62,10 @@ def write(rows: Rows, content) -> None:
         ids.extend(document.ids)
         targets.extend(document.targets)
     carries = np.frombuffer(targets, np.intc) != IGNORED
-    about = {"where": [row.where for row in rows.rows], "findings": {
-        name: {"good": found.good, "bad": [(bad.where, bad.what) for bad in found.bad],
-               "notes": {kind: asdict(note) for kind, note in found.notes.items()}}
-        for name, found in rows.findings.items()}}
+    about = {"where": [row.where for row in rows.rows], "findings": [
+        {"good": found.good, "bad": [(bad.where, bad.what) for bad in found.bad],
+         "notes": {kind: asdict(note) for kind, note in found.notes.items()}}
+        for found in rows.findings]}
     np.savez(content, ids=np.frombuffer(ids, np.intc), carries=np.packbits(carries),
              lengths=np.array([len(e.ids) for e in documents], np.int32),
              cut=np.array([e.cut for e in documents], np.bool_),
@@ -86,9 +86,9 @@ def read(file: Path) -> Rows:
             strict=True):
         documents = tuple(Example(*next(examples), where) for _ in range(count))
         rows.append(Encoded(documents, hashed, source))
-    findings = {name: Findings(one["good"], [Bad(*bad) for bad in one["bad"]],
-                               {kind: Note(**note) for kind, note in one["notes"].items()})
-                for name, one in about["findings"].items()}
+    findings = [Findings(one["good"], [Bad(*bad) for bad in one["bad"]],
+                         {kind: Note(**note) for kind, note in one["notes"].items()})
+                for one in about["findings"]]
     return Rows(rows, findings)
 
 

@@ -16,9 +16,11 @@ from itertools import chain
 from pathlib import Path
 
 from phogpt_raw.data.encodings import CONVERT, HEAD, detect
+from phogpt_raw.data.excel import sheets
 from phogpt_raw.data.json_text import json_lines, json_values, lines_of
 from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
-from phogpt_raw.data.tables import one_line, parquet, sheets, text_table
+from phogpt_raw.data.tables import one_line, parquet, text_table
+from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "table", ".tsv": "table",
@@ -41,7 +43,7 @@ class Source:
 
     def not_read(self) -> list[Path]:
         """The other files of a folder."""
-        folder = Path(self.name).expanduser()
+        folder = expanded(self.name)
         return [file for file in sorted(folder.rglob("*"))
                 if file.is_file() and file not in self.files] if folder.is_dir() else []
 
@@ -60,10 +62,10 @@ class Source:
 def find_source(spec: str) -> Source:
     """What a --data names: FILE, FOLDER, FILE=WEIGHT, or owner/name:split@revision of the hub."""
     weight = 1.0
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if not path.exists() and (weighted := re.fullmatch(r"(.+)=([\d.]+)", spec)):
         spec, weight = weighted[1], number(weighted[2], spec)
-        path = Path(spec).expanduser()
+        path = expanded(spec)
     if path.is_dir():
         return Source(spec, in_folder(path), None, weight)
     if path.exists():

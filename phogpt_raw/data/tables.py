@@ -1,4 +1,4 @@
-"""Tables become records: text with any delimiter, sheets of Excel, parquet.
+"""Tables become records: text with any delimiter, and parquet.
 
 The first row names the columns. A quote or a comma too much moves texts into other columns or
 swallows rows, so every row must have as many cells as there are names, and a quoted cell must end
@@ -20,7 +20,6 @@ from phogpt_raw.refusal import Refusal
 DELIMITERS = ",;\t|"
 MOST_LINES = 1000  # of a quoted cell; one that is longer has lost its end
 LIKE_ROWS = 10  # lines within a cell that look like rows: so many are not a text
-WHOLE = 2**53  # integers above are not exact in Excel
 
 
 class Text:
@@ -164,80 +163,6 @@ def rows_within(cell: str, names: list[str], delimiter: str) -> int:
     inside = [line for line in cell.split("\n")[1:-1] if line.strip()]
     like = sum(line.count(delimiter) == len(names) - 1 for line in inside)
     return like if len(names) > 1 and like >= 2 and like >= 0.9 * len(inside) else 0
-
-
-def sheets(path: Path, name: str, findings: Findings) -> Iterator[Record | Bad]:
-    """The rows of an .xlsx file: of its first sheet that holds any, and of those like it."""
-    try:
-        from openpyxl import load_workbook
-    except ImportError:
-        raise Refusal(f"{name}: Excel files are read by openpyxl, which is not installed: "
-                      f"pip install openpyxl; or save the file as .csv") from None
-    first = None
-    try:
-        with path.open("rb") as content, path.open("rb") as again:
-            formulas = load_workbook(content, read_only=True)
-            values = load_workbook(again, read_only=True, data_only=True)
-            for sheet, shown in zip(formulas.worksheets, values.worksheets, strict=True):
-                rows = ((number, pair) for number, pair in enumerate(
-                    zip(sheet.iter_rows(), shown.iter_rows(), strict=True), 1)
-                    if any(cell.value not in (None, "") for cell in pair[0]))
-                names = None
-                for number, (as_typed, as_shown) in rows:
-                    where = f"{name}:{number}"
-                    if names is None:
-                        names = header(as_typed, where)
-                        if first is not None and names != first:
-                            findings.note("sheet", where, sheet.title)
-                            break
-                        first = names
-                    else:
-                        yield sheet_row(names, as_typed, as_shown, where, findings)
-    except Refusal:
-        raise
-    except Exception as error:  # whatever a broken archive or broken XML raises
-        raise Refusal(f"{name}: cannot be read as .xlsx ({one_line(error)}); save it again, or as "
-                      f".csv") from None
-
-
-def header(cells, where: str) -> list[str]:
-    names = [cell.value for cell in cells]
-    while names and names[-1] is None:
-        names.pop()
-    wrong = next((value for value in names if not isinstance(value, str | None)), None)
-    if wrong is not None:
-        raise Refusal(f"{where}: this row should name the columns, and holds {wrong}")
-    return columns([value or "" for value in names], where)
-
-
-def sheet_row(names: list[str], as_typed, as_shown, where: str, findings: Findings
-              ) -> Record | Bad:
-    found = {}
-    for n, (typed, shown) in enumerate(zip(as_typed, as_shown, strict=True)):
-        column = names[n] if n < len(names) else f"column {n + 1}"
-        value = shown.value
-        if typed.value is None or column in found:
-            continue
-        if typed.data_type == "f":
-            if value is None:
-                return Bad(where, f"{column} is a formula without a saved value; open and save "
-                                  f"the file in Excel")
-            findings.note("formula", where, str(typed.value))
-        if typed.data_type == "e" or shown.data_type == "e":
-            return Bad(where, f"{column} is an error of Excel, {value}; write the text")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if value != int(value) or abs(value) >= WHOLE or typed.number_format not in (
-                    "General", "0", "@"):
-                return Bad(where, f"{column} is a number that Excel shows in its own way; format "
-                                  f"the column as text and type it again")
-            findings.note("number", where, str(int(value)))
-            value = str(int(value))
-        elif not isinstance(value, str):
-            kind = "true or false" if isinstance(value, bool) else "a date or a time"
-            return Bad(where, f"{column} is not text but {kind}; format the column as text and "
-                              f"type it again")
-        found[column] = value
-    return Record(found, where)
 
 
 def parquet(path: Path, name: str) -> Iterator[Record]:

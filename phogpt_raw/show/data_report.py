@@ -10,6 +10,7 @@ from phogpt_raw.messages import _
 from phogpt_raw.show.console import listing, one_line
 
 BARS = "▁▂▃▄▅▆▇█"
+USUAL = ("turns", "text", "system")  # notes on what is as it should be
 EXCERPT = 60  # letters of a question or an answer
 
 
@@ -39,7 +40,7 @@ def found(report: Report) -> dict[str, str]:
 
 def format_line(findings: Findings) -> str:
     """The fields that were used and how many rows have them, and those that were not."""
-    used = [_("{fields} ({n:,} rows)", fields=note.example, n=note.count)
+    used = [_("{fields}: {n:,}", fields=note.example, n=note.count)
             for kind, note in findings.notes.items() if kind.startswith("format ")]
     unused = [note.example for kind, note in findings.notes.items() if kind.startswith("unused ")]
     text = "; ".join(used)
@@ -77,54 +78,52 @@ def histogram(lengths: Lengths) -> str:
 def fit_line(report: Report, config: Config) -> str:
     notes = report.findings.notes
     split, dropped = (notes[kind].count if kind in notes else 0 for kind in ("split", "dropped"))
-    text = _("{share:.1%} of {n:,} rows fit --max-len {limit:,}", share=report.fits,
+    text = _("--max-len {limit:,} is enough for {share:.1%} of {n:,}", share=report.fits,
              n=report.findings.good, limit=config.max_len)
     if split:
-        text += _("; {n:,} are split into several", n=split)
+        text += _("; split into several: {n:,}", n=split)
     if dropped:
-        text += _("; {n:,} are dropped", n=dropped)
+        text += _("; dropped: {n:,}", n=dropped)
     return text
 
 
 def note_lines(report: Report) -> list[str]:
     """What was found in the rows, and what was done about it."""
-    twice = [_("{n:,} rows are there already", n=report.duplicates)] if report.duplicates else []
+    twice = [_("rows that are there already: {n:,}", n=report.duplicates)]
     texts = (note_text(kind, note) for kind, note in report.findings.notes.items())
-    return [*twice, *filter(None, texts)]
+    return [*(twice if report.duplicates else []), *filter(None, texts)]
 
 
 def note_text(kind: str, note: Note) -> str | None:
     """A note in words; None where another line says it."""
     values = dict(n=note.count, where=note.where, name=note.example)
-    return {
-        "turns": _("{n:,} conversations of several turns", **values),
-        "text": _("{n:,} texts, learned whole", **values),
-        "template": _("{n:,} rows wear PhoGPT's template; it is taken off, and the run's own put "
-                      "on (the first: {where})", **values),
-        "system": _("{n:,} rows have a system text; it stands before the first question",
+    text = {
+        "turns": _("conversations of several turns: {n:,}", **values),
+        "text": _("texts, learned whole: {n:,}", **values),
+        "template": _("rows in PhoGPT's template, which the run's replaces: {n:,}", **values),
+        "system": _("rows with a system text, which is put before the first question: {n:,}",
                     **values),
-        "open question": _("{n:,} conversations end with a question, which is left out (the "
-                           "first: {where})", **values),
-        "template inside": _("{n:,} rows have ### Câu hỏi: or ### Trả lời: inside a text (the "
-                             "first: {where})", **values),
-        "no diacritics": _("{n:,} rows have no Vietnamese letters at all (the first: {where})",
+        "open question": _("conversations that end with a question, which is left out: {n:,}",
                            **values),
-        "mojibake": _("{n:,} rows look like UTF-8 that was read as Windows-1252, such as á»Ÿ for ở "
-                      "(the first: {where})", **values),
-        "lost letters": _("{n:,} rows have letters that were lost, � (the first: {where})",
-                          **values),
-        "control": _("{n:,} rows have control characters, which the model does not see (the "
-                     "first: {where})", **values),
-        "cp1258": _("{where} is in Windows-1258 and was read as such", **values),
-        "like rows": _("{n:,} quoted cells hold lines that look like rows (the first: {where}); a "
-                       "quote too much?", **values),
-        "formula": _("{n:,} cells are formulas, whose saved values are used (the first: {where})",
+        "template inside": _("rows with ### Câu hỏi: or ### Trả lời: inside a text: {n:,}",
+                             **values),
+        "no diacritics": _("rows without any Vietnamese letters: {n:,}", **values),
+        "mojibake": _("rows that seem to be UTF-8 read as Windows-1252, such as á»Ÿ for ở: {n:,}",
+                      **values),
+        "lost letters": _("rows with lost letters (�): {n:,}", **values),
+        "control": _("rows with control characters, which the model does not see: {n:,}",
                      **values),
-        "number": _("{n:,} cells are numbers, taken as their digits (the first: {where})",
-                    **values),
-        "sheet": _("{n:,} sheets have other columns and are not read (the first: {name})",
-                   **values),
-        "file": _("{n:,} files are not read (the first: {name})", **values),
+        "like rows": _("quoted cells with lines that look like rows (a quote too much?): {n:,}",
+                       **values),
+        "formula": _("cells with formulas, whose saved values are used: {n:,}", **values),
+        "number": _("cells with numbers, taken as their digits: {n:,}", **values),
+    }.get(kind)
+    if text:
+        return text if kind in USUAL else text + _(" (the first: {where})", where=note.where)
+    return {
+        "cp1258": _("{where} is in Windows-1258 and was read as such", **values),
+        "sheet": _("sheets with other columns, not read: {n:,} (the first: {name})", **values),
+        "file": _("files not read: {n:,} (the first: {name})", **values),
         "beside the list": _("not used beside the list of rows: {name}", **values),
     }.get(kind)
 

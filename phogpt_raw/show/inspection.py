@@ -19,7 +19,7 @@ def show(job: Job) -> None:
         if job.config.json:
             print(json.dumps(as_lists(examples), ensure_ascii=False))
         else:
-            heading(_("row {n}: {examples:,} examples, {tokens:,} of {length:,} tokens", n=number,
+            heading(_("row {n}: {tokens:,} of {length:,} tokens; examples: {examples:,}", n=number,
                       examples=len(examples), tokens=sum(len(e.ids) for e in examples),
                       length=length))
             for place, example in enumerate(examples):

@@ -51,10 +51,10 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
         _("folder"): f"{run.folder}" + (
             _(", resumed after step {n}", n=run.state.step) if run.state.step else ""),
     })
-    for fault in run.damaged:
-        say(_("not used: {fault}", fault=fault))
     if job.examples.report:
         data_report.show(job.tokenizer, job.examples, config)
+    for fault in run.damaged:
+        say(_("not used: {fault}", fault=fault))
     if longest > shape.max_seq_len:
         say(_("the longest row is longer than the {n} tokens that the model was trained for",
               n=shape.max_seq_len))
