@@ -4,7 +4,7 @@
     python generate.py --model vinai/PhoGPT-4B-Chat "Phở bò là gì?"
     python generate.py --adapter runs/nano-001 --temperature 0.7 "Trà đá là gì?"
     python generate.py --adapter runs/nano-001 --chat
-    python generate.py --adapter RUN --input questions.jsonl --output answers.jsonl
+    python generate.py --adapter RUN --input ask.txt --output answers.jsonl
     python generate.py --adapter RUN --eval rows.jsonl --output scores.json
     python generate.py --adapter runs/nano-001 --serve 8000
 

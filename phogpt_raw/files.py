@@ -21,7 +21,7 @@ LOCK = ".lock"  # in a folder that is being written; its content tells whose it 
 SIGN = b"a folder that phogpt-raw is writing\n"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's, which has no number
-CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def expanded(path: str | Path) -> Path:
@@ -29,8 +29,8 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise Refusal(f"{path}: no user of that name has a home folder here; write ./{path} if it "
-                      f"is a file's name") from None
+        raise Refusal(f"{path}: no user of that name has a home folder here; write the whole path "
+                      f"if it is a file's name") from None
 
 
 @contextmanager
@@ -77,6 +77,8 @@ def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
         try:
             unfinished.mkdir(parents=True)
         except FileExistsError:
+            if not os.path.lexists(unfinished):  # a link that leads nowhere
+                raise Refusal(f"{unfinished.parent}: is not a folder; name another place") from None
             if not (ours or is_ours(unfinished)):
                 raise Refusal(f"{unfinished}: is in the way, because {folder} is written under "
                               f"that name; move it away, or name another folder") from None
@@ -159,6 +161,8 @@ def in_words(path: Path) -> Iterator[None]:
         if number in FULL or CUT_SHORT.match(str(error)):
             raise Refusal(f"{path.parent}: the disk is full; nothing was written. Free some space, "
                           f"or name another place") from None
+        if number == errno.ENAMETOOLONG:
+            raise Refusal(f"{path.name}: the name is too long; name another") from None
         if number in CLOSED:
             raise Refusal(f"{path.parent}: cannot be written to; name another place") from None
         raise

@@ -44,6 +44,7 @@ def test_what_peft_can_have_is_read(tmp_path, changed):
     ({"r": 0}, "cannot be read|r 0 is not a whole number from 1"),
     ({"r": -1}, "r -1 is not"), ({"r": "8"}, "r '8' is not"), ({"r": True}, "r True is not"),
     ({"r": 10**9}, "r 1000000000 is not"), ({"rank_pattern": {"Wqkv": 0}}, "rank_pattern Wqkv 0"),
+    ({"rank_pattern": []}, "rank_pattern is not an object"),
     ({"rank_pattern": [1]}, "rank_pattern is not an object|cannot be read"),
     ({"rank_pattern": {"(": 2}}, "'\\(' is not a regular expression"),
     ({"lora_alpha": 0}, "lora_alpha 0 is not a positive number"),
@@ -143,7 +144,7 @@ def test_an_adapter_is_not_put_over_a_base_that_has_it_already(tmp_path):
     (other / "adapter_model.safetensors").write_bytes(b"2")
     base = tmp_path / "base"
     base.mkdir()
-    (base / "config.json").write_text(json.dumps({MERGED: adapter_hash(one)}))
+    (base / "config.json").write_text(json.dumps({MERGED: ["other", adapter_hash(one)]}))
     check_not_merged(base, other)
     with pytest.raises(Refusal, match="one is already merged into it"):
         check_not_merged(base, one)

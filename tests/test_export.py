@@ -17,6 +17,7 @@ import torch
 from phogpt_raw.export.__main__ import main
 from phogpt_raw.export.merge import Merger
 from phogpt_raw.files import UNFINISHED
+from phogpt_raw.model.checkpoint_format import parameter_shapes
 
 pytest.importorskip("gguf")
 ROOT = Path(__file__).parents[1]
@@ -152,7 +153,7 @@ def test_a_run_over_plain_weights_is_compared_with_those(first_command, tmp_path
     export(run, tmp_path / "out", "--merged", "--dtype", "fp32")
     said = " ".join(capsys.readouterr().out.split())
     assert "beside the adapter on its base" in said and "the same in 100.0%" in said
-    assert "trained on weights rounded to 4 bits" not in said
+    assert "weights are rounded to 4 bits;" not in said
 
 
 def test_a_merge_far_from_the_adapter_is_warned_of(first_command, tmp_path, capsys, monkeypatch):
@@ -223,6 +224,8 @@ def test_a_signal_leaves_nothing(tiny, tmp_path, signal_):
 @pytest.mark.parametrize("spoil, line", [
     (lambda base: write_json(base / "tokenizer_config.json", chat_template="{% if %}"),
      "the tokenizer's chat template cannot be used"),
+    (lambda base: (base / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+    (lambda base: (base / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be read"),
     (lambda base: write_json(base / "tokenizer.json", normalizer={"type": "NFC"}),
      "not a tokenizer of PhoGPT's kind")])
 def test_what_needs_no_weights_is_refused_before_they_are_read(tmp_path, capsys, spoil, line):
@@ -270,6 +273,36 @@ def test_the_space_of_the_nf4_file_is_counted():
     merger = SimpleNamespace(config=PUBLISHED["7b5"])
     options = SimpleNamespace(merged=False, gguf=None, nf4=True)
     assert 5.4e9 < bytes_needed(options, merger, torch.float32) < 8e9
+    shapes = parameter_shapes(merger.config)
+    merger.tensors = {n: torch.empty(shape, device="meta") for n, shape in shapes.items()}
+    options = SimpleNamespace(merged=True, gguf=None, nf4=False)
+    for dtype, size in ((torch.float32, 31.2e9), (torch.bfloat16, 15.6e9)):
+        assert bytes_needed(options, merger, dtype) == pytest.approx(size, rel=0.06)
+
+
+def test_a_base_alone_is_the_base_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("phogpt_raw.export.__main__.hub_id", lambda base: "vinai/PhoGPT-4B")
+    export("nano", tmp_path / "out", "--merged")
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "base_model_relation" not in card and "A PhoGPT, vinai/PhoGPT-4B, exported" in card
+
+
+def test_a_base_in_a_folder_of_nanos_name_is_that_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, tmp_path / "nano")
+    export("./nano", tmp_path / "out", "--merged")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["n_layers"] == json.loads((tiny / "config.json").read_text())["n_layers"]
+
+
+def test_what_was_merged_stays_known_over_a_second_merge(first_command, tmp_path, capsys):
+    export(first_command / "checkpoint-30", tmp_path / "one", "--merged")
+    export(first_command, tmp_path / "two", "--merged", "--model", tmp_path / "one")
+    capsys.readouterr()
+    for again in (first_command, first_command / "checkpoint-30"):
+        with pytest.raises(SystemExit):
+            export(again, tmp_path / "three", "--merged", "--model", tmp_path / "two")
+        assert "is already merged into it" in capsys.readouterr().err
 
 
 def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
@@ -282,7 +315,7 @@ def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--merged", "--nf4", "--dtype", "fp16"], "--dtype fp16: the CPU computes in fp32 or bf16"),
+    (["--merged", "--nf4", "--dtype", "fp16"], "--dtype asks for fp16, and there is no GPU here"),
     (["--gguf", "f16", "--dtype", "fp32"], "--dtype fp32: has no effect on what is written"),
     (["--nf4", "--template", "4b-chat"], "--template 4b-chat: has no effect"),
     ([], "what to write, and where? name a folder OUT and one or more of --merged"),

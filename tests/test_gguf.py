@@ -196,3 +196,17 @@ def test_the_feed_forward_may_be_of_another_width(tmp_path):
     fields, tensors = read(tmp_path / "m")
     assert fields["mpt.feed_forward_length"] == 128
     assert list(tensors["blk.0.ffn_up.weight"].shape) == [64, 128]
+
+
+@pytest.mark.parametrize("small", [1e-5, 1.0, 3e5])
+def test_values_too_small_or_too_large_for_16_bits_are_moved_to_the_other_half(small):
+    from phogpt_raw.export.gguf import balanced
+
+    dice = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, 32, generator=dice), small * torch.randn(16, 4, generator=dice)
+    one, other = balanced(A, B)
+    assert torch.equal(other.double() @ one.double(), B.double() @ A.double())  # to the bit
+    for part in (one, other):
+        assert torch.allclose(part.half().float(), part, rtol=1e-3, atol=0)
+    zero = torch.zeros(16, 4)
+    assert torch.equal(balanced(A, zero)[0], A)

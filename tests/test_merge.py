@@ -21,6 +21,7 @@ CPU = dict(nf4=False, dtype=torch.float32, device="cpu")
 def save_adapter(base, folder, **lora):
     """A random adapter of LoraConfig's `lora` over a base; the logits that it gives."""
     model, _ = load_base(str(base), **CPU)
+    torch.manual_seed(0)  # of PEFT's new layers
     adapters = inject(model, LoraConfig(**{
         "r": 4, "lora_alpha": 8, "target_modules": ["Wqkv", "up_proj", "down_proj"],
         "task_type": "CAUSAL_LM", **lora}))

@@ -231,7 +231,7 @@ def test_its_command_for_here_is_one_that_generate_takes(card):
     import generate
 
     [command] = re.findall(r"python generate.py (.*) \"Câu hỏi của bạn\"", card())
-    assert generate.parse([*command.split(), "Câu hỏi của bạn"]).adapter.name == "FOLDER"
+    assert generate.parse([*command.split(), "Câu hỏi của bạn"]).adapter == ["FOLDER"]
 
 
 def test_its_commands_name_what_only_the_runs_folder_records(tmp_path, monkeypatch):
@@ -254,3 +254,4 @@ def test_its_commands_name_what_only_the_runs_folder_records(tmp_path, monkeypat
     for command in exports:
         options = export.parse(command.split())
         assert (options.template, options.model) == ("7b5-instruct", "BASE")
+        assert options.base_nf4 is (False if options.merged else None)

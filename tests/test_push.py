@@ -79,6 +79,14 @@ def test_of_a_run_the_adapter_its_card_and_curves_arrive_to_the_byte(hub, run_fo
     assert (asked["organization"], asked["name"], asked["visibility"]) == ("lan", "tho", "private")
 
 
+def test_an_adapter_of_another_format_is_not_taken_for_an_exported_folder(tmp_path):
+    """Its folder may hold a config.json with paths, and rows."""
+    for name in ("adapter_model.bin", "adapter_config.json", "config.json", "rows.jsonl"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(Refusal, match="holds no adapter and no exported model"):
+        files_to_push(tmp_path)
+
+
 def test_the_path_of_a_base_in_a_folder_stays_at_home(hub, run_folder):
     push(hub, run_folder, "lan/tho")
     config = json.loads(hub.files["adapter_config.json"])

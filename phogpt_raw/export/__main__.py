@@ -51,6 +51,9 @@ def parse(arguments):
     parser.add_argument("--nf4", action="store_true", help="the base's weights in NF4, as this "
                         "computer quantises them, without an adapter; train.py and generate.py "
                         "read them with --nf4-cache OUT/nf4")
+    parser.add_argument("--no-nf4", dest="base_nf4", action="store_false", default=None,
+                        help="compare --merged with the adapter over a base that is not in NF4 "
+                        "(default: as the run had it, else in NF4)")
     parser.add_argument("--model", help="the base (default: the one that the adapter names)")
     parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
     parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES],
@@ -91,8 +94,7 @@ def check(options) -> None:
 def find_adapter(options) -> None:
     """Set options.adapter, None where RUN is a base; Refusal where it should have one and has
     none."""
-    options.run = str(expanded(options.run))
-    options.adapter = Path(options.run)
+    options.adapter = expanded(options.run)
     if (options.adapter / "adapter_config.json").is_file():
         return
     none = f"{options.run}: holds no adapter (adapter_config.json)"
@@ -112,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out:
         write(options)
     if options.push:
-        folder = options.out or Path(options.run)
+        folder = options.out or expanded(options.run)
         out.print(push.in_words(folder, options.push), markup=False)
         try:
             out.print(push.push(folder, options.push), markup=False)

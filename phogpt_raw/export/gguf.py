@@ -7,6 +7,7 @@ else is refused here. Tensors are converted while they are written, some rows at
 D hidden, H heads, K head width, R rank, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -178,10 +179,20 @@ def write_adapter(merger: Merger, file: Path, kind: str = "f16") -> None:
         name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
         for adapter in layer.lora_A:
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            ratio = layer.scaling[adapter] * len(A) / alpha
-            rows += [Rows(f"{name}.lora_a", A.shape, lambda A=A: A.detach(), kind),
-                     Rows(f"{name}.lora_b", B.shape, lambda B=B, r=ratio: B.detach() * r, kind)]
+            A, B = balanced(A.detach(), B.detach() * (layer.scaling[adapter] * len(A) / alpha))
+            rows += [Rows(f"{name}.lora_a", A.shape, lambda A=A: A, kind),
+                     Rows(f"{name}.lora_b", B.shape, lambda B=B: B, kind)]
     write(writer, rows)
+
+
+def balanced(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of equal magnitude, up to a power of two, which keeps their product to the bit: the
+    values of a small B would be lost in 16 bits."""
+    largest_A, largest_B = (float(part.abs().max()) for part in (A, B))
+    if not largest_A or not largest_B:
+        return A, B
+    shift = round(math.log2(largest_A / largest_B) / 2)
+    return torch.ldexp(A, torch.tensor(-shift)), torch.ldexp(B, torch.tensor(shift))
 
 
 def check_plain(merger: Merger) -> None:

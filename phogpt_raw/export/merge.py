@@ -141,7 +141,7 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
     size = dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
     config = merged_config(merger.folder, base, dtype)
     if merger.adapter:
-        config[MERGED] = adapter_hash(merger.adapter)
+        config[MERGED] = [*config.get(MERGED, []), adapter_hash(merger.adapter)]
     write_checkpoint(folder, config,
                      progress(merger.all_merged(dtype)), shards=-(-size // SHARD),
                      kind="safetensors", tokenizer=merger.folder)

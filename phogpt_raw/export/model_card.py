@@ -78,7 +78,7 @@ model = PeftModel.from_pretrained(model, "FOLDER")
 or merge adapter and base into one 16-bit checkpoint, for programs that know PhoGPT's biases:
 
 ```bash
-python -m phogpt_raw.export FOLDER OUT --merged{export_flags}
+python -m phogpt_raw.export FOLDER OUT --merged{export_flags}{merge_flags}
 ```
 
 **With llama.cpp**, which knows the biases: merged into the base (the template is in the file),
@@ -151,7 +151,7 @@ def card(job: Job) -> str:
         question=template, escaped=template.replace("\n", "\\n"),
         project=f"phogpt-raw {version('phogpt-raw')}",
         precision=" in 4 bits" if config.nf4 else ", not quantised", flags=flags,
-        export_flags=export_flags,
+        export_flags=export_flags, merge_flags="" if config.nf4 else " --no-nf4",
         training=table(hyper_parameters(job)), data=table(data(job)),
         versions=table({package: version(package) for package in PACKAGES}),
     )

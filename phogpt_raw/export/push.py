@@ -27,7 +27,7 @@ def files_to_push(folder: Path) -> list[Path]:
         raise Refusal(f"{folder}: no such folder to upload")
     if (folder / "adapter_model.safetensors").is_file():
         return [folder / name for name in PUBLISHED if (folder / name).is_file()]
-    run = (folder / "metrics.jsonl").is_file()
+    run = any((folder / name).is_file() for name in ("metrics.jsonl", "adapter_config.json"))
     if run or not any(file for kind in EXPORTED for file in folder.glob(kind)):
         raise Refusal(f"{folder}: holds no adapter and no exported model; name the folder of a "
                       f"run that has ended, or one that python -m phogpt_raw.export has written")

@@ -47,7 +47,7 @@ def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
         said = _("The merged checkpoint ({dtype}) beside the adapter on its NF4 base, {n} "
                  "predictions in {texts} Vietnamese texts: the likeliest token is the same in "
                  "{same:.1%}; the mean divergence is {nats:.2g} nats; logits differ by at most "
-                 "{largest:.2g}. The adapter was trained on weights rounded to 4 bits; the merged "
+                 "{largest:.2g}. The NF4 base's weights are rounded to 4 bits; the merged "
                  "checkpoint has the unrounded weights.", **values)
     else:
         said = _("The merged checkpoint ({dtype}) beside the adapter on its base, {n} predictions "

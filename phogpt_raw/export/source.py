@@ -37,16 +37,17 @@ def find_source(options) -> Source:
     merger = Merger(folder, options.adapter)
     if options.adapter:
         check_not_merged(folder, options.adapter)
-    if options.gguf:
-        gguf.check_model(merger)
     if options.lora_gguf:
         gguf.check_plain(merger)
     tokenizer = read_tokenizer(folder, merger.config)
+    if options.gguf:
+        gguf.check_model(merger)
     template, _reason = choose_template(tokenizer, options.template, made.template)
     name = expanded(base).resolve().name
     if options.adapter:
         name += f" + {run_name(options.adapter)}"
-    return Source(base, revision, made.nf4, made.dtype, name, template, tokenizer, merger)
+    nf4 = made.nf4 if options.base_nf4 is None else options.base_nf4
+    return Source(base, revision, nf4, made.dtype, name, template, tokenizer, merger)
 
 
 def run_name(adapter: Path) -> str:

@@ -33,7 +33,7 @@ HONOURED = {
 PLAIN = (True, False, None, "gaussian", "orthogonal", "eva")
 BIASES = ("none", "all", "lora_only")
 HIGHEST_RANK, HIGHEST_ALPHA = 2**16, 2**20
-MERGED = "merged_adapter"  # in a merged checkpoint's config.json: the adapter's hash
+MERGED = "merged_adapters"  # in a merged checkpoint's config.json: their hashes
 
 
 def read_adapter_config(folder: Path):
@@ -107,7 +107,7 @@ def shortened(value) -> str:
 
 def pattern(fields: dict, field: str, file: Path) -> dict:
     """rank_pattern or alpha_pattern, its keys with the field's name before them."""
-    values = fields.get(field) or {}
+    values = {} if fields.get(field) is None else fields[field]
     if not isinstance(values, dict):
         raise Refusal(f"{file}: {field} is not an object")
     for name in values:
@@ -246,6 +246,6 @@ def adapter_hash(folder: Path) -> str:
 def check_not_merged(base: Path, adapter: Path) -> None:
     """Raise Refusal where the checkpoint in the folder `base` has the adapter merged into it."""
     merged = json.loads((base / "config.json").read_text("utf-8")).get(MERGED)
-    if merged and merged == adapter_hash(adapter):
+    if merged and adapter_hash(adapter) in merged:
         raise Refusal(f"--model {base}: the adapter {adapter} is already merged into it; leave out "
                       f"the adapter, or name the base without it")
