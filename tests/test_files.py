@@ -53,7 +53,8 @@ def test_a_full_or_closed_disk_is_one_line(tmp_path, code, line):
 def test_a_name_that_cannot_be_is_one_line(tmp_path, name):
     (tmp_path / "taken").write_text("a file")
     for writer in (whole_file, whole_folder):
-        with pytest.raises(Refusal, match="cannot be written to|the name is too long"), writer(tmp_path / name) as made:
+        with (pytest.raises(Refusal, match=r"cannot be written to|the name is too long"),
+              writer(tmp_path / name) as made):
             made.write_text("x")
     assert [f.name for f in tmp_path.iterdir()] == ["taken"]
 

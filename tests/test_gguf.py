@@ -198,7 +198,7 @@ def test_the_feed_forward_may_be_of_another_width(tmp_path):
     assert list(tensors["blk.0.ffn_up.weight"].shape) == [64, 128]
 
 
-@pytest.mark.parametrize("small", [1e-5, 1.0, 3e5])
+@pytest.mark.parametrize("small", [1e-6, 1.0, 3e5])
 def test_values_too_small_or_too_large_for_16_bits_are_moved_to_the_other_half(small):
     from phogpt_raw.export.gguf import balanced
 
@@ -207,6 +207,6 @@ def test_values_too_small_or_too_large_for_16_bits_are_moved_to_the_other_half(s
     one, other = balanced(A, B)
     assert torch.equal(other.double() @ one.double(), B.double() @ A.double())  # to the bit
     for part in (one, other):
-        assert torch.allclose(part.half().float(), part, rtol=1e-3, atol=0)
+        assert (part.half().float() - part).abs().max() < 1e-3 * part.abs().max()
     zero = torch.zeros(16, 4)
     assert torch.equal(balanced(A, zero)[0], A)
