@@ -19,6 +19,7 @@ from phogpt_raw.serve.worker import Worker
 
 HERE = "127.0.0.1"
 GRACE_S = 600  # for the last answers; then their connections are closed
+JOIN_S = 30
 SWITCH_S = 5e-4  # after which a thread gives way: the engines' thread must not wait for the server
 
 
@@ -59,16 +60,33 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
                   url=f"http://{shown(host)}:{listening.getsockname()[1]}"))
 
         def handle_exit(self, number, frame) -> None:
-            worker.close()
-            super().handle_exit(number, frame)
+            """The first signal lets answers be finished, the second breaks them off, the third
+            does not wait for the clients."""
+            times = len(self._captured_signals)
+            worker.close(finish=not times)
+            if times < 2:
+                self._captured_signals.append(number)
+                self.should_exit = True
+            else:
+                super().handle_exit(number, frame)
+
+        async def shutdown(self, sockets=None) -> None:
+            if worker.answering:
+                say(_("finishing {n} answers (Ctrl-C breaks them off)", n=worker.answering))
+            await super().shutdown(sockets)
 
     worker.start()
     sys.setswitchinterval(SWITCH_S)
     app = create_app(worker, answers, key=key, host=host, defaults=defaults)
-    Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning",
-                          access_log=False, server_header=False, date_header=False,
-                          proxy_headers=False, timeout_graceful_shutdown=GRACE_S)
-           ).run(sockets=[listening])
+    server = Server(uvicorn.Config(
+        app, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False,
+        server_header=False, date_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=GRACE_S))
+    try:
+        server.run(sockets=[listening])
+    finally:  # the interpreter must not end while the thread computes
+        worker.close(finish=False)
+        worker.thread.join(JOIN_S)
 
 
 def say(line: str) -> None:
