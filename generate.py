@@ -1,129 +1,155 @@
-"""Ask a fine-tuned PhoGPT, or the base alone:
+"""Ask a fine-tuned PhoGPT a question, or a base without an adapter.
 
     python generate.py --adapter runs/nano-001 "Phở bò là gì?"
     python generate.py --model vinai/PhoGPT-4B-Chat "Phở bò là gì?"
-    python generate.py --adapter runs/nano-001 --temperature 0.7 --top-p 0.9 "Phở bò là gì?"
+    python generate.py --adapter runs/nano-001 --temperature 0.7 "Trà đá là gì?"
+    python generate.py --adapter runs/nano-001 --chat
+    python generate.py --adapter runs/nano-001 --input questions.jsonl --output answers.jsonl
+    python generate.py --adapter runs/nano-001 --eval rows.jsonl --output scores.json
     python generate.py --adapter runs/nano-001 --serve 8000
 
-Greedy unless --temperature is given, streamed as it is written, ended by the model's own </s>.
+The answer is shown while it is written. It ends where the model writes its end token </s>. Without
+--temperature each token is the most likely one.
 """
 
 import argparse
-import codecs
 import sys
-import time
 import unicodedata
+from pathlib import Path
 
 import torch
 
-from phogpt_raw.cards import DTYPES, recorded_dtype, this_card
+from phogpt_raw.cards import DTYPES
 from phogpt_raw.command_line import Parser
-from phogpt_raw.config import check_nf4_cache
-from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
+from phogpt_raw.data.conversations import parse_map
+from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
-from phogpt_raw.decode.text import TextStream, loops
 from phogpt_raw.messages import _
-from phogpt_raw.model.adapter_config import Origin, check_not_merged, chosen_base, read_origin
-from phogpt_raw.model.adapters import load_adapters
-from phogpt_raw.model.weights import (
-    WITHOUT_WEIGHTS,
-    find_folder,
-    load_base,
-    read_config,
-    read_tokenizer,
-)
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.serve.models import named_adapters
 from phogpt_raw.serve.start import serve
+from phogpt_raw.talk.answers import answer_file
+from phogpt_raw.talk.conversation import chat
+from phogpt_raw.talk.loading import Found, find
+from phogpt_raw.talk.question import read_question
+from phogpt_raw.talk.score import evaluate
+from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream, tokens
 
 
 def parse(arguments):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", nargs="?", help="what to ask; - reads it from standard input")
+    parser = Parser(usage="%(prog)s [options] [question]", description=__doc__)
+    parser.add_argument("question", nargs="?", help="the question; - reads it from standard input")
+    parser.add_argument("--chat", action="store_true",
+                        help="a conversation; from a pipe, one question per line")
+    parser.add_argument("--system", default="", metavar="TEXT",
+                        help="with --chat: what stands before the first question")
+    parser.add_argument("--input", metavar="FILE", help="answer the questions of a file, of any "
+                        "kind that train.py reads, or a text file with one question per line")
+    parser.add_argument("--eval", metavar="FILE", help="score the answers to the rows of a file, "
+                        "with and without the adapter")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="with --input: the answers, "
+                        "one JSON line each; with --eval: the scores, and a page of answers")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N",
+                        help="with --input: N answers to each question (default 1)")
+    parser.add_argument("--map", metavar="FIELD=NAME,…", help="with --input and --eval: what the "
+                        "columns of the file mean, as for train.py")
     parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR",
-                        help="the folder of a run, or of a checkpoint; with --serve several, each "
-                        "under a name")
-    parser.add_argument("--model", help="the base (default: the one the adapter names, or nano)")
-    parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
+                        help="folder of a run or of one of its checkpoints; with --serve several, "
+                        "each under a name")
+    parser.add_argument("--model", metavar="BASE", help="nano, a folder or a hub id (default: the "
+                        "adapter's base; without --adapter nano)")
+    parser.add_argument("--revision", metavar="TEXT",
+                        help="branch, tag or commit of the hub repository")
     parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES],
-                        help="around the question (default: the run's, else the tokenizer's)")
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=256,
-                        help="tokens of the answer, at most (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.0,
-                        help="draw tokens at random; 1: as the model weighs them, less: the "
-                        "likelier ones more often (default 0: always the likeliest)")
-    parser.add_argument("--top-k", "--top_k", type=int, default=0,
-                        help="draw from the K likeliest tokens (default 0: from all)")
-    parser.add_argument("--top-p", "--top_p", type=float, default=1.0,
-                        help="draw from the likeliest that together have this probability")
-    parser.add_argument("--min-p", "--min_p", type=float, default=0.0,
-                        help="draw from those at least this likely, beside the likeliest")
-    parser.add_argument("--repetition-penalty", "--repetition_penalty", type=float, default=1.0,
-                        help="above 1: tokens that have been written become less likely")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default 0)")
+                        help="prompt template (default: the run's; without a run the tokenizer's)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N",
+                        help="most tokens in the answer (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                        help="draw each token at random. 1: with the model's probabilities; below "
+                        "1: likely tokens more often (default 0: always the most likely token)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K",
+                        help="draw from the K most likely tokens only (default 0: from all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="draw from the most likely tokens only, as many as have the "
+                        "probability P together (default 1: from all)")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="P",
+                        help="draw only from tokens with at least P times the probability of the "
+                        "most likely one (default 0: from all)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
+                        help="above 1: makes tokens that are already there less likely (default 1)")
+    parser.add_argument("--seed", type=int, metavar="N",
+                        help="with --temperature: the same seed draws the same answer (default 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="end the answer before this text; may be given several times")
-    parser.add_argument("--stats", action="store_true", help="say how fast it was, and the memory")
+    parser.add_argument("--stats", action="store_true",
+                        help="print the speed, and on a GPU the memory")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                        help="of the activations (default: the run's, where the card has it)")
-    parser.add_argument("--nf4", action="store_true", default=None,
-                        help="the base in 4 bits (default: as the run had it, else yes)")
-    parser.add_argument("--no-nf4", "--no_nf4", dest="nf4", action="store_false")
-    parser.add_argument("--nf4-cache", "--nf4_cache", metavar="DIR",
-                        help="a folder that keeps the quantised base: later starts are faster")
-    parser.add_argument("--no-capture", "--no_capture", dest="capture", action="store_false",
-                        help="on a GPU: without CUDA graphs")
+                        help="data type of activations (default: the run's, if this computer "
+                        "computes in it)")
+    parser.add_argument("--nf4", action=argparse.BooleanOptionalAction,
+                        help="keep the base in 4 bits (default: as in the run; without a run yes)")
+    parser.add_argument("--nf4-cache", metavar="DIR",
+                        help="folder that keeps the 4-bit base, for faster later starts")
+    parser.add_argument("--no-capture", dest="capture", action="store_false",
+                        help="on a GPU: do not use CUDA graphs")
     parser.add_argument("--serve", metavar="[HOST:]PORT",
                         help="answer requests of the chat-completions protocol, and show a page to "
-                        "chat with (default host 127.0.0.1); the flags of drawing are its defaults")
-    parser.add_argument("--api-key", "--api_key", metavar="KEY",
-                        help="with --serve: what requests must hold")
-    parser.add_argument("--slots", type=int, metavar="N",
-                        help="with --serve: answers written at once (default 8, or as many as fit)")
+                        "chat with (default host 127.0.0.1); the flags of sampling are its "
+                        "defaults")
+    parser.add_argument("--api-key", metavar="KEY", help="with --serve: what requests must hold")
+    parser.add_argument("--slots", type=int, metavar="N", help="with --serve: most answers at once "
+                        "(default 8, or as many as fit into memory)")
     options = parser.parse_args(arguments)
-    if bool(options.serve) == (options.question is not None):
-        raise Refusal("give a question, or --serve PORT; see --help")
-    for flag in ("api_key", "slots"):
-        if getattr(options, flag) is not None and not options.serve:
-            raise Refusal(f"--{flag.replace('_', '-')}: is for --serve")
+    check(options)
     return options
 
 
-def from_stdin() -> str:
-    """Standard input as text, with or without the mark that Windows puts before it."""
-    read = getattr(sys.stdin, "buffer", None)
-    if read is None:
-        return sys.stdin.read()
-    content = read.read()
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return content.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError:
-        raise Refusal("the question is not UTF-8; save it as UTF-8, or type it anew") from None
+def check(options) -> None:
+    """Raise Refusal for flags that do not go together."""
+    asked = [options.question is not None, options.chat, bool(options.input), bool(options.eval),
+             bool(options.serve)]
+    if sum(asked) != 1:
+        raise Refusal("what to ask? a question, or - for standard input; or one of --chat, --input "
+                      "FILE, --eval FILE and --serve PORT")
+    only = {"system": options.chat, "output": options.input or options.eval,
+            "map": options.input or options.eval, "num_samples": options.input,
+            "stats": options.question is not None, "api_key": options.serve,
+            "slots": options.serve}
+    for name, fits in only.items():
+        if getattr(options, name) not in (None, "", 1, False) and not fits:
+            raise Refusal(f"--{name.replace('_', '-')}: has no effect here; see --help")
+    if options.input and not options.output:
+        raise Refusal("--input: name a file for the answers with --output")
+    if options.num_samples < 1:
+        raise Refusal(f"--num-samples {options.num_samples}: must be at least 1")
+    if options.num_samples > 1 and not options.temperature:
+        raise Refusal(f"--num-samples {options.num_samples}: without --temperature all are the "
+                      f"same; give it too")
 
 
 def sampling_of(options) -> Sampling:
-    """The flags of drawing; Refusal for what cannot be."""
+    """The flags of drawing; Refusal for what cannot be, --max-new-tokens too."""
     bounds = {"temperature": (0, 100), "top_k": (0, 2**31), "top_p": (0, 1), "min_p": (0, 1),
               "repetition_penalty": (0, 100), "seed": (0, 2**63 - 1)}
     for name, (low, high) in bounds.items():
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value is None:
+            continue
         if not low <= value <= high or (name in ("top_p", "repetition_penalty") and value == 0):
             raise Refusal(f"{flag} {value}: must be from {low} to {high}"
                           + (", and not 0" if low == value else ""))
-        if name in ("top_k", "top_p", "min_p") and not options.temperature \
-                and value != getattr(Sampling, name):
+        if name in ("top_k", "top_p", "min_p", "seed") and not options.temperature \
+                and value != getattr(Sampling, name, None):
             raise Refusal(f"{flag} {value}: is for drawing at random; give --temperature too")
+    if options.max_new_tokens < 1:
+        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     return Sampling(options.temperature, options.top_k, options.top_p, options.min_p,
                     options.repetition_penalty)
 
 
 def bounded(options, prompt: list[int], most: int) -> int:
     """Tokens that the answer may have, so that the model's `most` hold it and its prompt."""
-    if options.max_new_tokens < 1:
-        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     left = most - len(prompt)
     if left < 1:
         raise Refusal(f"the question is too long: {len(prompt):,} tokens of the {most:,} that the "
@@ -132,10 +158,6 @@ def bounded(options, prompt: list[int], most: int) -> int:
         say(_("(at most {n:,} tokens: the model was made for {most:,}, and the question has "
               "{prompt:,})", n=left, most=most, prompt=len(prompt)))
     return min(left, options.max_new_tokens)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 @exits_cleanly
@@ -147,77 +169,47 @@ def main(arguments: list[str] | None = None) -> None:
     if len(adapters) > 1:
         raise Refusal("--adapter: several are for --serve; give one")
     options.adapter = next(iter(adapters.values()), None)
-    question = from_stdin() if options.question == "-" else options.question
-    question = question.removeprefix("\ufeff")
-    if not question.strip():
-        raise Refusal("the question is empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in question):
-        raise Refusal("the question is not UTF-8; convert it, or type it anew")
-    sampling = sampling_of(options)
-    stops = [unicodedata.normalize("NFC", stop) for stop in options.stop]  # as answers are
-    card = this_card()
-    made = read_origin(options.adapter) if options.adapter else Origin("nano")
-    nf4 = options.nf4 if options.nf4 is not None else made.nf4
-    check_nf4_cache(options.nf4_cache, nf4=nf4)
-    dtype = recorded_dtype(card, options.dtype, made.dtype)
-    base, revision, named = chosen_base(options.adapter, made, options.model, options.revision)
-    folder = find_folder(base, revision, WITHOUT_WEIGHTS, named)
-    shape = read_config(folder)
-    if options.adapter:
-        check_not_merged(folder, options.adapter)
-    tokenizer = read_tokenizer(folder, shape)
-    template, _reason = choose_template(tokenizer, options.template, made.template)
-    prompt = encode_prompt(tokenizer, TEMPLATES[template], question)
-    most = bounded(options, prompt, shape.max_seq_len)
-    model, tokenizer = load_base(base, nf4=nf4, dtype=dtype, device=card.device,
-                                 revision=revision, nf4_cache=options.nf4_cache)
-    if options.adapter:
-        load_adapters(model, options.adapter, trainable=False)
-    stream, ids, begun, first = TextStream(tokenizer, stops), [], time.perf_counter(), None
+    stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)  # as answers are
+    how = Generation(options.max_new_tokens, sampling_of(options), options.seed or 0, stops,
+                     options.capture)
+    if options.chat:
+        chat(find(options), how, options.system.strip())
+    elif options.input:
+        answer_file(find(options), options.input, options.output, how,
+                    samples=options.num_samples, mapped=parse_map(options.map))
+    elif options.eval:
+        evaluate(find(options), options.eval, options.output, how, mapped=parse_map(options.map))
+    else:
+        one(options, read_question(options.question), how)
+
+
+def one(options, question: str, how: Generation) -> None:
+    """Answer one question."""
+    found = find(options)
+    tokenizer = found.tokenizer
+    prompt = encode_prompt(tokenizer, found.template, question)
+    most = bounded(options, prompt, found.shape.max_seq_len)
+    model, written = found.load(), Written()
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
-                capture=options.capture) as engine:
-        engine.add(0, prompt, most, options.seed, sampling)
-        shown, ended = "", False
+                capture=how.capture) as engine:
         try:
-            for token in engine.run():
-                first = first or time.perf_counter()
-                if token.id is None:
-                    ended = ended or token.stopped
-                    continue
-                ids.append(token.id)
-                shown += show(stream.put(token.id), shown)
-                if stream.stopped:
-                    ended = True
-                    engine.drop(0)
+            stream(engine, tokenizer, prompt, most, written, how)
         except KeyboardInterrupt:
-            print()
             say(_("(stopped by hand)"))
             sys.exit(130)
-    show(stream.end(), shown)
-    print()
-    if not ended:
-        text = _("(cut after {n} tokens; --max-new-tokens writes on)", n=most)
-        full = _("(cut after {n} tokens: the model was made for no more)", n=most)
-        say(full if len(prompt) + most == shape.max_seq_len else text)
-    if loops(ids):
-        say(_("(the answer repeats itself; --repetition-penalty 1.2 may help, or more training)"))
+    for line in remarks(written, most, full=len(prompt) + most == found.shape.max_seq_len):
+        say(line)
     if options.stats:
-        say(stats(card, len(prompt), len(ids), first - begun, time.perf_counter() - first))
+        say(stats(found, len(prompt), written))
 
 
-def show(text: str, shown: str) -> str:
-    """Print text, without the spaces before the first letter (4B's template begins with one)."""
-    text = text if shown else text.lstrip()
-    print(text, end="", flush=True)
-    return text
-
-
-def stats(card, prompt: int, written: int, first_s: float, then_s: float) -> str:
-    text = _("({prompt:,} tokens read, {written:,} written; the first after {first:.3f} s",
-             prompt=prompt, written=written, first=first_s)
-    if written > 1:
-        text += _(", then {rate:,.1f} tokens/s", rate=(written - 1) / then_s)
-    if card.device == "cuda":
+def stats(found: Found, prompt: int, written: Written) -> str:
+    n = len(written.ids)
+    text = _("({prompt} read, {written:,} written; the first after {first:.3f} s",
+             prompt=tokens(prompt), written=n, first=written.first_s)
+    if n > 1:
+        text += _(", then {rate:,.1f} tokens/s", rate=(n - 1) / written.then_s)
+    if found.card.device == "cuda":
         gib = torch.cuda.max_memory_allocated() / 2**30
         text += _("; at most {gib:.2f} GiB allocated", gib=gib)
     return text + ")"

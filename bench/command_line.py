@@ -32,34 +32,39 @@ class Setting:
 
 
 def parser(description: str) -> Parser:
-    built = Parser(description=description, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    built.add_argument("--card", metavar="NAME,…", help=f"simulate it: {', '.join(KNOWN)} "
-                       "(default without a GPU: t4,v100; with one: that one, beside measuring)")
+    built = Parser(usage="%(prog)s [options]", description=description)
+    built.add_argument("--card", metavar="NAME,…", help=f"simulate these GPUs: {', '.join(KNOWN)} "
+                       "(default t4,v100; on a computer with a GPU that one is measured instead)")
     built.add_argument("--measured", action=argparse.BooleanOptionalAction, default=None,
-                       help="measure here; with --cap under another card's memory")
-    built.add_argument("--model", help="nano, a folder, a hub id, or 7b5 or 4b: that shape, random "
-                       "weights (default 7b5; measured on a CPU: nano)")
-    built.add_argument("--seq-len", "--seq_len", default="", metavar="N,N,…")
-    built.add_argument("--micro-batch", "--micro_batch", default="1", metavar="N,N,…")
-    built.add_argument("--accumulate", type=count, default=1, help="micro-batches a step")
-    built.add_argument("--documents", type=count, default=1, help="packed into each row, of equal "
-                       "length")
+                       help="measure on this computer (default where it has a GPU)")
+    built.add_argument("--model", metavar="BASE", help="7b5 or 4b: that shape with random weights; "
+                       "or nano, a folder, a hub id (default 7b5; measured on a CPU: nano)")
+    built.add_argument("--seq-len", default="", metavar="N,N,…",
+                       help="tokens in a row; one result for each length")
+    built.add_argument("--micro-batch", default="1", metavar="N,N,…",
+                       help="rows that go through the model at once (default 1)")
+    built.add_argument("--accumulate", type=count, default=1, metavar="N",
+                       help="micro-batches in one step (default 1)")
+    built.add_argument("--documents", type=count, default=1, metavar="N",
+                       help="examples of equal length that are packed into each row (default 1)")
     built.add_argument("--recompute", default="auto", metavar="auto,all,none,N,…",
-                       help="blocks; auto: the least that the card forces")
-    built.add_argument("--rank", type=count, default=16)
-    built.add_argument("--dtype", default="auto", choices=CHOICES["dtype"])
-    built.add_argument("--loss-mib", "--loss_mib", type=count, default=Config.loss_mib,
-                       help=f"MiB of a chunk of logits (default {Config.loss_mib})")
-    built.add_argument("--optimizer", default=Config.optimizer, choices=CHOICES["optimizer"])
+                       help="blocks to recompute; auto: as few as memory allows (default auto)")
+    built.add_argument("--rank", type=count, default=16, metavar="N", help="LoRA rank (default 16)")
+    built.add_argument("--dtype", default="auto", choices=CHOICES["dtype"],
+                       help="data type of activations (default auto: by GPU)")
+    built.add_argument("--loss-mib", type=count, default=Config.loss_mib, metavar="N",
+                       help=f"most MiB for one chunk of logits (default {Config.loss_mib})")
+    built.add_argument("--optimizer", default=Config.optimizer, choices=CHOICES["optimizer"],
+                       help=f"default {Config.optimizer}")
     built.add_argument("--attention", default="auto", choices=ATTENTION,
-                       help="efficient: the only fused kernel a T4 and a V100 have")
+                       help="efficient: only the memory-efficient kernel, as on a T4 and a V100 "
+                       "(default auto: what torch chooses)")
     built.add_argument("--cap", type=float, default=0, metavar="GIB",
-                       help="run as on a card with this much usable memory, such as 14.56 (a T4)")
+                       help="with --measured: use only so much memory, such as 14.56 for a T4")
     built.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True,
-                       help="as CUDA graphs, on a GPU")
-    built.add_argument("--save", action="store_true", help="write a JSON to bench/results")
-    built.add_argument("--label", help="for the result's name; what the rows are for")
+                       help="run as CUDA graphs on a GPU (default on)")
+    built.add_argument("--save", action="store_true", help="write the result to bench/results")
+    built.add_argument("--label", metavar="TEXT", help="with --save: a part of the file's name")
     return built
 
 

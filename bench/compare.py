@@ -1,13 +1,12 @@
 """Write the tables of README*.md and docs/*.md from the saved results in bench/results/*.json.
 
-    python bench/compare.py             writes them between their markers
-    python bench/compare.py --simulate  simulates a T4 and a V100 again first, in a minute or two
-    python bench/compare.py --check     exit 2 where a document differs from the results
+    python bench/compare.py             write them between their markers
+    python bench/compare.py --simulate  simulate a T4 and a V100 first
+    python bench/compare.py --check     exit with 2 where a table differs
 
 A result saved on a real card (`python bench/memory.py --save`) becomes a column of its own.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -249,10 +248,11 @@ def rewritten(text: str, where: str) -> str:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 2 if it would")
-    parser.add_argument("--simulate", action="store_true", help="a T4 and a V100, both models")
+    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; exit with status 2 where a table is out of date")
+    parser.add_argument("--simulate", action="store_true",
+                        help="first simulate both models on a T4 and a V100 again")
     options = parser.parse_args(arguments)
     if options.simulate:
         simulate()

@@ -1,7 +1,7 @@
 """Bench of decoding: tokens per second of the engine and of transformers' generate.
 
-    python bench/decode.py --model 7b5 --save               on a GPU: both are measured
-    python bench/decode.py --card t4,v100                   the bound by memory, on any machine
+    python bench/decode.py --model 7b5 --save  on a GPU: both are measured
+    python bench/decode.py --card t4,v100      the bound by memory, anywhere
 
 Both sides load one checkpoint of random weights in NF4, with an adapter on all four linears. They
 write --new tokens greedily after random prompts, in turns. transformers runs as it is shipped, and
@@ -13,7 +13,6 @@ which the card copies memory are the bound: the shortest possible time of a step
 not here only the bound is given.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -144,22 +143,27 @@ def turn(options, shape: ModelConfig, sides: dict[str, Side], prompt: int, batch
 
 
 def parse(arguments):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="7b5", choices=PUBLISHED, help="random weights of that "
-                        "shape")
-    parser.add_argument("--card", metavar="NAME,…", help="the bounds of these cards (default "
-                        "without a GPU: t4,v100; with one: measure)")
-    parser.add_argument("--prompt", default="128", metavar="N,…", help="tokens (default 128)")
-    parser.add_argument("--batch", default="1,8", metavar="N,…", help="rows (default 1,8)")
-    parser.add_argument("--new", type=count, default=NEW, help=f"tokens to write (default "
-                        f"{NEW})")
-    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
-    parser.add_argument("--rank", type=count, default=16)
+    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser.add_argument("--model", default="7b5", choices=PUBLISHED, help="shape of "
+                        "the model; its weights are random (default 7b5)")
+    parser.add_argument("--card", metavar="NAME,…", help="compute the bounds of these GPUs "
+                        "(default t4,v100; on a computer with a GPU that one is measured)")
+    parser.add_argument("--prompt", default="128", metavar="N,…", help="tokens in a prompt "
+                        "(default 128)")
+    parser.add_argument("--batch", default="1,8", metavar="N,…", help="prompts that are "
+                        "answered together (default 1,8)")
+    parser.add_argument("--new", type=count, default=NEW, metavar="N",
+                        help=f"tokens to write for each prompt (default {NEW})")
+    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
+                        help="data type of activations (default fp16)")
+    parser.add_argument("--rank", type=count, default=16, metavar="N",
+                        help="LoRA rank (default 16)")
     parser.add_argument("--peers", default="shipped,static", metavar="shipped,static,none",
-                        help="transformers as shipped, and with its static cache")
-    parser.add_argument("--kernels", action="store_true", help="show the slowest of our kernels")
-    parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+                        help="transformers as it is shipped, with its static cache, or not at all "
+                        "(default shipped,static)")
+    parser.add_argument("--kernels", action="store_true",
+                        help="print the slowest kernels of this engine")
+    parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
     options.prompts = whole_numbers(options.prompt, "--prompt")
     options.batches = whole_numbers(options.batch, "--batch")

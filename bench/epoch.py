@@ -1,8 +1,8 @@
 """Bench of an epoch of short rows: seconds per example of train.py's loop and of the Trainer.
 
-    python bench/epoch.py --model 7b5 --save                on a GPU: both are measured, in turns
-    python bench/epoch.py --card t4,v100 --model 7b5        simulated, on any machine
-    python bench/epoch.py --data rows.jsonl                 a file instead of random rows
+    python bench/epoch.py --model 7b5 --save          on a GPU: measured
+    python bench/epoch.py --card t4,v100 --model 7b5  simulated, on any computer
+    python bench/epoch.py --data rows.jsonl           your rows
 
 The rows have random token ids and the lengths of 256 real pairs (lengths.json), with the loss on
 the answer. Ours is train.py with the values of the preset t4 (8 examples a step, packed, as CUDA
@@ -125,32 +125,39 @@ def measure(options, config: Config, examples: list[Example]) -> None:
 
 
 def parse(arguments):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="7b5", help="7b5 or 4b: that shape, random weights; "
-                        "simulated also nano, a folder or a hub id")
-    parser.add_argument("--card", metavar="NAME,…", help="simulate it (default without a GPU: "
-                        "t4,v100; with one: measure)")
-    parser.add_argument("--data", help="a file of rows (default: random ids, lengths.json)")
-    parser.add_argument("--tokenizer", help="that of --data's rows (default the model's; for 7b5 "
-                        "and 4b nano's)")
-    parser.add_argument("--max-len", "--max_len", type=count, default=1024)
-    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
-    parser.add_argument("--rank", type=count, default=16)
+    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser.add_argument("--model", default="7b5", metavar="BASE", help="7b5 or 4b: that shape with "
+                        "random weights; with --card also nano, a folder, a hub id (default 7b5)")
+    parser.add_argument("--card", metavar="NAME,…", help="simulate these GPUs (default t4,v100; on "
+                        "a computer with a GPU that one is measured instead)")
+    parser.add_argument("--data", metavar="FILE",
+                        help="rows (default: random tokens with the lengths of lengths.json)")
+    parser.add_argument("--tokenizer", metavar="BASE", help="its tokenizer counts the tokens of "
+                        "--data (default the model's; for 7b5 and 4b nano's)")
+    parser.add_argument("--max-len", type=count, default=1024, metavar="N",
+                        help="most tokens in one example (default 1024)")
+    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
+                        help="data type of activations (default fp16)")
+    parser.add_argument("--rank", type=count, default=16, metavar="N",
+                        help="LoRA rank (default 16)")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
-                        help="the examples of a step of ours share rows")
-    parser.add_argument("--batch-tokens", "--batch_tokens", type=count, metavar="N",
-                        help="a step of ours: at most so many tokens, in place of 8 examples")
-    parser.add_argument("--recompute", default="auto", metavar="auto,all,none,N", help="of ours")
-    parser.add_argument("--loss-mib", "--loss_mib", type=count, default=Config.loss_mib)
-    parser.add_argument("--epochs", type=float, default=4, help="of the run whose last one is "
-                        "steady (default 4)")
+                        help="this loop puts several examples into one row (default on)")
+    parser.add_argument("--batch-tokens", type=count, metavar="N",
+                        help="most tokens in one step of this loop (default: 8 examples)")
+    parser.add_argument("--recompute", default="auto", metavar="auto,all,none,N",
+                        help="blocks that this loop recomputes (default auto)")
+    parser.add_argument("--loss-mib", type=count, default=Config.loss_mib, metavar="N",
+                        help=f"most MiB for one chunk of logits (default {Config.loss_mib})")
+    parser.add_argument("--epochs", type=float, default=4, metavar="X", help="epochs of the run "
+                        "whose last epoch is the steady one (default 4)")
     parser.add_argument("--trainer", default="1,8,16", metavar="N,…",
-                        help="rows at once of the Trainer; none: ours alone (default 1,8,16)")
-    parser.add_argument("--pairs", type=count, default=1, help="turns of each")
+                        help="rows that the Trainer takes at once; none: measure this loop only "
+                        "(default 1,8,16)")
+    parser.add_argument("--pairs", type=count, default=1, metavar="N",
+                        help="how often both are measured in turn (default 1)")
     parser.add_argument("--cap", type=float, default=14.56, metavar="GIB",
-                        help="the card's usable memory; 0: all there is (default 14.56, a T4)")
-    parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+                        help="use only so much memory; 0: all (default 14.56, a T4's)")
+    parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
     options.trainers = ([] if options.trainer == "none"
                         else whole_numbers(options.trainer, "--trainer"))

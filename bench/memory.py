@@ -1,8 +1,8 @@
 """Bench of memory: the peak of a training step. Will it fit?
 
-    python bench/memory.py                                      PhoGPT-7B5 on a T4 and a V100
+    python bench/memory.py                         7B5 on a T4 and a V100
     python bench/memory.py --card t4 --model 4b --seq-len 4096,8192
-    python bench/memory.py --measured --cap 14.56               on this GPU, with a T4's memory
+    python bench/memory.py --measured --cap 14.56  on this GPU, as a T4
 
 The step is train.py's own. Without a GPU it is simulated for each card, on tensors without values.
 On a GPU it is measured, and simulated for comparison.

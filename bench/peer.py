@@ -1,7 +1,7 @@
 """Bench of steps: this loop against transformers' Trainer + PEFT + bitsandbytes.
 
     python bench/peer.py --model 7b5 --work 1x512,1x1024,1x2048 --save
-    python bench/peer.py --model 7b5 --work 8x512 --dtype bf16 --cap 0 --loss-mib 1024 --save
+    python bench/peer.py --work 8x512 --dtype bf16 --cap 0 --loss-mib 1024
 
 Each side is a process. Both load one checkpoint of random weights and the same adapters, and train
 on the same tokens. The biases are zero, because transformers' MPT has none: so both compute the
@@ -12,7 +12,6 @@ The peer is set up as its users do: gradient checkpointing, paged_adamw_8bit, mi
 on all four linears. Needs a GPU with room for both at once.
 """
 
-import argparse
 import re
 import statistics
 import tempfile
@@ -91,22 +90,30 @@ def summary(row: dict) -> dict:
 
 
 def parse(arguments):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="7b5", help="7b5 or 4b: that shape, random weights")
-    parser.add_argument("--work", default="1x512,1x1024,1x2048", metavar="BxL,…")
-    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
+    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser.add_argument("--model", default="7b5", metavar="BASE",
+                        help="7b5 or 4b: that shape with random weights (default 7b5)")
+    parser.add_argument("--work", default="1x512,1x1024,1x2048", metavar="BxL,…",
+                        help="rows x tokens of a step (default 1x512,1x1024,1x2048)")
+    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
+                        help="data type of activations (default fp16)")
     parser.add_argument("--cap", type=float, default=14.56, metavar="GIB",
-                        help="the card's usable memory; 0: all there is (default 14.56, a T4)")
-    parser.add_argument("--recompute", default="none", metavar="all,none,N", help="of ours")
-    parser.add_argument("--rank", type=count, default=16)
-    parser.add_argument("--loss-mib", "--loss_mib", type=count, default=Config.loss_mib)
-    parser.add_argument("--losses", type=count, default=50, help="steps whose losses are "
-                        "compared")
-    parser.add_argument("--pairs", type=count, default=3)
-    parser.add_argument("--steps", type=count, default=8, help="timed steps a run")
-    parser.add_argument("--warmup", type=count, default=4)
-    parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+                        help="use only so much memory; 0: all (default 14.56, a T4's)")
+    parser.add_argument("--recompute", default="none", metavar="all,none,N",
+                        help="blocks that this loop recomputes (default none)")
+    parser.add_argument("--rank", type=count, default=16, metavar="N",
+                        help="LoRA rank (default 16)")
+    parser.add_argument("--loss-mib", type=count, default=Config.loss_mib, metavar="N",
+                        help=f"most MiB for one chunk of logits (default {Config.loss_mib})")
+    parser.add_argument("--losses", type=count, default=50, metavar="N",
+                        help="steps whose losses are compared (default 50)")
+    parser.add_argument("--pairs", type=count, default=3, metavar="N",
+                        help="how often both are measured in turn (default 3)")
+    parser.add_argument("--steps", type=count, default=8, metavar="N",
+                        help="timed steps in each turn (default 8)")
+    parser.add_argument("--warmup", type=count, default=4, metavar="N",
+                        help="steps before them (default 4)")
+    parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(, ?[1-9]\d*x[1-9]\d*)*", options.work):
         raise Refusal(f"--work {options.work}: rows x tokens, such as 1x512,8x512")

@@ -8,7 +8,6 @@ bias included. The calls use more copies of the matrix than the GPU's cache hold
 layers of a model. TB/s: of the matrix's 4 bits and scales.
 """
 
-import argparse
 import statistics
 
 import torch
@@ -73,12 +72,14 @@ def measure(out_features: int, width: int, rows: list[int], dtype: torch.dtype) 
 
 
 def parse(arguments):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="7b5", choices=PUBLISHED)
-    parser.add_argument("--rows", default="1,2,4,8,16", metavar="N,…")
-    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"))
-    parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser.add_argument("--model", default="7b5", choices=PUBLISHED,
+                        help="the model whose matrices have these shapes (default 7b5)")
+    parser.add_argument("--rows", default="1,2,4,8,16", metavar="N,…",
+                        help="rows that are multiplied with a matrix (default 1,2,4,8,16)")
+    parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
+                        help="data type of the rows (default fp16)")
+    parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
     options.counts = whole_numbers(options.rows, "--rows")
     if max(options.counts) > MOST:

@@ -1,8 +1,8 @@
 """Bench of time: seconds of a training step. How long will an example take?
 
-    python bench/step_time.py                               PhoGPT-7B5 on a T4 and a V100
-    python bench/step_time.py --data rows.jsonl --epochs 3  the rows of a file, hours of a run
-    python bench/step_time.py --measured --seq-len 512      on this GPU
+    python bench/step_time.py                           7B5 on a T4 and a V100
+    python bench/step_time.py --data rows.jsonl         hours for your rows
+    python bench/step_time.py --measured --seq-len 512  on this GPU
 
 The step is train.py's own. Without a GPU it is simulated for each card: every operation takes the
 time of its arithmetic or of its memory access, whichever is longer, at the card's sustained rates.
@@ -126,17 +126,23 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line.parser(__doc__)
-    parser.add_argument("--steps", type=count, default=10, help="timed steps a row")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--data", help="a file of rows: seconds per example, hours of a run")
-    parser.add_argument("--epochs", type=float, default=3, help="epochs over --data")
+    parser.add_argument("--steps", type=count, default=10, metavar="N",
+                        help="with --measured: timed steps for each result (default 10)")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N",
+                        help="with --measured: steps before them (default 3)")
+    parser.add_argument("--data", metavar="FILE",
+                        help="rows: print the seconds per example and the hours of a run")
+    parser.add_argument("--epochs", type=float, default=3, metavar="X",
+                        help="passes over --data (default 3)")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
-                        help="the examples of a step share rows, as in train.py")
-    parser.add_argument("--batch-tokens", "--batch_tokens", type=count, metavar="N",
-                        help="a step: at most so many tokens, in place of 8 examples")
-    parser.add_argument("--max-len", "--max_len", type=count, default=1024)
-    parser.add_argument("--tokenizer", help="that of --data's lengths: nano, a folder, a hub id "
-                        "(default the model's; for 7b5 and 4b nano's)")
+                        help="put several examples of --data into one row (default on)")
+    parser.add_argument("--batch-tokens", type=count, metavar="N",
+                        help="most tokens in one step over --data (default: 8 examples)")
+    parser.add_argument("--max-len", type=count, default=1024, metavar="N",
+                        help="most tokens in one example of --data (default 1024)")
+    parser.add_argument("--tokenizer", metavar="BASE", help="its tokenizer counts the tokens of "
+                        "--data: nano, a folder, a hub id (default the model's; for 7b5 and 4b "
+                        "nano's)")
     options = command_line.parse(parser, arguments)
     (measure if options.measured else simulate)(options)
 

@@ -71,21 +71,22 @@ def runs_on(built: str, arch: str) -> bool:
     return b <= a and (kind == "compute" or b // 10 == a // 10)
 
 
-def training_dtype(card: Card, asked: str = "auto") -> tuple[torch.dtype, str]:
-    """The compute dtype on `card`, and the reason for it, which is shown."""
+def training_dtype(card: Card, asked: str = "auto",
+                   by: str = "--dtype") -> tuple[torch.dtype, str]:
+    """The compute dtype on `card`, and the reason for it, which is shown. `by`: what asks for it,
+    the flag --dtype or a preset."""
     bf16 = card.capability >= (8, 0)
     if asked != "auto":
         if asked == "bf16" and card.device == "cuda" and not bf16:
-            raise Refusal(
-                f"--dtype bf16: {card.name} (compute capability {capability(card)}) only emulates "
-                f"bf16; use --dtype fp16 or leave the flag out"
-            )
+            raise Refusal(f"{by} asks for bf16, which {card.name} (compute capability "
+                          f"{capability(card)}) only emulates; give --dtype auto")
         if asked == "fp16" and card.device == "cpu":
-            raise Refusal("--dtype fp16: the CPU computes in fp32 or bf16; leave the flag out, "
-                          "or say --dtype auto where a preset asks for it")
-        return DTYPES[asked], _("asked for by --dtype")
+            raise Refusal(f"{by} asks for fp16, and there is no GPU here: the CPU computes in fp32 "
+                          f"or bf16; give --dtype auto, or plan for a card that is not here with "
+                          f"train.py --card t4 --dry-run")
+        return DTYPES[asked], _("asked for by {flag}", flag=by)
     if card.device == "cpu":
-        return torch.float32, _("the CPU has no faster one")
+        return torch.float32, _("the fastest type on a CPU")
     if bf16:
         return torch.bfloat16, _("compute capability {version} has bf16 in hardware",
                                  version=capability(card))

@@ -1,13 +1,17 @@
 """The command line of a run, built from Config's fields: default < preset < flag.
 
-A field of Config is a flag (`--micro-batch` or `--micro_batch`) and its trailing comment is the
-help text, so there is no second list to keep in step.
+A field of Config is a flag (`--micro-batch` or `--micro_batch`). Its trailing comment is the help
+text, so there is no second list that could differ.
 """
 
 import argparse
 import dataclasses
+import difflib
 import inspect
+import math
 import re
+import sys
+import textwrap
 import tomllib
 import types
 import typing
@@ -22,6 +26,7 @@ PRESETS = Path(__file__).parent / "presets"
 # Of these one is given; a flag takes the place of either in a preset.
 EITHER = (("steps", "epochs"), ("batch_size", "batch_tokens"), ("val", "hold_out"))
 ADAPTERS_OWN = ("rank", "alpha", "dropout", "targets")  # fields that --adapter decides
+SEVERAL = tuple[str, ...]  # a flag that may be given several times
 CARDS = {"T4": "t4", "V100": "v100"}  # part of a GPU's name: its preset
 
 
@@ -38,16 +43,80 @@ def field_type(field: dataclasses.Field) -> type:
     return field.type
 
 
+class Help(argparse.HelpFormatter):
+    """Wraps the paragraphs of a description; indented lines, which are commands, stay as they
+    are."""
+
+    def _fill_text(self, text, width, indent):
+        parts = [part if part.startswith(" ") else "\n".join(self._split_lines(part, width))
+                 for part in text.strip("\n").split("\n\n")]
+        return "\n\n".join(parts)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
+    """argparse's, for flags with - or _. Its errors are one line that names the flag that may have
+    been meant."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Help, **settings})
+
+    def parse_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        flags = args.index("--") if "--" in args else len(args)
+        args[:flags] = map(with_hyphens, args[:flags])
+        return super().parse_args(args, namespace)
+
     def error(self, message):
-        raise Refusal(f"{message}; see --help")
+        unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split()
+        meant = self.nearest(unknown[0]) if unknown else None
+        raise Refusal(f"{message}; " + (f"did you mean {meant}?" if meant else "see --help"))
+
+    def nearest(self, unknown: str) -> str | None:
+        """The flag of --help that is spelled most like an unknown one; None where none is like
+        it."""
+        shown = [name for action in self._actions if action.help is not argparse.SUPPRESS
+                 for name in action.option_strings if name.startswith("--")]
+        longer = [name for name in shown if name.startswith(unknown) and unknown.startswith("--")]
+        found = longer or difflib.get_close_matches(unknown, shown, 1, 0.7)
+        return found[0] if found else None
+
+
+def with_hyphens(argument: str) -> str:
+    """A flag spelled with - for _; its value, and every other argument, as it is.
+
+    >>> with_hyphens("--hold_out=a_b"), with_hyphens("a_b")
+    ('--hold-out=a_b', 'a_b')
+    """
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+
+
+def share_or_count(text: str) -> float:
+    """argparse's type for --hold-out: 32, 0.05 or 5%.
+
+    >>> share_or_count("5%"), share_or_count("32")
+    (0.05, 32.0)
+    """
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if math.isnan(value) or (text.endswith("%") and value >= 100):
+        raise argparse.ArgumentTypeError(f"{text} is no count (32) and no share (0.05 or 5%)")
+    return value / 100 if text.endswith("%") else value
+
+
+TYPES = {"hold_out": share_or_count}  # of flags that are written in more ways than their field
+METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
 def parser(description: str) -> Parser:
-    """A flag for every field, with - or _, in the groups of Config's own headings."""
+    """A flag for every field, in the groups of Config's own headings."""
     built = Parser(usage="%(prog)s [options]", description=description,
-                   argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+                   argument_default=argparse.SUPPRESS)
     nano = read_preset("nano")
     groups = {}
     for title, names in headings().items():
@@ -55,21 +124,17 @@ def parser(description: str) -> Parser:
     for field in dataclasses.fields(Config):
         group, kind = groups[field.name], field_type(field)
         help_text = comments()[field.name].replace("%", "%%")
-        defaults = [] if field.default is None else [f"default {field.default}"]
+        default = {True: "on", False: None}.get(field.default, field.default) \
+            if kind is bool else field.default
+        defaults = [] if default is None else [f"default {default}"]
         if field.name in nano:
             defaults.append(f"{nano[field.name]} for nano")
         if defaults:
             help_text += f" ({', '.join(defaults)})"
-        shown, spelled = f"--{flag(field.name)}", f"--{field.name}"
-        hidden = dict(dest=field.name, help=argparse.SUPPRESS)  # --help lists each flag once
-        if kind is bool:
-            group.add_argument(shown, action=argparse.BooleanOptionalAction, help=help_text)
-            group.add_argument(f"--no_{field.name}", action="store_false", **hidden)
-        else:
-            group.add_argument(shown, type=kind, metavar=kind.__name__.upper(), help=help_text)
-        if spelled != shown:
-            how = dict(action="store_true") if kind is bool else dict(type=kind)
-            group.add_argument(spelled, **how, **hidden)
+        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
+               dict(action="append", metavar="NAME") if kind == SEVERAL else
+               dict(type=TYPES.get(field.name, kind), metavar=METAVARS[kind]))
+        group.add_argument(f"--{flag(field.name)}", help=help_text, **how)
     return built
 
 
@@ -89,7 +154,12 @@ def from_command_line(arguments: list[str] | None, description: str) -> Config:
     given = vars(parser(description).parse_args(arguments))
     preset = given.pop("preset", None) or preset_for(
         given.get("model", Config.model), given.get("card"))
+    if preset and not preset.endswith(".toml"):
+        preset = preset.lower()  # T4
     values = {} if preset in (None, "none") else read_preset(preset)
+    if "pack_len" in given and not {**values, **given}.get("packing", True):
+        raise Refusal(f"--pack-len {given['pack_len']}: is the length of packed rows; leave it out "
+                      f"with --no-packing")
     if any({"batch_size", "batch_tokens"} <= set(source) for source in (given, values)):
         raise Refusal("--batch-size and --batch-tokens: give one of them")
     for pair in EITHER:
@@ -112,6 +182,14 @@ def preset_for(model: str, card: str | None) -> str | None:
     return next((preset for part, preset in CARDS.items() if part in name), None)
 
 
+def asked_by(config: Config, field: str) -> str:
+    """What a setting comes from, as it is shown: `--preset t4` or `--dtype`."""
+    preset = config.preset
+    if preset not in (None, "none") and read_preset(preset).get(field) == getattr(config, field):
+        return f"--preset {preset}"
+    return f"--{flag(field)}"
+
+
 def preset_names() -> list[str]:
     return sorted(file.stem for file in PRESETS.glob("*.toml"))
 
@@ -120,8 +198,8 @@ def read_preset(preset: str) -> dict:
     """The keys of presets/<preset>.toml, or of a TOML file; unknown keys are refused."""
     file = expanded(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     if not file.is_file():
-        raise Refusal(f"--preset {preset}: no such preset; there is {', '.join(preset_names())}, "
-                      f"or name a .toml file")
+        raise Refusal(f"--preset {preset}: no such preset; choose from "
+                      f"{', '.join(preset_names())}, none, or name a .toml file")
     try:
         values = tomllib.loads(file.read_text("utf-8"))
     except ValueError as error:  # not TOML, or not UTF-8
@@ -131,7 +209,10 @@ def read_preset(preset: str) -> dict:
         if key not in fields:
             raise Refusal(f"{file}: unknown key {key}; known are {', '.join(fields)}")
         kind = field_type(fields[key])
-        if kind is float and type(value) is int:
+        if kind == SEVERAL and isinstance(value, str | list) and all(
+                isinstance(name, str) for name in value):
+            continue
+        elif kind is float and type(value) is int:
             values[key] = float(value)
         elif type(value) is not kind:
             raise Refusal(f"{file}: {key} = {value!r} should be {kind.__name__}")

@@ -16,56 +16,68 @@ from phogpt_raw.refusal import Refusal
 @dataclass(frozen=True)
 class Config:
     # what is trained, on what
-    preset: str | None = None  # t4, v100, nano, none, or a TOML file; default: by model and card
-    model: str = "nano"  # nano, a folder, or a hub id such as vinai/PhoGPT-4B-Chat
-    revision: str | None = None  # the hub repository's branch, tag or commit
-    data: str | None = None  # training rows; default for nano: its bundled pairs
-    val: str | None = None  # held-out rows; default for nano: its bundled ones
-    hold_out: float | None = None  # rows of --data kept for validation: a count, or a share (0.05)
-    template: str = "auto"  # auto, 7b5-instruct or 4b-chat: how a row becomes a prompt
-    out: str | None = None  # run folder; default runs/<model>-NNN, a new number each time
-    adapter: str | None = None  # go on from this adapter (its rank and targets) with new data
-    dry_run: bool = False  # print what the run would do, and train nothing
-    card: str | None = None  # with --dry-run: plan for this card (t4, v100, …), not the one here
+    preset: str | None = None  # t4, v100, nano, none or a TOML file; default: by model and GPU
+    model: str = "nano"  # nano, a folder or a hub id; with --dry-run also the shape 7b5 or 4b
+    revision: str | None = None  # branch, tag or commit of the hub repository
+    data: tuple[str, ...] | str | None = None  # training rows; repeat it for several files
+    val: tuple[str, ...] | str | None = None  # held-out rows; repeat it for several files
+    hold_out: float | None = None  # rows to hold out: 32, or 5%; default: 5% of 40 rows or more
+    map: str | None = None  # columns of other names: response=tra_loi,prompt=cau_hoi
+    strict: bool = False  # refuse a file with any bad row; default: leave out at most a tenth
+    too_long: str | None = None  # cut, split or drop; default: a text is split, an answer cut
+    data_cache: str | None = None  # folder that keeps the encoded rows, for faster later starts
+    template: str = "auto"  # prompt template: auto, 7b5-instruct or 4b-chat
+    out: str | None = None  # folder of the run; default: runs/<model>-NNN, a new one each time
+    adapter: str | None = None  # start from this adapter, with its rank and targets
+    dry_run: bool = False  # print the settings and one example, and train nothing
+    inspect: int | None = None  # print N packed rows as the model reads them, and train nothing
+    json: bool = False  # with --inspect: print ids, targets and documents, for scripts
+    card: str | None = None  # with --dry-run: plan for this GPU: t4, v100, l4, a100 or h200
     # how long it is trained
-    steps: int | None = None  # optimizer steps; or --epochs
-    epochs: float | None = None  # passes over the data; or --steps (default: 3 epochs)
+    steps: int | None = None  # number of optimizer steps; or give --epochs
+    epochs: float | None = None  # passes over the rows, rounded up to whole steps; default: 3
     # one optimizer step
-    batch_size: int = 8  # examples an optimizer step sees
-    batch_tokens: int | None = None  # or, in place of --batch-size: tokens that it sees, at most
+    batch_size: int = 8  # examples in one optimizer step
+    batch_tokens: int | None = None  # most tokens in one optimizer step; replaces --batch-size
     micro_batch: int = 1  # rows that go through the model at once
-    max_len: int = 1024  # tokens an example may have; a longer answer is cut, and said
-    packing: bool = True  # the examples of a step share rows; same result, less time
-    pack_len: int | None = None  # its tokens, at most; a longer example has a row of its own
+    max_len: int = 1024  # most tokens in one example; a longer answer is cut
+    packing: bool = True  # put several examples into one row: same result, less time
+    pack_len: int | None = None  # most tokens in a packed row; default: 2048, or what memory allows
     lr: float = 2e-4  # peak learning rate
-    warmup: int | None = None  # steps of linear warm-up; default: 5, at most a tenth of the steps
-    lr_floor: float = 0.1  # where the cosine ends, as a share of the peak
-    clip: float = 1.0  # largest gradient norm
-    weight_decay: float = 0.0  # AdamW's decoupled decay; LoRA's B starts at zero and needs none
-    optimizer: str = "paged_adamw_8bit"  # paged_adamw_8bit, or adamw (32-bit)
-    seed: int = 0  # of data order and adapter init
+    warmup: int | None = None  # steps in which the learning rate rises; default: 5, at most a tenth
+    lr_floor: float = 0.1  # last learning rate, as a share of the peak
+    clip: float = 1.0  # a gradient with a larger norm is scaled down to this norm
+    weight_decay: float = 0.0  # AdamW's weight decay; LoRA seldom needs any
+    optimizer: str = "paged_adamw_8bit"  # paged_adamw_8bit or adamw (32-bit)
+    seed: int = 0  # seed of the order of the rows and of a new adapter's weights
     # adapters
     rank: int = 16  # LoRA rank
-    alpha: float = 32  # LoRA alpha; updates are scaled by alpha / rank
+    alpha: float = 32  # LoRA alpha: updates are scaled by alpha / rank
     dropout: float = 0.0  # LoRA dropout
     targets: str = "Wqkv,out_proj,up_proj,down_proj"  # linear layers that get adapters
     # precision and memory
-    nf4: bool = True  # quantise the base to NF4; --no-nf4 keeps plain weights
-    nf4_cache: str | None = None  # a folder that keeps the quantised base: later starts are faster
-    dtype: str = "auto"  # auto, fp16, bf16 or fp32: what activations are computed in
-    recompute: str = "auto"  # blocks recomputed in backward: all, none, N, or as the card forces
-    capture: bool = True  # on a GPU, run shapes that come again as CUDA graphs
-    loss_mib: int = 256  # MiB that one chunk of logits may take, its transients included
+    nf4: bool = True  # keep the base in 4 bits (NF4); --no-nf4: in the data type of --dtype
+    nf4_cache: str | None = None  # folder that keeps the 4-bit base, for faster later starts
+    dtype: str = "auto"  # data type of activations: fp16, bf16, fp32; auto: by GPU
+    recompute: str = "auto"  # blocks to recompute: N, all or none; auto: as few as memory allows
+    capture: bool = True  # on a GPU: run repeated shapes as CUDA graphs, which is faster
+    loss_mib: int = 256  # most MiB of memory for one chunk of logits
     # evaluation and saving
-    eval_every: int = 50  # steps between evaluations; 0: only before, and at the end
-    eval_answers: int = 8  # held-out answers written at an evaluation, to see whether they stop
-    answer_tokens: int = 96  # tokens such an answer may have
-    patience: int = 0  # evaluations without a lower loss after which the run ends; 0: never
-    save_every: int = 50  # steps between checkpoints, beside those at evaluations and at the end
-    tensorboard: bool = False  # also write the values of metrics.jsonl for TensorBoard
-    max_skipped: int = 20  # steps skipped in a row (gradients not finite) before the run stops
+    eval_every: int = 50  # steps between evaluations; 0: only before the first and after the last
+    eval_answers: int = 8  # held-out questions that an evaluation answers, to see whether it stops
+    answer_tokens: int = 96  # most tokens in such an answer
+    patience: int = 0  # stop after N evaluations without a lower validation loss; 0: never
+    save_every: int = 50  # steps between checkpoints; each evaluation saves one too
+    keep: int = 2  # newest checkpoints that stay, beside the best one
+    max_minutes: float | None = None  # save and end after this time; the same command goes on
+    tensorboard: bool = False  # write the values of metrics.jsonl for TensorBoard too
+    max_skipped: int = 20  # stop after N skipped steps in a row; their gradients are not finite
 
     def __post_init__(self):
+        for name in ("data", "val"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):  # one name is a text, here and in config.json
+                object.__setattr__(self, name, value[0] if len(value) == 1 else tuple(value))
         for name, low in LOWEST.items():
             value = getattr(self, name)
             if value is not None and not low <= value < float("inf"):  # nan is neither
@@ -73,7 +85,7 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise Refusal(f"--{flag(name)} {getattr(self, name)}: choose from "
-                              f"{', '.join(choices)}")
+                              f"{', '.join(filter(None, choices))}")
         for name in ("lr", "clip", "alpha"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise Refusal(f"--{flag(name)} {getattr(self, name)}: must be positive")
@@ -87,12 +99,20 @@ class Config:
         if not re.fullmatch(r"auto|all|none|\d+", self.recompute):
             raise Refusal(f"--recompute {self.recompute}: auto, all, none or a number of blocks")
         check_nf4_cache(self.nf4_cache, nf4=self.nf4)
+        if self.adapter and self.out and same_folder(self.adapter, self.out):
+            raise Refusal(f"--adapter {self.adapter} --out {self.out}: the new run would write "
+                          f"over the adapter that it starts from; name another --out, or leave "
+                          f"--adapter out to go on with that run")
         if self.val is not None and self.hold_out:
             raise Refusal("--val and --hold-out: give one of them")
         if self.hold_out and self.hold_out >= 1 and self.hold_out % 1:
             raise Refusal(f"--hold-out {self.hold_out}: a share is below 1, a count is whole")
-        if self.card and not self.dry_run:
+        if self.card and not self.dry_run and not self.inspect:
             raise Refusal(f"--card {self.card}: is for --dry-run; a run takes the card at hand")
+        if self.json and self.inspect is None:
+            raise Refusal("--json: is how --inspect N prints; give both")
+        if self.data_cache == "":
+            raise Refusal("--data-cache: names no folder")
         if self.patience and not self.eval_every:
             raise Refusal("--patience: counts evaluations; set --eval-every too")
 
@@ -125,10 +145,17 @@ class Config:
 LOWEST = dict(steps=1, batch_size=1, batch_tokens=1, micro_batch=1, max_len=8, pack_len=1,
               warmup=0, rank=1, loss_mib=1, eval_every=0, eval_answers=0, answer_tokens=1,
               save_every=0, hold_out=0, seed=0, weight_decay=0, max_skipped=1,
-              patience=0)
+              patience=0, keep=1, max_minutes=0, inspect=1)
 WARMUP = 5  # steps: AdamW's second moment needs a few before the rate is at its peak
-CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"), dtype=("auto", "fp16", "bf16", "fp32"),
+CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"),
+               too_long=(None, "cut", "split", "drop"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))
+
+
+def same_folder(adapter: str, out: str) -> bool:
+    """Whether the adapter lies in the folder `out`, or in one of its checkpoints."""
+    folder, written = (Path(path).expanduser().resolve() for path in (adapter, out))
+    return written in (folder, folder.parent)
 
 
 def hub_id(model: str) -> str | None:

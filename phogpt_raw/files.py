@@ -132,6 +132,12 @@ def locked(file: Path, busy: str) -> Iterator[None]:
         os.close(opened)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder of this program."""
+    for left in folder.glob(f"*{UNFINISHED}"):
+        remove(left)
+
+
 @contextmanager
 def removed_on_error(path: Path) -> Iterator[None]:
     """Remove what a write leaves under this name when it fails."""

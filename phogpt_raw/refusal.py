@@ -40,15 +40,13 @@ class RunFailed(RuntimeError):
     """One sentence: why the run ends without a result, and what is left of it."""
 
 
-def exits_cleanly(main=None, *, stopped: str = _("stopped by hand")):
+def exits_cleanly(main):
     """Decorate a command: an error for people becomes one line on stderr and an exit status.
 
-    Refusal, a full GPU, a file or disk that cannot be used: 2; RunFailed: 1; Ctrl-C: 130; SIGTERM:
-    143; SIGHUP: 129, after what is unfinished has been removed. `stopped` is what Ctrl-C says.
+    Refusal, a full GPU, a file or disk that cannot be used: 2; RunFailed: 1; Ctrl-C: 130, with the
+    text of the KeyboardInterrupt where it has one; SIGTERM: 143; SIGHUP: 129, after what is
+    unfinished has been removed.
     """
-    if main is None:
-        return functools.partial(exits_cleanly, stopped=stopped)
-
     @functools.wraps(main)
     def command(*args, **kwargs):
         if threading.current_thread() is threading.main_thread():
@@ -83,8 +81,8 @@ def exits_cleanly(main=None, *, stopped: str = _("stopped by hand")):
                     "or --no-capture, then go on with the same --out; generate.py: fewer "
                     "--max-new-tokens"), file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
-            print(stopped, file=sys.stderr)
+        except KeyboardInterrupt as stop:
+            print(str(stop) or _("stopped by hand"), file=sys.stderr)
             sys.exit(130)
 
     return command

@@ -31,7 +31,7 @@ def test_dtype_follows_the_compute_capability_with_a_reason(card, dtype, reason)
 
 @pytest.mark.parametrize("card", [T4, V100])
 def test_emulated_bf16_is_refused_and_the_way_out_named(card):
-    with pytest.raises(Refusal, match=r"only emulates bf16.*--dtype fp16"):
+    with pytest.raises(Refusal, match=r"which Tesla .* only emulates; give --dtype auto"):
         training_dtype(card, "bf16")
 
 

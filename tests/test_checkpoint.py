@@ -40,7 +40,7 @@ def assert_same_run(mine, reference):
         if name.name == "training_state.pt":
             state = [torch.load(run / name, weights_only=True) for run in (mine, reference)]
             assert same(*state), name
-        elif name.name not in ("metrics.jsonl", "config.json"):
+        elif name.name not in ("metrics.jsonl", "config.json", "sha256.json"):
             assert (mine / name).read_bytes() == (reference / name).read_bytes(), name
     configs = [json.loads((run / "config.json").read_text()) for run in (mine, reference)]
     assert {k for k in configs[1] if configs[0][k] != configs[1][k]} == {"out"}
@@ -55,7 +55,9 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_bit(trai
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     assert train("--out", straight, *how)[0] == 0
     status, _, said = train("--out", broken, *how, at=(5, STOPPED))
-    assert status == 130 and said.startswith("stopped by hand; with the same --out")
+    assert status == 130
+    assert said == (f"stopped by hand after step 5; with --out {broken} it goes on from "
+                    f"checkpoint-4\n")
     assert [row["step"] for row in metrics(broken) if "loss" in row] == [1, 2, 3, 4, 5]
     assert not (broken / "checkpoint-7").exists()
     torch.manual_seed(12345)  # whatever went on in between
@@ -134,19 +136,58 @@ def test_a_torn_last_line_of_the_metrics_is_dropped(train, tmp_path):
     ("adapter_model.safetensors", lambda data: data[: len(data) // 2]),
     ("adapter_model.safetensors", None),
 ])
-def test_a_damaged_checkpoint_is_refused_by_name(train, tmp_path, name, damage):
-    out = tmp_path / "run"
-    train("--out", out, "--steps", 3, "--eval-answers", 0)
-    file = out / "checkpoint-3" / name
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train, tmp_path, name, damage):
+    """The run then ends as the uninterrupted one does."""
+    straight, out = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
+    assert train("--out", straight)[0] == 0
+    assert train("--out", out, at=(6, STOPPED))[0] == 130
+    file = out / "checkpoint-6" / name
     if damage:
         file.write_bytes(damage(file.read_bytes()))
     else:
         file.unlink()
-    status, _, said = train("--out", out, "--steps", 6, "--eval-answers", 0)
-    assert status == 2
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert str(out / "checkpoint-3") in said
+    status, said, _ = train("--out", out)
+    assert status == 0
+    assert f"not used: {out / 'checkpoint-6'}" in said and "resumed after step 4" in said
+    assert_same_run(out, straight)
+
+
+def flipped(data):
+    return data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "training_state.pt",
+                                  "progress.json", "adapter_config.json"])
+def test_one_bit_is_noticed(adapted, tmp_path, name):
+    folder = checkpoint.save(tmp_path, 4, trained_in_fp16(adapted), {"step": 4})
+    assert checkpoint.newest_whole(tmp_path) == (folder, [])
+    (folder / name).write_bytes(flipped((folder / name).read_bytes()))
+    assert checkpoint.newest_whole(tmp_path) == (None, [f"{folder}: {name} is damaged"])
+
+
+def test_a_checkpoint_of_another_step_than_its_folders_is_not_used(adapted, tmp_path):
+    folder = checkpoint.save(tmp_path, 4, trained_in_fp16(adapted), {"step": 4})
+    moved = folder.rename(tmp_path / "checkpoint-9")
+    assert checkpoint.newest_whole(tmp_path) == (
+        None, [f"{moved}: its progress.json is of another step"])
+
+
+def test_where_none_is_whole_the_run_is_refused(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, at=(3, STOPPED))
+    for folder in out.glob("checkpoint-*"):
+        (folder / "progress.json").unlink()
+    status, _, said = train("--out", out)
+    assert status == 2 and "no checkpoint is whole" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("keep, best, kept", [(1, 0, [9]), (2, 0, [5, 9]), (1, 3, [3, 9]),
+                                              (9, 0, [2, 3, 5, 9])])
+def test_the_newest_and_the_best_checkpoints_stay(tmp_path, keep, best, kept):
+    for step in (2, 3, 5, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.remove_older(tmp_path, keep, best)
+    assert sorted(int(f.name.rpartition("-")[2]) for f in tmp_path.iterdir()) == kept
 
 
 def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path):
@@ -214,6 +255,8 @@ def test_a_checkpoint_of_several_gpus_opens_where_there_is_one(monkeypatch):
 def test_a_run_broken_off_before_its_first_checkpoint_begins_again(train, tmp_path):
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     train("--out", straight)
-    assert train("--out", broken, at=(1, STOPPED))[0] == 130
+    status, _, said = train("--out", broken, at=(1, STOPPED))
+    assert status == 130 and not list(broken.glob("checkpoint-*"))
+    assert said == "stopped by hand after step 1; no checkpoint was saved yet\n"
     assert train("--out", broken)[0] == 0
     assert_same_run(broken, straight)

@@ -1,6 +1,8 @@
 """Defaults, presets and flags; every mistake on the command line is refused in one line."""
 
 import dataclasses
+import doctest
+import os
 import re
 import subprocess
 import sys
@@ -20,15 +22,18 @@ ROOT = Path(__file__).parents[1]
 FLAGS = [
     "--adapter", "--alpha", "--answer-tokens", "--batch-size", "--batch-tokens",
     "--capture", "--card", "--clip",
-    "--data", "--dropout", "--dry-run", "--dtype", "--epochs",
-    "--eval-answers", "--eval-every", "--help", "--hold-out", "--loss-mib",
-    "--lr", "--lr-floor", "--max-len", "--max-skipped", "--micro-batch", "--model",
-    "--nf4", "--nf4-cache", "--no-capture", "--no-dry-run", "--no-nf4", "--no-packing",
-    "--no-tensorboard",
+    "--data", "--data-cache", "--dropout", "--dry-run", "--dtype", "--epochs",
+    "--eval-answers", "--eval-every", "--help", "--hold-out", "--inspect", "--json",
+    "--keep", "--loss-mib",
+    "--lr", "--lr-floor", "--map", "--max-len", "--max-minutes",
+    "--max-skipped", "--micro-batch", "--model",
+    "--nf4", "--nf4-cache", "--no-capture", "--no-dry-run", "--no-json", "--no-nf4",
+    "--no-packing", "--no-strict", "--no-tensorboard",
     "--optimizer", "--out",
     "--pack-len", "--packing", "--patience",
     "--preset", "--rank", "--recompute", "--revision", "--save-every",
-    "--seed", "--steps", "--targets", "--template", "--tensorboard", "--val",
+    "--seed", "--steps", "--strict", "--targets", "--template", "--tensorboard",
+    "--too-long", "--val",
     "--warmup", "--weight-decay",
 ]
 
@@ -79,6 +84,38 @@ def test_a_step_is_counted_in_examples_or_in_tokens(tmp_path):
         read("--preset", preset(tmp_path, "batch_size = 8\nbatch_tokens = 512\n"))
 
 
+def test_doctest():
+    assert doctest.testmod(command_line).failed == 0
+
+
+def test_a_share_may_be_written_as_a_percentage():
+    assert read("--hold-out", "5%").hold_out == read("--hold_out", "0.05").hold_out == 0.05
+
+
+def test_pack_len_without_packing_is_refused():
+    with pytest.raises(Refusal, match=r"--pack-len 512: .* leave it out with --no-packing"):
+        read("--no-packing", "--pack-len", "512")
+
+
+def test_a_preset_may_be_written_in_capitals():
+    assert read("--preset", "T4") == read("--preset", "t4")
+    assert read("--preset", "None").preset == "none"
+
+
+def test_a_run_does_not_write_over_the_adapter_that_it_starts_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for adapter in ("runs/a", "./runs/a/", "runs/a/checkpoint-5"):
+        with pytest.raises(Refusal, match="would write over the adapter"):
+            read("--adapter", adapter, "--out", "runs/a")
+    read("--adapter", "runs/a", "--out", "runs/b")
+
+
+def test_it_is_said_whether_a_flag_or_the_preset_asks():
+    assert command_line.asked_by(read("--preset", "t4"), "dtype") == "--preset t4"
+    assert command_line.asked_by(read("--preset", "t4", "--dtype", "bf16"), "dtype") == "--dtype"
+    assert command_line.asked_by(read("--dtype", "fp32"), "dtype") == "--dtype"
+
+
 def test_without_packing_the_row_length_of_a_preset_is_no_matter():
     assert read("--no-packing").packing is False and read().pack_len
 
@@ -122,7 +159,13 @@ def test_there_are_presets_for_nano_and_both_cards():
 @pytest.mark.parametrize("arguments, said", [
     (["--learning-rate", "1"], "--learning-rate"),
     (["--micro", "2"], "--micro"),  # an abbreviation today is another flag tomorrow
-    (["rows.jsonl"], "rows.jsonl"),
+    (["--epoch", "3"], "did you mean --epochs?"),
+    (["--batchsize=3"], "did you mean --batch-size?"),
+    (["--no_pack"], "did you mean --no-packing?"),
+    (["--zzz"], "--zzz; see --help"),
+    (["--hold-out", "100%"], "100% is no count (32) and no share (0.05 or 5%)"),
+    (["--hold-out", "some"], "some is no count (32) and no share (0.05 or 5%)"),
+    (["rows.jsonl"], "rows.jsonl; see --help"),
     (["--steps"], "--steps"),
     (["--steps", "many"], "many"),
     (["--rank", "1.5"], "1.5"),
@@ -226,8 +269,36 @@ def test_warm_up_is_at_most_a_tenth_of_the_steps(steps, warmup):
     assert Config(warmup=7).warmup_of(steps) == 7
 
 
+@pytest.mark.parametrize("script", ["train.py", "generate.py", "bench/memory.py"])
+def test_help_fits_80_columns(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, text=True, timeout=120,
+                          capture_output=True, env={**os.environ, "COLUMNS": "80",
+                                                    "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 30
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []
+
+
 def test_help_lists_each_flag_once_in_groups_with_nanos_defaults():
     text = parser("").format_help()
     assert "one optimizer step:" in text and text.count("--micro-batch") == 1
     assert "--micro_batch" not in text and "--no_nf4" not in text
     assert "(default 0.0002, 0.003 for nano)" in " ".join(text.split())
+
+
+def test_data_may_be_named_once_or_several_times(tmp_path):
+    assert read("--data", "a.jsonl").data == "a.jsonl"
+    assert read("--data", "a.jsonl", "--data", "b.csv=2").data == ("a.jsonl", "b.csv=2")
+    assert read("--preset", preset(tmp_path, 'data = ["a", "b"]')).data == ("a", "b")
+    assert read("--preset", preset(tmp_path, 'data = "a"'), "--data", "b").data == "b"
+    for wrong in ("data = 5", "data = [5]"):
+        with pytest.raises(Refusal, match=r"data = .* should be tuple"):
+            read("--preset", preset(tmp_path, wrong))
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--json"], "--json: is how --inspect N prints"), (["--inspect", "0"], "must be at least 1"),
+    (["--too-long", "chop"], "choose from cut, split, drop"),
+    (["--data-cache", ""], "--data-cache: names no folder")])
+def test_a_flag_of_the_rows_that_cannot_be_is_refused(flags, said):
+    with pytest.raises(Refusal, match=said):
+        read(*flags)

@@ -121,6 +121,8 @@ def test_in_words_it_says_how_many_and_the_margins():
     assert recompute_line(Choice(3, 6)) == "3 of 6 blocks in backward"
     assert recompute_line(Choice(0, 6, 8.04, None, 14.56)) == (
         "0 of 6 blocks in backward (auto): 8.0 of 14.6 GiB with margins")
+    assert recompute_line(Choice(0, 6, 8.0, None, 14.56, auto=False)) == (
+        "0 of 6 blocks in backward: 8.0 of 14.6 GiB with margins")
     half = recompute_line(Choice(3, 6, 8.0, 7.0, 14.56))
     assert re.search("for 25% more arithmetic in the blocks$", half)
 
@@ -160,7 +162,14 @@ def asked_for(model, card, *, examples=None, **settings):
 def test_what_is_asked_for_is_kept_whatever_the_card(adapted, monkeypatch, recompute, blocks, card):
     monkeypatch.delattr(module, "trace_step")
     model, _ = adapted(nf4=True)
-    assert asked_for(model, card, recompute=recompute) == Choice(blocks, 2)
+    assert asked_for(model, card, recompute=recompute) == Choice(blocks, 2, auto=False)
+
+
+def test_a_plan_says_what_the_asked_recomputation_needs(adapted, no_answers):
+    model, _ = adapted(nf4=True)
+    none, both = (asked_for(model, LARGE, recompute=n, dry_run=True) for n in ("none", "all"))
+    assert (none.recompute, none.of, none.auto) == (0, LARGE.memory_gib, False)
+    assert 0 < both.gib < none.gib == asked_for(model, LARGE).gib
 
 
 def test_on_the_cpu_nothing_is_recomputed(adapted, monkeypatch):

@@ -19,6 +19,8 @@ from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import write_utf8
+from phogpt_raw.talk import loading, streaming
+from phogpt_raw.talk.question import broken, from_stdin, read_question
 
 QUESTION = "Phở bò là gì?"
 
@@ -57,7 +59,7 @@ def test_generating_allocates_no_gradients(ask, adapted, tiny, tmp_path, monkeyp
         loaded.append(load_adapters(*args, **kwargs))
         return loaded[-1]
 
-    monkeypatch.setattr(generate, "load_adapters", noted)
+    monkeypatch.setattr(loading, "load_adapters", noted)
     status, _, _ = ask("--model", tiny, "--adapter", tmp_path, "--max-new-tokens", 2, QUESTION)
     assert status == 0 and len(loaded) == 1
     assert loaded[0].flat.grad is None and not loaded[0].flat.requires_grad
@@ -68,7 +70,7 @@ def test_the_answer_is_written_on_standard_output(ask, tiny):
     assert status == 0
     assert out == expected(tiny, 6).lstrip() + "\n"
     assert len(out) > 6
-    assert "(cut after 6 tokens" in err  # apart from the answer, so that a pipe gets it alone
+    assert "(cut at 6 tokens" in err  # apart from the answer, so that a pipe gets it alone
 
 
 def test_a_hyphen_reads_the_question_from_standard_input(ask, tiny, monkeypatch):
@@ -147,11 +149,11 @@ def test_prompt_and_answer_fit_what_the_model_was_made_for_and_it_is_said(ask, t
     first, second, *_ = err.splitlines()
     assert re.fullmatch(r"\(at most \d+ tokens: the model was made for 128, and the question has "
                         r"\d+\)", first)
-    assert re.fullmatch(r"\(cut after \d+ tokens: the model was made for no more\)", second)
+    assert re.fullmatch(r"\(cut at \d+ tokens: the model was made for no more\)", second)
 
 
 def test_a_question_that_is_too_long_is_refused_before_the_weights_are_read(ask, tiny, monkeypatch):
-    monkeypatch.setattr(generate, "load_base", None)
+    monkeypatch.setattr(loading, "load_base", None)
     status, _, err = ask("--model", tiny, "một hai ba " * 100)
     assert status == 2 and re.search(r"the question is too long: \d+ tokens of the 128", err)
     assert err.count("\n") == 1
@@ -165,6 +167,7 @@ def test_a_question_that_is_too_long_is_refused_before_the_weights_are_read(ask,
     (["--min-p", "1.5", "--temperature", "1"], "--min-p 1.5: must be from 0 to 1"),
     (["--repetition-penalty", "0"], "--repetition-penalty 0.0: must be from 0 to 100, and not 0"),
     (["--seed", "-1"], "--seed -1: must be from 0"),
+    (["--seed", "0"], "--seed 0: is for drawing at random; give --temperature too"),
 ])
 def test_sampling_that_cannot_be_is_one_line(ask, flags, said):
     status, out, err = ask(*flags, QUESTION)
@@ -204,12 +207,12 @@ def test_an_answer_that_loops_is_said(ask, tiny):
 
 def test_a_stop_string_in_other_letters_of_the_same_look_is_the_same(ask, tiny, monkeypatch):
     """NFD, as a Mac's keyboard may give it. Nothing is written after it."""
-    monkeypatch.setattr(generate, "TextStream", lambda tokenizer, stops: seen.append(stops)
+    monkeypatch.setattr(streaming, "TextStream", lambda tokenizer, stops: seen.append(stops)
                         or module.TextStream(tokenizer, stops))
     seen = []
     ask("--model", tiny, "--max-new-tokens", 2, "--stop", unicodedata.normalize("NFD", "một"),
         QUESTION)
-    assert seen == [["một"]]
+    assert seen == [("một",)]
 
 
 def test_nothing_is_written_after_a_stop_string(ask, tiny):
@@ -224,11 +227,23 @@ def test_a_question_that_is_no_text_is_refused(ask):
     assert status == 2 and "the question is not UTF-8" in err
 
 
+@pytest.mark.parametrize("question", ["P\0h\0o\0", "Ph\ufffd là gì?"])
+def test_a_question_that_lost_letters_in_a_conversion_is_refused(ask, question):
+    status, _, err = ask(question)
+    assert status == 2 and "which no text has" in err and err.count("\n") == 1
+
+
+def test_a_question_is_read_as_utf8_where_the_system_has_another_encoding(monkeypatch):
+    seen_by_python = QUESTION.encode("utf-8").decode("ascii", "surrogateescape")
+    assert broken(seen_by_python)
+    assert read_question(seen_by_python) == QUESTION
+
+
 def test_ctrl_c_ends_the_answer_and_says_so(ask, tiny, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "show", interrupted)
+    monkeypatch.setattr(streaming.Written, "show", interrupted)
     status, out, err = ask("--model", tiny, "--max-new-tokens", 5, QUESTION)
     assert (status, out, err) == (130, "\n", "(stopped by hand)\n")
 
@@ -246,8 +261,8 @@ def test_the_runs_template_and_precision_are_the_answers(ask, first_command, tmp
     made = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(made | {"template": "7b5-instruct", "nf4": False}))
     loaded, encoded = [], []
-    load, encode = generate.load_base, generate.encode_prompt
-    monkeypatch.setattr(generate, "load_base",
+    load, encode = loading.load_base, generate.encode_prompt
+    monkeypatch.setattr(loading, "load_base",
                         lambda *a, **k: loaded.append(k["nf4"]) or load(*a, **k))
     monkeypatch.setattr(generate, "encode_prompt", lambda tokenizer, template, question:
                         encoded.append(template.question) or encode(tokenizer, template, question))
@@ -262,7 +277,7 @@ def test_the_runs_template_and_precision_are_the_answers(ask, first_command, tmp
     lambda text: text.encode("utf-16")], ids=["utf-8", "with a mark", "utf-16"])
 def test_a_question_from_a_file_of_any_editor(encode, monkeypatch):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(encode(QUESTION))))
-    assert generate.from_stdin() == QUESTION
+    assert from_stdin() == QUESTION
 
 
 def test_a_question_in_another_encoding_is_refused(ask, monkeypatch):

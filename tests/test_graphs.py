@@ -201,7 +201,7 @@ def test_a_flag_that_says_no_is_the_first_reason(adapted, device, dropout):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_there_are_no_graphs_on_the_cpu(adapted, dropout):
-    assert why_not(adapted(dropout=dropout)[0], "cpu", True) == "graphs need a GPU"
+    assert why_not(adapted(dropout=dropout)[0], "cpu", True) == "there is no GPU"
 
 
 def test_dropout_is_not_captured(adapted):

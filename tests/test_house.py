@@ -1,4 +1,4 @@
-"""Import order: a module imports only from modules above it in the README's reading list."""
+"""Import order: a module imports only from modules above it in the list of docs/reading.md."""
 
 import ast
 import re
@@ -11,10 +11,9 @@ PACKAGE = ROOT / "phogpt_raw"
 
 
 def reading_order() -> list[str]:
-    """The modules of the README's reading list, in its order: `data.rows` for data/rows.py."""
-    section = (ROOT / "README.md").read_text("utf-8").split("## Read it")[1].split("\n## ")[0]
-    table = [line for line in section.splitlines() if line.startswith("| [")]
-    links = re.findall(r"\]\(phogpt_raw/([\w/]+)\.py\)", "\n".join(table))
+    """The modules of docs/reading.md, in its order: `data.rows` for data/rows.py."""
+    page = (ROOT / "docs" / "reading.md").read_text("utf-8")
+    links = re.findall(r"^\| \[.*?\]\(\.\./phogpt_raw/([\w/]+)\.py\)", page, re.MULTILINE)
     return [link.replace("/", ".") for link in links]
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from phogpt_raw.data.examples import PAIRS
-from phogpt_raw.data.prompt import TEMPLATES, encode_row
-from phogpt_raw.data.rows import read_rows
+from phogpt_raw.config import Config
+from phogpt_raw.data.examples import load_examples
 from phogpt_raw.export.merge import Merger, mapped_tensors, stored_dtype, write_merged
 from phogpt_raw.model.adapters import inject, load_adapters, new_adapters
 from phogpt_raw.model.weights import NANO, load_base
@@ -73,8 +72,7 @@ def test_nano_with_its_trained_adapter_merges_to_the_same_logits(first_command, 
     load_adapters(model, first_command, trainable=False)
     write_merged(Merger(NANO, first_command), tmp_path / "merged", torch.float32, "nano")
     merged, _ = load_base(str(tmp_path / "merged"), **CPU)
-    texts = [torch.tensor([encode_row(tokenizer, TEMPLATES["4b-chat"], row, 1024).ids])
-             for row in read_rows(PAIRS / "heldout.jsonl")]
+    texts = [torch.tensor([row.ids]) for row in load_examples(tokenizer, Config()).held_out]
     for dtype, limit in ((torch.float32, 5e-5), (torch.float64, 1e-5)):
         with torch.no_grad():
             for ids in texts:

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 
 from phogpt_raw.data import prompt as module
-from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt, encode_row
-from phogpt_raw.data.rows import Row
+from phogpt_raw.data.conversations import Conversation
+from phogpt_raw.data.prompt import (
+    TEMPLATES,
+    choose_template,
+    encode,
+    encode_prompt,
+    encode_row,
+)
+from phogpt_raw.data.records import Findings
 from phogpt_raw.model.weights import NANO
 from phogpt_raw.refusal import Refusal
 
@@ -38,7 +45,7 @@ def fresh():
 
 
 def row(prompt="Phở bò là gì?", response="Dạ, phở bò là món nước ạ."):
-    return Row(prompt, response, "rows.jsonl:7")
+    return Conversation((("user", prompt), ("assistant", response)), "rows.jsonl:7")
 
 
 def supervised(tokenizer, example):
@@ -193,3 +200,130 @@ def test_a_foreign_chat_template_is_refused_unless_a_template_is_named(fresh):
     with pytest.raises(Refusal, match=r"<\|user\|>\?.*--template"):
         choose_template(fresh)
     assert choose_template(fresh, "4b-chat")[0] == "4b-chat"
+
+
+TURNS = ["Phở là gì?", "Dạ, một món nước ạ.", "Ăn lúc nào?", "Buổi sáng ạ!", "Ở đâu ngon?",
+         "Hà Nội ạ…", "Giá bao nhiêu?", "40.000 đồng", "(Cảm ơn)", "- Dạ\n- Vâng"]
+
+
+def spoken(count: int, *before) -> Conversation:
+    """`count` questions with their answers."""
+    roles = ("user", "assistant")
+    said = [(roles[n % 2], text) for n, text in enumerate(TURNS[: 2 * count])]
+    return Conversation((*before, *said), "rows.jsonl:7")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_turns_are_the_tokenizers_own_chat_template(tokenizer, count):
+    """VinAI's, token for token, with every answer and its </s> supervised and nothing else."""
+    row = spoken(count)
+    messages = [{"role": role, "content": text} for role, text in row.turns]
+    wanted = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    example = encode_row(tokenizer, TEMPLATES["4b-chat"], row, 1024)
+    assert example.ids == wanted
+    learned = tokenizer.decode([t for t in example.targets if t != -100])
+    assert learned == "".join(f" {text}</s>" for text in TURNS[1 : 2 * count : 2])
+    assert example.targets[:-1] == [after if target != -100 else -100 for after, target in zip(
+        example.ids[1:], example.targets, strict=False)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_each_prompt_of_a_conversation_is_what_generation_would_ask(tokenizer, count):
+    row = spoken(count)
+    messages = [{"role": role, "content": text} for role, text in row.turns[:-1]]
+    asked = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True,
+                                          return_dict=False)
+    example = encode_row(tokenizer, TEMPLATES["4b-chat"], row, 1024)
+    assert example.ids[: len(asked)] == asked and example.targets[len(asked) - 1] != -100
+
+
+def test_turns_of_7b5_are_its_template_again_after_each_end(tokenizer):
+    example = encode_row(tokenizer, TEMPLATES["7b5-instruct"], spoken(2), 1024)
+    assert tokenizer.decode(example.ids) == (
+        f"### Câu hỏi:\n{TURNS[0]}\n\n### Trả lời:{TURNS[1]}</s>\n\n"
+        f"### Câu hỏi:\n{TURNS[2]}\n\n### Trả lời:{TURNS[3]}</s>")
+
+
+def documents(tokenizer, row, max_len, too_long=None):
+    findings = Findings()
+    [(_row, found)] = encode(tokenizer, TEMPLATES["4b-chat"], [row], max_len, too_long, findings)
+    return found, set(findings.notes)
+
+
+def test_a_system_text_stands_before_the_first_question_and_is_noted(tokenizer):
+    found, notes = documents(tokenizer, spoken(2, ("system", "Ngắn gọn.")), 1024)
+    plain = spoken(2)
+    joined = Conversation((("user", "Ngắn gọn.\n" + TURNS[0]), *plain.turns[1:]), plain.where)
+    assert found == documents(tokenizer, joined, 1024)[0] and notes == {"system"}
+
+
+def test_a_text_is_learned_whole_and_ends_with_its_end(tokenizer):
+    row = Conversation((("text", "Phở là món nước. </s> là chữ."),), "notes.txt:1")
+    [example], notes = documents(tokenizer, row, 64)
+    assert tokenizer.decode(example.ids) == "Phở là món nước. </s> là chữ.</s>"
+    assert example.ids.count(EOS) == 1
+    assert example.targets == [*example.ids[1:], -100] and not example.asks
+    assert not notes
+
+
+@pytest.mark.parametrize("max_len", [8, 13, 64])
+def test_a_long_text_is_split_and_nothing_of_it_is_lost(tokenizer, max_len):
+    text = "Phở là món nước có bánh, thịt bò.\n\nBún chả thì nướng. " * 40
+    row = Conversation((("text", text),), "notes.txt:1")
+    found, notes = documents(tokenizer, row, max_len)
+    assert [token for example in found for token in example.ids] == [
+        *tokenizer(text)["input_ids"], EOS]
+    assert all(2 <= len(e.ids) <= max_len and e.supervised == len(e.ids) - 1 for e in found)
+    assert notes == {"split"} and not any(example.cut for example in found)
+
+
+def test_a_text_of_one_token_over_leaves_no_lone_end(tokenizer):
+    text = "Phở là món nước có bánh, thịt bò và hành."
+    whole = len(tokenizer(text)["input_ids"]) + 1
+    for max_len in range(8, whole):
+        found, _ = documents(tokenizer, Conversation((("text", text),), "f:1"), max_len)
+        assert all(example.supervised for example in found)
+        assert sum(len(example.ids) for example in found) == whole
+
+
+def test_parts_of_a_very_long_text_have_the_tokens_of_the_whole(tokenizer, monkeypatch):
+    text = "Phở bò, bún  chả.\n\n\tCơm   tấm … " * 60
+    whole, _ = documents(tokenizer, Conversation((("text", text),), "f:1"), 10_000)
+    monkeypatch.setattr(module, "PART", 50)
+    assert documents(tokenizer, Conversation((("text", text),), "f:1"), 10_000)[0] == whole
+
+
+def test_too_long_turns_are_cut_split_or_dropped_as_asked(tokenizer):
+    row = spoken(5)
+    whole = encode_row(tokenizer, TEMPLATES["4b-chat"], row, 1024)
+    max_len = len(whole.ids) // 2
+    [cut], notes = documents(tokenizer, row, max_len)
+    assert cut.ids == whole.ids[: len(cut.ids)] and cut.cut and notes == {"cut"}
+    assert cut.targets[-1] == -100 and cut.supervised
+    split, notes = documents(tokenizer, row, max_len, "split")
+    assert len(split) > 1 and notes == {"split"} and not any(e.cut for e in split)
+    learned = [t for e in split for t in e.targets if t != -100]
+    assert learned == [t for t in whole.targets if t != -100]
+    for example in split:
+        assert tokenizer.decode(example.ids).startswith("### Câu hỏi: ")
+        assert example.ids[-1] == EOS and len(example.ids) <= max_len
+    assert documents(tokenizer, row, max_len, "drop") == ([], {"dropped"})
+    assert documents(tokenizer, row, len(whole.ids), "drop") == ([whole], set())
+
+
+def test_a_cut_never_ends_within_a_question(tokenizer):
+    row = spoken(5)
+    first = len(encode_row(tokenizer, TEMPLATES["4b-chat"], spoken(1), 1024).ids)
+    for max_len in range(first, len(encode_row(tokenizer, TEMPLATES["4b-chat"], row, 1024).ids)):
+        [example], _ = documents(tokenizer, row, max_len)
+        assert example.targets[-2] != -100  # the last token is one that was learned
+        assert example.cut
+        assert example.ids.count(EOS) >= 1
+
+
+def test_a_question_too_long_is_bad_unless_long_rows_are_dropped(tokenizer):
+    row = Conversation((("user", "dài " * 100), ("assistant", "x")), "f:1")
+    assert str(documents(tokenizer, row, 64)[0]).startswith("f:1: the question alone has ")
+    assert documents(tokenizer, row, 64, "drop") == ([], {"dropped"})
+    huge = Conversation((("user", "dài " * 100), ("assistant", "x" * 5_000_000)), "f:1")
+    assert documents(tokenizer, huge, 1024)[1] == {"cut"}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from contextlib import nullcontext
 
@@ -12,10 +13,13 @@ from conftest import QUESTIONS, write_rows
 from safetensors.torch import load_file
 
 from phogpt_raw import files
+from phogpt_raw.cards import Card
 from phogpt_raw.model import phogpt
+from phogpt_raw.model.weights import read_config
 from phogpt_raw.training import evaluate, setup
 from phogpt_raw.training import step as step_module
 from phogpt_raw.training.metrics import Metrics
+from phogpt_raw.training.run import RunState
 
 STEP_KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "peak_gib", "scale",
              "skipped", "rows", "fill"]
@@ -44,7 +48,7 @@ def adapter_bytes(folder):
 
 def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path, tiny, rows):
     out = tmp_path / "run"
-    status, said, _ = train("--out", out)
+    status, said, _ = train("--out", out, "--keep", 9)
     assert status == 0
     steps, scores = metrics(out)
     assert [list(row) for row in steps] == [STEP_KEYS] * 7
@@ -107,12 +111,23 @@ def test_a_validation_file_is_read_and_nothing_of_it_trained_on(train, tmp_path)
 
 def test_epochs_are_passes_over_the_rows(train, tmp_path):
     out = tmp_path / "run"
-    train("--out", out, "--epochs", 2)  # 12 rows less 3, 4 a step
+    _, said, _ = train("--out", out, "--epochs", 2)  # 12 rows less 3, 4 a step
     assert len(metrics(out)[0]) == 5
+    assert "(2 epochs, rounded up to whole steps: 2.2)" in said
+    assert "(2.2 epochs)" in train("--dry-run", "--steps", 5)[1]
+
+
+def test_the_steps_of_a_resumed_run_are_remarked_on_only_where_they_changed(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--eval-answers", 0, "--steps", 4)
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "adapter_model.safetensors").unlink()
+    assert "began with" not in train("--out", out, "--steps", 4, "--dry-run")[1]
+    assert "began with 4 steps" in train("--out", out, "--steps", 5, "--dry-run")[1]
 
 
 def test_not_a_number_is_written_as_null(tmp_path):
-    file = Metrics(tmp_path, 0, None)
+    file = Metrics(tmp_path, RunState(), None)
     file.write(dict(step=1, loss=math.nan, grad_norm=math.inf, lr=0.1))
     file.write(dict(step=2, val_loss=-math.inf, stops=None))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -154,6 +169,7 @@ def test_more_steps_go_on_with_a_complete_run(train, tmp_path):
     train("--out", out, "--steps", 3, "--eval-answers", 0)
     status, said, _ = train("--out", out, "--steps", 5, "--eval-answers", 2)
     assert status == 0
+    assert "it began with 3 steps: the learning rate now falls until step 5" in said
     assert [row["step"] for row in metrics(out)[0]] == [1, 2, 3, 4, 5]
     assert "held-out questions" not in said  # nothing was written before training to compare with
 
@@ -195,7 +211,7 @@ def test_going_on_with_other_rows_is_refused_and_says_which(train, tmp_path, row
 def test_another_division_of_the_rows_is_refused(train, tmp_path):
     train("--out", tmp_path / "run", "--steps", 1, "--eval-answers", 0)
     status, _, line = train("--out", tmp_path / "run", "--steps", 2, "--hold-out", 2)
-    assert status == 2 and "its training rows have changed" in line
+    assert status == 2 and "this run began with --hold-out 3; with --hold-out 2 other rows" in line
 
 
 def test_the_same_rows_may_come_from_another_place(train, tmp_path, rows, monkeypatch):
@@ -261,18 +277,30 @@ def test_dry_run_shows_the_plan_and_an_example_and_trains_nothing(train, tmp_pat
         "ALiBi as a bias", "9 rows of rows.jsonl", "3 held out",
         "4b-chat: the tokenizer's chat template", "7 of 4 examples (3.1 epochs)",
         "examples a row", "% full; rows of", "2 at a time",
-        "AdamW, 8-bit state", "0 of 2 blocks in backward", "capture o",
+        "AdamW, 8-bit state", "0 of 2 blocks in backward", "CUDA graphs o",
     ):
         assert part in plan, part
     if not torch.cuda.is_available():
-        assert "dtype fp32: the CPU has no faster one" in plan
+        assert "dtype fp32: the fastest type on a CPU" in plan
         assert "attention flash attention, ALiBi as a bias of" in plan
-        assert "capture off: graphs need a GPU" in plan
+        assert "CUDA graphs off: there is no GPU" in plan
+
+
+def test_the_plan_says_what_is_held_out_and_why(train, tmp_path):
+    few = " ".join(train("--dry-run", "--hold-out", 0)[1].split())
+    assert "; none held out" in few
+    one = write_rows(tmp_path / "one.jsonl", QUESTIONS[:1])
+    val = write_rows(tmp_path / "val.jsonl", QUESTIONS[:2])
+    said = " ".join(train("--dry-run", "--data", one, "--val", val, "--hold-out", 0)[1].split())
+    assert "1 row of one.jsonl" in said and "2 held out, of val.jsonl" in said
+    assert f"also training rows: 1 of 2 (the first: {val}:1)" in said
+    share = " ".join(train("--dry-run", "--hold-out", 0.3)[1].split())
+    assert "(--hold-out 0.3: about that share)" in share
 
 
 def test_dry_run_says_why_nothing_is_captured(train):
     _, said, _ = train("--dry-run", "--no-capture")
-    assert "capture off: --no-capture" in " ".join(said.split())
+    assert "CUDA graphs off: --no-capture" in " ".join(said.split())
 
 
 def test_dry_run_shows_where_the_loss_is(train, rows):
@@ -308,7 +336,9 @@ def test_brackets_in_an_answer_are_shown_as_they_are(train, tmp_path):
 def test_answers_that_are_cut_are_reported(train):
     status, said, _ = train("--dry-run", "--max-len", 24)
     assert status == 0
-    assert "rows are longer than --max-len 24: their answers are cut" in " ".join(said.split())
+    said = " ".join(said.split())
+    assert re.search(r"rows longer than --max-len 24: \d+ \(the first: .*:\d+\); their answers are "
+                     r"cut", said)
 
 
 def test_a_question_too_long_is_refused_with_its_line(train, rows):
@@ -320,7 +350,7 @@ def test_a_question_too_long_is_refused_with_its_line(train, rows):
 
 @pytest.mark.parametrize("flags, said", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
-    (["--hold-out", 12], "has only 12 rows"),
+    (["--hold-out", 12], "has only 12 different rows"),
     (["--model", "/nowhere"], "--model /nowhere: no such folder"),
     (["--adapter", "/nowhere"], "/nowhere/adapter_config.json: missing"),
     (["--targets", "q_proj,v_proj"], "no linear layer q_proj"),
@@ -383,7 +413,7 @@ def overflowing_at(monkeypatch, steps):
 def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_path, monkeypatch):
     overflowing_at(monkeypatch, {3})
     out = tmp_path / "run"
-    status, said, _ = train("--out", out, "--save-every", 1, "--warmup", 5)
+    status, said, _ = train("--out", out, "--save-every", 1, "--warmup", 5, "--keep", 9)
     assert status == 0
     steps, _ = metrics(out)
     assert [row["skipped"] for row in steps] == [0, 0, 1, 1, 1, 1, 1]
@@ -458,7 +488,7 @@ def test_a_diverging_run_ends_as_a_failure_that_says_so(train, tmp_path, hold_ou
     if hold_out:
         assert not (out / "adapter_model.safetensors").exists()
         status, _, again = train(*flags)
-        assert status == 1 and "this run took its 7 steps and found no usable adapter" in again
+        assert status == 1 and "this run has ended, after step 7, without a usable adapter" in again
         assert "no good checkpoint was saved" in again
 
 
@@ -643,7 +673,26 @@ def test_patience_ends_a_run_that_gets_no_better(train, tmp_path, monkeypatch):
     assert [row["step"] for row in metrics(out)[0]][-1] == 6
     assert (out / "checkpoint-6").is_dir() and "(step 2, the" in said
     status, _, line = train("--out", out, "--steps", 20, "--patience", 2)
-    assert status == 2 and "this run is complete (6 steps)" in line
+    assert status == 2 and "this run ended early, after step 6 of 20" in line
+    assert "no lower in 2 evaluations (--patience 2)" in line and "--patience above 2" in line
+    scores_of(monkeypatch, 2.0, 1.0)
+    status, said, _ = train("--out", out, "--steps", 10, "--patience", 3)
+    assert status == 0 and "\ndone" in said
+
+
+def test_the_score_before_training_counts_for_patience(train, tmp_path, monkeypatch):
+    scores_of(monkeypatch, 3.0, 4.0, 3.5, 1.0)
+    status, said, _ = train("--out", tmp_path / "run", "--steps", 20, "--patience", 2)
+    assert status == 0 and "ended early: no better in 2 evaluations" in said
+    assert metrics(tmp_path / "run")[0][-1]["step"] == 4
+    assert "(step 4, the lowest validation loss)" in said  # of the trained ones the better
+
+
+def test_patience_without_held_out_rows_is_refused_before_the_weights(train, tmp_path,
+                                                                      monkeypatch):
+    monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
+    status, _, line = train("--out", tmp_path / "run", "--patience", 2, "--hold-out", 0)
+    assert status == 2 and "--patience 2: counts evaluations, and no row is held out" in line
 
 
 def test_patience_is_forgotten_at_each_better_score(train, tmp_path, monkeypatch):
@@ -667,7 +716,7 @@ def test_a_plan_for_a_card_that_is_not_here_needs_no_weights(train, tmp_path, ti
     assert status == 0, error
     said = " ".join(said.split())
     for part in ("preset t4", "card Tesla T4, 14.6 GiB, compute capability 7.5",
-                 "dtype fp16: asked for by --dtype", "attention efficient attention",
+                 "dtype fp16: asked for by --preset t4", "attention efficient attention",
                  "of 14.6 GiB with margins", "optimizer AdamW, 8-bit state, paged"):
         assert part in said, part
     assert "attention flash attention" in " ".join(
@@ -675,6 +724,69 @@ def test_a_plan_for_a_card_that_is_not_here_needs_no_weights(train, tmp_path, ti
     status, _, line = train("--out", tmp_path / "run", "--card", "t4")
     assert status == 2 and "--card t4: is for --dry-run" in line
     assert "choose from t4, v100" in train("--dry-run", "--card", "t5")[2]
+
+
+def test_a_plan_for_a_cpu_reads_no_weights_either(train, tmp_path, tiny, monkeypatch):
+    out = tmp_path / "run"
+    trained = train("--out", out, "--eval-answers", 0)[1]
+    shutil.rmtree(out)
+    monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
+    status, said, _ = train("--out", out, "--eval-answers", 0, "--dry-run")
+    assert status == 0
+    settings = said.split("\n\none training example")[0]
+    assert len(settings.splitlines()) > 12 and trained.startswith(settings)
+
+
+@pytest.fixture
+def tiny_published(tiny, monkeypatch):
+    """tiny's shape under the name 7b5."""
+    shape = read_config(tiny)
+    monkeypatch.setitem(phogpt.PUBLISHED, "7b5", shape)
+    return shape
+
+
+def test_a_built_in_shape_is_planned_without_any_file(train, tmp_path, tiny_published, rows):
+    plan = ("--dry-run", "--card", "t4", "--model", "7b5", "--max-len", 64)
+    status, said, error = train(*plan, "--epochs", 2)
+    said = " ".join(said.split())
+    assert status == 0, error
+    assert "9 rows of rows.jsonl, counted but not tokenised: each is taken to have 64" in said
+    assert "steps 5 of 4 examples" in said and "GiB with margins" in said
+    assert re.search(r"time simulated: \S+ to \S+ s a step, .* for all of them", said)
+    assert "one training example" not in said
+    rows.write_text('{"prompt": "x"}', "utf-8")
+    assert "rows.jsonl:1" in train(*plan)[2]
+
+
+def test_a_built_in_shape_without_rows_is_planned_by_the_step(tiny_published, capsys):
+    import train as script
+
+    script.main(["--model", "7b5", "--card", "v100", "--dry-run", "--max-len", "32"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no rows are read: each is taken to have 32 tokens" in said
+    assert "steps 8 examples each; --data FILE or --steps N gives their number" in said
+    assert re.search(r"time simulated: \S+ to \S+ s a step packing", said)
+
+
+def test_a_built_in_shape_is_not_planned_for_a_cpu(train, tiny_published, monkeypatch):
+    monkeypatch.setattr(setup, "this_card", lambda: Card("CPU", "cpu"))
+    status, _, line = train("--model", "7b5", "--dry-run")
+    assert status == 2 and "name one, such as --card t4" in line
+
+
+def test_a_built_in_shape_is_not_trained(train, tmp_path, tiny_published):
+    status, _, line = train("--model", "7b5", "--out", tmp_path / "run")
+    assert status == 2 and "--model 7b5: is a shape without weights, for --dry-run" in line
+
+
+def test_more_tokens_take_longer_and_a_faster_card_less(train, tiny_published):
+    def step_s(*flags):
+        said = train("--dry-run", "--model", "7b5", *flags)[1]
+        return float(re.search(r"simulated: \S+ to (\S+) s a step", said)[1])
+
+    long = step_s("--card", "t4", "--max-len", 128)
+    assert step_s("--card", "t4", "--max-len", 32) < long > step_s("--card", "v100",
+                                                                   "--max-len", 128)
 
 
 @pytest.mark.parametrize("name", ["config.json", "row_hashes.json", "metrics.jsonl"])

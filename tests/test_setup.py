@@ -54,7 +54,7 @@ def test_a_bad_row_is_found_before_any_weight_is_read(tmp_path, tiny, monkeypatc
     rows = write_rows(tmp_path / "rows.jsonl")
     rows.write_text(rows.read_text("utf-8") + '{"prompt": "x"}\n', "utf-8")
     with pytest.raises(Refusal, match=r"rows\.jsonl:13"):
-        set_up(config(tmp_path, tiny, rows))
+        set_up(config(tmp_path, tiny, rows, strict=True))
 
 
 def test_a_folder_that_cannot_be_used_is_found_before_any_weight_is_read(tmp_path, tiny, rows,
@@ -71,7 +71,7 @@ def test_a_job_has_the_steps_and_the_dtype_of_its_run(tmp_path, tiny, rows):
     assert job.run.steps == 4  # 10 rows twice, 5 a step
     assert job.run.config.dtype == "fp32" and job.config.dtype == "auto"
     assert job.stream.batch_size == 5 and job.limits.micro_batch == 2
-    assert len(job.examples.held_out) == 2 and job.not_captured == "graphs need a GPU"
+    assert len(job.examples.held_out) == 2 and job.not_captured == "there is no GPU"
     assert job.model.head.dtype == torch.float32 and not job.model.head.requires_grad
 
 

@@ -277,8 +277,8 @@ def test_a_tokenizer_that_names_no_end_is_refused(tmp_path):
 
 @pytest.mark.parametrize("flags, line", [
     (["--card", "k80"], "error: --card k80: choose from t4, v100, l4, a100, h200\n"),
-    (["--card", "t4", "--dtype", "bf16"], "error: --dtype bf16: Tesla T4 (compute capability 7.5) "
-     "only emulates bf16; use --dtype fp16 or leave the flag out\n"),
+    (["--card", "t4", "--dtype", "bf16"], "error: --dtype asks for bf16, which Tesla T4 "
+     "(compute capability 7.5) only emulates; give --dtype auto\n"),
     (["--card", "t4", "--recompute", "9"], "error: --recompute 9: the model has 8 blocks\n"),
     (["--card", "t4", "--recompute", "much"],
      "error: --recompute much: auto, all, none or a number of blocks\n"),

@@ -1,22 +1,33 @@
 """The training and the held-out examples of a run, from its files or from nano's bundled pairs."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from phogpt_raw.config import Config
-from phogpt_raw.data.prompt import TEMPLATES, Example, choose_template, encode_row
-from phogpt_raw.data.rows import Row, read_rows
-from phogpt_raw.files import expanded
+from phogpt_raw.data.conversations import Conversation, conversations, parse_map
+from phogpt_raw.data.encoded import Encoded, Rows, encode_sources, units
+from phogpt_raw.data.prompt import TEMPLATES, Example, Template, choose_template, next_tokens
+from phogpt_raw.data.report import Report, report
+from phogpt_raw.data.row_cache import through_cache
+from phogpt_raw.data.sources import Source, find_source
+from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
-DEFAULT_SHARE, ENOUGH = 0.05, 40  # held out unless --hold-out says otherwise, of so many rows
+# Without --hold-out: this share is held out, and so many rows at least, of files with ENOUGH rows.
+# One or two held-out rows would decide by chance which adapter is the best.
+DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
+PAD = 3  # any token: a plan has no values
+STEPS = 50  # of a plan without rows, so that its warm-up is that of most runs
+Hashed = Encoded | Conversation  # rows with the hash of their text
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file that was read: its name without the path, and the SHA-256 of its bytes."""
+    """What was read: its name without the path, and the SHA-256 of its bytes; of several, both of
+    each."""
 
     name: str
     sha256: str
@@ -24,8 +35,10 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows, the held-out ones' questions as typed, the template, why, and the files: `file`
-    of the training rows, `held_out_file` where the held-out ones come from another."""
+    """Encoded rows, the questions as typed of the held-out ones that have any, the template, why,
+    and the files: `file` of the training rows, `held_out_file` where the held-out ones come from
+    another. reports: what the training and the held-out rows are like. trained_too: where those
+    held-out rows are that are training rows as well."""
 
     train: list[Example]
     held_out: list[Example]
@@ -35,6 +48,9 @@ class Examples:
     source: str
     file: DataFile | None = None
     held_out_file: DataFile | None = None
+    report: Report | None = None
+    held_out_report: Report | None = None
+    trained_too: tuple[str, ...] = ()
 
 
 def load_examples(tokenizer, config: Config) -> Examples:
@@ -46,51 +62,127 @@ def load_examples(tokenizer, config: Config) -> Examples:
     if data is None:
         raise Refusal("--data: name a file of rows, such as --data rows.jsonl with lines "
                       '{"prompt": "…", "response": "…"}')
+    sources, others = find_sources(data), find_sources(val)
+    named = " and ".join(source.name for source in sources)
     name, reason = choose_template(tokenizer, config.template)
-    rows, held_out = read_rows(data), read_rows(val) if val else []
+    found, found_val = (read(part, tokenizer, TEMPLATES[name], config) if part else Rows()
+                        for part in (sources, others))
+    check_map(config.map, found, found_val)
+    rows, held_out = found.rows, found_val.rows
     if not val:
-        rows, held_out = divide(rows, hold_out_of(config, len(rows)), data)
-    train, kept_out = (
-        [encode_row(tokenizer, TEMPLATES[name], row, config.max_len) for row in part]
-        for part in (rows, held_out)
-    )
-    return Examples(train, kept_out, [row.prompt for row in held_out], name, reason,
-                    Path(data).name, identify(data), identify(val) if val else None)
+        rows, held_out = divide(rows, *hold_out_of(config, len(rows)), named)
+    train = weighted(rows, [source.weight for source in sources])
+    if not train:
+        raise Refusal(f"{named}: no row is left to train on")
+    kept_out = [document for row in held_out for document in row.documents]
+    return Examples(train, kept_out, questions(tokenizer, TEMPLATES[name], kept_out), name, reason,
+                    ", ".join(Path(source.name).name for source in sources),
+                    identify(sources), identify(others) if val else None,
+                    report(rows, found.together()),
+                    report(held_out, found_val.together()) if val else None,
+                    shared(rows, held_out))
 
 
-def hold_out_of(config: Config, rows: int) -> float:
-    """--hold-out, or its default."""
+def find_sources(names: tuple[str, ...] | str | None) -> list[Source]:
+    """What --data or --val name."""
+    return [find_source(name) for name in ((names,) if isinstance(names, str) else names or ())]
+
+
+def stand_ins(config: Config) -> Examples:
+    """Examples for a plan without a tokenizer: as many as --data has, or as STEPS take, each of
+    --max-len tokens that all carry loss."""
+    ids = [PAD] * config.max_len
+    every = Example(ids, next_tokens(ids, start=1))
+    sources, others = find_sources(config.data), find_sources(config.val)
+    counts = STEPS * config.batch_size, 0
+    if sources:
+        rows, held_out = unencoded(sources, config), unencoded(others, config)
+        if not others:
+            rows, held_out = divide(rows, *hold_out_of(config, len(rows)), sources[0].name)
+        counts = len(rows), len(held_out)
+    train, held_out = ([every] * n for n in counts)
+    return Examples(train, held_out, [], "", "",
+                    ", ".join(Path(source.name).name for source in sources),
+                    identify(sources) if sources else None, identify(others) if others else None)
+
+
+def unencoded(sources: list[Source], config: Config) -> list[Conversation]:
+    """The rows of the sources as conversations; bad ones as `read` has it."""
+    found = []
+    for source in sources:
+        for _name, records, findings in units(source):
+            rows = list(conversations(records, findings, parse_map(config.map)))
+            findings.good += len(rows)
+            findings.check(config.strict)
+            found += rows
+    return found
+
+
+def read(sources: list[Source], tokenizer, template: Template, config: Config) -> Rows:
+    """The rows of the sources; Refusal where too many are bad, or any with --strict."""
+    settings = dict(max_len=config.max_len, too_long=config.too_long, mapped=parse_map(config.map))
+    found = through_cache(config.data_cache, sources, tokenizer, template, settings,
+                          lambda: encode_sources(sources, tokenizer, template, **settings))
+    found.check(config.strict)
+    return found
+
+
+def check_map(spec: str | None, *found: Rows) -> None:
+    """Raise Refusal for a --map that names a column which no row has."""
+    for name, field in parse_map(spec).items():
+        if not any(f"mapped {field}" in rows.together().notes for rows in found):
+            raise Refusal(f"--map {field}={name}: no row has a field {name}")
+
+
+def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
+    """The rows' documents, each as often as the weight of its source says. Of a part of a time it
+    is decided by a hash of the row's text, so that it is the same in every run."""
+    return [document for row in rows
+            for _ in range(int(weights[row.source])
+                           + (row.hash < weights[row.source] % 1 * 2**64))
+            for document in row.documents]
+
+
+def questions(tokenizer, template: Template, examples: Iterable[Example]) -> list[str]:
+    """What is asked by each example that asks, as typed."""
+    before, after = template.question.split("{}")
+    return [tokenizer.decode(example.prompt).removeprefix(before).removesuffix(after)
+            for example in examples if example.asks]
+
+
+def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
+    """(--hold-out or its default, the least number of rows where that is a share)."""
     if config.hold_out is None:
-        return DEFAULT_SHARE if rows >= ENOUGH else 0
-    return config.hold_out
+        return (DEFAULT_SHARE, LEAST) if rows >= ENOUGH else (0, 0)
+    return config.hold_out, 1
 
 
-def divide(rows: list[Row], hold_out: float, data: str) -> tuple[list[Row], list[Row]]:
+def divide(rows: list[Hashed], hold_out: float, least: int, data: str
+           ) -> tuple[list[Hashed], list[Hashed]]:
     """(training rows, held-out rows), both in the file's order.
 
     The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
-    share: rows that are added later move none of the others. From 1 on it is a count, reached or
-    passed by as few as equal rows force.
+    share: rows that are added later move none of the others, unless the share is fewer than `least`
+    rows. From 1 on it is a count, reached or passed by as few as equal rows force.
     """
     if not hold_out:
         return rows, []
-    hashes = [hash_of(row) for row in rows]
-    limit = hold_out * 2**64 if hold_out < 1 else 0
-    if min(hashes) >= limit:  # a count; or a share of so few rows that none is below it
-        nth = min(max(1, int(hold_out)), len(rows))
-        limit = sorted(hashes)[nth - 1] + 1
+    hashes = [row.hash for row in rows]
+    nth = min(max(least, int(hold_out)), len(rows))
+    limit = max(hold_out * 2**64 if hold_out < 1 else 0, sorted(hashes)[nth - 1] + 1)
     kept, held_out = ([row for row, place in zip(rows, hashes, strict=True)
                        if (place < limit) == held] for held in (False, True))
     if not kept:
-        raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(rows)} rows, "
-                      f"{len(set(hashes))} of them different; none would be left to train on")
+        raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(set(hashes))} different "
+                      f"{plural(len(set(hashes)), 'row', 'rows')}; none would be left to train on")
     return kept, held_out
 
 
-def hash_of(row: Row) -> int:
-    """A number below 2^64 from a row's text, in which capitals and spaces do not count."""
-    text = "\0".join(" ".join(part.casefold().split()) for part in (row.prompt, row.response))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+def shared(train: list[Hashed], held_out: list[Hashed]) -> tuple[str, ...]:
+    """Where the held-out rows are that are training rows too: a file that --val names may repeat
+    rows of --data."""
+    trained = {row.hash for row in train}
+    return tuple(row.where for row in held_out if row.hash in trained)
 
 
 def fingerprint(example: Example) -> str:
@@ -98,7 +190,6 @@ def fingerprint(example: Example) -> str:
     return hashlib.sha256(repr((example.ids, example.targets)).encode()).hexdigest()[:12]
 
 
-def identify(path: str) -> DataFile:
-    file = expanded(path)
-    with file.open("rb") as content:
-        return DataFile(file.name, hashlib.file_digest(content, "sha256").hexdigest())
+def identify(sources: list[Source]) -> DataFile:
+    return DataFile(", ".join(Path(source.name).name for source in sources),
+                    ", ".join(source.identity() for source in sources))

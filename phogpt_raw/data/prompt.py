@@ -1,35 +1,48 @@
-"""A row becomes token ids, and the token that each position must predict.
+"""A conversation becomes token ids, and the token that each position must predict.
 
-The loss is on the answer and its `</s>`, never on the question. PhoGPT's tokenizer adds neither
-`<s>` nor `</s>` by itself, so `</s>` is appended here; padding is another token (`<pad>`, 3), so
-that no mask made from padding can swallow it. A model whose `</s>` was masked never stops.
+The loss is on every answer and its `</s>`, never on a question; on a `{text}` it is on all of it.
+PhoGPT's tokenizer adds neither `<s>` nor `</s>` by itself, so `</s>` is appended here; padding is
+another token (`<pad>`, 3), so that no mask made from padding can swallow it. A model whose `</s>`
+was masked never stops.
+
+A conversation of several turns is what PhoGPT-4B-Chat's own chat template makes of it: each answer
+ends with `</s>`, and the next question follows. Neither template has a place for a system text; it
+goes before the first question.
 
 >>> TEMPLATES["4b-chat"].question.format("Phở là gì?")
 '### Câu hỏi: Phở là gì?\\n### Trả lời:'
 """
 
 import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
-from phogpt_raw.data.rows import Row
+from phogpt_raw.data.conversations import SYSTEM, TEXT, USER, Conversation
+from phogpt_raw.data.records import Bad, Findings
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 
 IGNORED = -100  # the target of a position that carries no loss, as in torch
 BLOOM_SIZED = 100_000  # tokens; 7B5's vocabulary is 250,000, 4B's 20,480
+AT_ONCE = 512  # conversations that are tokenized together
+LETTERS = 256  # no token has more, so a text of more letters for each token does not fit
+PART = 1 << 16  # letters of a long text that are tokenized at once
 
 
 @dataclass(frozen=True)
 class Template:
-    """VinAI's text around a question, and what stands between it and the answer."""
+    """VinAI's text around a question, what stands between it and the answer, and what between an
+    answer and the next question."""
 
     question: str
     gap: str
+    between: str
 
 
 TEMPLATES = {
-    "7b5-instruct": Template("### Câu hỏi:\n{}\n\n### Trả lời:", gap=""),
-    "4b-chat": Template("### Câu hỏi: {}\n### Trả lời:", gap=" "),
+    "7b5-instruct": Template("### Câu hỏi:\n{}\n\n### Trả lời:", gap="", between="\n\n"),
+    "4b-chat": Template("### Câu hỏi: {}\n### Trả lời:", gap=" ", between="\n"),
 }
 
 
@@ -49,6 +62,11 @@ class Example:
     def supervised(self) -> int:
         """Tokens that carry loss."""
         return len(self.targets) - self.targets.count(IGNORED)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it begins with a question; a text carries loss from its second token on."""
+        return self.targets[0] == IGNORED
 
     @property
     def prompt(self) -> list[int]:
@@ -106,18 +124,133 @@ def encode_prompt(tokenizer, template: Template, prompt: str) -> list[int]:
     return encode_text(tokenizer, template.question.format(prompt))
 
 
-def encode_row(tokenizer, template: Template, row: Row, max_len: int) -> Example:
-    """The row as one document of at most max_len tokens.
+def encode_row(tokenizer, template: Template, row: Conversation, max_len: int) -> Example:
+    """One conversation as one document of at most max_len tokens; raises Refusal where a question
+    leaves no room for an answer."""
+    [(_row, found)] = encode(tokenizer, template, [row], max_len, "cut", Findings())
+    if isinstance(found, Bad):
+        raise Refusal(str(found))
+    return found[0]
 
-    A cut answer has no `</s>`: it must not teach the model to stop in mid-sentence. Raises Refusal
-    where the question alone leaves no room for an answer.
+
+def encode(tokenizer, template: Template, rows: Iterable[Conversation], max_len: int,
+           too_long: str | None, findings: Findings
+           ) -> Iterator[tuple[Conversation, list[Example] | Bad]]:
+    """Each conversation and its documents of at most max_len tokens: usually one.
+
+    too_long: what happens to one that does not fit. `cut`: its end is left out; `split`: it becomes
+    several; `drop`: it becomes none; None: a text is split, anything else cut. An answer that is
+    cut has no `</s>`: it must not teach the model to stop in mid-sentence.
     """
-    prompt = encode_prompt(tokenizer, template, row.prompt)
-    if len(prompt) >= max_len:
-        raise Refusal(f"{row.where}: the question alone has {len(prompt)} tokens, --max-len is "
-                      f"{max_len}; raise it or shorten the row")
-    response = row.response.removesuffix(tokenizer.eos_token).rstrip()
-    answer = [*encode_text(tokenizer, template.gap + response), tokenizer.eos_token_id]
-    room = max_len - len(prompt)
-    ids = prompt + answer[:room]
-    return Example(ids, next_tokens(ids, start=len(prompt)), room < len(answer), row.where)
+    rows = iter(rows)
+    while some := list(islice(rows, AT_ONCE)):
+        pieces = [piece for row in some if row.turns[0][0] != TEXT
+                  for piece in spoken(template, row, tokenizer.eos_token, findings)]
+        encoded = iter(encode_texts(tokenizer, [piece[: LETTERS * (max_len + 1)]
+                                                for piece in pieces]))
+        between = encode_text(tokenizer, template.between)
+        for row in some:
+            try:
+                if row.turns[0][0] == TEXT:
+                    found = encode_plain(tokenizer, row, max_len, too_long or "split")
+                else:
+                    turns = sum(role != SYSTEM for role, _text in row.turns)
+                    rounds = [(question, [*answer, tokenizer.eos_token_id]) for question, answer
+                              in zip(*[islice(encoded, turns)] * 2, strict=True)]
+                    found = in_documents(rounds, between, max_len, too_long or "cut", row.where)
+            except TooLong as fault:
+                if too_long != "drop":
+                    yield row, Bad(row.where, str(fault))
+                    continue
+                found = []
+            if not found:
+                findings.note("dropped", row.where)
+            elif any(document.cut for document in found):
+                findings.note("cut", row.where)
+            elif len(found) > 1:
+                findings.note("split", row.where)
+            yield row, found
+
+
+class TooLong(Exception):
+    """Why a conversation cannot be made to fit."""
+
+
+def spoken(template: Template, row: Conversation, end: str, findings: Findings) -> Iterator[str]:
+    """The text of each question in the template, and of each answer."""
+    before = ""
+    for role, said in row.turns:
+        if role == SYSTEM:
+            findings.note("system", row.where)
+            before = said + "\n"
+        elif role == USER:
+            yield template.question.format(before + said)
+            before = ""
+        else:
+            yield template.gap + said.removesuffix(end).rstrip()
+
+
+def in_documents(rounds: list[tuple[list[int], list[int]]], between: list[int], max_len: int,
+                 too_long: str, where: str) -> list[Example]:
+    """Questions and answers, as ids, in documents of at most max_len tokens. All rounds are in one,
+    if they fit or if `too_long` is cut; raises TooLong where a question leaves no room."""
+    total = sum(len(question) + len(answer) for question, answer in rounds)
+    if total + len(between) * (len(rounds) - 1) > max_len and too_long == "drop":
+        return []
+    found, ids, targets, cut = [], [], [], False
+    for number, (question, answer) in enumerate(rounds):
+        if too_long == "split" and ids and \
+                len(ids) + len(between) + len(question) + len(answer) > max_len:
+            found.append(Example(ids, targets, cut, where))
+            ids, targets, cut = [], [], False
+        question = between + question if ids else question
+        if len(ids) + len(question) >= max_len:
+            if number and too_long == "cut":  # no room for another round
+                cut = True
+                break
+            raise TooLong(f"the question alone has {len(question)} tokens, --max-len is {max_len}; "
+                          f"raise it or shorten the row")
+        room = max_len - len(ids) - len(question)
+        targets += next_tokens(question + answer[:room], start=len(question))
+        ids += question + answer[:room]
+        cut = room < len(answer)
+        if cut and too_long == "cut":
+            break
+    return [*found, Example(ids, targets, cut, where)]
+
+
+def encode_plain(tokenizer, row: Conversation, max_len: int, too_long: str) -> list[Example]:
+    """A text and its `</s>` in documents of at most max_len tokens; the loss is on all of it but
+    the first token of each document."""
+    [(_role, text)] = row.turns
+    ids: list[int] = []
+    for part in parts(text):
+        ids += encode_text(tokenizer, part)
+        if too_long != "split" and len(ids) >= max_len:
+            break
+    ids.append(tokenizer.eos_token_id)
+    if len(ids) > max_len and too_long == "drop":
+        return []
+    if len(ids) > max_len and too_long == "cut":
+        return [Example(ids[:max_len], next_tokens(ids[:max_len], start=0), True, row.where)]
+    starts = [*range(0, len(ids), max_len), len(ids)]
+    if len(starts) > 2 and starts[-1] - starts[-2] == 1:  # a lone </s> would predict nothing
+        starts[-2] -= 1
+    pieces = [ids[start:stop] for start, stop in pairwise(starts)]
+    return [Example(piece, next_tokens(piece, start=0), False, row.where) for piece in pieces]
+
+
+def parts(text: str) -> Iterator[str]:
+    """A long text in parts whose tokens are those of the whole: a part begins with a space."""
+    start = 0
+    while start < len(text):
+        stop = text.find(" ", start + PART)
+        stop = len(text) if stop < 0 else stop
+        yield text[start:stop]
+        start = stop
+
+
+def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
+    """`encode_text` of many."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
+                     return_attention_mask=False, verbose=False)["input_ids"] if texts else []

@@ -30,14 +30,9 @@ def encode_history(tokenizer, template: Template, turns: list[Turn],
     for n, turn in enumerate(turns):
         told = f"{system.strip()}\n" if system.strip() and not n else ""
         if n:
-            ids += encode_text(tokenizer, between(template))
+            ids += encode_text(tokenizer, template.between)
         ids += encode_prompt(tokenizer, template, told + turn.question)
         if turn.answer is not None:
             answer = unicodedata.normalize("NFC", turn.answer).strip()
             ids += [*encode_text(tokenizer, template.gap + answer), tokenizer.eos_token_id]
     return ids
-
-
-def between(template: Template) -> str:
-    """What stands between `</s>` and the next question."""
-    return "\n\n" if "\n\n" in template.question else "\n"

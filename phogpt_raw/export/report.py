@@ -1,15 +1,18 @@
 """What an export shows: how far a merged checkpoint is from the adapter, and how to use a file."""
 
 import shlex
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from phogpt_raw.cards import dtype_name
+from phogpt_raw.data.conversations import conversations
 from phogpt_raw.data.examples import PAIRS
 from phogpt_raw.data.prompt import TEMPLATES, encode_row
-from phogpt_raw.data.rows import read_rows
+from phogpt_raw.data.records import Findings
+from phogpt_raw.data.sources import read_file
 from phogpt_raw.export.distance import distance
 from phogpt_raw.export.merge import mapped_tensors
 from phogpt_raw.export.source import Source
@@ -31,7 +34,8 @@ def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
     merger = source.merger
     if merger.adapters is None:
         return
-    rows = read_rows(PAIRS / "heldout.jsonl")[:COMPARED]
+    records = read_file(PAIRS / "heldout.jsonl", Findings())
+    rows = list(islice(conversations(records, Findings()), COMPARED))
     template = TEMPLATES[source.template]
     texts = [encode_row(source.tokenizer, template, row, 1024).ids for row in rows]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,14 +12,13 @@ from rich.console import Console as Rich
 from rich.text import Text
 from tqdm import tqdm
 
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
+from phogpt_raw.training.checkpoint import newest
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.metrics import StepRow
 from phogpt_raw.training.run import Run, record
 
 out = Rich(highlight=False, soft_wrap=True)
-
-STOPPED = _("stopped by hand; with the same --out train.py goes on from its last checkpoint")
 
 
 def listing(title: str, lines: dict[str, str]) -> None:
@@ -62,14 +61,17 @@ class Display:
         self.live = sys.stderr.isatty()
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
                         dynamic_ncols=True,
-                        bar_format="{n_fmt}/{total_fmt} |{bar:10}| {postfix}")
+                        bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}")
         self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, kind, *_exception) -> None:
+        """Close the line; Ctrl-C is raised again, with what is left of the run as its text."""
         self.bar.close()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(stopped(self.run)) from None
 
     def step(self, row: StepRow, seconds: float) -> None:
         """Show a finished step, before the evaluation that may follow it."""
@@ -80,7 +82,7 @@ class Display:
         if row.skipped:
             text += _(", {n} skipped", n=row.skipped)
         text += _(", {time} left", time=clock(self.seconds_left()))
-        self.bar.set_postfix_str(text)
+        self.bar.set_description_str(text)
         self.bar.update()
         steps = self.run.steps
         if not self.live and (row.step % max(1, steps // 10) == 0 or row.step in (1, steps)):
@@ -97,6 +99,27 @@ class Display:
         if score:
             self.evaluation_seconds.add(score.seconds)
             say(_("step {step}: {score}", step=self.run.state.step, score=score_line(score)))
+
+
+def stopped(run: Run) -> str:
+    """What is left of a run that is stopped without being saved."""
+    saved = newest(run.folder)
+    if saved is None:
+        return _("stopped by hand after step {n}; no checkpoint was saved yet", n=run.state.step)
+    return _("stopped by hand after step {n}; with --out {folder} it goes on from {checkpoint}",
+             n=run.state.step, folder=run.folder, checkpoint=saved.name)
+
+
+def left(run: Run, why: str, arguments: list[str]) -> None:
+    """What is left of a run that was saved and ends before its last step; how it goes on."""
+    print(_("{why}: ended after step {n} of {steps}", why=why, n=run.state.step, steps=run.steps),
+          file=sys.stderr)
+    if run.state.step == 0:
+        return print(_("nothing was trained yet, so nothing is saved"), file=sys.stderr)
+    if not run.config.out:
+        arguments = [*arguments, "--out", str(run.folder)]
+    print(_("saved; go on with:\n  {command}",
+            command=shlex.join(["python", "train.py", *arguments])), file=sys.stderr)
 
 
 class Mean:
@@ -117,8 +140,8 @@ def score_line(score: Score) -> str:
     text = _("validation loss {loss:.3f} (perplexity {ppl:.4g})", loss=score.val_loss,
              ppl=score.val_ppl)
     if score.stops is not None:
-        text += _(", {share:.0%} of {n} answers stop by themselves", share=score.stops,
-                  n=len(score.answers))
+        text += _("; answers that stop: {n} of {of}", of=len(score.answers),
+                  n=round(score.stops * len(score.answers)))
     return text
 
 
@@ -156,10 +179,11 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
     about = [name for name in ("README.md", "loss.png", "loss.svg")
              if (run.folder / name).is_file()]
     if about:
-        lines[_("beside it")] = ", ".join(about)
+        lines[_("also there")] = ", ".join(about)
     early = state.step < run.steps
-    listing(_("ended early: no better in {n} evaluations", n=state.not_better) if early
-            else _("done"), lines)
+    ended = plural(state.not_better, _("ended early: no better in 1 evaluation"),
+                   _("ended early: no better in {n} evaluations", n=state.not_better))
+    listing(ended if early else _("done"), lines)
     if last and best["val_loss"] >= first["val_loss"]:
         out.print()
         paragraph(_("This training made the model no better on the held-out rows: even its best "

@@ -180,7 +180,7 @@ def dress(figure, losses, rates, last: int, title: str, base: str) -> None:
 
 
 def one_line(name: str, width: int = 60) -> str:
-    """A name in composed letters (NFC) on one line, shortened in the middle to about `width`."""
+    """A name in composed letters (NFC) on one line, its centre cut out to about `width` letters."""
     name = " ".join(unicodedata.normalize("NFC", name).split())
     return name if len(name) <= width else f"{name[: width // 2]} … {name[-width // 2 + 3 :]}"
 

@@ -2,31 +2,36 @@
 
 import statistics
 from contextlib import nullcontext
-from itertools import groupby
 
 import torch
 
 from phogpt_raw.cards import capability, dtype_name
 from phogpt_raw.config import Config
-from phogpt_raw.data.examples import DEFAULT_SHARE
-from phogpt_raw.data.prompt import IGNORED, Example
-from phogpt_raw.messages import _
+from phogpt_raw.data.examples import DEFAULT_SHARE, ENOUGH, LEAST
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.messages import _, plural
 from phogpt_raw.model.attention import choose_attention
 from phogpt_raw.model.documents import choose_kernel
-from phogpt_raw.show.console import heading, listing, out, say
+from phogpt_raw.show import data_report
+from phogpt_raw.show.console import clock, heading, listing, say
+from phogpt_raw.show.inspection import print_example
 from phogpt_raw.simulate.fit import Choice, attention_kernels
+from phogpt_raw.simulate.plan import Duration
 from phogpt_raw.simulate.trace import Recorder
-from phogpt_raw.training.setup import Job
+from phogpt_raw.training.setup import EPOCHS, Job
 
 
-def show(job: Job, choice: Choice) -> None:
+def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
+    """Print the settings of a run; `duration`: of a plan."""
     config, shape, run = job.config, job.model.config, job.run
-    plan = job.model.head.is_meta  # of a card that need not be here: it decides, not the device
-    kernels = Recorder(attention_kernels(job.card, job.model.head.dtype)) if plan else nullcontext()
+    slopes_H, kernels = job.model.slopes_H, nullcontext()
+    if slopes_H.is_meta and job.card.device == "cuda":  # a card that need not be here decides
+        kernels = Recorder(attention_kernels(job.card, job.model.head.dtype))
+    elif slopes_H.is_meta:
+        slopes_H = torch.zeros(slopes_H.shape)  # the CPU that is here
     with kernels:
-        attention = attention_line(job)
-    lengths = [len(e.ids) for e in job.examples.train]
-    longest, dtype = max(lengths), job.model.head.dtype
+        attention = attention_line(job, slopes_H)
+    longest, dtype = max(len(e.ids) for e in job.examples.train), job.model.head.dtype
     listing("PhoGPT raw", {
         **({_("preset"): preset_line(config)} if config.preset else {}),
         _("model"): model_line(job),
@@ -34,38 +39,76 @@ def show(job: Job, choice: Choice) -> None:
         _("card"): card_line(job),
         _("dtype"): f"{dtype_name(dtype)}: {job.dtype_reason}",
         _("attention"): attention,
-        _("data"): _(
-            "{n:,} rows of {file}, median {median} tokens, longest {longest}; {held}",
-            n=len(lengths), file=job.examples.source, median=int(statistics.median(lengths)),
-            longest=longest, held=held_out_line(job)),
-        _("template"): f"{job.examples.template}: {job.examples.template_reason}",
+        _("data"): data_line(job),
+        _("template"): template_line(job),
         _("steps"): steps_line(job),
+        **({_("time"): time_line(job, duration)} if duration else {}),
         _("packing"): packing_line(job),
         _("optimizer"): optimizer_line(job),
         _("recompute"): recompute_line(choice),
-        _("capture"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
-        _("on: a shape that is seen again runs as CUDA graphs"),
+        _("CUDA graphs"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
+        _("on, for each shape that comes again"),
         _("folder"): f"{run.folder}" + (
             _(", resumed after step {n}", n=run.state.step) if run.state.step else ""),
     })
+    for fault in run.damaged:
+        say(_("not used: {fault}", fault=fault))
+    if job.examples.report:
+        data_report.show(job.tokenizer, job.examples, config)
     if longest > shape.max_seq_len:
         say(_("the longest row is longer than the {n} tokens that the model was trained for",
               n=shape.max_seq_len))
+    if job.examples.trained_too:
+        say(_("held-out rows that are also training rows: {n} of {of} (the first: {where}); they "
+              "make the validation loss too low", n=len(job.examples.trained_too),
+              of=len(job.examples.held_out), where=job.examples.trained_too[0]))
     cut = [e for e in job.examples.train + job.examples.held_out if e.cut]
     if cut:
-        say(_("{n} rows are longer than --max-len {limit}: their answers are cut and have no </s> "
-              "(the first: {where})", n=len(cut), limit=config.max_len, where=cut[0].where))
+        say(_("rows longer than --max-len {limit}: {n} (the first: {where}); their answers are cut "
+              "and have no </s>", n=len(cut), limit=config.max_len, where=cut[0].where))
 
 
 def preset_line(config: Config) -> str:
+    if config.preset == "none":
+        return _("none: each setting has its default")
     return _("{name} (--preset none turns it off)", name=config.preset)
 
 
+def data_line(job: Job) -> str:
+    if job.tokenizer is None and not job.config.data:
+        return _("no rows are read: each is taken to have {n:,} tokens (--max-len)",
+                 n=job.config.max_len)
+    if job.tokenizer is None:
+        return _("{n:,} rows of {file}, counted but not tokenised: each is taken to have "
+                 "{tokens:,} tokens (--max-len); {held}", n=len(job.examples.train),
+                 file=job.examples.source, tokens=job.config.max_len, held=held_out_line(job))
+    lengths = [len(e.ids) for e in job.examples.train]
+    rows = plural(len(lengths), _("1 row of {file}", file=job.examples.source),
+                  _("{n:,} rows of {file}", n=len(lengths), file=job.examples.source))
+    return _("{rows}, median {median} tokens, longest {longest}; {held}", rows=rows,
+             median=int(statistics.median(lengths)), longest=max(lengths), held=held_out_line(job))
+
+
+def template_line(job: Job) -> str:
+    if job.tokenizer is None:
+        return _("not chosen: {model} has no tokenizer here", model=job.config.model)
+    return f"{job.examples.template}: {job.examples.template_reason}"
+
+
 def held_out_line(job: Job) -> str:
-    n, config = len(job.examples.held_out), job.config
-    if n and config.hold_out is None and not job.examples.held_out_file:
-        return _("{n:,} held out (about {share:.0%}; --hold-out 0 trains on all)", n=n,
-                 share=DEFAULT_SHARE)
+    n, hold_out = len(job.examples.held_out), job.config.hold_out
+    if job.examples.held_out_file:
+        return _("{n:,} held out, of {file}", n=n, file=job.examples.held_out_file.name)
+    if hold_out is None and not n:
+        return _("none held out: fewer than {enough} rows; --hold-out N or --val FILE holds out "
+                 "some", enough=ENOUGH)
+    if hold_out is None:
+        return _("{n:,} held out (about {share:.0%}, at least {least}; --hold-out 0 trains on "
+                 "all)", n=n, share=DEFAULT_SHARE, least=LEAST)
+    if 0 < hold_out < 1:
+        return _("{n:,} held out (--hold-out {share:g}: about that share)", n=n, share=hold_out)
+    if not n:
+        return _("none held out (--hold-out 0)")
     return _("{n:,} held out", n=n)
 
 
@@ -102,18 +145,41 @@ def card_line(job: Job) -> str:
 
 def steps_line(job: Job) -> str:
     config, steps = job.config, job.run.steps
-    epochs = _("{epochs:.1f} epochs", epochs=steps / job.stream.steps(1))
-    if config.batch_tokens:
-        return _("{steps} of at most {n:,} tokens ({epochs})", steps=steps, n=config.batch_tokens,
-                 epochs=epochs)
-    epochs = _("{epochs:.1f} epochs", epochs=steps * config.batch_size / len(job.examples.train))
-    return _("{steps} of {n} examples ({epochs})", steps=steps, n=config.batch_size, epochs=epochs)
+    if job.tokenizer is None and not config.data:  # epochs of nothing
+        each = (_("at most {n:,} tokens each", n=config.batch_tokens) if config.batch_tokens
+                else _("{n} examples each", n=config.batch_size))
+        return f"{config.steps}, {each}" if config.steps else _(
+            "{each}; --data FILE or --steps N gives their number", each=each)
+    passes = (steps / job.stream.steps(1) if config.batch_tokens
+              else steps * config.batch_size / len(job.examples.train))
+    asked = None if config.steps else config.epochs or EPOCHS
+    epochs = (_("{epochs:.1f} epochs", epochs=passes) if asked is None or passes - asked < 0.05
+              else _("{asked:g} epochs, rounded up to whole steps: {epochs:.1f}", asked=asked,
+                     epochs=passes))
+    text = (_("{steps} of at most {n:,} tokens ({epochs})", steps=steps, n=config.batch_tokens,
+              epochs=epochs) if config.batch_tokens
+            else _("{steps} of {n} examples ({epochs})", steps=steps, n=config.batch_size,
+                   epochs=epochs))
+    if job.run.planned not in (0, steps):
+        text += _("; it began with {before} steps: the learning rate now falls until step {steps}",
+                  before=job.run.planned, steps=steps)
+    return text
+
+
+def time_line(job: Job, duration: Duration) -> str:
+    """Seconds of a step, and of all steps where their number is known."""
+    text = _("simulated: {low:.3g} to {high:.3g} s a step", low=duration.low, high=duration.high)
+    if job.tokenizer or job.config.data or job.config.steps:
+        ends = dict.fromkeys(clock(job.run.steps * s) for s in (duration.low, duration.high))
+        text += _(", {span} for all of them, without evaluations", span=_(" to ").join(ends))
+    return text
 
 
 def packing_line(job: Job) -> str:
     packing, micro_batch = job.stream.packing, job.config.micro_batch
     if packing is None:
-        return _("off (--no-packing); {n} rows at a time", n=micro_batch)
+        return _("off (--no-packing)") + "; " + plural(
+            micro_batch, _("1 row at a time"), _("{n} rows at a time", n=micro_batch))
     windows = [job.stream.window(step) for step in job.planned()]
     shapes = [shape for window in windows for shape in window.shapes(micro_batch)]
     rows = sum(rows for rows, _length in shapes)
@@ -123,17 +189,18 @@ def packing_line(job: Job) -> str:
              lengths=", ".join(f"{length:,}" for length in packing.lengths), n=micro_batch)
 
 
-def attention_line(job: Job) -> str:
+def attention_line(job: Job, slopes_H: torch.Tensor) -> str:
+    """The attention kernel on the device of slopes_H."""
     model, packing, dtype = job.model, job.stream.packing, job.model.head.dtype
     length = (packing.lengths[-1] if packing
               else max(len(e.ids) for e in job.examples.train))
     if packing:
-        kernel = choose_kernel(model.slopes_H, model.config.d_model // model.config.n_heads, length,
+        kernel = choose_kernel(slopes_H, model.config.d_model // model.config.n_heads, length,
                                dtype, packing.bounds(length))
         if kernel is not None:
             return _("{kernel}, each example for itself, ALiBi as columns of the keys",
                      kernel=in_words(kernel.name))
-    found = choose_attention(model.slopes_H, model.config, length, dtype)
+    found = choose_attention(slopes_H, model.config, length, dtype)
     text = _("{kernel}, ALiBi as a bias of {block} x {length}", kernel=in_words(found.kernel),
              block=found.block, length=length)
     if packing:
@@ -153,17 +220,21 @@ def optimizer_line(job: Job) -> str:
         kind = _("AdamW, 8-bit state, paged")
     else:
         kind = _("AdamW, 8-bit state (paging needs a GPU)")
-    return kind + _("; learning rate {peak:g} after {warmup} steps of warm-up, then a cosine to "
-                    "{end:g}; gradient clipped to {clip:g}", peak=config.lr,
-                    warmup=config.warmup_of(job.run.steps), end=config.lr * config.lr_floor,
-                    clip=config.clip)
+    warmup = config.warmup_of(job.run.steps)
+    steps = plural(warmup, _(" after 1 step of warm-up"),
+                   _(" after {n} steps of warm-up", n=warmup)) if warmup else ""
+    return kind + _("; learning rate {peak:g}{warmup}, then a cosine to {end:g}; gradient "
+                    "clipped to {clip:g}", peak=config.lr, warmup=steps,
+                    end=config.lr * config.lr_floor, clip=config.clip)
 
 
 def recompute_line(choice: Choice) -> str:
     text = _("{n} of {blocks} blocks in backward", n=choice.recompute, blocks=choice.blocks)
     if choice.gib is None:
         return text
-    text += _(" (auto): {gib:.1f} of {of:.1f} GiB with margins", gib=choice.gib, of=choice.of)
+    if choice.auto:
+        text += _(" (auto)")
+    text += _(": {gib:.1f} of {of:.1f} GiB with margins", gib=choice.gib, of=choice.of)
     if choice.recompute:
         text += _(", for {share:.0%} more arithmetic in the blocks",
                   share=choice.recompute / choice.blocks / 2)
@@ -173,17 +244,11 @@ def recompute_line(choice: Choice) -> str:
 
 
 def example(tokenizer, encoded: Example) -> None:
-    """One training example, the tokens that carry loss in brackets and colour."""
+    """One training example; nothing without a tokenizer."""
+    if tokenizer is None:
+        return
     heading(_("one training example"))
-    out.print(_("{where}; loss on the {n} of {of} tokens between ⟦ and ⟧", where=encoded.where,
-                n=encoded.supervised, of=len(encoded.ids)), markup=False)
-    carries_loss = [False, *(target != IGNORED for target in encoded.targets[:-1])]
-    for supervised, part in groupby(zip(encoded.ids, carries_loss, strict=True),
-                                    key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _carries in part])
-        out.print(f"⟦{text}⟧" if supervised else text, markup=False, end="",
-                  style="bold green" if supervised else None)
-    out.print()
+    print_example(tokenizer, encoded)
 
 
 def millions(count: int) -> str:

@@ -47,7 +47,8 @@ class Choice:
 
     recompute: blocks to recompute, of `blocks`. gib: the peak on the GPU, margins included; least:
     the same with all blocks recomputed; of: the GPU's memory. These three are None where they were
-    not needed for the choice. packing: how rows are packed; None: not at all.
+    not needed for the choice. packing: how rows are packed; None: not at all. auto: whether
+    `recompute` was chosen here, not asked for.
     """
 
     recompute: int
@@ -56,6 +57,7 @@ class Choice:
     least: float | None = None
     of: float | None = None
     packing: Packing | None = None
+    auto: bool = True
 
 
 def choose(job: Job) -> Choice:
@@ -105,7 +107,11 @@ def least_asked(config: Config, blocks: int) -> int:
 def choose_recompute(card: Card, config: Config, blocks: int,
                      trace: Callable[[int], Trace]) -> Choice:
     if config.recompute != "auto":
-        return Choice(config.blocks_to_recompute(blocks), blocks)
+        depth = config.blocks_to_recompute(blocks)
+        if config.dry_run and card.memory_gib:  # a plan says whether it fits
+            gib = needed(trace(depth), card)
+            return Choice(depth, blocks, gib, None, card.memory_gib, auto=False)
+        return Choice(depth, blocks, auto=False)
     if not card.memory_gib:
         return Choice(0, blocks)  # on a CPU memory is not the limit
     return least_recompute(trace, blocks, card)

@@ -51,7 +51,7 @@ def evaluate(model: PhoGPT, tokenizer, examples: list[Example], config: Config, 
     started = time.perf_counter()
     with memory():
         loss = held_out_loss(model, Window(examples, tokenizer.pad_token_id, packing), limits)
-    prompts = [e.prompt for e in examples[: config.eval_answers]]
+    prompts = [e.prompt for e in examples if e.asks][: config.eval_answers]
     longest = max(map(len, prompts), default=0)
     rows = rows_that_fit(model.config, longest + config.answer_tokens, model.head.element_size(),
                          CACHE_MIB)

@@ -175,7 +175,7 @@ def why_not(model: PhoGPT, device: str, wanted: bool) -> str | None:
     if not wanted:
         return "--no-capture"
     if device != "cuda":
-        return _("graphs need a GPU")
+        return _("there is no GPU")
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return _("dropout runs PEFT's own layers")
     return None

@@ -37,16 +37,21 @@ class StepRow:
 
 
 class Metrics:
-    """The metrics file of a run; rows after `step` are dropped, since a resumed run writes them
-    again. tensorboard: write the same values to folder/tensorboard."""
+    """The metrics file of a run; rows that a resumed run writes again are dropped. tensorboard:
+    write the same values to folder/tensorboard. last_loss: of the last step, NaN before the
+    first."""
 
-    def __init__(self, folder: Path, step: int, training: Training, tensorboard: bool = False):
+    def __init__(self, folder: Path, state: RunState, training: Training,
+                 tensorboard: bool = False):
         self.file, self.training = folder / "metrics.jsonl", training
         self.started = self.seconds = 0.0  # when the step began, and how long it took
-        kept = whole_rows(self.file) if step else []  # an incomplete row belongs to a later step
-        kept = [row for row in kept if json.loads(row)["step"] <= step]
+        rows = whole_rows(self.file) if state.step else []  # an incomplete row is of a later step
+        kept = [row for row in rows if is_before(state, json.loads(row))]
+        losses = [loss for row in kept if (loss := json.loads(row).get("loss"))]
+        self.last_loss = losses[-1] if losses else math.nan
         write_text(self.file, "".join(row + "\n" for row in kept))
-        self.board = tensorboard and summary_writer()(folder / "tensorboard", purge_step=step + 1)
+        self.board = tensorboard and summary_writer()(folder / "tensorboard",
+                                                      purge_step=state.step + 1)
 
     def begin(self) -> None:
         """Start measuring a step's time and peak memory."""
@@ -67,6 +72,7 @@ class Metrics:
             rows=sum(rows for rows, _ in shapes),
             fill=round(window.tokens / sum(rows * length for rows, length in shapes), 4))
         self.write(asdict(row))
+        self.last_loss = loss
         return row
 
     def evaluation(self, step: int, score: Score | None) -> None:
@@ -85,6 +91,11 @@ class Metrics:
                 if row[name] is not None:
                     self.board.add_scalar(name, row[name], row["step"])
             self.board.flush()
+
+
+def is_before(state: RunState, row: dict) -> bool:
+    """Whether a row was written before the checkpoint of this state."""
+    return row["step"] <= (state.evaluated if "val_loss" in row else state.step)
 
 
 def summary_writer():

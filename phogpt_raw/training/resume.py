@@ -20,8 +20,10 @@ from phogpt_raw.model.adapter_config import run_record
 from phogpt_raw.refusal import Refusal
 
 # May differ when a run goes on: everything else would make it another run.
-FREE = {"preset", "data", "val", "hold_out", "out", "dry_run", "steps", "epochs", "eval_every",
-        "eval_answers", "answer_tokens", "patience", "save_every", "tensorboard", "max_skipped",
+FREE = {"preset", "data", "val", "map", "strict", "too_long", "data_cache", "inspect", "json",
+        "hold_out", "out", "dry_run", "steps", "epochs", "eval_every", "eval_answers",
+        "answer_tokens", "patience", "save_every", "keep", "max_minutes", "tensorboard",
+        "max_skipped",
         "micro_batch", "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
 ROWS = "row_hashes.json"  # of the rows with which the run began
 
@@ -61,7 +63,7 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
                 f"--out {folder}: this run has --{configuration.flag(name)} "
                 f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
             )
-    check_rows(folder, examples)
+    check_rows(folder, before, now, examples)
 
 
 def whole_path(name: str, value):
@@ -71,17 +73,27 @@ def whole_path(name: str, value):
     return value
 
 
-def check_rows(folder: Path, examples: Examples) -> None:
-    """Raise Refusal where the rows are not those with which the run began, and say which."""
+def check_rows(folder: Path, before: dict, now: dict, examples: Examples) -> None:
+    """Raise Refusal where the rows are not those with which the run began, and say which; where
+    another flag divides them (before and now: the settings), name the flag."""
     file = folder / ROWS
     if not file.is_file():  # a run of before the rows were recorded
         return
     began = json.loads(file.read_text("utf-8"))
     for part, name in (("train", "training"), ("held_out", "held-out")):
         change = changes(began[part], getattr(examples, part))
+        if change and before["hold_out"] != now["hold_out"]:
+            raise Refusal(f"--out {folder}: this run began {with_hold_out(before)}; "
+                          f"{with_hold_out(now)} other rows are held out; go on as it began, or "
+                          f"name another --out")
         if change:
             raise Refusal(f"--out {folder}: its {name} rows have changed since it began: {change}; "
                           f"go on with the same rows, or name another --out")
+
+
+def with_hold_out(settings: dict) -> str:
+    share = settings["hold_out"]
+    return "without --hold-out" if share is None else f"with --hold-out {share:g}"
 
 
 def changes(began: list[str], examples: list[Example]) -> str:
@@ -98,4 +110,4 @@ def changes(began: list[str], examples: list[Example]) -> str:
         parts.append(f"{added.total():,} new or edited (the first: {first.where})")
     if removed:
         parts.append(f"{removed.total():,} gone")
-    return f"{', '.join(parts)} ({len(began):,} rows then, {len(now):,} now)"
+    return f"{', '.join(parts)} (rows then: {len(began):,}, now: {len(now):,})"

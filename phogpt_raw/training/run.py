@@ -8,14 +8,16 @@ last where nothing is held out.
 import dataclasses
 import math
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
-from phogpt_raw.files import expanded
-from phogpt_raw.messages import _
-from phogpt_raw.model.adapters import Adapters
+from phogpt_raw.files import LOCK, expanded, in_words, locked, remove_unfinished, whole_file
+from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal, RunFailed
 from phogpt_raw.training import checkpoint, resume
 from phogpt_raw.training.evaluate import Score
@@ -27,13 +29,15 @@ class RunState:
     """Where a run stands: steps taken, those of them skipped, the best and the first score."""
 
     step: int = 0
+    evaluated: int = -1  # the last step after which the run was evaluated
     skipped: int = 0
     skipped_in_row: int = 0
     best_loss: float = math.inf
     best_step: int = 0
-    not_better: int = 0  # evaluations since the best one
+    not_better: int = 0  # evaluations since the lowest validation loss, that before training too
     first: dict = field(default_factory=dict)  # score before training: val_loss, stops, answers
     best: dict = field(default_factory=dict)  # the same of the adapter that was kept
+    planned: int = 0  # steps that the run should take; 0 in checkpoints of before this was kept
 
     @property
     def applied(self) -> int:
@@ -53,19 +57,20 @@ class Run:
         self.folder = (expanded(config.out) if config.out
                        else next_number(config.model))
         self.config, self.steps, self.examples = config, steps, examples
-        self.state = RunState()
-        self.checkpoint = checkpoint.newest(self.folder)
+        self.saved = None  # the step and the last evaluation that the newest checkpoint holds
+        self.planned = steps  # when its newest checkpoint was saved
+        self.state = RunState(planned=steps)
+        self.checkpoint, self.damaged = checkpoint.newest_whole(self.folder)
         if self.checkpoint:
             resume.check_same(self.folder, config, examples)
-            self.state = RunState(**checkpoint.read_state(self.checkpoint))
+            self.state = restored(self.checkpoint)
+            self.planned, self.state.planned = self.state.planned, steps
             if self.ended:
                 self.check_adapter()
-                raise Refusal(
-                    f"{self.folder}: this run is complete ({self.state.step} steps). Ask it: "
-                    f'python generate.py --adapter {self.folder} "…" ; more of the same: a larger '
-                    f"--steps; from its adapter with other data: --adapter {self.folder} and "
-                    f"another --out"
-                )
+                raise Refusal(self.nothing_left())
+        elif self.damaged:
+            raise Refusal(f"{self.folder}: no checkpoint is whole ({'; '.join(self.damaged)}); "
+                          f"name another --out")
         elif (self.folder / "adapter_model.safetensors").is_file():
             raise Refusal(f"{self.folder}: holds an adapter but no checkpoint to go on from; name "
                           f"another --out, or start from it with --adapter {self.folder}")
@@ -74,24 +79,80 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether all steps are taken, or --patience evaluations brought nothing better."""
+        """Whether all steps are taken and evaluated, or --patience evaluations brought nothing
+        better."""
         state, patience = self.state, self.config.patience
-        return state.step >= self.steps or 0 < patience <= state.not_better
+        if state.step >= self.steps:
+            return not self.evaluation_due()
+        return 0 < patience <= state.not_better
 
-    def begin(self, training: Training) -> None:
-        """Make the folder, or restore the newest checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        resume.record_run(self.folder, self.config, self.examples)
-        if self.checkpoint:
-            checkpoint.load(self.checkpoint, training)
+    def nothing_left(self) -> str:
+        """Why a run that has ended does not go on, and what to do instead."""
+        state, patience = self.state, self.config.patience
+        if state.step >= self.steps:
+            done = plural(state.step, "1 step", f"{state.step} steps")
+            why, more = f"this run is complete ({done})", "a larger --steps"
+        else:
+            times = plural(state.not_better, "1 evaluation", f"{state.not_better} evaluations")
+            why = (f"this run ended early, after step {state.step} of {self.steps}: the validation "
+                   f"loss was no lower in {times} (--patience {patience})")
+            more = f"a --patience above {state.not_better}, or none"
+        return (f'{self.folder}: {why}. Ask it: python generate.py --adapter {self.folder} "…" ; '
+                f"more of the same: {more}; from its adapter with other data: --adapter "
+                f"{self.folder} and another --out")
 
-    def keep_if_best(self, adapters: Adapters, score: Score | None) -> None:
-        """Keep the adapter as the result if its score is the best, or if nothing is held out.
+    @contextmanager
+    def begun(self, training: Training) -> Iterator[None]:
+        """Hold the run's folder, made where it is not there, and restore the newest checkpoint.
+
+        Raises Refusal where another process has it.
+        """
+        with in_words(self.folder / LOCK):
+            if not self.config.out:
+                self.folder = make_next(self.config.model)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / LOCK, f"--out {self.folder}: another process trains there; wait "
+                                        f"for its end, or name another --out"):
+            if checkpoint.newest_whole(self.folder)[0] != self.checkpoint:
+                raise Refusal(f"--out {self.folder}: another process has trained there meanwhile; "
+                              f"give the same command again")
+            try:
+                remove_unfinished(self.folder)
+                resume.record_run(self.folder, self.config, self.examples)
+                if self.checkpoint:
+                    checkpoint.load(self.checkpoint, training)
+                    self.publish()
+                yield
+            finally:
+                (self.folder / LOCK).unlink()
+
+    def evaluation_due(self) -> bool:
+        """Whether the run is to be evaluated where it stands: before the first step, every
+        --eval-every steps, and at the end; once each."""
+        state, every = self.state, self.config.eval_every
+        return state.evaluated < state.step and (
+            state.step in (0, self.steps) or (every > 0 and state.step % every == 0))
+
+    def save_due(self) -> bool:
+        """Whether a checkpoint is to be written: after an evaluation, and every --save-every
+        steps."""
+        state, every = self.state, self.config.save_every
+        return state.step > 0 and (state.evaluated == state.step
+                                   or (every > 0 and state.step % every == 0))
+
+    def rate(self, score: Score | None) -> None:
+        """Remember the score, and whether this adapter is the best so far: the one of the lowest
+        validation loss; the newest where nothing is held out.
 
         Before the first update the score is only remembered: it is of an adapter not yet trained.
-        A loss that is not finite is never the best.
+        A loss that is not finite is never the best. For --patience, though, it counts: what is no
+        better than the untrained adapter is no better.
         """
         state = self.state
+        state.evaluated = state.step
+        if score and state.step:
+            lowest = min(state.best_loss, state.first.get("val_loss", math.inf))
+            state.not_better = 0 if score.val_loss < lowest else state.not_better + 1
         if state.step == 0:
             if score and not math.isfinite(score.val_loss):
                 raise RunFailed(_("{folder}: the validation loss is not finite before the first "
@@ -103,18 +164,27 @@ class Run:
         elif state.applied and (score is None or score.val_loss < state.best_loss):
             state.best_loss = score.val_loss if score else math.inf
             state.best_step, state.best = state.step, record(score)
-            state.not_better = 0
-            adapters.save(self.folder)
-        else:
-            state.not_better += 1
 
     def save(self, training: Training) -> None:
-        checkpoint.save(self.folder, self.state.step, training, dataclasses.asdict(self.state))
+        """Write a checkpoint, unless nothing has changed since the last; then remove older ones but
+        --keep of them and the best one."""
+        state = self.state
+        if state.step == 0 or self.saved == (state.step, state.evaluated):
+            return
+        self.checkpoint = checkpoint.save(self.folder, state.step, training,
+                                          dataclasses.asdict(state))
+        self.saved = state.step, state.evaluated
+        self.publish()
+        if not state.skipped_in_row:  # else an older one may be the only good one
+            checkpoint.remove_older(self.folder, self.config.keep, state.best_step)
 
-    def due(self, every: int) -> bool:
-        """Whether something is due after this step: every so often, and at the last."""
-        step = self.state.step
-        return step == self.steps or (every > 0 and step % every == 0)
+    def publish(self) -> None:
+        """Copy the newest checkpoint's adapter to the run's folder if it is the best one. It comes
+        after the checkpoint, so that a run killed between the two makes up for it."""
+        if self.state.best_step == self.state.step > 0:
+            for name in checkpoint.ADAPTER:
+                with whole_file(self.folder / name) as file:
+                    shutil.copyfile(self.checkpoint / name, file)
 
     def still_due(self, every: int) -> int:
         """How often something is due from this step on, this one included."""
@@ -148,8 +218,8 @@ class Run:
     def check_adapter(self) -> None:
         """Raise RunFailed where a run that took all its steps has left no adapter."""
         if not (self.folder / "adapter_model.safetensors").is_file():
-            raise RunFailed(_("{folder}: this run took its {n} steps and found no usable adapter; "
-                              "{advice}", folder=self.folder, n=self.state.step,
+            raise RunFailed(_("{folder}: this run has ended, after step {n}, without a usable "
+                              "adapter; {advice}", folder=self.folder, n=self.state.step,
                               advice=self.advice()))
 
     def advice(self) -> str:
@@ -163,6 +233,23 @@ class Run:
                      "or fp32, and another --out")
         return _("the last good checkpoint is {good}; go on from it with --adapter {good}, a "
                  "lower --lr and another --out", good=good)
+
+
+def restored(folder: Path) -> RunState:
+    """The state in a checkpoint; one of before a field was recorded has been evaluated."""
+    state = checkpoint.read_state(folder)
+    return RunState(**{"evaluated": state.get("step", 0), **state})
+
+
+def make_next(model: str) -> Path:
+    """Make the folder of next_number, which another run may take at the same time."""
+    while True:
+        folder = next_number(model)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
 
 
 def record(score: Score | None) -> dict:

@@ -5,6 +5,7 @@ What can be wrong is found before anything slow: tokenizer and rows, the run's f
 adapters ask for, and only then are the base's weights read.
 """
 
+import random
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from phogpt_raw.cards import Card, dtype_name, known_card, this_card, training_dtype
+from phogpt_raw.command_line import asked_by
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Stream, TokenStream
-from phogpt_raw.data.examples import Examples, load_examples
+from phogpt_raw.data.examples import Examples, load_examples, stand_ins
 from phogpt_raw.data.packing import Packing
 from phogpt_raw.files import expanded
 from phogpt_raw.model.adapter_config import check_not_merged, read_adapter_config
@@ -24,8 +26,9 @@ from phogpt_raw.model.adapters import (
     load_adapters,
     new_adapters,
 )
-from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig, PhoGPT
 from phogpt_raw.model.weights import (
+    PINNED_IDS,
     WITHOUT_WEIGHTS,
     base_on_meta,
     find_folder,
@@ -43,6 +46,7 @@ from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.run import Run
 from phogpt_raw.training.step import Training
 
+EPOCHS = 3  # where neither --steps nor --epochs is given
 PLANNED = 512  # steps whose rows decide the row lengths and what is captured
 
 
@@ -80,7 +84,8 @@ def forward_of(model: PhoGPT, adapters: Adapters, limits: Limits) -> PhoGPT | Gr
 
 @dataclass
 class Job(Training):
-    """A run of train.py: the parts of its steps, its data, its folder."""
+    """A run of train.py: the parts of its steps, its data, its folder. `tokenizer` is None in a
+    plan for a built-in shape, whose examples are stand-ins."""
 
     config: Config
     card: Card
@@ -121,6 +126,17 @@ def with_own_adapter(config: Config) -> Config:
                    targets=targets)
 
 
+def shape_alone(config: Config) -> ModelConfig | None:
+    """The built-in shape that --model 7b5 or 4b names, for a plan without any file of the base;
+    None for a base with files. Raises Refusal where there is no plan for it."""
+    if config.model not in PUBLISHED or expanded(config.model).is_dir():
+        return None
+    if not config.dry_run:
+        raise Refusal(f"--model {config.model}: is a shape without weights, for --dry-run; to "
+                      f"train, name a folder or a hub id such as vinai/PhoGPT-4B-Chat")
+    return PUBLISHED[config.model]
+
+
 def check_asked(config: Config, shape: ModelConfig) -> None:
     """Raise Refusal where the base lacks what --targets or --recompute name."""
     if not config.adapter:
@@ -154,19 +170,27 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     if config.adapter:
         config = with_own_adapter(config)
     card = known_card(config.card) if config.card else this_card()
-    dtype, dtype_reason = training_dtype(card, config.dtype)
-    folder = find_folder(config.model, config.revision, files=WITHOUT_WEIGHTS)
-    shape = read_config(folder)
-    if config.adapter:
+    dtype, dtype_reason = training_dtype(card, config.dtype, asked_by(config, "dtype"))
+    shape = shape_alone(config)
+    if shape and card.device == "cpu":
+        raise Refusal(f"--model {config.model} --dry-run: plans for a GPU, and there is none here; "
+                      f"name one, such as --card t4")
+    folder = None if shape else find_folder(config.model, config.revision, files=WITHOUT_WEIGHTS)
+    shape = shape or read_config(folder)
+    if config.adapter and folder:
         check_not_merged(folder, expanded(config.adapter))
-    tokenizer = read_tokenizer(folder, shape)
-    examples = examples or load_examples(tokenizer, config)
-    stream = make_stream(examples, config, tokenizer.pad_token_id)
-    steps = config.steps or stream.steps(config.epochs or 3)
-    run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
     check_asked(config, shape)
+    tokenizer = folder and read_tokenizer(folder, shape)
+    if examples is None:
+        examples = load_examples(tokenizer, config) if tokenizer else stand_ins(config)
+    stream = make_stream(examples, config, PINNED_IDS["pad"])
+    if config.patience and not examples.held_out:
+        raise Refusal(f"--patience {config.patience}: counts evaluations, and no row is held out; "
+                      f"give --hold-out or --val, or leave it out")
+    steps = config.steps or stream.steps(config.epochs or EPOCHS)
+    run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
 
-    if config.dry_run and card.device == "cuda":  # a plan needs shapes alone
+    if config.dry_run or config.inspect:  # needs shapes alone
         model = base_on_meta(shape, dtype, nf4=config.nf4)
     else:
         model = read_model(find_folder(config.model, config.revision), nf4=config.nf4,
@@ -185,6 +209,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
                     micro_batch=config.micro_batch, loss_mib=config.loss_mib,
                     graphs=not_captured is None and not model.head.is_meta)
     torch.manual_seed(config.seed)  # dropout's; a resumed run restores its own
+    random.seed(config.seed)  # so that the checkpoints of two processes are equal
     return Job(**vars(training), config=config, card=card, dtype_reason=dtype_reason,
                tokenizer=tokenizer, examples=examples, stream=stream, run=run,
                not_captured=not_captured)

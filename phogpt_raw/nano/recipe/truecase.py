@@ -15,7 +15,7 @@ class Truecaser:
                 (self.upper if word[0].isupper() else self.lower)[word.casefold()] += 1
 
     def inside(self, phrase: str) -> str:
-        """The phrase as it is written in the middle of a sentence: 'Con mèo' -> 'con mèo'."""
+        """The phrase as it is written inside a sentence: 'Con mèo' -> 'con mèo'."""
         first, _, rest = phrase.partition(" ")
         lower, upper = self.lower[first.casefold()], self.upper[first.casefold()]
         share = 0.95 if rest[:1].isupper() else 0.3 if rest else 0.7

@@ -1,0 +1,104 @@
+"""Bench of the rows: from a file of many to a plan of the first epoch, then again from the cache.
+
+    python bench/data.py                60,000 rows, made on the spot, and one of 40 million letters
+    python bench/data.py --tokenizer FOLDER
+
+Each way runs in a process of its own. Seconds are those of reading, checking, encoding, dividing
+and packing, after the imports. Memory is the highest of the whole process (ru_maxrss), and by how
+much that is above what the imports and the tokenizer took.
+"""
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench import items
+from bench.command_line import count
+from phogpt_raw.config import Config
+from phogpt_raw.data.examples import load_examples
+from phogpt_raw.data.packing import choose_packing
+from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.simulate.fit import ROW
+from phogpt_raw.training.setup import PLANNED, make_stream
+
+WORDS = (
+    "phở", "bún", "cơm", "nước", "ngon", "rất", "nhiều", "người", "thành", "phố", "Hà", "Nội",
+    "sông", "núi", "ăn", "uống", "buổi", "sáng", "trưa", "chiều", "tối", "mùa", "hè", "đông",
+    "lạnh", "nóng", "đẹp", "và", "của", "là", "có", "không", "được", "một", "những", "các", "với")
+LONG = 40_000_000  # letters
+
+
+def write_rows(file: Path, rows: int) -> None:
+    """Rows of random words, no two alike: about 150 letters of question, 400 of answer."""
+    dice = random.Random(0)
+    with file.open("w", encoding="utf-8") as lines:
+        for n in range(rows):
+            question = f"Câu {n}: {' '.join(dice.choices(WORDS, k=dice.randint(5, 60)))}?"
+            answer = f"Dạ, {' '.join(dice.choices(WORDS, k=dice.randint(10, 160)))} ạ."
+            lines.write(json.dumps({"prompt": question, "response": answer}, ensure_ascii=False)
+                        + "\n")
+
+
+def measured(file: str, cache: str, tokenizer: str) -> dict:
+    """Load and plan in this process."""
+    found = items.tokenizer(tokenizer)
+    config = Config(model="x/y", data=file, data_cache=cache, template="4b-chat", hold_out=0.05)
+    before, start, cpu = peak_mib(), time.perf_counter(), time.process_time()
+    try:
+        examples = load_examples(found, config)
+    except Refusal as refusal:
+        return {"refused": str(refusal), "s": time.perf_counter() - start, "mib": peak_mib(),
+                "more_mib": peak_mib() - before}
+    loaded = time.perf_counter() - start
+    stream = make_stream(examples, config, found.pad_token_id)
+    windows = [stream.picked(step) for step in range(min(PLANNED, stream.steps(1)))]
+    stream.packing = choose_packing(windows, max(len(e.ids) for e in examples.train), ROW)
+    steps = sum(1 for step in range(stream.steps(1)) if stream.window(step).shapes(1))
+    return {"s": time.perf_counter() - start, "loaded_s": loaded,
+            "cpu_s": time.process_time() - cpu, "mib": peak_mib(),
+            "more_mib": peak_mib() - before, "rows": len(examples.train) + len(examples.held_out),
+            "tokens": sum(len(e.ids) for e in examples.train), "steps": steps}
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_a_process(*arguments) -> dict:
+    done = subprocess.run([sys.executable, "-m", "bench.data", "--measure", *map(str, arguments)],
+                          stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
+                          check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=count, default=60_000)
+    parser.add_argument("--tokenizer", default="nano", help="nano, a folder or a hub id")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a process of its own
+    options = parser.parse_args(arguments)
+    if options.measure:
+        print(json.dumps(measured(*options.measure)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows, long = Path(folder) / "rows.jsonl", Path(folder) / "long.jsonl"
+        write_rows(rows, options.rows)
+        long.write_text(json.dumps({"prompt": "a", "response": "ạ" * LONG}, ensure_ascii=False),
+                        "utf-8")
+        for what, file in (("anew", rows), ("from the cache", rows), ("one long row", long)):
+            found = in_a_process(file, Path(folder) / "cache", options.tokenizer)
+            print(f"{what}: {found.pop('s'):.2f} s, " + ", ".join(
+                f"{name} {value:,.0f}" if isinstance(value, int | float) else f"{name}: {value}"
+                for name, value in found.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

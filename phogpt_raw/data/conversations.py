@@ -1,0 +1,353 @@
+"""A record of any known format becomes a conversation: turns, each with its role and text.
+
+The fields decide which format it is; fields.py has their names. What a row may be:
+
+- a question and its answer: {prompt, response}, {prompt, completion}, {instruction, input, output},
+  {instruction, response}, {question, answer}, {input, output}; each also with `system` and
+  `history`, a list of earlier [question, answer];
+- {messages: [{role, content}]} and {conversations: [{from, value}]}, of many turns;
+- {text}, which is learned as it is.
+
+Text is normalised to NFC: Vietnamese typed on a Mac often arrives as NFD, looks the same, and
+becomes other tokens. A text that wears PhoGPT's template is taken out of it. Nothing is guessed:
+a number, a list or a half letter where a text should be makes a bad row.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from phogpt_raw.data.encodings import CONVERT, font_encoding
+from phogpt_raw.data.fields import NAMES, field_of, plain
+from phogpt_raw.data.json_text import Number, Twice
+from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
+from phogpt_raw.refusal import Refusal
+
+USER, ASSISTANT, SYSTEM, TEXT = "user", "assistant", "system", "text"
+# (question, answer): the pairs of names that belong together, then the others
+PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"),
+         ("instruction", "response"), ("question", "answer"), ("question", "response"),
+         ("question", "output"), ("prompt", "answer"), ("prompt", "output"),
+         ("instruction", "answer"), ("input", "output"), ("input", "response"),
+         ("input", "answer"))
+ROLES = {"user": USER, "human": USER, "nguoi dung": USER, "assistant": ASSISTANT, "gpt": ASSISTANT,
+         "model": ASSISTANT, "bot": ASSISTANT, "chatgpt": ASSISTANT, "system": SYSTEM}
+NEEDS = ("a row needs prompt and response, or instruction and output, or messages, or text; "
+         "--map response=NAME,prompt=NAME names others")
+WORN = re.compile(r"^### (Câu hỏi|Trả lời):", re.MULTILINE)
+# How texts of other models' templates begin.
+FOREIGN = re.compile(r"\s*(<\|im_start\|>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>|"
+                     r"<\|start_header_id\|>|<s>\s*\[INST\]|\[INST\]|<start_of_turn>|<bos>|"
+                     r"### ?Instruction:|### ?Human:|### ?User:|USER:|Human:|"
+                     r"Below is an instruction that describes a task)")
+SAMPLE = 50  # conversations of a file that decide whether it is in TCVN3 or VNI
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """turns: (role, text) of each, roles user, assistant, system (only the first), or one of role
+    text. where: file:line."""
+
+    turns: tuple[tuple[str, str], ...]
+    where: str
+
+    @property
+    def question(self) -> str:
+        """The first question as typed; nothing for a text."""
+        return next((text for role, text in self.turns if role == USER), "")
+
+    @property
+    def hash(self) -> int:
+        """A number below 2^64 from the texts, in which capitals and spaces do not count."""
+        text = "\0".join(" ".join(text.casefold().split()) for _role, text in self.turns)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+class Unusable(Exception):
+    """What is wrong with a row."""
+
+
+def parse_map(spec: str | None) -> dict[str, str]:
+    """--map response=tra_loi,prompt=cau_hoi as {name of a column: its meaning}."""
+    found = {}
+    for pair in (spec or "").split(","):
+        if not pair.strip():
+            continue
+        field, equals, name = (part.strip() for part in pair.partition("="))
+        if not equals or not name or field not in NAMES:
+            raise Refusal(f"--map {pair.strip()}: is FIELD=NAME with a FIELD of "
+                          f"{', '.join(NAMES)}, such as response=tra_loi,prompt=cau_hoi")
+        if name in found or field in found.values():
+            raise Refusal(f"--map {spec}: names {name if name in found else field} twice")
+        found[name] = field
+    return found
+
+
+def conversations(records: Iterable[Record | Bad], findings: Findings,
+                  mapped: dict[str, str] | None = None) -> Iterator[Conversation]:
+    """Every conversation of the records; bad rows, and what was found, go into `findings`.
+
+    mapped: {name of a column: its meaning}, from --map.
+    """
+    reader = Reader(findings, mapped or {})
+    sample = []
+    for record in findings.sift(records):
+        try:
+            found = reader.conversation(record)
+        except Unusable as fault:
+            findings.reject(Bad(record.where, str(fault)))
+            continue
+        if len(sample) < SAMPLE:
+            sample.append(found)
+            if len(sample) == SAMPLE:
+                check_font(sample)
+        yield found
+    check_font(sample)
+
+
+def check_font(sample: list[Conversation]) -> None:
+    text = " ".join(text for one in sample for _role, text in one.turns)[:20_000]
+    if name := font_encoding(text):
+        raise Refusal(f"{sample[0].where}: the text is in {name}, letters of an old font; "
+                      f"{CONVERT}")
+
+
+class Reader:
+    """Records as conversations. It says what it found to `findings`."""
+
+    def __init__(self, findings: Findings, mapped: dict[str, str]):
+        self.findings = findings
+        self.mapped = {plain(name): field for name, field in mapped.items()}
+        self.found: list[tuple[str, str]] = []  # (kind, example) of the notes on a record
+
+    def conversation(self, record: Record) -> Conversation:
+        """Raises Unusable for a record that cannot be used."""
+        self.found = []
+        conversation = Conversation(self.turns(record), record.where)
+        for kind, example in self.found:
+            self.findings.note(kind, record.where, example)
+        return conversation
+
+    def note(self, kind: str, example: str = "") -> None:
+        self.found.append((kind, example))
+
+    def turns(self, record: Record) -> tuple[tuple[str, str], ...]:
+        fields = self.fields(record)
+        names = frozenset(field for field, (_name, value) in fields.items() if value is not None)
+        shape = shape_of(names)
+        if shape is None:
+            empty = shape_of(frozenset(fields))
+            if empty:
+                missing = next(f for f in empty if f in fields and fields[f][1] is None)
+                raise Unusable(f"{fields[missing][0]} is empty (null); write a text, or remove "
+                               f"the row")
+            shown = ", ".join(map(str, record.value))[:200] or "none"
+            raise Unusable(f"fields {shown}; {NEEDS}")
+        unused = [name for field, (name, value) in fields.items()
+                  if field not in shape and value not in (None, "", [])
+                  and field not in ("system", "history")]
+        for name in unused:
+            self.note(f"unused {name}", name)
+        used = ", ".join(fields[field][0] for field in (*shape, "system", "history")
+                         if field in names and (field in shape or fields[field][1]))
+        self.note(f"format {used}", used)
+        kind = shape[0]
+        if kind in ("messages", "conversations"):
+            turns = list(self.listed(*fields[kind]))
+        elif kind == "text":
+            turns = self.plain_text(*fields["text"])
+        else:
+            turns = self.asked(shape, fields)
+        if "system" in fields and kind != "text":
+            name, value = fields["system"]
+            if value is not None and value != "":
+                turns.insert(0, (SYSTEM, text(name, value)))
+        return self.ordered(turns)
+
+    def fields(self, record: Record) -> dict[str, tuple[str, object]]:
+        """{meaning, or the name where it has none: (name, value)}."""
+        if not isinstance(record.value, dict):
+            raise Unusable(f"a row is an object with fields, not {kind_of(record.value)}")
+        if isinstance(record.value, Twice):
+            raise Unusable(f"{record.value.key} stands twice; remove one")
+        found: dict[str, tuple[str, object]] = {}
+        for name, value in record.value.items():
+            usual = field_of(name) if field_of(name) not in self.mapped.values() else None
+            meaning = self.mapped.get(plain(name)) or usual or f"({name})"
+            if plain(name) in self.mapped:
+                self.note(f"mapped {meaning}", name)
+            if meaning in found and found[meaning][1] not in (None, "") \
+                    and value not in (None, ""):
+                raise Unusable(f"{found[meaning][0]} and {name} mean the same; rename or remove "
+                               f"one, or choose with --map")
+            if meaning not in found or found[meaning][1] in (None, ""):
+                found[meaning] = (name, value)
+        return found
+
+    def asked(self, shape: tuple[str, ...], fields: dict) -> list[tuple[str, str]]:
+        """A question, what comes before it and with it, and its answer."""
+        question, answer = shape[0], shape[-1]
+        asked = self.unworn(*fields[question])
+        if len(shape) == 3 and fields["input"][1] not in (None, "") \
+                and not str(fields["input"][1]).isspace():
+            role, first = asked[-1]
+            asked[-1] = (role, f"{first}\n{text(*fields['input'])}")
+        before = []
+        if "history" in fields and fields["history"][1]:
+            before = list(pairs(*fields["history"]))
+        answered = text(*fields[answer])
+        if WORN.match(answered) and answered.startswith("### Trả lời:"):
+            answered = answered.removeprefix("### Trả lời:").strip()
+        return [*before, *asked, (ASSISTANT, answered)]
+
+    def unworn(self, name: str, value) -> list[tuple[str, str]]:
+        """A prompt's turns: itself, or those of the template that it wears."""
+        prompt = text(name, value)
+        if not prompt.startswith("### Câu hỏi:"):
+            refuse_foreign(name, prompt)
+            return [(USER, prompt)]
+        self.note("template")
+        turns = worn(prompt)
+        if turns[-1] == (ASSISTANT, ""):
+            turns.pop()
+        if not turns or turns[-1][0] != USER:
+            raise Unusable(f"{name} wears PhoGPT's template and holds an answer too; a prompt "
+                           f"ends with ### Trả lời:")
+        return turns
+
+    def plain_text(self, name: str, value) -> list[tuple[str, str]]:
+        whole = text(name, value)
+        refuse_foreign(name, whole)
+        if not whole.startswith("### Câu hỏi:") or "### Trả lời:" not in whole:
+            return [(TEXT, whole)]
+        self.note("template")
+        return worn(whole)
+
+    def listed(self, name: str, value) -> Iterator[tuple[str, str]]:
+        """The turns of {messages} or {conversations}."""
+        if not isinstance(value, list) or not value:
+            raise Unusable(f"{name} is not a list of turns; write "
+                           f'[{{"role": "user", "content": "…"}}, …]')
+        for n, turn in enumerate(value, 1):
+            if not isinstance(turn, dict):
+                raise Unusable(f"turn {n} of {name} is not an object with role and content")
+            if isinstance(turn, Twice):
+                raise Unusable(f"turn {n} of {name} has {turn.key} twice; remove one")
+            keys = {key.casefold(): key for key in turn}
+            who = next((keys[key] for key in ("role", "from") if key in keys), None)
+            said = next((keys[key] for key in ("content", "value", "text") if key in keys), None)
+            if who is None or said is None:
+                raise Unusable(f"turn {n} of {name} has fields {', '.join(turn) or 'none'}; a turn "
+                               f"needs role and content, or from and value")
+            role = ROLES.get(str(turn[who]).casefold()) if isinstance(turn[who], str) else None
+            if role is None:
+                raise Unusable(f"turn {n} of {name} is by {shown(turn[who])}; known are user, "
+                               f"assistant, system, human, gpt")
+            if role != SYSTEM or turn[said] not in (None, ""):
+                yield role, text(f"{said} of turn {n}", turn[said])
+
+    def ordered(self, turns: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+        """The turns, if questions and answers follow each other and the last is an answer."""
+        if turns[0][0] == TEXT:
+            return tuple(turns)
+        spoken = [role for role, _ in turns if role != SYSTEM]
+        systems = [n for n, (role, _) in enumerate(turns) if role == SYSTEM]
+        if systems not in ([], [0]):
+            raise Unusable(f"turn {systems[-1] + 1} is of the system; only the first may be")
+        if not spoken or spoken[0] != USER:
+            raise Unusable("begins with an answer; a conversation begins with a question"
+                           if spoken else "has no question")
+        for n, (one, after) in enumerate(pairwise(spoken), 1 + len(systems)):
+            if one == after:
+                raise Unusable(f"turns {n} and {n + 1} are both of the {one}; join them")
+        for role, said in turns:
+            if not said or (role == ASSISTANT and not said.removesuffix("</s>").strip()):
+                raise Unusable(f"a turn of the {role} is empty; write a text, or remove the row")
+        if spoken[-1] == USER:
+            if len(spoken) == 1:
+                raise Unusable("has a question and no answer")
+            self.note("open question")
+            turns = turns[:-1]
+        return tuple(turns)
+
+
+@lru_cache(1024)
+def shape_of(names: frozenset[str]) -> tuple[str, ...] | None:
+    """The fields that make a row, in order: those of a known format."""
+    for one in ("messages", "conversations"):
+        if one in names:
+            return (one,)
+    for question, answer in PAIRS:
+        if question in names and answer in names:
+            more = ("input",) if "input" in names and question != "input" else ()
+            return (question, *more, answer)
+    return ("text",) if "text" in names else None
+
+
+def pairs(name: str, value) -> Iterator[tuple[str, str]]:
+    """The turns of {history}: [[question, answer], …], or {messages} before."""
+    for n, pair in enumerate(value if isinstance(value, list) else [None], 1):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise Unusable(f"{name} is not a list of [question, answer]")
+        yield USER, text(f"question {n} of {name}", pair[0])
+        yield ASSISTANT, text(f"answer {n} of {name}", pair[1])
+
+
+def worn(whole: str) -> list[tuple[str, str]]:
+    """The turns of a text in PhoGPT's template.
+
+    >>> worn("### Câu hỏi: Một?\\n### Trả lời: Hai.</s>")
+    [('user', 'Một?'), ('assistant', 'Hai.')]
+    """
+    parts = WORN.split(whole)[1:]
+    return [(USER if name == "Câu hỏi" else ASSISTANT,
+             said.strip().removesuffix("</s>").strip())
+            for name, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def refuse_foreign(name: str, value: str) -> None:
+    if found := FOREIGN.match(value):
+        raise Unusable(f"{name} wears the template of another model ({found[1]}); give the plain "
+                       f"text")
+
+
+def text(name: str, value) -> str:
+    """A field's text, in NFC and without white space around it; Unusable if it is none."""
+    if not isinstance(value, str):
+        right = f'write "{value}"' if kind_of(value) == "a number" and len(str(value)) < 40 else (
+            "write a text in quotes")
+        raise Unusable(f"{name} is not text but {kind_of(value)}; {right}")
+    if len(value) > LONGEST:
+        raise Unusable(f"{name} has {len(value):,} letters; cut it into rows of at most "
+                       f"{LONGEST:,}")
+    if not value.isascii():
+        if HALF.search(value):
+            raise Unusable(f"{name} holds half a character (such as a lone \\ud83d) or bytes that "
+                           f"are not UTF-8; type it again")
+        value = unicodedata.normalize("NFC", value)
+    value = value.replace("\r\n", "\n").replace("\r", "\n").strip()
+    if not value:
+        raise Unusable(f"{name} is empty; write a text, or remove the row")
+    return value
+
+
+HALF = re.compile("[\ud800-\udfff]")
+
+
+def kind_of(value) -> str:
+    """What a value is, in words."""
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, Number | int | float):
+        return "a number"
+    names = {str: "text", list: "a list", tuple: "a list", dict: "an object", Twice: "an object",
+             type(None): "null", bytes: "bytes"}
+    return names.get(type(value), type(value).__name__)
+
+
+def shown(value) -> str:
+    return value[:40] if isinstance(value, str) else kind_of(value)

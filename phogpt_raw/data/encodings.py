@@ -1,0 +1,108 @@
+"""The encoding of a Vietnamese text file, found from its bytes.
+
+UTF-8 and UTF-16 are read, with or without a byte order mark. Windows-1258 is read too: its files
+hold ê and a combining accent where Unicode has ế, so what is read must be normalised to NFC. TCVN3
+(ABC) and VNI are encodings of fonts. They are recognised by what a file's words become when its
+bytes are taken as such: Vietnamese has few kinds of syllables, and a wrong table gives none of
+them. They are refused, because TCVN3 keeps capitals only in its fonts.
+
+>>> detect("Phở là gì?".encode("utf-16")), detect(b"Ti\\xaa\\xecng Vi\\xea\\xf2t")
+('utf-16', None)
+>>> detect("Một người và nước".encode().decode().translate(TO_TCVN3).encode("latin-1"))
+'TCVN3'
+"""
+
+import re
+import unicodedata
+
+HEAD = 1 << 20  # bytes that decide
+TONES = "\u0300\u0301\u0303\u0309\u0323"  # grave, acute, tilde, hook, dot below
+CONVERT = "convert it to Unicode first, for example with UniKey (Ctrl+Shift+F6)"
+
+# TCVN 5712:1993-3, from byte 0xA1; "." where it has no Vietnamese letter.
+TCVN3 = dict(zip(range(0xA1, 0x100), (
+    "ĂÂÊÔƠƯĐăâêôơưđ......àảãáạ.ằẳẵắ.......ặầẩẫấậè.ẻẽéẹềểễếệìỉ...ĩíịò.ỏõóọồổỗốộờởỡớợù.ủũ"
+    "úụừửữứựỳỷỹýỵ."), strict=True))
+# VNI for Windows: a letter's marks are a byte of their own behind it.
+VNI = {0xF4: "ơ", 0xF6: "ư", 0xF1: "đ", 0xED: "í", 0xEC: "ì", 0xE6: "ỉ", 0xF3: "ĩ", 0xF2: "ị",
+       0xEE: "ỵ", 0xD4: "Ơ", 0xD6: "Ư", 0xD1: "Đ", 0xCD: "Í", 0xCC: "Ì", 0xC6: "Ỉ", 0xD3: "Ĩ",
+       0xD2: "Ị", 0xCE: "Ỵ"}
+for small, marks in {
+        0xF9: "\u0301", 0xF8: "\u0300", 0xFB: "\u0309", 0xF5: "\u0303", 0xEF: "\u0323",
+        0xE2: "\u0302", 0xE1: "\u0302\u0301", 0xE0: "\u0302\u0300", 0xE5: "\u0302\u0309",
+        0xE3: "\u0302\u0303", 0xE4: "\u0302\u0323", 0xEA: "\u0306", 0xE9: "\u0306\u0301",
+        0xE8: "\u0306\u0300", 0xFA: "\u0306\u0309", 0xFC: "\u0306\u0303",
+        0xEB: "\u0306\u0323"}.items():
+    VNI |= {small: marks, small - 0x20: marks}  # capitals have the same mark 0x20 below
+TO_TCVN3 = {ord(letter): byte for byte, letter in TCVN3.items() if letter != "."}
+
+SYLLABLE = re.compile(
+    r"(ngh|ng|nh|gh|gi|kh|ph|qu|th|tr|ch|[bcdđghklmnpqrstvx])?[aăâeêioôơuưy]{1,3}"
+    r"(ch|ng|nh|[cmnptiuoy])?")
+UNDECODED = re.compile("[\udc80-\udcff]")  # what Python makes of a byte that is not UTF-8
+# UTF-8 that was read as Windows-1252 and saved: ở became "á»Ÿ", đ "Ä‘", ư "Æ°", à "Ã" and a space.
+MOJIBAKE = re.compile("á[»º][\u0080-ÿŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]"
+                      "|Ä[‘\u0090\u0091ƒ]|Æ[°¡¯\xa0]|Ã[\u00a0-\u00bf]")
+
+
+def detect(head: bytes) -> str | None:
+    """The codec of a file that begins so, or "TCVN3" or "VNI"; None for what is none of them.
+
+    Lines that are not UTF-8 among those that are do not make another encoding of it.
+    """
+    if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
+        return "utf-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    if head.startswith(b"\xef\xbb\xbf"):
+        return "utf-8-sig"
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if 3 * max(even, odd) > len(head) // 2 > 0 and 20 * min(even, odd) < len(head):
+        return "utf-16-le" if odd > even else "utf-16-be"
+    if len(head) == HEAD:
+        head = head[: head.rfind(b"\n") + 1] or head[:-4]  # no half letter at the end
+    text = head.decode("utf-8", "surrogateescape")
+    wrong = len(UNDECODED.findall(text))
+    if not wrong or 2 * wrong < len(re.findall("[^\x00-\x7f]", text)):
+        return "utf-8"
+    name, share = max(legacy(head).items(), key=lambda found: found[1])
+    return name if share > 0.6 else None
+
+
+def legacy(content: bytes) -> dict[str, float]:
+    """The share of words with a letter beyond ASCII that are Vietnamese, by how they are read."""
+    as_latin = content.decode("latin-1")
+    return {"cp1258": vietnamese(content.decode("cp1258", "replace")),
+            "TCVN3": vietnamese(as_latin.translate(TCVN3)),
+            "VNI": vietnamese(as_latin.translate(VNI))}
+
+
+def vietnamese(text: str) -> float:
+    """The share of a text's words beyond ASCII that could be Vietnamese syllables; 0 without any.
+
+    >>> vietnamese("Phở bò và café"), vietnamese("n­íc §µ")
+    (0.75, 0.0)
+    """
+    words = [word for word in re.findall(r"[^\s\d!-/:-@\[-`{-~…“”‘’–—]+",
+                                         unicodedata.normalize("NFC", text))
+             if not word.isascii()][:2000]
+    return sum(map(is_syllable, words)) / max(1, len(words))
+
+
+def is_syllable(word: str) -> bool:
+    letters = unicodedata.normalize("NFD", word.lower())
+    tones = sum(letter in TONES for letter in letters)
+    toneless = unicodedata.normalize("NFC", "".join(c for c in letters if c not in TONES))
+    return tones <= 1 and SYLLABLE.fullmatch(toneless) is not None
+
+
+def font_encoding(text: str) -> str | None:
+    """TCVN3 or VNI where text holds their bytes as letters, as "n­íc" or "nöôùc" for "nước"."""
+    as_it_is = vietnamese(text)
+    if text.isascii() or as_it_is > 0.6:
+        return None
+    content = text.encode("cp1252", "ignore")
+    shares = {"TCVN3": vietnamese(content.decode("latin-1").translate(TCVN3)),
+              "VNI": vietnamese(content.decode("latin-1").translate(VNI))}
+    name, share = max(shares.items(), key=lambda found: found[1])
+    return name if share > max(0.6, as_it_is + 0.3) else None

@@ -1,0 +1,228 @@
+"""JSON records with their lines: JSON lines, lists, and objects that hold a list.
+
+A file is read piece by piece, a record at a time. Python's json gives the place of an error but not
+the line of a value, so the reader walks along lists and objects itself and has only their members
+parsed.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from io import TextIOBase
+from itertools import count
+
+from phogpt_raw.data.encodings import UNDECODED
+from phogpt_raw.data.fields import field_of
+from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
+from phogpt_raw.refusal import Refusal
+
+PIECE = 1 << 20  # letters read at once
+FIRST = re.compile(r"\s*(\S)")
+TOO_LONG = f"a row of more than {LONGEST:,} letters; is it one row? Cut it into several"
+NOT_UTF8 = "is not UTF-8 at column {}; save the file as UTF-8"
+
+
+class Number:
+    """A number of a JSON file, which is never taken for text."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Twice(dict):
+    """An object in which `key` stands twice."""
+
+    key: str
+
+
+def members(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found = Twice(found)
+        names = [name for name, _ in pairs]
+        found.key = next(name for name in names if names.count(name) > 1)
+    return found
+
+
+DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number,
+                           object_pairs_hook=members)
+
+
+def lines_of(stream: TextIOBase) -> Iterator[str | None]:
+    """The lines of a stream; None for one that is longer than a record may be."""
+    while line := stream.readline(LONGEST + 1):
+        if len(line) <= LONGEST:
+            yield line
+            continue
+        while line and not line.endswith("\n"):
+            line = stream.readline(LONGEST + 1)
+        yield None
+
+
+def undecoded(text: str) -> int | None:
+    """The column of the first byte that could not be decoded."""
+    found = None if text.isascii() else UNDECODED.search(text)
+    return found and found.start() + 1
+
+
+def parse_line(line: str | None, where: str) -> Record | Bad:
+    """A line of JSON lines; `where` names it."""
+    if line is None:
+        return Bad(where, TOO_LONG)
+    if (column := undecoded(line)) is not None:
+        return Bad(where, NOT_UTF8.format(column))
+    try:
+        return Record(DECODER.decode(line.rstrip()), where)
+    except json.JSONDecodeError as error:
+        what = error.msg.removesuffix(" starting at")
+        return Bad(where, f"is not JSON ({what} at column {error.colno}); one object a line")
+    except RecursionError:
+        return Bad(where, "is nested too deeply; one object a line, with texts as its fields")
+
+
+def json_lines(stream: TextIOBase, name: str) -> Iterator[Record | Bad]:
+    for number, line in enumerate(lines_of(stream), 1):
+        if line is None or not line.isspace():
+            yield parse_line(line, f"{name}:{number}")
+
+
+class Walk:
+    """A place in JSON text that is read as far as it is needed."""
+
+    def __init__(self, stream: TextIOBase, name: str):
+        self.stream, self.name = stream, name
+        self.text, self.at, self.line, self.counted = "", 0, 1, 0
+
+    def more(self) -> bool:
+        """Read on, twice as much as is there; forget what lies behind."""
+        self.line += self.text.count("\n", self.counted, self.at)
+        self.text = self.text[self.at :]
+        self.at = self.counted = 0
+        piece = self.stream.read(max(PIECE, len(self.text)))
+        self.text += piece
+        return bool(piece)
+
+    def where(self) -> str:
+        self.line += self.text.count("\n", self.counted, self.at)
+        self.counted = self.at
+        return f"{self.name}:{self.line}"
+
+    def peek(self) -> str:
+        """The next letter that is not white space, "" at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\n\r":
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.more():
+                return ""
+
+    def opens_objects(self) -> bool:
+        """Whether the list that begins here has objects as its members."""
+        while True:
+            inside = FIRST.match(self.text, self.at + 1)
+            if inside or not self.more():
+                return inside is not None and inside[1] == "{"
+
+    def take(self, letters: str, what: str) -> str:
+        """The next letter, which must be one of `letters`."""
+        found = self.peek()
+        if not found or found not in letters:
+            ends = "the file ends" if not found else f"there is {found!r}"
+            raise Refusal(f"{self.where()}: is not JSON: {ends} where {what} should be")
+        self.at += 1
+        return found
+
+    def value(self):
+        """The next value, parsed."""
+        self.peek()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text) or not self.more_of(end):  # a number may go on
+                    self.at = end
+                    return value
+            except RecursionError:
+                raise Refusal(f"{self.where()}: is nested too deeply; a row is an object with "
+                              f"texts as its fields") from None
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated") or error.pos + 16 > len(self.text)
+                if not cut_off or not self.more():
+                    self.at = min(error.pos, len(self.text))
+                    what = error.msg.removesuffix(" starting at")
+                    raise Refusal(f"{self.where()}: is not JSON ({what})") from None
+            if len(self.text) > 2 * LONGEST:
+                raise Refusal(f"{self.where()}: {TOO_LONG}")
+
+    def more_of(self, end: int) -> bool:
+        """Whether there is more text behind a value that ends where the text read so far does."""
+        return self.text[end - 1] not in '"}]' and self.more()
+
+
+def json_values(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Record]:
+    """The rows of JSON text: members of its lists, its objects, or the members of the one list of
+    objects that an object holds and that is no field of a row.
+
+    Raises Refusal for text that is not JSON, with its line.
+    """
+    walk = Walk(stream, name)
+    while found := walk.peek():
+        if found == "[":
+            walk.at += 1
+            yield from list_members(walk)
+        elif found == "{":
+            yield from object_members(walk, findings)
+        else:
+            where = walk.where()
+            yield Record(walk.value(), where)
+        if walk.peek() == ",":
+            walk.at += 1
+
+
+def list_members(walk: Walk) -> Iterator[Record]:
+    """What follows the [ of a list."""
+    if walk.peek() == "]":
+        walk.at += 1
+        return
+    for number in count(1):
+        walk.peek()
+        where = f"{walk.where()} (record {number})"
+        yield Record(walk.value(), where)
+        if walk.take(",]", "a comma or ]") == "]":
+            return
+
+
+def object_members(walk: Walk, findings: Findings) -> Iterator[Record]:
+    where, own, lists = walk.where(), [], []
+    walk.take("{", "an object")
+    if walk.peek() == "}":
+        walk.at += 1
+        yield Record({}, where)
+        return
+    while True:
+        if walk.peek() != '"':
+            walk.take('"', "a name in double quotes")
+        key = walk.value()
+        walk.take(":", "a colon")
+        if walk.peek() == "[" and not field_of(key) and walk.opens_objects():
+            lists.append(key)
+            if len(lists) > 1:
+                raise Refusal(f"{walk.where()}: the file holds several lists ("
+                              f"{' and '.join(lists)}); put each into a file of its own")
+            walk.at += 1
+            yield from list_members(walk)
+        else:
+            own.append((key, walk.value()))
+        if walk.take(",}", "a comma or }") == "}":
+            break
+    known = [key for key, _ in own if field_of(key)]
+    if not lists:
+        yield Record(members(own), where)
+    elif known:
+        raise Refusal(f"{where}: an object with a row's field {known[0]} and a list of objects, "
+                      f"{lists[0]}; which are the rows? Put them into a file of their own")
+    elif own:
+        findings.note("beside the list", where, ", ".join(key for key, _ in own))

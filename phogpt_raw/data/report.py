@@ -1,0 +1,71 @@
+"""What the rows of a run are like: counts and lengths, before the first step."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from phogpt_raw.data.encoded import Encoded
+from phogpt_raw.data.records import Findings
+
+BINS = 12  # of the histogram, at most
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of documents. counts: how many have at most the tokens of the same place in `edges`
+    and more than those before."""
+
+    total: int
+    supervised: int
+    median: int
+    most: int  # 95 % have no more
+    longest: int
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """rows: read and good; lengths: of the documents trained on; duplicates: rows that are there
+    already, in which capitals and spaces do not count; fits: share of rows that --max-len does not
+    change."""
+
+    rows: int
+    documents: int
+    lengths: Lengths
+    duplicates: int
+    fits: float
+    findings: Findings
+
+
+def report(rows: list[Encoded], findings: Findings) -> Report:
+    """Of the rows that are trained on; at least one."""
+    documents = [document for row in rows for document in row.documents]
+    changed = sum(findings.notes[kind].count for kind in ("cut", "split", "dropped")
+                  if kind in findings.notes)
+    repeated = Counter(row.hash for row in rows)
+    return Report(len(rows), len(documents), lengths_of(documents), len(rows) - len(repeated),
+                  1 - changed / max(1, findings.good), findings)
+
+
+def lengths_of(documents) -> Lengths:
+    sizes = np.array([len(document.ids) for document in documents])
+    supervised = sum(document.supervised for document in documents)
+    edges = edges_for(int(sizes.max()))
+    places = np.searchsorted(edges, sizes)
+    counts = np.bincount(places, minlength=len(edges))
+    return Lengths(int(sizes.sum()), supervised, int(np.median(sizes)),
+                   int(np.percentile(sizes, 95)), int(sizes.max()), tuple(edges),
+                   tuple(counts.tolist()))
+
+
+def edges_for(longest: int) -> list[int]:
+    """The upper ends of at most BINS equal bins of round widths.
+
+    >>> edges_for(100), edges_for(1024)[:2], len(edges_for(1024))
+    ([10, 20, 30, 40, 50, 60, 70, 80, 90, 100], [100, 200], 11)
+    """
+    width = next(step * 10**power for power in range(12) for step in (1, 2, 5)
+                 if step * 10**power * BINS >= longest)
+    return list(range(width, longest + width, width))

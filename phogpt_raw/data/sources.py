@@ -1,0 +1,208 @@
+"""Files of any kind, folders and hub datasets become records, each with file and line.
+
+Text is read by the standard library: `datasets` and pandas guess types column by column and lose
+the line. Nothing is looked up on a network unless `owner/name` is named that is no path here.
+"""
+
+import gzip
+import hashlib
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import TextIOWrapper
+from itertools import chain
+from pathlib import Path
+
+from phogpt_raw.data.encodings import CONVERT, HEAD, detect
+from phogpt_raw.data.json_text import json_lines, json_values, lines_of
+from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
+from phogpt_raw.data.tables import one_line, parquet, sheets, text_table
+from phogpt_raw.refusal import Refusal
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "table", ".tsv": "table",
+         ".txt": "text", ".md": "text", ".markdown": "text", ".xlsx": "xlsx",
+         ".parquet": "parquet"}
+READ = ", ".join(KINDS) + ", each also as .gz, folders of them"
+ABOUT = re.compile(r"(readme|licen[sc]e|notice|changelog)\b.*", re.IGNORECASE)
+HUB = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?(?:@([\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One --data: files of this computer, or `hub` = (repository, split, revision). Its rows count
+    `weight` times."""
+
+    name: str
+    files: tuple[Path, ...] = ()
+    hub: tuple[str, str, str | None] | None = None
+    weight: float = 1.0
+
+    def not_read(self) -> list[Path]:
+        """The other files of a folder."""
+        folder = Path(self.name).expanduser()
+        return [file for file in sorted(folder.rglob("*"))
+                if file.is_file() and file not in self.files] if folder.is_dir() else []
+
+    def identity(self) -> str:
+        """The SHA-256 of the files' bytes; of a hub dataset its name."""
+        if self.hub:
+            return hashlib.sha256(repr(self.hub).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for file in self.files:
+            with refused(file), file.open("rb") as content:
+                while piece := content.read(1 << 20):
+                    digest.update(piece)
+        return digest.hexdigest()
+
+
+def find_source(spec: str) -> Source:
+    """What a --data names: FILE, FOLDER, FILE=WEIGHT, or owner/name:split@revision of the hub."""
+    weight = 1.0
+    path = Path(spec).expanduser()
+    if not path.exists() and (weighted := re.fullmatch(r"(.+)=([\d.]+)", spec)):
+        spec, weight = weighted[1], number(weighted[2], spec)
+        path = Path(spec).expanduser()
+    if path.is_dir():
+        return Source(spec, in_folder(path), None, weight)
+    if path.exists():
+        kind_of(path)
+        return Source(spec, (path,), None, weight)
+    named = HUB.fullmatch(spec)
+    if named and Path(named[1]).suffix.lower() not in (*KINDS, ".gz", ".xls", ".pdf", ".docx"):
+        return Source(spec, (), (named[1], named[2] or "train", named[3]), weight)
+    raise Refusal(f"{spec}: no such data file")
+
+
+def number(text: str, spec: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0
+    if not 0 < weight <= 1000:
+        raise Refusal(f"--data {spec}: the weight is a number above 0 and at most 1000")
+    return weight
+
+
+def in_folder(folder: Path) -> tuple[Path, ...]:
+    """The data files of a folder and of those in it, by name."""
+    found = [file for file in sorted(folder.rglob("*"))
+             if file.is_file() and suffix(file) in KINDS and not ABOUT.fullmatch(file.name)
+             and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if not found:
+        raise Refusal(f"{folder}: holds no data file; {READ} are read")
+    return tuple(found)
+
+
+def suffix(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def kind_of(path: Path) -> str:
+    if suffix(path) not in KINDS:
+        instead = "; save it as .xlsx" if suffix(path) == ".xls" else ""
+        raise Refusal(f"{path}: unknown kind of file; {READ} are read{instead}")
+    if not path.is_file():
+        raise Refusal(f"{path}: is not a file")
+    return KINDS[suffix(path)]
+
+
+def read_file(path: Path, findings: Findings) -> Iterator[Record | Bad]:
+    """Every record of a file; raises Refusal where it cannot be read."""
+    kind, name = kind_of(path), str(path)
+    with refused(path):
+        if kind in ("xlsx", "parquet"):
+            if path.suffix.lower() == ".gz":
+                raise Refusal(f"{name}: .xlsx and .parquet are compressed already; unpack the .gz")
+            if path.stat().st_size:
+                yield from (sheets(path, name, findings) if kind == "xlsx" else
+                            parquet(path, name))
+            return
+        with opened(path, findings) as stream:
+            if kind == "jsonl":
+                yield from either_json(stream, name, findings)
+            elif kind == "json":
+                yield from json_values(stream, name, findings)
+            elif kind == "table":
+                yield from text_table(stream, name, findings)
+            else:
+                yield from documents(stream, name)
+
+
+@contextmanager
+def refused(path: Path) -> Iterator[None]:
+    """A file that cannot be read as a Refusal."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise Refusal(f"{path}: is not a whole .gz file; compress it again") from None
+    except OSError as error:
+        raise Refusal(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+@contextmanager
+def opened(path: Path, findings: Findings) -> Iterator[TextIOWrapper]:
+    """The text of a file, unpacked where it is gzip; a byte that is not of its encoding becomes
+    half a character, and every line end \\n."""
+    with path.open("rb") as content:
+        if content.read(2) == b"\x1f\x8b":
+            content.seek(0)
+            content = gzip.GzipFile(fileobj=content)
+        content.seek(0)
+        encoding = detect(content.read(HEAD))
+        content.seek(0)
+        if encoding in ("TCVN3", "VNI"):
+            raise Refusal(f"{path}: is in {encoding}; {CONVERT}")
+        if encoding == "cp1258":
+            findings.note("cp1258", str(path))
+        yield TextIOWrapper(content, encoding=encoding or "utf-8", newline=None,
+                            errors="replace" if "16" in (encoding or "") or "32" in (encoding or "")
+                            else "surrogateescape")
+
+
+def either_json(stream: TextIOWrapper, name: str, findings: Findings) -> Iterator[Record | Bad]:
+    """JSON lines; or a list, or objects over several lines, under the same name."""
+    before = 0
+    while (start := stream.readline(LONGEST)).isspace():
+        before += 1
+    if start.lstrip().startswith("[") or start.strip() == "{":
+        stream.seek(0)
+        yield from json_values(stream, name, findings)
+    else:
+        stream.seek(0)
+        yield from json_lines(stream, name)
+
+
+def documents(stream: TextIOWrapper, name: str) -> Iterator[Record | Bad]:
+    """A text file is one document; where it holds questions in PhoGPT's template, each is a row:
+    a line that begins with "### Câu hỏi:" after an empty one begins the next."""
+    first, lines, size, empty = 1, [], 0, True
+    for number, line in enumerate(chain(lines_of(stream), [""]), 1):
+        begins = line is not None and empty and line.startswith("### Câu hỏi:")
+        if (begins or line == "") and any(not part.isspace() for part in lines):
+            yield Record({"text": "".join(lines)}, f"{name}:{first}")
+        if begins or line == "":
+            first, lines, size = number, [], 0
+        size += LONGEST + 1 if line is None else len(line)
+        if size > LONGEST:
+            yield Bad(f"{name}:{first}", f"a text of more than {LONGEST:,} letters; cut it into "
+                                         f"several files")
+            return
+        lines.append(line)
+        empty = line.isspace()
+
+
+def read_hub(repository: str, split: str, revision: str | None) -> Iterator[Record]:
+    """The rows of a split of a hub dataset, read as they come."""
+    import datasets
+
+    name = f"{repository}:{split}"
+    try:
+        rows = datasets.load_dataset(repository, split=split, revision=revision, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield Record(row, f"{name}:{number}")
+    except Exception as error:  # of the network, the hub, a loading script, a file's format
+        raise Refusal(f"{name}: is no file here, and cannot be read from the hub "
+                      f"({one_line(error)})") from None

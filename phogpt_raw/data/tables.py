@@ -1,0 +1,279 @@
+"""Tables become records: text with any delimiter, sheets of Excel, parquet.
+
+The first row names the columns. A quote or a comma too much moves texts into other columns or
+swallows rows, so every row must have as many cells as there are names, and a quoted cell must end
+where a cell may end. A row that does not is bad, and reading goes on with the line after its first.
+"""
+
+import csv
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from io import StringIO, TextIOBase
+from itertools import chain, islice
+from pathlib import Path
+
+from phogpt_raw.data.json_text import NOT_UTF8, TOO_LONG, lines_of, undecoded
+from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
+from phogpt_raw.refusal import Refusal
+
+DELIMITERS = ",;\t|"
+MOST_LINES = 1000  # of a quoted cell; one that is longer has lost its end
+LIKE_ROWS = 10  # lines within a cell that look like rows: so many are not a text
+WHOLE = 2**53  # integers above are not exact in Excel
+
+
+class Text:
+    """The lines of a table, which can be taken back."""
+
+    def __init__(self, lines: Iterable[str | None]):
+        self.lines, self.back = iter(lines), deque()
+        self.taken: list[str] = []  # of the current record
+        self.number = 0  # lines before it
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            try:
+                line = self.back.popleft() if self.back else next(self.lines)
+            except StopIteration:
+                return
+            self.taken.append(line)
+            if line is None:
+                raise csv.Error(TOO_LONG)
+            if len(self.taken) > MOST_LINES:
+                raise csv.Error(f"a quote opens a cell and does not close within {MOST_LINES:,} "
+                                f"lines")
+            yield line
+
+    def done(self, lines: int) -> None:
+        """The record had so many lines; the others are read again."""
+        self.back.extendleft(reversed(self.taken[lines:]))
+        self.number += lines
+        self.taken = []
+
+
+def cells_of(text: Text, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    """(line, cells) of each record; in place of cells what is wrong with it."""
+    csv.field_size_limit(sys.maxsize)
+    while True:
+        reader = csv.reader(iter(text), delimiter=delimiter, strict=True)
+        try:
+            for cells in reader:
+                number = text.number + 1
+                text.done(len(text.taken))
+                yield number, cells
+            return
+        except csv.Error as error:
+            number = text.number + 1
+            text.done(1)
+            yield number, in_words(str(error))
+
+
+def in_words(error: str) -> str:
+    if "expected after" in error:
+        return ('a cell begins with a quote, and text follows where it closes; write "" for each '
+                'quote inside a cell and put the cell in quotes')
+    if "unexpected end" in error:
+        return 'a quote opens a cell and never closes; write "" for a quote inside a cell'
+    return error
+
+
+def delimiter_of(head: str) -> str:
+    """The delimiter of a table that begins so: it separates the names, and the most rows have as
+    many cells as there are names.
+
+    >>> delimiter_of("Câu hỏi;Trả lời\\nSao, vậy?;Dạ, vâng\\n"), delimiter_of("a\\tb\\n1\\t2")
+    (';', '\\t')
+    """
+    best, fit = ",", (0, 0)
+    for delimiter in DELIMITERS:
+        rows = [cells for _, cells in islice(cells_of(Text(StringIO(head, None)),
+                                                      delimiter), 20)]
+        if not rows or isinstance(rows[0], str) or len(rows[0]) < 2:
+            continue
+        width = len(rows[0])
+        same = sum(len(cells) == width for cells in rows if not isinstance(cells, str))
+        if (same / len(rows), width) > fit:
+            best, fit = delimiter, (same / len(rows), width)
+    return best
+
+
+def text_table(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Record | Bad]:
+    """The rows of .csv or .tsv text."""
+    lines = lines_of(stream)
+    head, skipped = list(islice(lines, 50)), 0
+    delimiter = None
+    if head and head[0] and head[0].lower().startswith("sep=") and len(head[0].strip()) == 5:
+        delimiter, head, skipped = head[0].strip()[4], head[1:], 1  # Excel's own first line
+    delimiter = delimiter or delimiter_of("".join(line for line in head if line))
+    text = Text(chain(head, lines))
+    text.number = skipped
+    rows = ((number, cells) for number, cells in cells_of(text, delimiter)
+            if isinstance(cells, str) or any(cell.strip() for cell in cells))
+    for number, cells in rows:
+        if isinstance(cells, str):
+            raise Refusal(f"{name}:{number}: {cells}; this row names the columns")
+        break
+    else:
+        return
+    names = columns(cells, f"{name}:{number}")
+    for number, cells in rows:
+        where = f"{name}:{number}"
+        if isinstance(cells, str):
+            yield Bad(where, cells)
+        elif fault := misfit(cells, names, delimiter):
+            yield Bad(where, fault)
+        else:
+            if any("\n" in cell and rows_within(cell, names, delimiter) for cell in cells):
+                findings.note("like rows", where)
+            yield Record(dict(zip(names, cells, strict=False)), where)
+
+
+def columns(cells: list, where: str) -> list[str]:
+    """The names of columns; raises Refusal where one stands twice."""
+    names = [cell.strip() or f"column {n}" for n, cell in enumerate(cells, 1)]
+    folded = [name.casefold() for name in names]
+    for name in names:
+        if folded.count(name.casefold()) > 1:
+            raise Refusal(f"{where}: the column {name} stands twice; which one is meant? Rename "
+                          f"or remove one")
+        if (column := undecoded(name)) is not None:
+            raise Refusal(f"{where}: {NOT_UTF8.format(column)}")
+    return names
+
+
+def misfit(cells: list[str], names: list[str], delimiter: str) -> str | None:
+    """What is wrong with a row, if it does not fit the names of the columns."""
+    for cell in cells:
+        if (column := undecoded(cell)) is not None:
+            return NOT_UTF8.format(column)
+    if len(cells) < len(names) or any(cell.strip() for cell in cells[len(names) :]):
+        what = {",": "comma", ";": "semicolon", "\t": "tab", "|": "|"}.get(delimiter, delimiter)
+        remedy = (f"put a text that has a {what} in double quotes" if len(cells) > len(names)
+                  else "a quote or a cell is missing")
+        return f"has {len(cells)} cells where the first row has {len(names)}; {remedy}"
+    for cell in cells:
+        if "\n" in cell and rows_within(cell, names, delimiter) >= LIKE_ROWS:
+            return (f"a quote opens a cell and closes {cell.count(chr(10))} lines later, over "
+                    f'lines that look like rows; write "" for a quote inside a cell')
+    return None
+
+
+def rows_within(cell: str, names: list[str], delimiter: str) -> int:
+    """How many lines inside a cell look like rows, if at least two and nearly all do; else 0."""
+    inside = [line for line in cell.split("\n")[1:-1] if line.strip()]
+    like = sum(line.count(delimiter) == len(names) - 1 for line in inside)
+    return like if len(names) > 1 and like >= 2 and like >= 0.9 * len(inside) else 0
+
+
+def sheets(path: Path, name: str, findings: Findings) -> Iterator[Record | Bad]:
+    """The rows of an .xlsx file: of its first sheet that holds any, and of those like it."""
+    try:
+        from openpyxl import load_workbook
+    except ImportError:
+        raise Refusal(f"{name}: Excel files are read by openpyxl, which is not installed: "
+                      f"pip install openpyxl; or save the file as .csv") from None
+    first = None
+    try:
+        with path.open("rb") as content, path.open("rb") as again:
+            formulas = load_workbook(content, read_only=True)
+            values = load_workbook(again, read_only=True, data_only=True)
+            for sheet, shown in zip(formulas.worksheets, values.worksheets, strict=True):
+                rows = ((number, pair) for number, pair in enumerate(
+                    zip(sheet.iter_rows(), shown.iter_rows(), strict=True), 1)
+                    if any(cell.value not in (None, "") for cell in pair[0]))
+                names = None
+                for number, (as_typed, as_shown) in rows:
+                    where = f"{name}:{number}"
+                    if names is None:
+                        names = header(as_typed, where)
+                        if first is not None and names != first:
+                            findings.note("sheet", where, sheet.title)
+                            break
+                        first = names
+                    else:
+                        yield sheet_row(names, as_typed, as_shown, where, findings)
+    except Refusal:
+        raise
+    except Exception as error:  # whatever a broken archive or broken XML raises
+        raise Refusal(f"{name}: cannot be read as .xlsx ({one_line(error)}); save it again, or as "
+                      f".csv") from None
+
+
+def header(cells, where: str) -> list[str]:
+    names = [cell.value for cell in cells]
+    while names and names[-1] is None:
+        names.pop()
+    wrong = next((value for value in names if not isinstance(value, str | None)), None)
+    if wrong is not None:
+        raise Refusal(f"{where}: this row should name the columns, and holds {wrong}")
+    return columns([value or "" for value in names], where)
+
+
+def sheet_row(names: list[str], as_typed, as_shown, where: str, findings: Findings
+              ) -> Record | Bad:
+    found = {}
+    for n, (typed, shown) in enumerate(zip(as_typed, as_shown, strict=True)):
+        column = names[n] if n < len(names) else f"column {n + 1}"
+        value = shown.value
+        if typed.value is None or column in found:
+            continue
+        if typed.data_type == "f":
+            if value is None:
+                return Bad(where, f"{column} is a formula without a saved value; open and save "
+                                  f"the file in Excel")
+            findings.note("formula", where, str(typed.value))
+        if typed.data_type == "e" or shown.data_type == "e":
+            return Bad(where, f"{column} is an error of Excel, {value}; write the text")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if value != int(value) or abs(value) >= WHOLE or typed.number_format not in (
+                    "General", "0", "@"):
+                return Bad(where, f"{column} is a number that Excel shows in its own way; format "
+                                  f"the column as text and type it again")
+            findings.note("number", where, str(int(value)))
+            value = str(int(value))
+        elif not isinstance(value, str):
+            kind = "true or false" if isinstance(value, bool) else "a date or a time"
+            return Bad(where, f"{column} is not text but {kind}; format the column as text and "
+                              f"type it again")
+        found[column] = value
+    return Record(found, where)
+
+
+def parquet(path: Path, name: str) -> Iterator[Record]:
+    """The rows of a .parquet file; their numbers stand for lines."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with path.open("rb") as content:
+            ends = content.read(4), content.seek(max(0, path.stat().st_size - 4)), content.read(4)
+            if ends[0] != b"PAR1" or ends[2] != b"PAR1":
+                raise Refusal(f"{name}: cannot be read as .parquet (it does not begin and end "
+                              f"with PAR1); is it whole?")
+            content.seek(0)
+            file, number = ParquetFile(content), 0
+            names = file.schema_arrow.names
+            columns(names, name)
+            check_sizes(file.metadata, name)
+            for batch in file.iter_batches(256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(row, f"{name}:{number}")
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, Refusal):
+            raise
+        raise Refusal(f"{name}: cannot be read as .parquet ({one_line(error)})") from None
+
+
+def check_sizes(metadata, name: str) -> None:
+    """Raise Refusal where the rows of a group have more bytes on average than a record may have
+    letters of four bytes; nothing is read for it."""
+    for n in range(metadata.num_row_groups):
+        group = metadata.row_group(n)
+        if group.total_byte_size > 4 * LONGEST * group.num_rows:
+            raise Refusal(f"{name}: {TOO_LONG}")
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

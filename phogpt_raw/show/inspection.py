@@ -1,0 +1,57 @@
+"""`--inspect N`: the first packed rows of a run as the model reads them, or for scripts."""
+
+import json
+from collections.abc import Iterator
+from itertools import groupby, islice
+
+from rich.text import Text
+
+from phogpt_raw.data.prompt import IGNORED, Example
+from phogpt_raw.messages import _
+from phogpt_raw.show.console import heading, out
+from phogpt_raw.training.setup import Job
+
+
+def show(job: Job) -> None:
+    """The first --inspect rows: prompts, answers, where each example begins, and what is learned;
+    with --json a line of JSON for each."""
+    for number, (examples, length) in enumerate(islice(rows(job), job.config.inspect), 1):
+        if job.config.json:
+            print(json.dumps(as_lists(examples), ensure_ascii=False))
+        else:
+            heading(_("row {n}: {examples:,} examples, {tokens:,} of {length:,} tokens", n=number,
+                      examples=len(examples), tokens=sum(len(e.ids) for e in examples),
+                      length=length))
+            for place, example in enumerate(examples):
+                print_example(job.tokenizer, example, place)
+
+
+def rows(job: Job) -> Iterator[tuple[list[Example], int]]:
+    """(examples, tokens with padding) of the rows of one epoch, in their order."""
+    for step in range(job.stream.steps(1)):
+        for alike, length in job.stream.window(step).layout(1):
+            yield alike[0], length
+
+
+def as_lists(examples: list[Example]) -> dict[str, list]:
+    """A row without its padding. targets[i] is the token that position i must predict, or -100;
+    documents[i] the number of the example that position i is of."""
+    return {"ids": [token for e in examples for token in e.ids],
+            "targets": [target for e in examples for target in e.targets],
+            "documents": [n for n, e in enumerate(examples) for _token in e.ids],
+            "where": [e.where for e in examples]}
+
+
+def print_example(tokenizer, example: Example, place: int | None = None) -> None:
+    """A training example, the tokens that carry loss in brackets and colour."""
+    border = "" if place is None else _("document {n}, ", n=place)
+    out.print(Text(border + _("{where}; loss on the {n} of {of} tokens between ⟦ and ⟧",
+                              where=example.where, n=example.supervised, of=len(example.ids)),
+                   "dim cyan"))
+    carries_loss = [False, *(target != IGNORED for target in example.targets[:-1])]
+    for supervised, part in groupby(zip(example.ids, carries_loss, strict=True),
+                                    key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _carries in part])
+        out.print(Text(f"⟦{text}⟧" if supervised else text,
+                       "bold green" if supervised else ""), end="")
+    out.print()

@@ -1,0 +1,226 @@
+"""generate.py --input FILE --output FILE: many questions, an answer a line.
+
+Prompts are answered in batches, the longest first, so that the cache is allocated once. Each answer
+is written down when it is finished, so that the same command goes on after a kill; the output file
+appears at the end, in the input's order.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from phogpt_raw.data.conversations import (
+    ASSISTANT,
+    SYSTEM,
+    USER,
+    Conversation,
+    Reader,
+    Unusable,
+)
+from phogpt_raw.data.fields import field_of
+from phogpt_raw.data.records import Bad, Findings, Record, check_all
+from phogpt_raw.data.sources import find_source, opened, read_file, read_hub, suffix
+from phogpt_raw.decode.engine import Engine, rows_that_fit
+from phogpt_raw.decode.history import Turn, encode_history
+from phogpt_raw.decode.text import TextStream
+from phogpt_raw.files import check_free, expanded, write_text
+from phogpt_raw.messages import _
+from phogpt_raw.model.nf4_product import MOST
+from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.refusal import Refusal
+from phogpt_raw.talk.loading import Found
+from phogpt_raw.talk.streaming import Generation, say
+
+ANSWERS = ("response", "completion", "output", "answer")
+STAND_IN = "-"  # the answer of a row that has none
+LINES = (".txt", ".md", ".markdown")  # of these a line is a question
+PROGRESS = ".progress"  # behind the name of an output file that is not complete
+CPU_MIB = 2048  # for keys and values on a CPU
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to its last question; where: file:line."""
+
+    turns: tuple[Turn, ...]
+    system: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the output. stopped: whether the model, or a stop text, ended the answer; sample:
+    which of --num-samples it is."""
+
+    question: str
+    answer: str
+    stopped: bool
+    sample: int
+    where: str
+
+
+def read_questions(spec: str, mapped: dict[str, str]) -> list[Question]:
+    """Of any file that train.py reads, with or without answers; of a text file a line is a
+    question. Raises Refusal that names the rows which cannot be used."""
+    source, found, findings = find_source(spec), [], Findings()
+    units = [(read_hub(*source.hub), None)] if source.hub else [
+        (read_file(path, findings), path) for path in source.files]
+    reader = Reader(findings, mapped)
+    for records, path in units:
+        if path and suffix(path) in LINES:
+            found += lines_of(path, findings)
+            continue
+        for record in findings.sift(records):
+            try:
+                found.append(question_of(reader.conversation(with_answer(record, mapped))))
+            except Unusable as fault:
+                findings.bad.append(Bad(record.where, str(fault)))
+    findings.good = len(found)
+    check_all(findings)
+    if not found:
+        raise Refusal(f"{spec}: holds no questions; a row is a line such as "
+                      f'{{"question": "…"}}')
+    return found
+
+
+def lines_of(path: Path, findings: Findings) -> Iterator[Question]:
+    with opened(path, findings) as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield Question((Turn(line.strip()),), "", f"{path}:{number}")
+
+
+def with_answer(record: Record, mapped: dict[str, str]) -> Record:
+    """The record with an answer, which the reader of training rows needs."""
+    row = record.value
+    if not isinstance(row, dict):
+        return record
+    meaning = {name: mapped.get(name) or field_of(name) for name in row}
+    for name, field in meaning.items():
+        if field in ("messages", "conversations") and isinstance(row[name], list) and row[name]:
+            last, role, text = row[name][-1], "role", "content"
+            if isinstance(last, dict) and "from" in last:
+                role, text = "from", "value"
+            if isinstance(last, dict) and last.get(role) in ("user", "human"):
+                answered = [*row[name], {role: "assistant", text: STAND_IN}]
+                return Record(row | {name: answered}, record.where)
+            return record
+    if any(field in ANSWERS and row[name] for name, field in meaning.items()):
+        return record
+    kept = {name: row[name] for name, field in meaning.items() if field not in ANSWERS}
+    return Record(kept | {"response": STAND_IN}, record.where)
+
+
+def question_of(row: Conversation) -> Question:
+    """A conversation without its last answer."""
+    system = "".join(text for role, text in row.turns if role == SYSTEM)
+    turns = [text for role, text in row.turns if role in (USER, ASSISTANT)]
+    if len(turns) < 2:
+        raise Unusable("is a text; name a file of questions")
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
+    said = [Turn(*pair) for pair in pairs[:-1]]
+    return Question((*said, Turn(pairs[-1][0])), system, row.where)
+
+
+class Progress:
+    """Finished answers of an output file that is not complete, in a file beside it.
+
+    Its first line is a hash of all that decides the answers. Raises Refusal where that differs.
+    """
+
+    def __init__(self, output: Path, key: str):
+        self.file = output.with_name(output.name + PROGRESS)
+        self.done: dict[int, Line] = {}
+        lines = self.file.read_text("utf-8").splitlines() if self.file.is_file() else []
+        if lines and lines[0] != key:
+            raise Refusal(f"{self.file}: was begun with other questions, flags or another model; "
+                          f"delete it, or name another --output")
+        whole = [line for line in lines[1:] if line.endswith("}")]  # a kill may cut the last
+        for line in whole:
+            row = json.loads(line)
+            n = row.pop("n")
+            self.done[n] = Line(**row)
+        write_text(self.file, "".join(line + "\n" for line in [key, *whole]))
+
+    def add(self, n: int, line: Line) -> None:
+        self.done[n] = line
+        with self.file.open("a", encoding="utf-8") as unfinished:
+            unfinished.write(as_json({"n": n} | asdict(line)) + "\n")
+
+
+def as_json(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False)
+
+
+def answer_file(found: Found, spec: str, output: Path, how: Generation, *, samples: int = 1,
+                mapped: dict[str, str]) -> None:
+    """Answer every question of a file `samples` times and write the lines to `output`."""
+    output = expanded(output)
+    check_free(output)
+    asked = read_questions(spec, mapped)
+    prompts = [encode_history(found.tokenizer, found.template, list(one.turns), one.system)
+               for one in asked]
+    for one, prompt in zip(asked, prompts, strict=True):
+        if len(prompt) >= found.shape.max_seq_len:
+            raise Refusal(f"{one.where}: the question has {len(prompt):,} tokens of the "
+                          f"{found.shape.max_seq_len:,} that the model was made for; shorten it")
+    key = hashlib.sha256(repr((prompts, how, samples, found.identity())).encode()).hexdigest()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    progress = Progress(output, key)
+    waiting = [n for n in range(len(asked) * samples) if n not in progress.done]
+    if progress.done:
+        say(_("({n:,} answers are there already)", n=len(progress.done)))
+    if waiting:
+        prompt_of = {n: prompts[n // samples] for n in waiting}
+        for n, answer, stopped in answered(found, found.load(), prompt_of, how,
+                                           done=len(progress.done)):
+            one = asked[n // samples]
+            progress.add(n, Line(one.turns[-1].question, answer, stopped, n % samples, one.where))
+    write_text(output, "".join(as_json(asdict(progress.done[n])) + "\n"
+                               for n in sorted(progress.done)))
+    progress.file.unlink()
+    stopped = sum(line.stopped for line in progress.done.values())
+    say(_("{n:,} answers in {output}; {stopped:,} of them ended by themselves",
+          n=len(progress.done), output=output, stopped=stopped))
+
+
+def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Generation,
+             done: int = 0) -> Iterator[tuple[int, str, bool]]:
+    """(key, answer, whether it ended by itself) of each prompt, by its key, as they are finished.
+
+    done: answers that are there already, for the progress line.
+    """
+    tokenizer, holds = found.tokenizer, found.shape.max_seq_len
+    longest = min(max(map(len, prompts.values())) + how.most, holds)
+    rows = min(rows_that_fit(model.config, longest, model.head.element_size(), free_mib(model)),
+               len(prompts), MOST)
+    texts = {key: TextStream(tokenizer, how.stops) for key in prompts}
+    written = dict.fromkeys(prompts, "")
+    with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=rows,
+                capture=how.capture) as engine, tqdm(
+                    total=len(prompts) + done, initial=done, desc=_("answers"), disable=None,
+                    leave=False) as bar:
+        for key, prompt in sorted(prompts.items(), key=lambda one: -len(one[1])):
+            engine.add(key, prompt, min(how.most, holds - len(prompt)), how.seed + key,
+                       how.sampling)
+        for token in engine.run():
+            key, text = token.key, texts[token.key]
+            if token.id is not None:
+                written[key] += text.put(token.id)
+                if not text.stopped:
+                    continue
+                engine.drop(key)
+            bar.update()
+            yield key, (written[key] + text.end()).strip(), text.stopped or token.stopped
+
+
+def free_mib(model: PhoGPT) -> int:
+    """MiB that keys and values may take: half of what the GPU has left."""
+    if model.head.device.type != "cuda":
+        return CPU_MIB
+    return torch.cuda.mem_get_info()[0] // 2**21

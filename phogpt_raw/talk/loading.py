@@ -1,0 +1,80 @@
+"""Which model answers: a base, maybe an adapter over it, and how that adapter was made.
+
+What needs no weights comes first, so that a mistake is an error before they are read. An adapter's
+template, precision, base and revision are those of its run, unless a flag names others.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from phogpt_raw.cards import Card, recorded_dtype, this_card
+from phogpt_raw.config import check_nf4_cache
+from phogpt_raw.data.prompt import TEMPLATES, Template, choose_template
+from phogpt_raw.files import expanded
+from phogpt_raw.model.adapter_config import (
+    Origin,
+    adapter_hash,
+    check_not_merged,
+    chosen_base,
+    read_origin,
+)
+from phogpt_raw.model.adapters import load_adapters
+from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.model.weights import (
+    WITHOUT_WEIGHTS,
+    find_folder,
+    load_base,
+    read_config,
+    read_tokenizer,
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model without its weights; `load` reads them."""
+
+    base: str
+    revision: str | None
+    adapter: Path | None
+    shape: ModelConfig
+    tokenizer: object
+    template: Template
+    nf4: bool
+    nf4_cache: str | None
+    dtype: torch.dtype
+    card: Card
+
+    def identity(self) -> tuple:
+        """What decides the answers beside question and sampling, as far as it is known without
+        reading the base's weights."""
+        return (self.base, self.revision, self.adapter and adapter_hash(self.adapter),
+                self.template.question, self.nf4, str(self.dtype))
+
+    def load(self) -> PhoGPT:
+        model, _tokenizer = load_base(self.base, nf4=self.nf4, dtype=self.dtype,
+                                      device=self.card.device, revision=self.revision,
+                                      nf4_cache=self.nf4_cache)
+        if self.adapter:
+            load_adapters(model, self.adapter, trainable=False)
+        return model
+
+
+def find(options) -> Found:
+    """The model of generate.py's flags; Refusal for what cannot be."""
+    card = this_card()
+    adapter = options.adapter and expanded(options.adapter)
+    made = read_origin(adapter) if adapter else Origin("nano")
+    nf4 = options.nf4 if options.nf4 is not None else made.nf4
+    check_nf4_cache(options.nf4_cache, nf4=nf4)
+    dtype = recorded_dtype(card, options.dtype, made.dtype)
+    base, revision, named = chosen_base(adapter, made, options.model, options.revision)
+    folder = find_folder(base, revision, WITHOUT_WEIGHTS, named)
+    shape = read_config(folder)
+    if adapter:
+        check_not_merged(folder, adapter)
+    tokenizer = read_tokenizer(folder, shape)
+    template, _reason = choose_template(tokenizer, options.template, made.template)
+    return Found(base, revision, adapter, shape, tokenizer, TEMPLATES[template], nf4,
+                 options.nf4_cache, dtype, card)

@@ -1,0 +1,219 @@
+"""generate.py --eval FILE: how good the answers to rows with known answers are.
+
+The loss in nats per token of the known answers, and of the generated answers: the share that is
+the known one but for capitals, spaces and a full stop at the end, chrF (Popović 2015,
+doi:10.18653/v1/W15-3049; by sacrebleu), and the share that ends by itself. With an adapter all of
+it is there twice: for the base alone, and with the adapter.
+"""
+
+import html
+import json
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from phogpt_raw.data.batches import Window
+from phogpt_raw.data.encoded import encode_sources
+from phogpt_raw.data.examples import questions
+from phogpt_raw.data.prompt import Example
+from phogpt_raw.data.records import check_all
+from phogpt_raw.data.sources import find_source
+from phogpt_raw.files import check_free, expanded, write_text
+from phogpt_raw.messages import _
+from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.refusal import Refusal
+from phogpt_raw.show.console import out
+from phogpt_raw.talk.answers import answered
+from phogpt_raw.talk.loading import Found
+from phogpt_raw.talk.streaming import Generation
+from phogpt_raw.training.evaluate import held_out_loss, perplexity
+from phogpt_raw.training.limits import Limits
+from phogpt_raw.training.loss import chunk_rows
+
+SHOWN = 20  # answers on the page
+LOSS_MIB = 256  # that one chunk of logits may take
+
+
+@dataclass(frozen=True)
+class Score:
+    """loss: nats per token of the known answers; exact, stops: shares of the generated answers;
+    chrf: 0 to 100."""
+
+    loss: float
+    perplexity: float
+    exact: float
+    chrf: float
+    stops: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question, its known answer, and the answer generated without and with the adapter."""
+
+    question: str
+    known: str
+    answers: dict[str, str]
+
+
+def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
+             mapped: dict[str, str]) -> None:
+    """Score the model on the rows of a file; print a table, and write `output` (JSON) and a page
+    of answers beside it."""
+    metric = chrf()
+    output = output and expanded(output)
+    if output:
+        page = output.with_suffix(".html")
+        for file in (output, page):
+            check_free(file)
+        if output.suffix != ".json":
+            raise Refusal(f"--output {output}: with --eval it must end in .json")
+    examples = read(found, spec, mapped)
+    tokenizer, model = found.tokenizer, found.load()
+    prompts = {n: example.prompt for n, example in enumerate(examples)}
+    known = [text_of(tokenizer, answer_ids(example)) for example in examples]
+    scores, answers = {}, {}
+    for name, setting in settings(model, found):
+        with setting:
+            limits = Limits(1, chunk_rows(model.config.vocab_size, LOSS_MIB), 0, False)
+            loss = held_out_loss(model, Window(examples, tokenizer.pad_token_id), limits)
+            given = {n: rest for n, *rest in answered(found, model, prompts, how)}
+        answers[name] = [given[n][0] for n in range(len(examples))]
+        scores[name] = Score(
+            loss, perplexity(loss),
+            share(same(*pair) for pair in zip(answers[name], known, strict=True)),
+            metric.corpus_score(answers[name], [known]).score,
+            share(stopped for _text, stopped in given.values()))
+    show(scores, len(examples))
+    if output:
+        rows = [Row(question, known[n], {name: answers[name][n] for name in answers})
+                for n, question in enumerate(questions(tokenizer, found.template, examples))]
+        write(output, page, spec, scores, rows)
+        out.print(_("written to {output} and {page}", output=output, page=page), markup=False)
+
+
+def chrf():
+    try:
+        from sacrebleu.metrics import CHRF
+    except ImportError:
+        raise Refusal("--eval: needs the package sacrebleu: pip install -c constraints.txt -e "
+                      "'.[eval]'") from None
+    return CHRF()
+
+
+def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
+    """The rows of a file, encoded as train.py encodes them; bad ones are refused."""
+    rows = encode_sources([find_source(spec)], found.tokenizer, found.template,
+                          max_len=found.shape.max_seq_len, mapped=mapped)
+    check_all(rows.together())
+    examples = [document for row in rows.rows for document in row.documents[:1] if document.asks]
+    if not examples:
+        raise Refusal(f"{spec}: holds no questions with answers")
+    return examples
+
+
+def answer_ids(example: Example) -> list[int]:
+    """The tokens of the first answer."""
+    start = len(example.prompt)
+    ids = example.ids[start:]
+    ends = [n for n, target in enumerate(example.targets[start - 1 : -1]) if target < 0]
+    return ids[: ends[0]] if ends else ids
+
+
+def text_of(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@contextmanager
+def without_adapter(model: PhoGPT) -> Iterator[None]:
+    """The base alone."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@contextmanager
+def as_it_is() -> Iterator[None]:
+    yield
+
+
+def settings(model: PhoGPT, found: Found):
+    """(name, context) of what is scored."""
+    if not found.adapter:
+        return [("base", as_it_is())]
+    return [("base", without_adapter(model)), ("adapter", as_it_is())]
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two answers differ in nothing but capitals, spaces and a full stop at the end.
+
+    >>> same("Dạ,  phở ạ.", "dạ, phở ạ"), same("phở", "phơ")
+    (True, False)
+    """
+    one, other = (" ".join(unicodedata.normalize("NFC", text).casefold().split()).rstrip(".")
+                  for text in (one, other))
+    return one == other
+
+
+def share(flags) -> float:
+    flags = list(flags)
+    return sum(flags) / len(flags)
+
+
+def show(scores: dict[str, Score], rows: int) -> None:
+    table = Table(title=_("{n:,} rows", n=rows), title_justify="left")
+    table.add_column("")
+    for name in scores:
+        table.add_column(_("the base alone") if name == "base" else _("with the adapter"),
+                         justify="right")
+    for name, text, form in (("loss", _("loss, nats per token"), "{:.3f}"),
+                             ("perplexity", _("perplexity"), "{:.2f}"),
+                             ("exact", _("the known answer"), "{:.1%}"),
+                             ("chrf", _("chrF"), "{:.1f}"),
+                             ("stops", _("ends by itself"), "{:.1%}")):
+        table.add_row(text, *(form.format(getattr(score, name)) for score in scores.values()))
+    out.print(table)
+
+
+PAGE = """<!doctype html>
+<html lang="vi"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 70rem;
+  padding: 0 1rem; }}
+article {{ border-top: 1px solid #8886; padding: .7rem 0; }}
+h2 {{ font-size: 1rem; margin: 0 0 .4rem; }}
+dl {{ display: grid; grid-template-columns: 9rem 1fr; gap: .3rem 1rem; margin: 0; }}
+dt {{ opacity: .7; }} dd {{ margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }}
+@media (max-width: 40rem) {{ dl {{ grid-template-columns: 1fr; gap: 0; }}
+  dd {{ margin-bottom: .4rem; }} }}
+</style>
+<h1>{title}</h1>
+{rows}
+</html>
+"""
+
+
+def write(output: Path, page: Path, spec: str, scores: dict[str, Score], rows: list[Row]) -> None:
+    """The scores with every answer as JSON; the first answers as a page to read."""
+    content = {"rows": Path(spec).name, "scores": {k: asdict(v) for k, v in scores.items()},
+               "answers": [asdict(row) for row in rows]}
+    write_text(output, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    names = {"base": _("the base alone"), "adapter": _("with the adapter")}
+    articles = []
+    for row in rows[:SHOWN]:
+        lines = {_("known"): row.known} | {names[k]: v for k, v in row.answers.items()}
+        cells = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>"
+                        for name, text in lines.items())
+        articles.append(f"<article><h2>{html.escape(row.question)}</h2><dl>{cells}</dl></article>")
+    title = _("{n} of {rows:,} answers", n=len(articles), rows=len(rows))
+    write_text(page, PAGE.format(title=title, rows="\n".join(articles)))

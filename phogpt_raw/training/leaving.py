@@ -1,0 +1,81 @@
+"""How a run is left before its end: Ctrl-C, a signal, or --max-minutes.
+
+The step that is computed is finished, the run is saved, and the program ends. An evaluation is
+broken off at once: it changes nothing, and the resumed run evaluates again. A second Ctrl-C leaves
+without saving.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from phogpt_raw.messages import _
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                if hasattr(signal, name))
+
+
+class Left(Exception):
+    """Raised where the run can be saved. why: what asked for it; status: the program's exit
+    status."""
+
+    def __init__(self, why: str, status: int):
+        self.why, self.status = why, status
+
+
+class Leaving:
+    """A context in which signals and a time limit leave the run in good order.
+
+    minutes: None for no limit.
+    """
+
+    def __init__(self, minutes: float | None = None):
+        self.ends = None if minutes is None else time.monotonic() + 60 * minutes
+        self.minutes, self.asked, self.may_raise = minutes, None, False
+
+    def __enter__(self) -> "Leaving":
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in self.before.items():
+            if handler is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, _frame) -> None:
+        """The handler of all signals."""
+        if number == signal.SIGINT and self.asked == number:
+            raise KeyboardInterrupt
+        self.asked = number
+        if self.may_raise:
+            self.check()
+        text = _("\n{signal}: finishing the step, then saving; Ctrl-C leaves at once\n",
+                 signal=name_of(number))
+        os.write(sys.stderr.fileno(), text.encode())  # print is not made for a handler
+
+    def check(self) -> None:
+        """Raise Left where the run was asked to end, or its time is over."""
+        if self.asked:
+            raise Left(name_of(self.asked), 128 + self.asked)
+        if self.ends and time.monotonic() >= self.ends:
+            raise Left(_("--max-minutes {minutes:g}", minutes=self.minutes), 0)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a signal breaks off, since it can be repeated."""
+        self.check()
+        self.may_raise = True
+        try:
+            yield
+        finally:
+            self.may_raise = False
+
+
+def name_of(number: int) -> str:
+    """Ctrl-C, SIGTERM or SIGHUP."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -1,0 +1,159 @@
+"""generate.py --input: what is asked, in which order it is written, and how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import QUESTIONS
+
+import generate
+from phogpt_raw.decode.history import Turn
+from phogpt_raw.refusal import Refusal
+from phogpt_raw.talk import answers as module
+from phogpt_raw.talk.answers import read_questions
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Nine questions of unequal length in a file."""
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"question": q * (1 + n % 3)}, ensure_ascii=False) + "\n"
+                            for n, (q, _) in enumerate(QUESTIONS[:9])), "utf-8")
+    return file
+
+
+@pytest.fixture
+def run(tiny, capsys):
+    """A function that runs generate.py on tiny: (exit status, stderr)."""
+
+    def call(*flags):
+        status = 0
+        try:
+            generate.main(["--model", str(tiny), "--max-new-tokens", "8", *map(str, flags)])
+        except SystemExit as left:
+            status = left.code
+        return status, capsys.readouterr().err
+
+    return call
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def test_an_answer_a_line_in_the_order_of_the_questions(run, asked, tmp_path, tiny, capsys):
+    assert run("--input", asked, "--output", tmp_path / "a.jsonl")[0] == 0
+    found = lines(tmp_path / "a.jsonl")
+    assert [row["question"] for row in found] == [row["question"] for row in lines(asked)]
+    assert [row["where"] for row in found] == [f"{asked}:{n}" for n in range(1, 10)]
+    for row in found[::4]:  # alone it is answered in the same way
+        generate.main(["--model", str(tiny), "--max-new-tokens", "8", row["question"]])
+        assert capsys.readouterr().out.strip() == row["answer"]
+    assert {file.name for file in tmp_path.iterdir()} == {"questions.jsonl", "a.jsonl"}
+
+
+def test_killed_and_gone_on_it_is_the_straight_run(run, asked, tmp_path, tiny):
+    flags = ["--num-samples", 3, "--temperature", 0.8, "--seed", 5]
+    assert run("--input", asked, "--output", tmp_path / "straight.jsonl", *flags)[0] == 0
+    output = tmp_path / "a.jsonl"
+    script = ("import sys, time, generate\nfrom phogpt_raw.talk import answers\n"
+              "add = answers.Progress.add\n"
+              "def slow(self, *line):\n    add(self, *line); time.sleep(0.2)\n"
+              "answers.Progress.add = slow\ngenerate.main(sys.argv[1:])\n")
+    command = [sys.executable, "-c", script, "--model", str(tiny), "--max-new-tokens", "8",
+               "--input", str(asked), "--output", str(output), *map(str, flags)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        half = output.with_name("a.jsonl.progress")
+        while not (half.is_file() and half.read_text("utf-8").count("\n") > 5):
+            time.sleep(0.05)
+            assert process.poll() is None, process.stderr.read()
+        os.kill(process.pid, signal.SIGKILL)
+    assert not output.exists()
+    with half.open("a") as cut:
+        cut.write('{"n": 26, "question": "ha')  # as a power failure leaves it
+    status, said = run("--input", asked, "--output", output, *flags)
+    assert status == 0 and "answers are there already" in said
+    assert output.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+
+
+def test_what_was_begun_otherwise_is_refused(run, asked, tmp_path):
+    output = tmp_path / "a.jsonl"
+    (tmp_path / "a.jsonl.progress").write_text("another key\n")
+    status, said = run("--input", asked, "--output", output)
+    assert status == 2 and "was begun with other questions, flags or another model" in said
+    output.touch()
+    assert "exists already" in run("--input", asked, "--output", output)[1]
+
+
+def test_samples_differ_and_repeat(run, asked, tmp_path):
+    flags = ["--input", asked, "--num-samples", 4, "--temperature", 2]
+    for name in "ab":
+        run(*flags, "--output", tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    found = lines(tmp_path / "a")
+    assert [row["sample"] for row in found[:5]] == [0, 1, 2, 3, 0]
+    assert len({row["answer"] for row in found[:4]}) > 1
+
+
+def test_a_stop_text_ends_an_answer(run, asked, tmp_path):
+    run("--input", asked, "--output", tmp_path / "a")
+    whole = lines(tmp_path / "a")[0]["answer"]
+    run("--input", asked, "--output", tmp_path / "b", "--stop", whole[3:6])
+    row = lines(tmp_path / "b")[0]
+    assert (row["answer"], row["stopped"]) == (whole[: whole.find(whole[3:6])].strip(), True)
+
+
+@pytest.mark.parametrize("row, turns, system", [
+    ({"Câu hỏi": "a"}, (Turn("a"),), ""), ({"prompt": "a", "response": "b"}, (Turn("a"),), ""),
+    ({"instruction": "a", "input": "b"}, (Turn("a\nb"),), ""),
+    ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+                   {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
+     (Turn("a", "b"), Turn("c")), "s"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+     (Turn("a"),), "")])
+def test_questions_of_any_format(tmp_path, row, turns, system):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    [found] = read_questions(str(file), {})
+    assert (found.turns, found.system, found.where) == (turns, system, f"{file}:1")
+
+
+def test_of_a_text_file_a_line_is_a_question(tmp_path):
+    file = tmp_path / "q.txt"
+    file.write_text("\ufeffmột\n\n hai \n", "utf-8")
+    assert [(q.turns, q.where) for q in read_questions(str(file), {})] == [
+        ((Turn("một"),), f"{file}:1"), ((Turn("hai"),), f"{file}:3")]
+
+
+@pytest.mark.parametrize("content, line", [
+    ('{"question": 3}\n', "q.jsonl:1"), ('{"question": "a"}\n{"x": "a"}\n', "q.jsonl:2"),
+    ("", "holds no"), ('{"text": "a b c"}\n', "q.jsonl:1")])
+def test_what_cannot_be_asked_is_named(tmp_path, content, line):
+    file = tmp_path / "q.jsonl"
+    file.write_text(content)
+    with pytest.raises(Refusal, match=line):
+        read_questions(str(file), {})
+
+
+def test_a_question_too_long_is_named_before_the_weights_are_read(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("phogpt_raw.talk.loading.load_base", None)
+    (tmp_path / "q.txt").write_text("a\n" + "dài " * 300)
+    status, said = run("--input", tmp_path / "q.txt", "--output", tmp_path / "a")
+    assert status == 2 and "q.txt:2: the question has" in said
+
+
+def test_batches_are_as_large_as_the_cache_allows(monkeypatch, run, asked, tmp_path):
+    rows = []
+    engine = module.Engine
+    monkeypatch.setattr(module, "Engine", lambda *a, **k: rows.append(k["rows"]) or engine(*a, **k))
+    for mib, n in ((0, 1), (2048, 9)):
+        monkeypatch.setattr(module, "CPU_MIB", mib)
+        run("--input", asked, "--output", tmp_path / f"{mib}")
+        assert rows.pop() == n

@@ -1,0 +1,128 @@
+"""A run that is asked to end saves and goes on later, to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+from test_checkpoint import assert_same_run
+
+from phogpt_raw.training.leaving import Leaving, Left
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143),
+                                            (signal.SIGHUP, 129)])
+def test_a_signal_is_remembered_until_the_step_is_done(number, status, capfd):
+    before = signal.getsignal(number)
+    with Leaving() as leave:
+        leave.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Left) as left:
+            leave.check()
+    assert left.value.status == status and signal.getsignal(number) is before
+    assert "finishing the step, then saving" in capfd.readouterr().err
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    with Leaving():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_can_be_repeated_is_broken_off():
+    with Leaving() as leave:
+        with pytest.raises(Left), leave.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the block goes on")
+        with pytest.raises(Left), leave.at_once():
+            raise AssertionError("asked before, and begun all the same")
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Leaving() as leave:
+            os.kill(os.getpid(), signal.SIGHUP)
+            leave.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_time_is_over_without_an_error():
+    with Leaving(minutes=0) as leave, pytest.raises(Left) as left:
+        leave.check()
+    assert left.value.status == 0 and left.value.why == "--max-minutes 0"
+
+
+# -- a whole run
+
+
+@pytest.fixture
+def command(tiny, rows):
+    """train.py on tiny as a process of its own."""
+    return [sys.executable, "train.py", "--model", str(tiny), "--data", str(rows),
+            *(str(part) for pair in SMALL.items() for part in pair)]
+
+
+
+def until_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f"step {step}/") or f"step {step}:" in line:
+            return
+    raise AssertionError(f"no step {step}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_is_left_goes_on_to_the_bit(command, train, tmp_path, number):
+    straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
+    assert train("--out", straight, "--dropout", 0.2)[0] == 0
+    run = [*command, "--dropout", "0.2", "--out", str(broken)]
+    with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        until_step(process, 1)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the run ended before the signal came")
+    assert process.returncode == 128 + number
+    assert "ended after step" in said and f"--out {broken}" in said
+    assert not (broken / ".lock").exists()
+    again = said.splitlines()[-1].split()  # the command that is printed
+    done = subprocess.run([sys.executable, *again[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(broken, straight)
+
+
+def test_a_run_of_no_minutes_takes_no_step_and_loses_nothing(train, tmp_path):
+    status, _, said = train("--out", tmp_path / "run", "--max-minutes", 0)
+    assert status == 0 and "nothing was trained yet" in said
+    assert train("--out", tmp_path / "run")[0] == 0
+
+
+def test_two_runs_in_one_folder_do_not_mix(command, tmp_path):
+    run = [*command, "--steps", "200", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as first:
+        until_step(first, 1)
+        second = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+        first.kill()
+        first.communicate()
+    assert second.returncode == 2 and "another process trains there" in second.stderr
+    assert second.stderr.count("\n") == 1
+
+
+def test_a_lock_ends_with_its_process(command, tmp_path):
+    run = [*command, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        until_step(first, 2)
+        first.kill()
+    time.sleep(0.1)
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not (tmp_path / "run" / ".lock").exists()

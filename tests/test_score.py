@@ -1,0 +1,104 @@
+"""generate.py --eval: the figures, with and without the adapter, and what is written."""
+
+import json
+
+import pytest
+import torch
+from conftest import QUESTIONS, write_rows
+
+import generate
+from phogpt_raw.data.prompt import TEMPLATES, encode_row
+from phogpt_raw.model.adapters import load_adapters
+from phogpt_raw.model.weights import load_base
+from phogpt_raw.talk import score as module
+
+pytest.importorskip("sacrebleu")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl", QUESTIONS[:5])
+
+
+@pytest.fixture
+def adapter(adapted, tmp_path):
+    adapted(alpha=400)[1].save(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def scored(tiny, rows, output, *flags):
+    generate.main(["--model", str(tiny), "--eval", str(rows), "--output", str(output),
+                   "--no-nf4", "--max-new-tokens", "8", *map(str, flags)])
+    return json.loads(output.read_text("utf-8"))
+
+
+def test_the_loss_is_that_of_all_answer_tokens(tiny, rows, adapter, tmp_path):
+    found = scored(tiny, rows, tmp_path / "s.json", "--adapter", adapter)["scores"]
+    model, tokenizer = load_base(str(tiny), nf4=False)
+    wanted = {}
+    for name in ("base", "adapter"):
+        if name == "adapter":
+            load_adapters(model, adapter, trainable=False)
+        losses = []
+        for row in conversations_of(rows):
+            example = encode_row(tokenizer, TEMPLATES["4b-chat"], row, 128)
+            with torch.no_grad():
+                logits = model.logits(model(torch.tensor([example.ids])))[0]
+            targets = torch.tensor(example.targets)
+            losses += torch.nn.functional.cross_entropy(
+                logits[targets >= 0], targets[targets >= 0], reduction="none").tolist()
+        wanted[name] = sum(losses) / len(losses)
+    for name, loss in wanted.items():
+        assert found[name]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert found["base"]["loss"] != pytest.approx(found["adapter"]["loss"], rel=1e-3)
+
+
+def conversations_of(rows):
+    from phogpt_raw.data.conversations import conversations
+    from phogpt_raw.data.records import Findings
+    from phogpt_raw.data.sources import read_file
+
+    findings = Findings()
+    return list(conversations(read_file(rows, findings), findings))
+
+
+def test_the_base_is_asked_without_its_adapter(tiny, rows, adapter, tmp_path):
+    both = scored(tiny, rows, tmp_path / "both.json", "--adapter", adapter)
+    alone = scored(tiny, rows, tmp_path / "alone.json")
+    assert both["scores"]["base"] == pytest.approx(alone["scores"]["base"], rel=1e-4)
+    assert [row["answers"]["base"] for row in both["answers"]] == [
+        row["answers"]["base"] for row in alone["answers"]]
+    assert any(row["answers"]["base"] != row["answers"]["adapter"] for row in both["answers"])
+
+
+def test_an_answer_is_the_known_one_but_for_capitals_spaces_and_a_full_stop():
+    assert module.same("Dạ,  phở ạ.", "dạ, phở ạ") and module.same("Pho\u031b\u0309", "phở")
+    assert not module.same("phở", "phơ") and not module.same("phở?", "phở")
+
+
+def test_perfect_answers_score_perfectly(tiny, rows, tmp_path, monkeypatch):
+    known = [row.turns[-1][1] for row in conversations_of(rows)]
+    monkeypatch.setattr(module, "answered", lambda found, model, prompts, how: [
+        (n, known[n], n % 2 == 0) for n in prompts])
+    scores = scored(tiny, rows, tmp_path / "s.json")["scores"]["base"]
+    assert (scores["exact"], scores["chrf"], scores["stops"]) == (1.0, pytest.approx(100), 0.6)
+
+
+def test_the_page_shows_question_known_answer_and_both(tiny, rows, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHOWN", 2)
+    monkeypatch.setattr(module, "answered", lambda found, model, prompts, how: [
+        (n, "<b>&", True) for n in prompts])
+    scored(tiny, rows, tmp_path / "s.json", "--adapter", adapter)
+    page = (tmp_path / "s.html").read_text("utf-8")
+    assert page.count("<article>") == 2 and page.count("&lt;b&gt;&amp;") == 4
+    assert "### Câu hỏi" not in page and "http" not in page
+
+
+@pytest.mark.parametrize("name, line", [("s.txt", "must end in .json"), ("there.json", "exists")])
+def test_a_place_that_cannot_be_is_said_before_the_weights(tiny, rows, tmp_path, capsys, name,
+                                                           line, monkeypatch):
+    monkeypatch.setattr("phogpt_raw.talk.loading.load_base", None)
+    (tmp_path / "there.json").touch()
+    with pytest.raises(SystemExit) as stopped:
+        scored(tiny, rows, tmp_path / name)
+    assert stopped.value.code == 2 and line in capsys.readouterr().err
