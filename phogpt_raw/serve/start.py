@@ -9,9 +9,8 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from phogpt_raw.cards import this_card
 from phogpt_raw.decode.sampling import Sampling
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.serve.models import load, memory_line, plan
 from phogpt_raw.serve.protocol import NO_FLAGS, Defaults
@@ -29,16 +28,14 @@ def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     check_extra()
     host, port = address(options.serve)
     check_key(options.api_key)
-    if options.seed:
+    if options.seed is not None:
         raise Refusal(f"--seed {options.seed}: each request names its own; leave it out")
-    if options.max_new_tokens < 1:
-        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
-    made = plan(options, adapters, this_card())
+    found, slots = plan(options, adapters)
     listening = bind(host, port)
     stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)
     defaults = Defaults(sampling, options.max_new_tokens, stops)
-    say(memory_line(made))
-    run(load(made), made.slots, listening, host=host, key=options.api_key, defaults=defaults,
+    say(memory_line(found, slots))
+    run(load(found), slots, listening, host=host, key=options.api_key, defaults=defaults,
         capture=options.capture)
 
 
@@ -72,7 +69,9 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
 
         async def shutdown(self, sockets=None) -> None:
             if worker.answering:
-                say(_("finishing {n} answers (Ctrl-C breaks them off)", n=worker.answering))
+                say(plural(worker.answering, _("finishing 1 answer (Ctrl-C breaks it off)"),
+                           _("finishing {n} answers (Ctrl-C breaks them off)",
+                             n=worker.answering)))
             await super().shutdown(sockets)
 
     worker.start()
