@@ -15,6 +15,10 @@ class served(Server):
         self.key = flags[flags.index("--api-key") + 1] if "--api-key" in flags else "none"
         super().__init__(*flags, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
 
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        assert "Traceback" not in "".join(self.lines), "".join(self.lines)
+
     def client(self, **how):
         """The protocol's official client."""
         import openai

@@ -1,5 +1,6 @@
 """What a server offers: adapters by name, one base, the memory that is said."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -9,21 +10,11 @@ import torch
 from phogpt_raw.cards import Card, known_card
 from phogpt_raw.data.prompt import TEMPLATES
 from phogpt_raw.decode.history import Turn, encode_history
-from phogpt_raw.model.adapter_config import Base
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.serve.models import (
-    Found,
-    Plan,
-    load,
-    memory_line,
-    named_adapters,
-    plan,
-    slots_for,
-)
+from phogpt_raw.serve.models import load, memory_line, named_adapters, plan, slots_for
 from phogpt_raw.serve.protocol import Conversation, ProtocolError
-
-CPU = Card("CPU", "cpu")
+from phogpt_raw.talk.loading import Found
 
 
 def options(**more):
@@ -31,8 +22,10 @@ def options(**more):
                               "dtype": "auto", "nf4_cache": None, "slots": None, **more})
 
 
-def found(shape="7b5", nf4=True, dtype=torch.float16):
-    return Found(Base("b", None, "b"), None, PUBLISHED[shape], nf4, dtype, "4b-chat")
+def found(shape="7b5", card="t4"):
+    """A model as it would be on another card."""
+    return Found("b", None, None, PUBLISHED[shape], None, TEMPLATES["4b-chat"], True, None,
+                 torch.float16, known_card(card))
 
 
 @pytest.fixture
@@ -55,9 +48,9 @@ def test_an_adapter_has_the_name_that_is_given_or_its_folders(tmp_path, monkeypa
 
 
 def test_adapters_are_loaded_over_one_base(tiny, folders):
-    made = plan(options(model=str(tiny)), folders, CPU)
+    made, slots = plan(options(model=str(tiny)), folders)
     one, two = load(made)
-    assert (one.name, two.name, made.slots) == ("one", "two", 8)
+    assert (one.name, two.name, slots) == ("one", "two", 8)
     assert one.model.head.data_ptr() == two.model.head.data_ptr()
     assert one.model is not two.model and one.template == TEMPLATES["4b-chat"]
     flat = [next(p for n, p in served.model.named_parameters() if "lora_B" in n)
@@ -66,15 +59,15 @@ def test_adapters_are_loaded_over_one_base(tiny, folders):
 
 
 def test_the_base_alone_has_its_own_name(tiny):
-    assert list(plan(options(model=str(tiny)), {}, CPU).adapters) == [tiny.name]
+    assert list(plan(options(model=str(tiny)), {})[0]) == [tiny.name]
     for model in (None, "nano"):
-        assert list(plan(options(model=model), {}, CPU).adapters) == ["nano"]
+        assert list(plan(options(model=model), {})[0]) == ["nano"]
 
 
 def test_each_adapter_keeps_the_template_of_its_run(tiny, folders):
     record = {"model": str(tiny), "template": "7b5-instruct", "rank": 4, "nf4": True}
     (folders["two"] / "config.json").write_text(json.dumps(record))
-    one, two = load(plan(options(model=str(tiny)), folders, CPU))
+    one, two = load(plan(options(model=str(tiny)), folders)[0])
     assert (one.template, two.template) == (TEMPLATES["4b-chat"], TEMPLATES["7b5-instruct"])
 
 
@@ -82,13 +75,13 @@ def test_adapters_over_other_weights_are_refused(tiny, folders):
     record = {"model": str(tiny), "template": "auto", "rank": 4, "nf4": False}
     (folders["two"] / "config.json").write_text(json.dumps(record))
     with pytest.raises(Refusal, match=r"one and two are not over the same base \(nf4"):
-        plan(options(model=str(tiny)), folders, CPU)
-    made = plan(options(model=str(tiny), nf4=False), folders, CPU)  # said for all
-    assert not made.found.nf4
+        plan(options(model=str(tiny)), folders)
+    made, _slots = plan(options(model=str(tiny), nf4=False), folders)  # said for all
+    assert not any(one.nf4 for one in made.values())
 
 
 def test_a_conversation_is_encoded_in_the_models_template(tiny):
-    [served] = load(plan(options(model=str(tiny), template="7b5-instruct"), {}, CPU))
+    [served] = load(plan(options(model=str(tiny), template="7b5-instruct"), {})[0])
     said = Conversation((Turn("a", "b"), Turn("c")), "s")
     assert served.encode(said) == encode_history(
         served.tokenizer, TEMPLATES["7b5-instruct"], [Turn("a", "b"), Turn("c")], "s")
@@ -105,23 +98,23 @@ def test_a_conversation_is_encoded_in_the_models_template(tiny):
     ("h200", "7b5", 1, 8), ("t4", "7b5", 1, 8), ("t4", "7b5", 2, 4), ("t4", "4b", 1, 3)])
 def test_so_many_slots_are_taken_as_the_card_has_room_for(card, shape, models, slots):
     """A row of 7B5 at 2,048 tokens is 1 GiB; of 4B at 8,192 tokens, 3 GiB. A T4 has 14.56 GiB."""
-    assert slots_for(None, found(shape), known_card(card), models) == slots
+    assert slots_for(None, found(shape, card), models) == slots
 
 
 def test_more_slots_than_fit_are_refused_before_weights_are_read():
     with pytest.raises(Refusal, match=r"--slots 64: .* takes 1.00 GiB, and Tesla T4 has room for"):
-        slots_for(64, found(), known_card("t4"), 1)
-    assert slots_for(64, found(), CPU, 1) == 64
+        slots_for(64, found(), 1)
+    here = dataclasses.replace(found(), card=Card("CPU", "cpu"))
+    assert slots_for(64, here, 1) == 64
     for slots in (0, -1, 1025):
         with pytest.raises(Refusal, match="from 1 to 1024"):
-            slots_for(slots, found(), CPU, 1)
+            slots_for(slots, here, 1)
 
 
 def test_what_slots_take_is_said():
-    two = {"a": None, "b": None}
-    said = memory_line(Plan(found(), two, {}, 17, "cuda", None))
-    assert "8 answers" not in said and "17 answers of 2,048 tokens" in said
+    said = memory_line({"a": found(), "b": found()}, 17)
+    assert "slots for 17 answers of 2,048 tokens" in said
     assert "cache at most 17.00 GiB for each of 2 models, 34.00 GiB in all" in said
     assert "more than 16 slots are slower" in said
-    assert said.startswith("(base 4.") or said.startswith("(base 5.")
-    assert "slower" not in memory_line(Plan(found(), {"a": None}, {}, 16, "cuda", None))
+    assert said.startswith(("(base 4.", "(base 5."))
+    assert "slower" not in memory_line({"a": found()}, 16)

@@ -161,7 +161,25 @@ def test_markup_stays_text(browser, server):
     one(browser, "#question").send_keys("<b onclick=1>đậm</b><img src=x onerror=alert(1)>\n")
     until(lambda: texts(browser, ".answer") not in ([], [""]))
     assert texts(browser, ".mine") == ["<b onclick=1>đậm</b><img src=x onerror=alert(1)>"]
+    one(browser, "#reset").click()
+    browser.execute_script("""
+        const chunk = {choices: [{delta: {content: "<img src=x onerror=alert(1)>"}}]};
+        window.fetch = async () => new Response(
+            "data: " + JSON.stringify(chunk) + "\\n\\ndata: [DONE]\\n\\n");
+        ask("Phở?");""")
+    until(lambda: texts(browser, ".answer") == ["<img src=x onerror=alert(1)>"])
     assert browser.find_elements("css selector", ".turn b, .turn img") == []
+
+
+def test_enter_that_ends_a_composed_letter_does_not_send(browser, server):
+    opened(browser, server)
+    one(browser, "#question").send_keys("Phơ")
+    press = """arguments[0].dispatchEvent(new KeyboardEvent("keydown", {
+        key: "Enter", isComposing: arguments[1], cancelable: true, bubbles: true}))"""
+    browser.execute_script(press, one(browser, "#question"), True)
+    assert texts(browser, ".mine") == []
+    browser.execute_script(press, one(browser, "#question"), False)
+    assert texts(browser, ".mine") == ["Phơ"]
 
 
 def test_a_conversation_that_grows_too_long_loses_its_first_turns(browser, server):

@@ -69,9 +69,7 @@ def work(base):
 
     yield begin
     for worker in workers:
-        worker.close()
-        for key in range(20):
-            worker.cancel(key)
+        worker.close(finish=False)
         worker.thread.join(30)
         assert not worker.alive
 
@@ -133,11 +131,13 @@ def test_a_stop_string_ends_an_answer_and_frees_its_slot(work, base):
     whole = alone(*base, (5, 6, 7), 40)
     stop = whole[3:8]
     worker, inbox = work(slots=1)
+    engine = worker.lines["tiny"].engine
     worker.submit(job(0, most=LONG, stops=(stop,)))
     assert inbox.ended(0) == [whole[: whole.index(stop)]]
     assert inbox.of(0)[-1].finish == "stop" and inbox.of(0)[-1].written < 40
-    worker.submit(job(1))
-    inbox.ended(1)
+    until(lambda: not worker.busy)
+    [line] = worker.lines.values()
+    assert line.engine.rows == [] and line.engine is engine
 
 
 def test_spaces_before_a_chats_first_letter_are_left_out(work, base):
@@ -163,6 +163,17 @@ def test_closing_finishes_what_is_written_and_refuses_what_waits(work):
     inbox.ended(0, 1)
     assert inbox.of(0)[-1].written == 300 and inbox.of(0)[-1].finish == "length"
     assert inbox.of(1)[-1].error.status == 503
+    until(lambda: not worker.alive)
+
+
+def test_closing_without_finishing_breaks_answers_off(work):
+    worker, inbox = work(slots=1)
+    worker.submit(job(0, most=LONG))
+    inbox.begun(0)
+    worker.close()
+    worker.close(finish=False)
+    inbox.ended(0)
+    assert inbox.of(0)[-1].error.code == "shutting_down"
     until(lambda: not worker.alive)
 
 

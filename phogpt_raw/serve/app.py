@@ -64,29 +64,28 @@ class Answers:
             if piece.key in self.waiting:
                 index, to = self.waiting[piece.key]
                 to.put_nowait((index, piece))
-                if piece.last:
-                    del self.waiting[piece.key]
 
     @asynccontextmanager
     async def of(self, ask: Ask, served: Served, prompts: list[list[int]], worker: Worker):
         """An iterator of (index of the choice, piece) until all of a request's answers have ended.
-        Answers that have not ended when the block is left are cancelled."""
+        Those that have not ended when the block is left are cancelled."""
         keys, to = [], asyncio.Queue()
         seed = secrets.randbits(63) if ask.seed is None else ask.seed
         most = served.model.config.max_seq_len
         try:
             for index, (prompt, copy) in enumerate(itertools.product(prompts, range(ask.n))):
-                keys.append(next(self.keys))
-                self.waiting[keys[-1]] = index, to
+                key = next(self.keys)
+                keys.append(key)
+                self.waiting[key] = index, to
                 worker.submit(Job(
-                    keys[-1], served.name, prompt, min(ask.max_tokens, most - len(prompt)),
+                    key, served.name, prompt, min(ask.max_tokens, most - len(prompt)),
                     (seed + copy + 2**63) % 2**64 - 2**63, ask.sampling, ask.stops,
                     lstrip=ask.chat))
             yield self.pieces(len(keys), to)
         finally:
             for key in keys:
-                if self.waiting.pop(key, None):
-                    worker.cancel(key)
+                del self.waiting[key]
+                worker.cancel(key)
 
     async def pieces(self, left: int, to: asyncio.Queue) -> AsyncIterator[tuple[int, Piece]]:
         while left:

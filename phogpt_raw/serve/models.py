@@ -5,37 +5,28 @@ its own, so nothing has to be exchanged between two steps. What is not shared is
 cache, the CUDA graphs, and on a CPU the dequantised weights.
 """
 
+import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-
-from phogpt_raw.cards import Card, dtype_name, recorded_dtype
-from phogpt_raw.config import check_nf4_cache, hub_id
+from phogpt_raw.cards import dtype_name
+from phogpt_raw.config import hub_id
 from phogpt_raw.data.packing import round_up
-from phogpt_raw.data.prompt import TEMPLATES, Template, choose_template, encode_text
+from phogpt_raw.data.prompt import Template, encode_text
 from phogpt_raw.decode.engine import STEP, rows_that_fit
 from phogpt_raw.decode.history import encode_history
 from phogpt_raw.files import expanded
 from phogpt_raw.messages import _
-from phogpt_raw.model.adapter_config import Base, Origin, check_not_merged, chosen_base, read_origin
 from phogpt_raw.model.adapters import load_adapters, same_base
 from phogpt_raw.model.cache import cache_bytes
 from phogpt_raw.model.nf4 import NF4_BYTES
 from phogpt_raw.model.nf4_product import MOST
-from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
-from phogpt_raw.model.weights import (
-    WITHOUT_WEIGHTS,
-    find_folder,
-    load_base,
-    read_config,
-    read_tokenizer,
-)
+from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.serve.protocol import Conversation, ProtocolError
+from phogpt_raw.talk.loading import Found, find
 
 NAME = r"[\w.-]+"
 SLOTS = 8  # unless --slots says otherwise, or fewer fit
@@ -85,49 +76,24 @@ def named_adapters(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-class Found(NamedTuple):
-    """A base and how it is used, found before any weights are read."""
-
-    base: Base
-    folder: Path
-    config: ModelConfig
-    nf4: bool
-    dtype: torch.dtype
-    template: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be loaded. adapters: folders by the model's name, None for the base alone."""
-
-    found: Found
-    adapters: dict[str, Path | None]
-    templates: dict[str, str]
-    slots: int
-    device: str
-    nf4_cache: str | None
-
-
-def plan(options, adapters: dict[str, Path], card: Card) -> Plan:
-    """What generate.py's options ask for.
+def plan(options, adapters: dict[str, Path]) -> tuple[dict[str, Found], int]:
+    """What generate.py's options ask for: models by name, over one base, and slots of each.
 
     Raises Refusal where the adapters are not over one base, or where the slots do not fit into the
     GPU's memory.
     """
     named = adapters or {own_name(options.model): None}
-    found = {name: look(options, folder, card) for name, folder in named.items()}
+    found = {name: find(argparse.Namespace(**{**vars(options), "adapter": folder}))
+             for name, folder in named.items()}
     first, one = next(iter(found.items()))
     for name, other in found.items():
-        for what, flag in (("folder", "--model"), ("nf4", "--nf4 or --no-nf4"),
-                           ("dtype", "--dtype")):
+        for what, flag in (("base", "--model"), ("revision", "--revision"),
+                           ("nf4", "--nf4 or --no-nf4"), ("dtype", "--dtype")):
             if getattr(one, what) != getattr(other, what):
                 raise Refusal(f"--adapter: {first} and {name} are not over the same base ({what}: "
                               f"{getattr(one, what)} and {getattr(other, what)}); say one for all "
                               f"with {flag}, or serve each by itself")
-    check_nf4_cache(options.nf4_cache, nf4=one.nf4)
-    slots = slots_for(options.slots, one, card, len(named))
-    return Plan(one, named, {name: other.template for name, other in found.items()}, slots,
-                card.device, options.nf4_cache)
+    return found, slots_for(options.slots, one, len(found))
 
 
 def own_name(model: str | None) -> str:
@@ -135,31 +101,15 @@ def own_name(model: str | None) -> str:
     return model if model and hub_id(model) else expanded(model or "nano").resolve().name
 
 
-def look(options, adapter: Path | None, card: Card) -> Found:
-    """The base of an adapter, or the base alone; flags count more than what a run recorded."""
-    made = read_origin(adapter) if adapter else Origin("nano")
-    base = chosen_base(adapter, made, options.model, options.revision)
-    folder = find_folder(base.model, base.revision, WITHOUT_WEIGHTS, base.named)
-    config = read_config(folder)
-    if adapter:
-        check_not_merged(folder, adapter)
-    template, _reason = choose_template(read_tokenizer(folder, config), options.template,
-                                        made.template)
-    return Found(base, folder, config, made.nf4 if options.nf4 is None else options.nf4,
-                 recorded_dtype(card, options.dtype, made.dtype), template)
-
-
-def load(made: Plan) -> list[Served]:
+def load(found: dict[str, Found]) -> list[Served]:
     """The models of a plan over one set of weights."""
-    one = made.found
-    base, tokenizer = load_base(one.base.model, nf4=one.nf4, dtype=one.dtype, device=made.device,
-                                revision=one.base.revision, nf4_cache=made.nf4_cache)
+    base = replace(next(iter(found.values())), adapter=None).load()
     served = []
-    for name, folder in made.adapters.items():
+    for name, one in found.items():
         model = same_base(base)
-        if folder:
-            load_adapters(model, folder, trainable=False)
-        served.append(Served(name, model, tokenizer, TEMPLATES[made.templates[name]]))
+        if one.adapter:
+            load_adapters(model, one.adapter, trainable=False)
+        served.append(Served(name, model, one.tokenizer, one.template))
     return served
 
 
@@ -168,29 +118,30 @@ def load(made: Plan) -> list[Served]:
 
 def weight_bytes(found: Found) -> int:
     """Bytes of the base's weights."""
-    config, itemsize = found.config, found.dtype.itemsize
+    config, itemsize = found.shape, found.dtype.itemsize
     linears = config.linear_weights * (NF4_BYTES if found.nf4 else itemsize)
     return int(linears + config.vocab_size * config.d_model * itemsize)
 
 
 def slot_bytes(found: Found) -> int:
     """Bytes of one slot's cache where a conversation is as long as the model was made for."""
-    config = found.config
+    config = found.shape
     return cache_bytes(config.n_layers, config.d_model, 1, round_up(config.max_seq_len, STEP),
                        found.dtype.itemsize)
 
 
-def slots_for(asked: int | None, found: Found, card: Card, models: int) -> int:
+def slots_for(asked: int | None, found: Found, models: int) -> int:
     """--slots checked against the GPU's memory; by default 8, or as many as fit.
 
     Every model has its own slots. Raises Refusal where they do not fit.
     """
     if asked is not None and not 1 <= asked <= 1024:
         raise Refusal(f"--slots {asked}: must be from 1 to 1024")
+    card = found.card
     if card.device == "cpu":
         return asked or SLOTS
     free = card.memory_gib * 2**30 - weight_bytes(found) - RESERVE
-    fit = rows_that_fit(found.config, found.config.max_seq_len, found.dtype.itemsize,
+    fit = rows_that_fit(found.shape, found.shape.max_seq_len, found.dtype.itemsize,
                         int(free / models / 2**20))
     if asked and asked > fit:
         raise Refusal(f"--slots {asked}: the cache of each takes {gib(slot_bytes(found))} GiB, and "
@@ -203,17 +154,17 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def memory_line(made: Plan) -> str:
+def memory_line(found: dict[str, Found], slots: int) -> str:
     """What weights and slots take, as it is said at the start."""
-    found, models = made.found, len(made.adapters)
-    cache = made.slots * slot_bytes(found)
-    text = _("(base {weights} GiB, {dtype}; {slots} answers of {tokens:,} tokens at once: cache at "
-             "most {cache} GiB", weights=gib(weight_bytes(found)), dtype=precision(found),
-             slots=made.slots, tokens=found.config.max_seq_len, cache=gib(cache))
+    one, models = next(iter(found.values())), len(found)
+    cache = slots * slot_bytes(one)
+    text = _("(base {weights} GiB, {dtype}; slots for {slots} answers of {tokens:,} tokens: cache "
+             "at most {cache} GiB", weights=gib(weight_bytes(one)), dtype=precision(one),
+             slots=slots, tokens=one.shape.max_seq_len, cache=gib(cache))
     if models > 1:
         text += _(" for each of {models} models, {all} GiB in all", models=models,
                   all=gib(models * cache))
-    if made.device == "cuda" and made.slots > MOST:
+    if one.card.device == "cuda" and slots > MOST:
         text += _("; more than {most} slots are slower: their kernels are not fused", most=MOST)
     return text + ")"
 

@@ -9,9 +9,8 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from phogpt_raw.cards import this_card
 from phogpt_raw.decode.sampling import Sampling
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.serve.models import load, memory_line, plan
 from phogpt_raw.serve.protocol import NO_FLAGS, Defaults
@@ -19,6 +18,7 @@ from phogpt_raw.serve.worker import Worker
 
 HERE = "127.0.0.1"
 GRACE_S = 600  # for the last answers; then their connections are closed
+JOIN_S = 30
 SWITCH_S = 5e-4  # after which a thread gives way: the engines' thread must not wait for the server
 
 
@@ -28,16 +28,14 @@ def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     check_extra()
     host, port = address(options.serve)
     check_key(options.api_key)
-    if options.seed:
+    if options.seed is not None:
         raise Refusal(f"--seed {options.seed}: each request names its own; leave it out")
-    if options.max_new_tokens < 1:
-        raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
-    made = plan(options, adapters, this_card())
+    found, slots = plan(options, adapters)
     listening = bind(host, port)
     stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)
     defaults = Defaults(sampling, options.max_new_tokens, stops)
-    say(memory_line(made))
-    run(load(made), made.slots, listening, host=host, key=options.api_key, defaults=defaults,
+    say(memory_line(found, slots))
+    run(load(found), slots, listening, host=host, key=options.api_key, defaults=defaults,
         capture=options.capture)
 
 
@@ -59,16 +57,35 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
                   url=f"http://{shown(host)}:{listening.getsockname()[1]}"))
 
         def handle_exit(self, number, frame) -> None:
-            worker.close()
-            super().handle_exit(number, frame)
+            """The first signal lets answers be finished, the second breaks them off, the third
+            does not wait for the clients."""
+            times = len(self._captured_signals)
+            worker.close(finish=not times)
+            if times < 2:
+                self._captured_signals.append(number)
+                self.should_exit = True
+            else:
+                super().handle_exit(number, frame)
+
+        async def shutdown(self, sockets=None) -> None:
+            if worker.answering:
+                say(plural(worker.answering, _("finishing 1 answer (Ctrl-C breaks it off)"),
+                           _("finishing {n} answers (Ctrl-C breaks them off)",
+                             n=worker.answering)))
+            await super().shutdown(sockets)
 
     worker.start()
     sys.setswitchinterval(SWITCH_S)
     app = create_app(worker, answers, key=key, host=host, defaults=defaults)
-    Server(uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning",
-                          access_log=False, server_header=False, date_header=False,
-                          proxy_headers=False, timeout_graceful_shutdown=GRACE_S)
-           ).run(sockets=[listening])
+    server = Server(uvicorn.Config(
+        app, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False,
+        server_header=False, date_header=False, proxy_headers=False,
+        timeout_graceful_shutdown=GRACE_S))
+    try:
+        server.run(sockets=[listening])
+    finally:  # the interpreter must not end while the thread computes
+        worker.close(finish=False)
+        worker.thread.join(JOIN_S)
 
 
 def say(line: str) -> None:

@@ -120,10 +120,11 @@ class Worker:
         """Nobody waits for this answer any more; nothing more of it is delivered."""
         self.inbox.put(lambda: self.drop(key))
 
-    def close(self) -> None:
-        """Finish the answers that have begun, refuse those that wait, then end the thread."""
+    def close(self, finish: bool = True) -> None:
+        """Finish the answers that have begun, or break them off, refuse those that wait, then end
+        the thread."""
         self.closing = True
-        self.inbox.put(self.refuse_waiting)
+        self.inbox.put(lambda: self.refuse(finish))
 
     @property
     def alive(self) -> bool:
@@ -190,12 +191,14 @@ class Worker:
                 line.engine.drop(key)
         self.count()
 
-    def refuse_waiting(self) -> None:
+    def refuse(self, but_begun: bool) -> None:
         for line in self.lines.values():
-            for row in list(line.engine.queue):
-                line.open.pop(row.key)
-                line.engine.drop(row.key)
-                self.pieces.append(Piece(row.key, "", 0, error=shutting_down()))
+            begun = {row.key for row in line.engine.rows} if but_begun else set()
+            for key in line.open.keys() - begun:
+                self.pieces.append(Piece(key, "", line.open.pop(key).written,
+                                         error=shutting_down()))
+                line.engine.drop(key)
+        self.count()
 
     def turn(self, line: Line) -> None:
         """The tokens of one step of an engine."""
