@@ -1,5 +1,6 @@
 """The simulated allocator: each of its rules, and a comparison with torch's on a GPU."""
 
+import gc
 import random
 from itertools import pairwise
 
@@ -162,6 +163,7 @@ def test_after_any_series_segments_are_whole_and_no_two_free_neighbours_are_left
 @pytest.mark.gpu
 def test_torchs_own_allocator_counts_the_same_at_every_point():
     allocator, taken = Allocator(), []
+    gc.collect()  # what other tests have left would go meanwhile
     pool = torch.cuda.MemPool()  # the default one has what other tests have left there
     torch.cuda.empty_cache()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
