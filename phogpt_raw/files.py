@@ -20,6 +20,7 @@ UNFINISHED = ".unfinished"
 LOCK = ".lock"  # in a folder that is being written; its content tells whose it is
 SIGN = b"a folder that phogpt-raw is writing\n"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_THERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's, which has no number
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -128,6 +129,9 @@ def locked(file: Path, busy: str) -> Iterator[None]:
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError):
             raise Refusal(busy) from None
+        except OSError as error:  # a drive in the cloud, mounted as a folder, may have no locks
+            if error.errno not in NOT_THERE:
+                raise
         os.pwrite(opened, SIGN, 0)
         yield
     finally:
@@ -192,6 +196,9 @@ def flush(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
     finally:
         os.close(opened)
 

@@ -147,6 +147,31 @@ def test_a_lock_that_was_moved_away_between_is_not_held(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_drive_without_locks_and_flushes_is_written_all_the_same(tmp_path, monkeypatch, code):
+    """Such as a drive in the cloud that is mounted as a folder."""
+    def missing(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.fcntl, "flock", missing)
+    monkeypatch.setattr(files.os, "fsync", missing)
+    with whole_folder(tmp_path / "a") as made:
+        (made / "one").write_text("1")
+    with whole_file(tmp_path / "b") as made:
+        made.write_text("2")
+    assert {f.name for f in tmp_path.rglob("*")} == {"a", "one", "b"}
+
+
+def test_a_disk_that_fails_to_flush_is_an_error(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(files.os, "fsync", broken)
+    with pytest.raises(OSError, match="broken"), whole_file(tmp_path / "a") as made:
+        made.write_text("1")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tensors_may_be_read_by_those_who_read_other_files(tmp_path):
     save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)})
     (tmp_path / "b").touch()
