@@ -189,6 +189,12 @@ def nf4_state(weight: torch.Tensor):
     return getattr(weight, "quant_state", None)
 
 
+def held_by(module: torch.nn.Module) -> list:
+    """What a module itself holds: parameters, buffers, and the QuantState of an NF4 weight."""
+    held = (*module._parameters.values(), *module._buffers.values(), nf4_state(module))
+    return [value for value in held if value is not None]
+
+
 class NF4Fields(NamedTuple):
     """All that is needed to decode an NF4 weight with double quantisation.
 

@@ -127,9 +127,16 @@ def test_of_a_checkpoint_the_template_is_its_runs(first_command, tmp_path, capsy
     run = shutil.copytree(first_command, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"template": "7b5-instruct"}))
-    export(run / "checkpoint-30", tmp_path / "out", "--gguf", "q8_0")
+    checkpoint = oldest(run)
+    export(checkpoint, tmp_path / "out", "--gguf", "q8_0")
     assert "### Câu hỏi:\n{{ .Prompt }}" in (tmp_path / "out" / "Modelfile").read_text("utf-8")
-    assert "# nano + run checkpoint-30" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"# nano + run {checkpoint.name}" in card
+
+
+def oldest(run):
+    """The first checkpoint of a run that it still has."""
+    return min(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def test_a_merged_folder_knows_its_template(first_command, tmp_path):
@@ -296,10 +303,10 @@ def test_a_base_in_a_folder_of_nanos_name_is_that_folder(tiny, tmp_path, monkeyp
 
 
 def test_what_was_merged_stays_known_over_a_second_merge(first_command, tmp_path, capsys):
-    export(first_command / "checkpoint-30", tmp_path / "one", "--merged")
+    export(oldest(first_command), tmp_path / "one", "--merged")
     export(first_command, tmp_path / "two", "--merged", "--model", tmp_path / "one")
     capsys.readouterr()
-    for again in (first_command, first_command / "checkpoint-30"):
+    for again in (first_command, oldest(first_command)):
         with pytest.raises(SystemExit):
             export(again, tmp_path / "three", "--merged", "--model", tmp_path / "two")
         assert "is already merged into it" in capsys.readouterr().err

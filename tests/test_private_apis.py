@@ -410,3 +410,15 @@ def test_every_entry_has_a_test_here():
 ])
 def test_a_private_name_is_found_wherever_it_stands(line, names):
     assert private_names(line) == names
+
+
+def test_what_a_module_holds_is_all_of_its_own_tensors():
+    from phogpt_raw.model.nf4 import nf4_linear
+
+    linear = nf4_linear(torch.randn(64, 64), torch.float32, torch.device("cpu"))
+    linear.register_buffer("more", torch.ones(1))
+    held = private_apis.held_by(linear)
+    for value in (linear.weight, linear.more, private_apis.nf4_state(linear.weight)):
+        assert any(one is value for one in held)
+    assert all(one is not None for one in held)
+    assert private_apis.held_by(torch.nn.Sequential(linear)) == []

@@ -21,6 +21,7 @@ from phogpt_raw.model.adapter_config import read_adapter_config
 from phogpt_raw.model.flat import FlatBuffer
 from phogpt_raw.model.lora import lora_linear
 from phogpt_raw.model.phogpt import PhoGPT
+from phogpt_raw.private_apis import held_by
 from phogpt_raw.refusal import Refusal
 
 TARGETS = ("Wqkv", "out_proj", "up_proj", "down_proj")
@@ -234,9 +235,5 @@ def same_base(model: PhoGPT) -> PhoGPT:
     Its modules are new, so an adapter put into one is not in the other; its parameters and buffers
     are the very tensors of `model`, which must have no adapters yet.
     """
-    shared = {}
-    for module in model.modules():
-        held = (*module._parameters.values(), *module._buffers.values(),
-                getattr(module, "quant_state", None))  # bitsandbytes' scales of an NF4 weight
-        shared |= {id(value): value for value in held if value is not None}
+    shared = {id(value): value for module in model.modules() for value in held_by(module)}
     return copy.deepcopy(model, shared)
