@@ -41,24 +41,23 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             with (plots.drawn(run), console.Display(run) as show,
                   Leaving(config.max_minutes) as leave):
-                score = train(job, metrics, show, leave)
+                train(job, metrics, show, leave)
         except Left as left:
             run.save(job)
             console.left(run, left.why, sys.argv[1:] if arguments is None else arguments)
             sys.exit(left.status)
-        run.check_result(metrics.last_loss, score)
+        run.check_result(metrics.last_loss)
         model_card.write(job)
-        console.summary(run, job.examples.questions, score, show)
+        console.summary(run, job.examples.questions, show)
 
 
 def train(job, metrics, show, leave):
     """The loop, from where the run stands to its last step: evaluate and save where it is due,
-    take a window, step, show. Returns the last score; raises Left where the run is left before."""
+    take a window, step, show. Raises Left where the run is left before."""
     config, run, state = job.config, job.run, job.run.state
     step = retry_without_graphs(train_step, job, console.say)
     evaluate = retry_without_graphs(job.evaluate, job, console.say)
 
-    score = None
     job.model.train()
     while True:
         if run.evaluation_due():
@@ -70,7 +69,7 @@ def train(job, metrics, show, leave):
         if run.save_due():
             run.save(job)
         if run.ended:
-            return score
+            return
         leave.check()
 
         window = job.stream.window(state.step)

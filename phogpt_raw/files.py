@@ -121,7 +121,8 @@ def locked(file: Path, busy: str) -> Iterator[None]:
     """Hold a lock on a file, which is made where it is missing; Refusal with the text `busy` where
     another process holds it, or has just moved it away. The lock ends with the process, however
     that ends."""
-    opened = os.open(file, os.O_RDWR | os.O_CREAT)
+    with in_words(file):
+        opened = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,7 +133,8 @@ def locked(file: Path, busy: str) -> Iterator[None]:
         except OSError as error:  # a drive in the cloud, mounted as a folder, may have no locks
             if error.errno not in NOT_THERE:
                 raise
-        os.pwrite(opened, SIGN, 0)
+        with in_words(file):
+            os.pwrite(opened, SIGN, 0)
         yield
     finally:
         os.close(opened)
@@ -162,13 +164,14 @@ def in_words(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = error_number(error)
+        place = next(folder for folder in path.parents if not folder.name.endswith(UNFINISHED))
         if number in FULL or CUT_SHORT.match(str(error)):
-            raise Refusal(f"{path.parent}: the disk is full; nothing was written. Free some space, "
-                          f"or name another place") from None
+            raise Refusal(f"{place}: the disk is full; older files stay whole. Free some space, or "
+                          f"name another place") from None
         if number == errno.ENAMETOOLONG:
             raise Refusal(f"{path.name}: the name is too long; name another") from None
         if number in CLOSED:
-            raise Refusal(f"{path.parent}: cannot be written to; name another place") from None
+            raise Refusal(f"{place}: cannot be written to; name another place") from None
         raise
 
 

@@ -1,7 +1,11 @@
 """An interrupted and resumed run ends as an uninterrupted one does, to the bit."""
 
+import errno
+import io
 import json
+import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,20 +104,51 @@ def test_a_checkpoint_that_was_not_finished_is_not_there(train, tmp_path):
     assert_same_run(broken, straight)  # and what was left over is gone
 
 
-def test_a_full_disk_while_saving_leaves_the_checkpoint_before(train, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    train("--out", out, "--steps", 3)
+@pytest.mark.parametrize("size", [0, 100, 600, 1_100, 10_000, 30_000, 34_500])
+def test_a_disk_that_is_full_at_any_file_is_one_line_and_loses_nothing(train, tmp_path, size):
+    """No file may grow beyond `size` bytes, which fails as a full disk does."""
+    straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
+    assert train("--out", straight)[0] == 0
+    assert train("--out", broken, at=(4, STOPPED))[0] == 130  # from step 3 it goes on
+    before = whole_files(broken)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        status, _, said = train("--out", broken)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and said.splitlines()[-1].startswith(f"error: {broken}: the disk is full")
+    assert not list(broken.rglob("*.unfinished"))
+    assert {name: whole_files(broken)[name] for name in before} == before
+    assert train("--out", broken)[0] == 0
+    assert_same_run(broken, straight)
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
-        status, _, said = train("--out", out, "--steps", 6)
-    assert status == 2 and "the disk is full" in said and said.count("\n") == 1
-    assert checkpoint.newest(out) == out / "checkpoint-3"
-    assert train("--out", out, "--steps", 6)[0] == 0
-    assert checkpoint.newest(out) == out / "checkpoint-6"
+def whole_files(run):
+    """The files of a run that must outlive anything, with their bytes."""
+    return {file.relative_to(run): file.read_bytes() for file in run.rglob("*")
+            if file.is_file() and file.parent != run}
+
+
+class AlmostFull(io.BytesIO):
+    """A file that fails once, as a disk does whose last block is too small for one write only."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.left = call
+
+    def write(self, data):
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+@pytest.mark.parametrize("call", [1, 3, 8])
+def test_torch_save_on_a_full_disk_raises_what_the_system_says(monkeypatch, call):
+    monkeypatch.setattr(Path, "open", lambda *_: AlmostFull(call))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save_state(Path("state.pt"), {"a": torch.zeros(100_000), "b": torch.ones(9)})
 
 
 def test_a_torn_last_line_of_the_metrics_is_dropped(train, tmp_path):
@@ -195,6 +230,37 @@ def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.unfinished", "checkpoint-x"):
         (tmp_path / name).mkdir()
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_checkpoint_is_there_while_another_of_its_step_takes_its_place(adapted, tmp_path,
+                                                                         monkeypatch):
+    training = trained_in_fp16(adapted)
+    checkpoint.save(tmp_path, 4, training, {"step": 4, "first": {}})
+    rename = Path.rename
+
+    def killed(path, new):
+        if new == tmp_path / "checkpoint-4":
+            raise KeyboardInterrupt
+        rename(path, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        checkpoint.save(tmp_path, 4, training, {"step": 4, "first": {"val_loss": 1.0}})
+    whole, damaged = checkpoint.newest_whole(tmp_path)
+    assert checkpoint.read_state(whole) == {"step": 4, "first": {}} and not damaged
+    checkpoint.tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    checkpoint.save(tmp_path, 4, training, {"step": 4, "first": {"val_loss": 1.0}})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert checkpoint.read_state(tmp_path / "checkpoint-4")["first"] == {"val_loss": 1.0}
+
+
+def test_a_run_that_goes_on_does_not_write_its_checkpoint_again(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3)
+    made = (out / "checkpoint-3").stat().st_ino
+    assert train("--out", out, "--steps", 4)[0] == 0
+    assert (out / "checkpoint-3").stat().st_ino == made
 
 
 def test_what_is_saved_is_what_is_loaded(adapted, tmp_path):

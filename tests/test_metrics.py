@@ -63,9 +63,10 @@ def test_the_peak_of_graphs_is_theirs(monkeypatch):
 
 def test_rows_after_the_checkpoint_are_dropped_when_a_run_resumes(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    rows = [f'{{"step": {n}, "loss": 1.0}}\n' for n in (1, 2, 3)]
+    file.write_text("".join(rows) + '{"step": 4, "lo')
     Metrics(tmp_path, RunState(2, evaluated=2), TRAINING)
-    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert file.read_text() == rows[0] + rows[1]
     Metrics(tmp_path, RunState(), TRAINING)
     assert file.read_text() == ""
 

@@ -821,6 +821,31 @@ def test_a_new_run_writes_over_no_file_of_somebody_else(train, tmp_path, name):
     assert [file.name for file in out.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("hold_out", [3, 0])
+def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_same_command(train, tmp_path,
+                                                                                hold_out):
+    out = tmp_path / "run"
+    train("--out", out, "--hold-out", hold_out)
+    card = (out / "README.md").read_bytes()
+    for name in ("README.md", "adapter_model.safetensors", "adapter_config.json"):
+        (out / name).unlink()
+    status, said, _ = train("--out", out, "--hold-out", hold_out)
+    assert status == 0 and (out / "README.md").read_bytes() == card
+    assert adapter_bytes(out) == adapter_bytes(out / "checkpoint-7")
+    assert ("the lowest validation loss" if hold_out else "the last") in said
+    assert " s each" not in said  # no step was taken
+    assert train("--out", out, "--hold-out", hold_out)[0] == 2  # complete
+
+
+def test_the_card_of_an_earlier_end_goes_when_the_run_goes_on(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3)
+    assert train("--out", out, at=(1, KeyboardInterrupt()))[0] == 130
+    assert not (out / "README.md").exists()
+    (out / "README.md").write_text("mine")
+    assert train("--out", out)[0] == 0 and (out / "README.md").read_text() == "mine"
+
+
 def test_data_that_lies_in_the_runs_folder_stays_what_it_is(train, tmp_path, rows):
     out = tmp_path / "mine"
     out.mkdir()

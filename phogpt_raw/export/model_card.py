@@ -2,7 +2,7 @@
 
 The card is written for a stranger, so it names no path of the machine that trained: data files by
 name and hash, a base in a folder by the folder's name. It depends on the run alone, not on the day.
-A README.md without MARK is somebody else's and stays.
+A README.md without the mark is somebody else's and stays.
 """
 
 import importlib.metadata
@@ -18,9 +18,9 @@ from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import say
 from phogpt_raw.training.evaluate import perplexity
 from phogpt_raw.training.metrics import read_metrics
+from phogpt_raw.training.run import CARD, MARK, has_our_card
 from phogpt_raw.training.setup import Job
 
-MARK = "<!-- written by phogpt-raw, which writes it anew; delete this line to keep your changes -->"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 BODY = """\
@@ -115,9 +115,9 @@ def write(job: Job) -> None:
 
     A card that cannot be written is one line and never an error: the run counts for more.
     """
-    file = job.run.folder / "README.md"
+    file = job.run.folder / CARD
     try:
-        if file.is_file() and MARK not in file.read_text("utf-8", errors="replace"):
+        if file.is_file() and not has_our_card(job.run.folder):
             return say(_("{file} is not of this program and stays as it is", file=file))
         with whole_file(file) as unfinished:
             unfinished.write_text(card(job), "utf-8")

@@ -13,10 +13,11 @@ from rich.text import Text
 from tqdm import tqdm
 
 from phogpt_raw.messages import _, plural
+from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.checkpoint import newest
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.metrics import StepRow
-from phogpt_raw.training.run import Run, record
+from phogpt_raw.training.run import Run
 
 out = Rich(highlight=False, soft_wrap=True)
 
@@ -67,11 +68,14 @@ class Display:
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(self, kind, *_exception) -> None:
-        """Close the line; Ctrl-C is raised again, with what is left of the run as its text."""
+    def __exit__(self, kind, error, _traceback) -> None:
+        """Close the line. Ctrl-C and a full disk are raised again, with what is left of the run."""
         self.bar.close()
         if kind is KeyboardInterrupt:
-            raise KeyboardInterrupt(stopped(self.run)) from None
+            raise KeyboardInterrupt(_("stopped by hand {rest}", rest=stopped(self.run))) from None
+        if kind is Refusal:
+            raise Refusal(_("{error}. The run stopped {rest}", error=error,
+                            rest=stopped(self.run))) from None
 
     def step(self, row: StepRow, seconds: float) -> None:
         """Show a finished step, before the evaluation that may follow it."""
@@ -105,8 +109,8 @@ def stopped(run: Run) -> str:
     """What is left of a run that is stopped without being saved."""
     saved = newest(run.folder)
     if saved is None:
-        return _("stopped by hand after step {n}; no checkpoint was saved yet", n=run.state.step)
-    return _("stopped by hand after step {n}; with --out {folder} it goes on from {checkpoint}",
+        return _("after step {n}; no checkpoint was saved yet", n=run.state.step)
+    return _("after step {n}; with --out {folder} it goes on from {checkpoint}",
              n=run.state.step, folder=run.folder, checkpoint=saved.name)
 
 
@@ -157,15 +161,16 @@ def clock(seconds: float) -> str:
     return _("{m} min {s:02} s", m=m, s=s) if m else _("{s} s", s=s)
 
 
-def summary(run: Run, questions: list[str], last: Score | None, display: Display) -> None:
+def summary(run: Run, questions: list[str], display: Display) -> None:
     """What the run came to: losses, two held-out answers before and after, the next command."""
-    state, first = run.state, run.state.first
-    steps = _("{n}, {seconds:.2f} s each", n=state.step, seconds=display.step_seconds.value)
+    state, first, best = run.state, run.state.first, run.state.best  # empty: nothing is held out
+    steps = str(state.step)
+    if display.step_seconds.count:
+        steps += _(", {seconds:.2f} s each", seconds=display.step_seconds.value)
     if state.skipped:
         steps += _("; {n} skipped", n=state.skipped)
     lines = {_("steps"): steps}
-    best = state.best or (last and record(last))  # a run of before the best score was kept
-    if last:
+    if first:
         lines[_("validation loss")] = _(
             "{before:.3f} before, {after:.3f} after ({change:+.0%})", before=first["val_loss"],
             after=best["val_loss"], change=best["val_loss"] / first["val_loss"] - 1)
@@ -173,7 +178,7 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
             lines[_("answers that stop")] = _(
                 "{before:.0%} before, {after:.0%} after, of {n}", before=first["stops"],
                 after=best["stops"], n=len(best["answers"]))
-    which = (_("step {n}, the lowest validation loss", n=state.best_step) if last
+    which = (_("step {n}, the lowest validation loss", n=state.best_step) if first
              else _("step {n}, the last", n=state.best_step))
     lines[_("adapter")] = f"{run.folder} ({which})"
     about = [name for name in ("README.md", "loss.png", "loss.svg")
@@ -184,12 +189,12 @@ def summary(run: Run, questions: list[str], last: Score | None, display: Display
     ended = plural(state.not_better, _("ended early: no better in 1 evaluation"),
                    _("ended early: no better in {n} evaluations", n=state.not_better))
     listing(ended if early else _("done"), lines)
-    if last and best["val_loss"] >= first["val_loss"]:
+    if first and best["val_loss"] >= first["val_loss"]:
         out.print()
         paragraph(_("This training made the model no better on the held-out rows: even its best "
                     "step has a higher loss than the untrained adapter. Try a lower --lr, or more "
                     "rows."))
-    if last and best["answers"] and first["answers"]:
+    if first and best["answers"] and first["answers"]:
         heading(_("held-out questions"))
         shown = zip(questions, first["answers"], best["answers"], strict=False)
         for question, before, after in islice(shown, 2):

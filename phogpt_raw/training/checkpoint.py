@@ -13,10 +13,11 @@ import math
 import random
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
-from phogpt_raw.files import UNFINISHED, whole_folder
+from phogpt_raw.files import LOCK, UNFINISHED, remove, remove_unfinished, whole_folder
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.optim import load_state
 from phogpt_raw.training.step import Training
@@ -24,6 +25,7 @@ from phogpt_raw.training.step import Training
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 STATE, PROGRESS = "training_state.pt", "progress.json"
 HASHES = "sha256.json"  # of the other files
+REPLACED = ".replaced"  # a checkpoint of the same step, until the new one has its name
 
 
 def save(run: Path, step: int, training: Training, state: dict) -> Path:
@@ -33,14 +35,54 @@ def save(run: Path, step: int, training: Training, state: dict) -> Path:
         training.adapters.save(folder)
         tensors = {"optimizer": training.optimizer.state_dict(),
                    "scaler": training.scaler.state_dict(), "random": random_state()}
-        with (folder / STATE).open("wb") as file:  # by Python, whose errors say that a disk is full
-            torch.save(tensors, file)
+        save_state(folder / STATE, tensors)
         text = json.dumps(state, indent=2, ensure_ascii=False)
         (folder / PROGRESS).write_text(text + "\n", "utf-8")
         hashes = {name: hash_of(folder / name) for name in (*ADAPTER, STATE, PROGRESS)}
         (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", "utf-8")
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(final.with_name(final.name + REPLACED))
+    tidy(run)
     return final
+
+
+def save_state(file: Path, state: dict) -> None:
+    """torch.save, that raises the system's error where the disk is full: torch itself goes on after
+    it and reports a wrong position."""
+    with file.open("wb") as opened:
+        written = Written(opened)
+        torch.save(state, written)
+    if written.error:
+        raise written.error
+
+
+class Written:
+    """What torch.save needs of a file. After a first error, which is kept, nothing is written."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        if self.error is None:
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def tidy(run: Path) -> None:
+    """Remove what a save of this or of a killed process leaves behind; a checkpoint that was about
+    to be replaced gets its name back where the new one is not there."""
+    remove_unfinished(run)
+    for replaced in run.glob(f"checkpoint-*{REPLACED}"):
+        final = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        remove(replaced) if final.exists() else replaced.rename(final)
+    for lock in run.glob(f"checkpoint-*/{LOCK}"):
+        lock.unlink()
 
 
 def hash_of(file: Path) -> str:
@@ -50,8 +92,11 @@ def hash_of(file: Path) -> str:
 
 def by_step(run: Path) -> dict[int, Path]:
     """The checkpoints of a run, from the highest step down."""
-    found = {int(name): folder for folder in run.glob("checkpoint-*")
-             if (name := folder.name.removeprefix("checkpoint-")).isdecimal()}
+    found = {}
+    for folder in sorted(run.glob("checkpoint-*"), reverse=True):  # N.replaced before N
+        name = folder.name.removeprefix("checkpoint-").removesuffix(REPLACED)
+        if name.isdecimal():
+            found[int(name)] = folder
     return dict(sorted(found.items(), reverse=True))
 
 

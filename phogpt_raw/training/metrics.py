@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from phogpt_raw.data.batches import Window
-from phogpt_raw.files import write_text
+from phogpt_raw.files import in_words, write_text
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.graphs import GraphedModel
@@ -38,8 +38,8 @@ class StepRow:
 
 class Metrics:
     """The metrics file of a run; rows that a resumed run writes again are dropped. tensorboard:
-    write the same values to folder/tensorboard. last_loss: of the last step, NaN before the
-    first."""
+    write the same values to folder/tensorboard. last_loss: of the last
+    evaluation or, after it or without one, of the last step; NaN before the first."""
 
     def __init__(self, folder: Path, state: RunState, training: Training,
                  tensorboard: bool = False):
@@ -47,8 +47,7 @@ class Metrics:
         self.started = self.seconds = 0.0  # when the step began, and how long it took
         rows = whole_rows(self.file) if state.step else []  # an incomplete row is of a later step
         kept = [row for row in rows if is_before(state, json.loads(row))]
-        losses = [loss for row in kept if (loss := json.loads(row).get("loss"))]
-        self.last_loss = losses[-1] if losses else math.nan
+        self.last_loss = loss_of(json.loads(kept[-1])) if kept else math.nan
         write_text(self.file, "".join(row + "\n" for row in kept))
         self.board = tensorboard and summary_writer()(folder / "tensorboard",
                                                       purge_step=state.step + 1)
@@ -72,7 +71,6 @@ class Metrics:
             rows=sum(rows for rows, _ in shapes),
             fill=round(window.tokens / sum(rows * length for rows, length in shapes), 4))
         self.write(asdict(row))
-        self.last_loss = loss
         return row
 
     def evaluation(self, step: int, score: Score | None) -> None:
@@ -84,13 +82,20 @@ class Metrics:
         """Append a row; NaN and infinity become null, since JSON has neither."""
         row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                for name, value in row.items()}
-        with self.file.open("a") as metrics:
+        self.last_loss = loss_of(row)
+        with in_words(self.file), self.file.open("a") as metrics:
             metrics.write(json.dumps(row) + "\n")
         if self.board:
             for name in row.keys() - {"step"}:
                 if row[name] is not None:
                     self.board.add_scalar(name, row[name], row["step"])
             self.board.flush()
+
+
+def loss_of(row: dict) -> float:
+    """The loss of a row of metrics.jsonl, of a step or of an evaluation; NaN where it is null."""
+    loss = row["val_loss"] if "val_loss" in row else row["loss"]
+    return math.nan if loss is None else loss
 
 
 def is_before(state: RunState, row: dict) -> bool:

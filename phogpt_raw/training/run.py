@@ -2,7 +2,8 @@
 
 DIR/config.json, row_hashes.json, metrics.jsonl, checkpoint-N/, and the result,
 adapter_model.safetensors with adapter_config.json: the adapter of the lowest validation loss, the
-last where nothing is held out.
+last where nothing is held out. The model card, README.md, is written last: a run that has taken all
+its steps but has no card was killed in between, and goes on to its end.
 """
 
 import dataclasses
@@ -16,12 +17,15 @@ from pathlib import Path
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
-from phogpt_raw.files import LOCK, expanded, in_words, locked, remove_unfinished, whole_file
+from phogpt_raw.files import LOCK, expanded, in_words, locked, whole_file
 from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal, RunFailed
 from phogpt_raw.training import checkpoint, resume
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.step import Training
+
+CARD = "README.md"
+MARK = "<!-- written by phogpt-raw, which writes it anew; delete this line to keep your changes -->"
 
 
 @dataclass
@@ -57,17 +61,19 @@ class Run:
         self.folder = (expanded(config.out) if config.out
                        else next_number(config.model))
         self.config, self.steps, self.examples = config, steps, examples
-        self.saved = None  # the step and the last evaluation that the newest checkpoint holds
         self.planned = steps  # when its newest checkpoint was saved
         self.state = RunState(planned=steps)
+        self.saved = None  # the step and the last evaluation that the newest checkpoint holds
         self.checkpoint, self.damaged = checkpoint.newest_whole(self.folder)
         if self.checkpoint:
             resume.check_same(self.folder, config, examples)
             self.state = restored(self.checkpoint)
             self.planned, self.state.planned = self.state.planned, steps
+            self.saved = self.state.step, self.state.evaluated
             if self.ended:
                 self.check_adapter()
-                raise Refusal(self.nothing_left())
+                if (self.folder / CARD).is_file():
+                    raise Refusal(self.nothing_left())
         elif self.damaged:
             raise Refusal(f"{self.folder}: no checkpoint is whole ({'; '.join(self.damaged)}); "
                           f"name another --out")
@@ -117,11 +123,14 @@ class Run:
                 raise Refusal(f"--out {self.folder}: another process has trained there meanwhile; "
                               f"give the same command again")
             try:
-                remove_unfinished(self.folder)
+                checkpoint.tidy(self.folder)
+                if has_our_card(self.folder):  # it speaks of an end that is not the end any more
+                    (self.folder / CARD).unlink()
                 resume.record_run(self.folder, self.config, self.examples)
                 if self.checkpoint:
+                    self.checkpoint = self.folder / f"checkpoint-{self.state.step}"
                     checkpoint.load(self.checkpoint, training)
-                    self.publish()
+                    self.follow_up()
                 yield
             finally:
                 (self.folder / LOCK).unlink()
@@ -166,25 +175,26 @@ class Run:
             state.best_step, state.best = state.step, record(score)
 
     def save(self, training: Training) -> None:
-        """Write a checkpoint, unless nothing has changed since the last; then remove older ones but
-        --keep of them and the best one."""
+        """Write a checkpoint, unless nothing has changed since the last."""
         state = self.state
         if state.step == 0 or self.saved == (state.step, state.evaluated):
             return
         self.checkpoint = checkpoint.save(self.folder, state.step, training,
                                           dataclasses.asdict(state))
         self.saved = state.step, state.evaluated
-        self.publish()
-        if not state.skipped_in_row:  # else an older one may be the only good one
-            checkpoint.remove_older(self.folder, self.config.keep, state.best_step)
+        self.follow_up()
 
-    def publish(self) -> None:
-        """Copy the newest checkpoint's adapter to the run's folder if it is the best one. It comes
-        after the checkpoint, so that a run killed between the two makes up for it."""
-        if self.state.best_step == self.state.step > 0:
+    def follow_up(self) -> None:
+        """What comes after a checkpoint, and again when a run goes on from it, since it may have
+        been killed in between: copy its adapter to the run's folder if it is the best one; remove
+        older checkpoints but --keep of them and the best one."""
+        state = self.state
+        if state.best_step == state.step > 0:
             for name in checkpoint.ADAPTER:
                 with whole_file(self.folder / name) as file:
                     shutil.copyfile(self.checkpoint / name, file)
+        if not state.skipped_in_row:  # else an older one may be the only good one
+            checkpoint.remove_older(self.folder, self.config.keep, state.best_step)
 
     def still_due(self, every: int) -> int:
         """How often something is due from this step on, this one included."""
@@ -199,25 +209,24 @@ class Run:
                 "{advice}", folder=self.folder, first=state.step - state.skipped_in_row + 1,
                 last=state.step, advice=self.advice()))
 
-    def check_result(self, loss: float, score: Score | None) -> None:
+    def check_result(self, loss: float) -> None:
         """Raise RunFailed where the run has ended with nothing to show: most steps were skipped, or
         its last loss (the validation loss, where there is one) is not finite."""
         state = self.state
         if 2 * state.skipped > state.step:
             fault = _("{n} of {steps} steps were skipped, their gradients are not finite",
                       n=state.skipped, steps=state.step)
-        elif score and not math.isfinite(score.val_loss):
-            fault = _("the last validation loss is not finite")
-        elif not score and not math.isfinite(loss):
-            fault = _("the last loss is not finite")
+        elif not math.isfinite(loss):
+            fault = (_("the last validation loss is not finite") if state.first
+                     else _("the last loss is not finite"))
         else:
             return
         raise RunFailed(_("{folder}: {fault}; {advice}", folder=self.folder, fault=fault,
                           advice=self.advice()))
 
     def check_adapter(self) -> None:
-        """Raise RunFailed where a run that took all its steps has left no adapter."""
-        if not (self.folder / "adapter_model.safetensors").is_file():
+        """Raise RunFailed where no step of a run that has ended brought an adapter."""
+        if not self.state.best_step:
             raise RunFailed(_("{folder}: this run has ended, after step {n}, without a usable "
                               "adapter; {advice}", folder=self.folder, n=self.state.step,
                               advice=self.advice()))
@@ -233,6 +242,12 @@ class Run:
                      "or fp32, and another --out")
         return _("the last good checkpoint is {good}; go on from it with --adapter {good}, a "
                  "lower --lr and another --out", good=good)
+
+
+def has_our_card(folder: Path) -> bool:
+    """Whether a folder holds a model card that this program has written and nobody changed."""
+    card = folder / CARD
+    return card.is_file() and MARK in card.read_text("utf-8", errors="replace")
 
 
 def restored(folder: Path) -> RunState:
