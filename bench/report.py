@@ -246,3 +246,18 @@ def serve(rows: list[dict], title: str) -> Table:
             cells[5] = f"{row['first_beside_others_s']:.3f} s"
         made.add_row(*cells)
     return made
+
+
+# -- saving
+
+
+def saving(rows: list[dict], title: str) -> Table:
+    made = table(title, ["checkpoint", "a save", "longest", "a step", "after a save",
+                         "share of the run"])
+    for row in rows:
+        saves = row["saves_s"]
+        made.add_row(f"{row['checkpoint_bytes'] / 2**20:,.0f} MiB",
+                     f"{sum(saves) / len(saves):.3f} s", f"{max(saves):.3f} s",
+                     f"{row['step_s']:.3f} s", f"{row['step_after_save_s']:.3f} s",
+                     f"{row['share']:.1%}")
+    return made
