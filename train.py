@@ -44,8 +44,10 @@ def main(arguments: list[str] | None = None) -> None:
                 train(job, metrics, show, leave)
         except Left as left:
             run.save(job)
+            run.settle()
             console.left(run, left.why, sys.argv[1:] if arguments is None else arguments)
             sys.exit(left.status)
+        run.settle()
         run.check_result(metrics.last_loss)
         model_card.write(job)
         console.summary(run, job.examples.questions, show)
@@ -82,7 +84,7 @@ def train(job, metrics, show, leave):
         state.count(skipped=bool(stats.skipped))
         row = metrics.step(state, stats, window, lr)
         show.step(row, metrics.seconds)
-        run.stop_if_stuck()
+        run.check()
 
 
 if __name__ == "__main__":

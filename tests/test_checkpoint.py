@@ -5,12 +5,15 @@ import io
 import json
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from phogpt_raw.refusal import Refusal
 from phogpt_raw.training import checkpoint
+from phogpt_raw.training.metrics import Metrics
 from phogpt_raw.training.setup import make_scaler, wire
 
 STOPPED = KeyboardInterrupt()
@@ -18,6 +21,10 @@ STOPPED = KeyboardInterrupt()
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter_bytes(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 def without_speed(rows):
@@ -194,14 +201,14 @@ def flipped(data):
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "training_state.pt",
                                   "progress.json", "adapter_config.json"])
 def test_one_bit_is_noticed(adapted, tmp_path, name):
-    folder = checkpoint.save(tmp_path, 4, trained_in_fp16(adapted), {"step": 4})
+    folder = checkpoint.write(tmp_path, checkpoint.take(trained_in_fp16(adapted), {"step": 4}))
     assert checkpoint.newest_whole(tmp_path) == (folder, [])
     (folder / name).write_bytes(flipped((folder / name).read_bytes()))
     assert checkpoint.newest_whole(tmp_path) == (None, [f"{folder}: {name} is damaged"])
 
 
 def test_a_checkpoint_of_another_step_than_its_folders_is_not_used(adapted, tmp_path):
-    folder = checkpoint.save(tmp_path, 4, trained_in_fp16(adapted), {"step": 4})
+    folder = checkpoint.write(tmp_path, checkpoint.take(trained_in_fp16(adapted), {"step": 4}))
     moved = folder.rename(tmp_path / "checkpoint-9")
     assert checkpoint.newest_whole(tmp_path) == (
         None, [f"{moved}: its progress.json is of another step"])
@@ -235,7 +242,7 @@ def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path):
 def test_a_checkpoint_is_there_while_another_of_its_step_takes_its_place(adapted, tmp_path,
                                                                          monkeypatch):
     training = trained_in_fp16(adapted)
-    checkpoint.save(tmp_path, 4, training, {"step": 4, "first": {}})
+    checkpoint.write(tmp_path, checkpoint.take(training, {"step": 4, "first": {}}))
     rename = Path.rename
 
     def killed(path, new):
@@ -245,12 +252,12 @@ def test_a_checkpoint_is_there_while_another_of_its_step_takes_its_place(adapted
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "rename", killed)
-        checkpoint.save(tmp_path, 4, training, {"step": 4, "first": {"val_loss": 1.0}})
+        checkpoint.write(tmp_path, checkpoint.take(training, {"step": 4}))
     whole, damaged = checkpoint.newest_whole(tmp_path)
     assert checkpoint.read_state(whole) == {"step": 4, "first": {}} and not damaged
     checkpoint.tidy(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
-    checkpoint.save(tmp_path, 4, training, {"step": 4, "first": {"val_loss": 1.0}})
+    checkpoint.write(tmp_path, checkpoint.take(training, {"step": 4, "first": {"val_loss": 1.0}}))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     assert checkpoint.read_state(tmp_path / "checkpoint-4")["first"] == {"val_loss": 1.0}
 
@@ -270,7 +277,7 @@ def test_what_is_saved_is_what_is_loaded(adapted, tmp_path):
     training.adapters.flat.grad.normal_()
     training.optimizer.step()
     training.scaler.update(512.0)
-    folder = checkpoint.save(tmp_path, 4, training, {"step": 4, "first": {}})
+    folder = checkpoint.write(tmp_path, checkpoint.take(training, {"step": 4, "first": {}}))
     saved = training.adapters.flat.detach().clone(), torch.rand(3)
     state = training.optimizer.state_dict()
 
@@ -326,3 +333,52 @@ def test_a_run_broken_off_before_its_first_checkpoint_begins_again(train, tmp_pa
     assert said == "stopped by hand after step 1; no checkpoint was saved yet\n"
     assert train("--out", broken)[0] == 0
     assert_same_run(broken, straight)
+
+
+def test_a_snapshot_is_of_its_step_whatever_the_next_steps_do(adapted, tmp_path):
+    training = trained_in_fp16(adapted)
+    training.scaler.scale(torch.ones(()))
+    training.adapters.flat.grad.normal_()
+    training.optimizer.step()
+    straight = checkpoint.write(tmp_path / "a", checkpoint.take(training, {"step": 4}))
+    snapshot = checkpoint.take(training, {"step": 4})
+    training.optimizer.step()
+    training.scaler.update(2.0)
+    torch.rand(3)
+    later = checkpoint.write(tmp_path / "b", snapshot)
+    assert (later / "sha256.json").read_bytes() == (straight / "sha256.json").read_bytes()
+    assert not torch.equal(snapshot.adapter[next(iter(snapshot.adapter))],
+                           next(iter(training.adapters.tensors().values())))
+
+
+def test_a_step_does_not_wait_for_the_checkpoint_and_the_end_does(train, tmp_path, monkeypatch):
+    real, order = checkpoint.write, []
+
+    def slow(run, snapshot):
+        time.sleep(0.3)
+        order.append(f"written {snapshot.state['step']}")
+        return real(run, snapshot)
+
+    class Row(Metrics):
+        def step(self, state, *others):
+            order.append(f"step {state.step}")
+            return super().step(state, *others)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr("train.Metrics", Row)
+    assert train("--out", tmp_path / "run", "--save-every", 6, "--eval-every", 0,
+                 "--hold-out", 0)[0] == 0
+    assert order == [f"step {n}" for n in range(1, 8)] + ["written 6", "written 7"]
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "run" / "checkpoint-7")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_after_the_next_step(train, tmp_path,
+                                                                              monkeypatch):
+    def full(run, snapshot):
+        raise Refusal("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    status, _, said = train("--out", tmp_path / "run", "--steps", 200, "--save-every", 2,
+                            "--eval-every", 0)
+    assert status == 2 and "the disk is full. The run stopped after step" in said
+    assert int(said.split("after step ")[1].split(";")[0]) < 10

@@ -18,7 +18,7 @@ from torch import nn
 
 from phogpt_raw.files import save_tensors
 from phogpt_raw.model.adapter_config import read_adapter_config
-from phogpt_raw.model.flat import FlatBuffer
+from phogpt_raw.model.flat import FlatBuffer, on_host
 from phogpt_raw.model.lora import lora_linear
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.private_apis import held_by
@@ -39,13 +39,23 @@ class Adapters(FlatBuffer):
         self.model = model
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         super().__init__(named, model.head.dtype, trainable)
+        self.named = None  # the result of `tensors`, which stays what it is
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The adapters under PEFT's names, fp32."""
+        """The adapters under PEFT's names, fp32, as views of the flat buffer."""
         from peft import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        return {PREFIX + name: tensor for name, tensor in state.items()}
+        if self.named is None:
+            state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            self.named = {PREFIX + name: tensor for name, tensor in state.items()}
+        return self.named
+
+    def on_host(self) -> dict[str, torch.Tensor]:
+        """A copy of `tensors` in the host's memory, made by one copy of the flat buffer. On a GPU
+        the copy has only begun: synchronize before it is read."""
+        flat = on_host(self.flat.detach())
+        return {name: flat.as_strided(view.shape, view.stride(), view.storage_offset())
+                for name, view in self.tensors().items()}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor], where: str) -> None:
         """Copy `tensors` (PEFT's names) into the views; every name and shape must agree.
@@ -69,10 +79,14 @@ class Adapters(FlatBuffer):
             view.copy_(tensors[name])
         self.cast()
 
-    def save(self, folder: Path) -> None:
-        """adapter_model.safetensors and adapter_config.json, as stock PEFT reads them."""
+    def save(self, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
+        """Write adapter_model.safetensors and adapter_config.json, as stock PEFT reads them.
+
+        tensors: of an earlier `on_host`; the adapters as they are now where it is not given.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
+        tensors = {name: tensor.cpu().contiguous()
+                   for name, tensor in (tensors or self.tensors()).items()}
         save_tensors(folder / "adapter_model.safetensors", tensors)
         config = copy.copy(self.model.peft_config["default"])
         config.inference_mode = True

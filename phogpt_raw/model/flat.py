@@ -58,6 +58,21 @@ class FlatBuffer:
             self.compute.copy_(self.flat.detach())
 
 
+def on_host(value):
+    """A copy of a tensor, or of a nest of dicts and lists with tensors in it, in the host's memory.
+
+    From a GPU it goes to page-locked memory, which torch keeps for the next copy; it has only
+    begun when this returns.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", non_blocking=True, copy=True)
+    if isinstance(value, dict):
+        return {key: on_host(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(on_host, value))
+    return value
+
+
 def aligned_places(tensors: list[torch.Tensor]) -> tuple[list[slice], int]:
     """The place of each tensor in a flat buffer, and the buffer's size, both in elements.
 

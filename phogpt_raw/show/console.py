@@ -107,6 +107,7 @@ class Display:
 
 def stopped(run: Run) -> str:
     """What is left of a run that is stopped without being saved."""
+    run.settle()
     saved = newest(run.folder)
     if saved is None:
         return _("after step {n}; no checkpoint was saved yet", n=run.state.step)

@@ -4,6 +4,9 @@
 depends on: loss scale, random generators, counters, the best validation loss. The data order needs
 no state, it follows from the step. It is written under another name and renamed at the end, with
 the hashes of its files: a damaged one is not used.
+
+`take` copies all of it to the host's memory, in a fraction of a step's time. `write` writes that
+copy, in seconds, while the next steps are computed.
 """
 
 import ast
@@ -11,13 +14,15 @@ import hashlib
 import json
 import math
 import random
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
 from phogpt_raw.files import LOCK, UNFINISHED, remove, remove_unfinished, whole_folder
+from phogpt_raw.model.adapters import Adapters
+from phogpt_raw.model.flat import on_host
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.optim import load_state
 from phogpt_raw.training.step import Training
@@ -28,21 +33,42 @@ HASHES = "sha256.json"  # of the other files
 REPLACED = ".replaced"  # a checkpoint of the same step, until the new one has its name
 
 
-def save(run: Path, step: int, training: Training, state: dict) -> Path:
-    """Write run/checkpoint-<step>; `state` (of the run) is what `read_state` returns."""
-    final = run / f"checkpoint-{step}"
+@dataclass(frozen=True)
+class Snapshot:
+    """A run after a step, in the host's memory. adapter: its tensors under PEFT's names; training:
+    optimizer, loss scale, random generators; state: of the run, what `read_state` returns."""
+
+    adapters: Adapters  # for their configuration
+    adapter: dict[str, torch.Tensor]
+    training: dict
+    state: dict
+
+
+def take(training: Training, state: dict) -> Snapshot:
+    """Copy what a checkpoint holds; the next step may begin when this returns."""
+    adapter = training.adapters.on_host()
+    rest = on_host({"optimizer": training.optimizer.state_dict(),
+                    "scaler": training.scaler.state_dict(), "random": random_state()})
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return Snapshot(training.adapters, adapter, rest, state)
+
+
+def write(run: Path, snapshot: Snapshot) -> Path:
+    """Write run/checkpoint-<step>."""
+    final = run / f"checkpoint-{snapshot.state['step']}"
+    replaced = final.with_name(final.name + REPLACED)
     with whole_folder(final, ours=True) as folder:
-        training.adapters.save(folder)
-        tensors = {"optimizer": training.optimizer.state_dict(),
-                   "scaler": training.scaler.state_dict(), "random": random_state()}
-        save_state(folder / STATE, tensors)
-        text = json.dumps(state, indent=2, ensure_ascii=False)
+        snapshot.adapters.save(folder, snapshot.adapter)
+        save_state(folder / STATE, snapshot.training)
+        text = json.dumps(snapshot.state, indent=2, ensure_ascii=False)
         (folder / PROGRESS).write_text(text + "\n", "utf-8")
         hashes = {name: hash_of(folder / name) for name in (*ADAPTER, STATE, PROGRESS)}
         (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", "utf-8")
         if final.exists():
-            final.rename(final.with_name(final.name + REPLACED))
-    tidy(run)
+            final.rename(replaced)
+    if replaced.exists():
+        remove(replaced)
     return final
 
 
@@ -75,8 +101,8 @@ class Written:
 
 
 def tidy(run: Path) -> None:
-    """Remove what a save of this or of a killed process leaves behind; a checkpoint that was about
-    to be replaced gets its name back where the new one is not there."""
+    """Remove what a killed process leaves behind in a run's folder; a checkpoint that was about to
+    be replaced gets its name back where the new one is not there."""
     remove_unfinished(run)
     for replaced in run.glob(f"checkpoint-*{REPLACED}"):
         final = replaced.with_name(replaced.name.removesuffix(REPLACED))
@@ -140,7 +166,7 @@ def remove_older(run: Path, keep: int, best: int) -> None:
         if step != best:
             unfinished = folder.with_name(folder.name + UNFINISHED)
             folder.rename(unfinished)
-            shutil.rmtree(unfinished)
+            remove(unfinished)
 
 
 def read_state(folder: Path) -> dict:

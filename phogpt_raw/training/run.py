@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ class Run:
         self.planned = steps  # when its newest checkpoint was saved
         self.state = RunState(planned=steps)
         self.saved = None  # the step and the last evaluation that the newest checkpoint holds
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future | None = None  # of the newest checkpoint
         self.checkpoint, self.damaged = checkpoint.newest_whole(self.folder)
         if self.checkpoint:
             resume.check_same(self.folder, config, examples)
@@ -130,9 +133,12 @@ class Run:
                 if self.checkpoint:
                     self.checkpoint = self.folder / f"checkpoint-{self.state.step}"
                     checkpoint.load(self.checkpoint, training)
-                    self.follow_up()
+                    self.follow_up(self.state)
                 yield
+                self.settle()
             finally:
+                if self.writing:
+                    wait([self.writing])
                 (self.folder / LOCK).unlink()
 
     def evaluation_due(self) -> bool:
@@ -175,20 +181,30 @@ class Run:
             state.best_step, state.best = state.step, record(score)
 
     def save(self, training: Training) -> None:
-        """Write a checkpoint, unless nothing has changed since the last."""
+        """Write a checkpoint, unless nothing has changed since the last. It is written while the
+        next steps are computed; `settle` waits for it."""
         state = self.state
         if state.step == 0 or self.saved == (state.step, state.evaluated):
             return
-        self.checkpoint = checkpoint.save(self.folder, state.step, training,
-                                          dataclasses.asdict(state))
+        self.settle()
+        snapshot = checkpoint.take(training, dataclasses.asdict(state))
         self.saved = state.step, state.evaluated
-        self.follow_up()
+        self.writing = self.writer.submit(self.write, snapshot, dataclasses.replace(state))
 
-    def follow_up(self) -> None:
-        """What comes after a checkpoint, and again when a run goes on from it, since it may have
-        been killed in between: copy its adapter to the run's folder if it is the best one; remove
-        older checkpoints but --keep of them and the best one."""
-        state = self.state
+    def write(self, snapshot: checkpoint.Snapshot, state: RunState) -> None:
+        self.checkpoint = checkpoint.write(self.folder, snapshot)
+        self.follow_up(state)
+
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is written. Raises Refusal where it could not be."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def follow_up(self, state: RunState) -> None:
+        """What comes after a checkpoint of that state, and again when a run goes on from it, since
+        it may have been killed in between: copy its adapter to the run's folder if it is the best
+        one; remove older checkpoints but --keep of them and the best one."""
         if state.best_step == state.step > 0:
             for name in checkpoint.ADAPTER:
                 with whole_file(self.folder / name) as file:
@@ -200,8 +216,11 @@ class Run:
         """How often something is due from this step on, this one included."""
         return 1 if every <= 0 else -(-self.steps // every) - (self.state.step - 1) // every
 
-    def stop_if_stuck(self) -> None:
-        """Raise RunFailed after --max-skipped skipped steps in a row: nothing is learned."""
+    def check(self) -> None:
+        """Raise RunFailed after --max-skipped skipped steps in a row, since nothing is learned;
+        Refusal where the newest checkpoint could not be written."""
+        if self.writing and self.writing.done():
+            self.settle()
         state = self.state
         if state.skipped_in_row >= self.config.max_skipped:
             raise RunFailed(_(
@@ -234,6 +253,7 @@ class Run:
     def advice(self) -> str:
         """From where a failed run can go on: the best checkpoint; where nothing is held out, the
         newest before the last update, which may be what did the harm."""
+        self.settle()
         state = self.state
         last_applied = state.step - state.skipped_in_row
         good = checkpoint.newest(self.folder, state.best_step if state.first else last_applied - 1)
