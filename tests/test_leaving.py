@@ -107,7 +107,7 @@ def test_a_run_of_no_minutes_takes_no_step_and_loses_nothing(train, tmp_path):
 
 
 def test_two_runs_in_one_folder_do_not_mix(command, tmp_path):
-    run = [*command, "--steps", "200", "--out", str(tmp_path / "run")]
+    run = [*command, "--steps", "9999", "--out", str(tmp_path / "run")]
     with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as first:
         until_step(first, 1)
