@@ -152,6 +152,8 @@ def headings() -> dict[str, list[str]]:
 def from_command_line(arguments: list[str] | None, description: str) -> Config:
     """The Config of a command line; Refusal for whatever cannot be."""
     given = vars(parser(description).parse_args(arguments))
+    if "" in (given.get("preset"), given.get("card")):  # the others are checked by Config
+        raise Refusal("--preset and --card take a name; leave out what is empty")
     preset = given.pop("preset", None) or preset_for(
         given.get("model", Config.model), given.get("card"))
     if preset and not preset.endswith(".toml"):

@@ -78,24 +78,23 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, list | tuple):  # one name is a text, here and in config.json
                 object.__setattr__(self, name, value[0] if len(value) == 1 else tuple(value))
-        for name, low in LOWEST.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if value is not None and not low <= value < float("inf"):  # nan is neither
-                raise Refusal(f"--{flag(name)} {value}: must be at least {low}")
+            if value is not None and not low <= value <= high:  # nan is neither
+                raise Refusal(f"--{flag(name)} {value}: must be from {low:,} to {high:,}")
+        for name, value in vars(self).items():
+            if value == "" or (isinstance(value, tuple) and "" in value):
+                raise Refusal(f"--{flag(name)}: is empty; give a value, or leave it out")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise Refusal(f"--{flag(name)} {getattr(self, name)}: choose from "
                               f"{', '.join(filter(None, choices))}")
-        for name in ("lr", "clip", "alpha"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise Refusal(f"--{flag(name)} {getattr(self, name)}: must be positive")
-        for name in ("lr_floor", "dropout"):
-            if not 0 <= getattr(self, name) <= (1 if name == "lr_floor" else 0.99):
-                raise Refusal(f"--{flag(name)} {getattr(self, name)}: must be from 0 to 1")
+        for name, most in ABOVE_ZERO.items():
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= most:
+                raise Refusal(f"--{flag(name)} {value}: must be above 0, and at most {most:,}")
         if self.steps is not None and self.epochs is not None:
             raise Refusal("--steps and --epochs: give one of them")
-        if self.epochs is not None and not 0 < self.epochs < float("inf"):
-            raise Refusal(f"--epochs {self.epochs}: must be positive")
         if not re.fullmatch(r"auto|all|none|\d+", self.recompute):
             raise Refusal(f"--recompute {self.recompute}: auto, all, none or a number of blocks")
         check_nf4_cache(self.nf4_cache, nf4=self.nf4)
@@ -111,8 +110,6 @@ class Config:
             raise Refusal(f"--card {self.card}: is for --dry-run; a run takes the card at hand")
         if self.json and self.inspect is None:
             raise Refusal("--json: is how --inspect N prints; give both")
-        if self.data_cache == "":
-            raise Refusal("--data-cache: names no folder")
         if self.patience and not self.eval_every:
             raise Refusal("--patience: counts evaluations; set --eval-every too")
 
@@ -142,10 +139,15 @@ class Config:
         return int(self.recompute)
 
 
-LOWEST = dict(steps=1, batch_size=1, batch_tokens=1, micro_batch=1, max_len=8, pack_len=1,
-              warmup=0, rank=1, loss_mib=1, eval_every=0, eval_answers=0, answer_tokens=1,
-              save_every=0, hold_out=0, seed=0, weight_decay=0, max_skipped=1,
-              patience=0, keep=1, max_minutes=0, inspect=1)
+MANY = 10**9  # of what only counts: no run gets there
+RANGES = dict(steps=(1, MANY), batch_size=(1, 10_000), batch_tokens=(1, 10_000_000),
+              micro_batch=(1, 100_000), max_len=(8, 1_000_000), pack_len=(1, 1_000_000),
+              warmup=(0, MANY), rank=(1, 65_536), loss_mib=(1, 1_000_000), eval_every=(0, MANY),
+              eval_answers=(0, MANY), answer_tokens=(1, 1_000_000), save_every=(0, MANY),
+              hold_out=(0, MANY), seed=(0, 2**32 - 1), weight_decay=(0, 100),
+              max_skipped=(1, MANY), patience=(0, MANY), keep=(1, MANY), max_minutes=(0, MANY),
+              inspect=(1, MANY), lr_floor=(0, 1), dropout=(0, 0.99))
+ABOVE_ZERO = dict(lr=1e38, clip=MANY, alpha=1_000_000, epochs=1_000_000)
 WARMUP = 5  # steps: AdamW's second moment needs a few before the rate is at its peak
 CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"),
                too_long=(None, "cut", "split", "drop"), dtype=("auto", "fp16", "bf16", "fp32"),

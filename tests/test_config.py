@@ -14,7 +14,7 @@ import pytest
 from phogpt_raw import command_line
 from phogpt_raw import config as configuration
 from phogpt_raw.command_line import PRESETS, from_command_line, parser, preset_names
-from phogpt_raw.config import Config
+from phogpt_raw.config import ABOVE_ZERO, RANGES, Config
 from phogpt_raw.refusal import Refusal
 
 ROOT = Path(__file__).parents[1]
@@ -296,9 +296,24 @@ def test_data_may_be_named_once_or_several_times(tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--json"], "--json: is how --inspect N prints"), (["--inspect", "0"], "must be at least 1"),
+    (["--json"], "--json: is how --inspect N prints"), (["--inspect", "0"], "must be from 1 to"),
     (["--too-long", "chop"], "choose from cut, split, drop"),
-    (["--data-cache", ""], "--data-cache: names no folder")])
+    (["--data-cache", ""], "--data-cache: is empty")])
 def test_a_flag_of_the_rows_that_cannot_be_is_refused(flags, said):
     with pytest.raises(Refusal, match=said):
         read(*flags)
+
+
+@pytest.mark.parametrize("name", [*RANGES, *ABOVE_ZERO])
+@pytest.mark.parametrize("text", ["1" + 40 * "0", "-1", "nan"])
+def test_no_value_is_too_large_or_small_for_what_follows(name, text):
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(Refusal, match=f"{flag}"):
+        read(f"{flag}={text}")
+
+
+@pytest.mark.parametrize("flag", ["--data", "--val", "--model", "--adapter", "--out", "--preset",
+                                  "--card", "--map", "--targets", "--template", "--revision"])
+def test_an_empty_value_is_refused(flag):
+    with pytest.raises(Refusal, match=f"{flag}.*empty|choose from auto"):
+        read(flag, "")

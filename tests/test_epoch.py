@@ -342,7 +342,7 @@ def test_the_table_has_measured_and_simulated_rows(monkeypatch):
     (["--batch-tokens", "379"], r"pair \d+: 380 tokens are more than --batch-tokens 379; raise it"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
     (["--card", "k80"], "--card k80: choose from"),
-    (["--epochs", "0"], "--epochs 0.0: must be positive"),
+    (["--epochs", "0"], "--epochs 0.0: must be above 0"),
     (["--trainer", "1,x"], "--trainer 1,x: whole numbers with commas between them"),
     (["--pairs", "0"], "argument --pairs: invalid count value"),
     (["--model", "nowhere"], "--model nowhere: no such folder"),

@@ -862,3 +862,22 @@ def test_an_out_that_is_a_file_is_refused_before_the_weights(train, rows, monkey
     monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
     status, _, line = train("--out", rows, *flags)
     assert status == 2 and "is a file; name a folder" in line and line.count("\n") == 1
+
+
+def test_a_plan_for_an_adapter_needs_no_weights(train, tmp_path, monkeypatch):
+    train("--out", tmp_path / "run", "--steps", 2)
+    monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
+    status, said, _ = train("--adapter", tmp_path / "run", "--dry-run")
+    assert status == 0 and "rank 4" in said
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--rank", 1000], "--rank 1000: the model's matrices have 64 columns"),
+    (["--model", "7b5", "--card", "t4", "--dry-run", "--max-len", 4096],
+     "--max-len 4096: 7b5 has rows of up to 2048 tokens"),
+])
+def test_what_the_model_is_too_small_for_is_refused_before_its_weights(train, monkeypatch, flags,
+                                                                      said):
+    monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
+    status, _, line = train(*flags)
+    assert status == 2 and said in line and line.count("\n") == 1

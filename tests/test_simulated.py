@@ -251,8 +251,8 @@ def test_a_file_gives_seconds_per_example_and_hours(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--epochs", "nan"], "--epochs nan: must be positive"),
-    (["--epochs", "0"], "--epochs 0.0: must be positive"),
+    (["--epochs", "nan"], "--epochs nan: must be above 0, and at most 1,000,000"),
+    (["--epochs", "0"], "--epochs 0.0: must be above 0, and at most 1,000,000"),
     (["--micro-batch", "1,2"], "--data is timed at one --micro-batch and one --recompute"),
     (["--recompute", "all,none"], "--data is timed at one --micro-batch and one --recompute"),
 ])

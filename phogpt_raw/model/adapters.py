@@ -46,7 +46,8 @@ class Adapters(FlatBuffer):
         from peft import get_peft_model_state_dict
 
         if self.named is None:
-            state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            state = get_peft_model_state_dict(self.model, dict(self.views),
+                                              save_embedding_layers=False)
             self.named = {PREFIX + name: tensor for name, tensor in state.items()}
         return self.named
 

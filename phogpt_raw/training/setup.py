@@ -138,7 +138,11 @@ def shape_alone(config: Config) -> ModelConfig | None:
 
 
 def check_asked(config: Config, shape: ModelConfig) -> None:
-    """Raise Refusal where the base lacks what --targets or --recompute name."""
+    """Raise Refusal where the base lacks what --targets or --recompute name, or its matrices are
+    no larger than those of --rank."""
+    if config.rank > shape.d_model:
+        raise Refusal(f"--rank {config.rank}: the model's matrices have {shape.d_model} columns, "
+                      f"and a rank is below that; 8 to 64 is usual")
     if not config.adapter:
         with torch.device("meta"):
             check_targets(PhoGPT(shape), config.target_names())
@@ -175,6 +179,9 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     if shape and card.device == "cpu":
         raise Refusal(f"--model {config.model} --dry-run: plans for a GPU, and there is none here; "
                       f"name one, such as --card t4")
+    if shape and config.max_len > shape.max_seq_len:
+        raise Refusal(f"--max-len {config.max_len}: {config.model} has rows of up to "
+                      f"{shape.max_seq_len} tokens")
     folder = None if shape else find_folder(config.model, config.revision, files=WITHOUT_WEIGHTS)
     shape = shape or read_config(folder)
     if config.adapter and folder:
