@@ -15,6 +15,7 @@ import generate
 from phogpt_raw.decode.history import Turn
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.talk import answers as module
+from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.answers import read_questions
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +155,6 @@ def test_batches_are_as_large_as_the_cache_allows(monkeypatch, run, asked, tmp_p
     engine = module.Engine
     monkeypatch.setattr(module, "Engine", lambda *a, **k: rows.append(k["rows"]) or engine(*a, **k))
     for mib, n in ((0, 1), (2048, 9)):
-        monkeypatch.setattr(module, "CPU_MIB", mib)
+        monkeypatch.setattr(memory_plan, "CPU_MIB", mib)
         run("--input", asked, "--output", tmp_path / f"{mib}")
         assert rows.pop() == n

@@ -12,7 +12,7 @@ from pathlib import Path
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.serve.models import load, memory_line, plan
+from phogpt_raw.serve.models import load, memory_line, plan, show_plan
 from phogpt_raw.serve.protocol import NO_FLAGS, Defaults
 from phogpt_raw.serve.worker import Worker
 
@@ -31,6 +31,8 @@ def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     if options.seed is not None:
         raise Refusal(f"--seed {options.seed}: each request names its own; leave it out")
     found, slots = plan(options, adapters)
+    if options.dry_run:
+        return show_plan(found, slots)
     listening = bind(host, port)
     stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)
     defaults = Defaults(sampling, options.max_new_tokens, stops)

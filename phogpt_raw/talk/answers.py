@@ -25,14 +25,14 @@ from phogpt_raw.data.conversations import (
 from phogpt_raw.data.fields import field_of
 from phogpt_raw.data.records import Bad, Findings, Record, check_all
 from phogpt_raw.data.sources import find_source, opened, read_file, read_hub, suffix
-from phogpt_raw.decode.engine import Engine, rows_that_fit
+from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.decode.text import TextStream
 from phogpt_raw.files import check_free, expanded, write_text
 from phogpt_raw.messages import _
-from phogpt_raw.model.nf4_product import MOST
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.loading import Found
 from phogpt_raw.talk.streaming import Generation, say
 
@@ -40,7 +40,6 @@ ANSWERS = ("response", "completion", "output", "answer")
 STAND_IN = "-"  # the answer of a row that has none
 LINES = (".txt", ".md", ".markdown")  # of these a line is a question
 PROGRESS = ".progress"  # behind the name of an output file that is not complete
-CPU_MIB = 2048  # for keys and values on a CPU
 
 
 @dataclass(frozen=True)
@@ -157,18 +156,33 @@ def as_json(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def answer_file(found: Found, spec: str, output: Path, how: Generation, *, samples: int = 1,
-                mapped: dict[str, str]) -> None:
-    """Answer every question of a file `samples` times and write the lines to `output`."""
-    output = expanded(output)
-    check_free(output)
-    asked = read_questions(spec, mapped)
+def encoded(found: Found, asked: list[Question]) -> list[list[int]]:
+    """The token ids of each question; Refusal for one that is too long."""
     prompts = [encode_history(found.tokenizer, found.template, list(one.turns), one.system)
                for one in asked]
     for one, prompt in zip(asked, prompts, strict=True):
         if len(prompt) >= found.shape.max_seq_len:
             raise Refusal(f"{one.where}: the question has {len(prompt):,} tokens of the "
                           f"{found.shape.max_seq_len:,} that the model was made for; shorten it")
+    return prompts
+
+
+def lengths_in(found: Found, spec: str, mapped: dict[str, str]) -> list[int]:
+    """Tokens of each question of a file; without a tokenizer as many as the model can read."""
+    asked = read_questions(spec, mapped)
+    if found.tokenizer is None:
+        return [found.shape.max_seq_len - 1] * len(asked)
+    return list(map(len, encoded(found, asked)))
+
+
+def answer_file(found: Found, spec: str, output: Path, how: Generation, *, samples: int = 1,
+                mapped: dict[str, str]) -> None:
+    """Answer every question of a file `samples` times and write the lines to `output`."""
+    output = expanded(output)
+    check_free(output)
+    asked = read_questions(spec, mapped)
+    prompts = encoded(found, asked)
+    memory_plan.check_fits(found, memory_plan.file(found, how, samples * list(map(len, prompts))))
     key = hashlib.sha256(repr((prompts, how, samples, found.identity())).encode()).hexdigest()
     output.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(output, key)
@@ -197,8 +211,7 @@ def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Ge
     """
     tokenizer, holds = found.tokenizer, found.shape.max_seq_len
     longest = min(max(map(len, prompts.values())) + how.most, holds)
-    rows = min(rows_that_fit(model.config, longest, model.head.element_size(), free_mib(model)),
-               len(prompts), MOST)
+    rows = memory_plan.rows_at_once(found, longest, len(prompts), free_mib(model))
     texts = {key: TextStream(tokenizer, how.stops) for key in prompts}
     written = dict.fromkeys(prompts, "")
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=rows,
@@ -222,5 +235,5 @@ def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Ge
 def free_mib(model: PhoGPT) -> int:
     """MiB that keys and values may take: half of what the GPU has left."""
     if model.head.device.type != "cuda":
-        return CPU_MIB
+        return memory_plan.CPU_MIB
     return torch.cuda.mem_get_info()[0] // 2**21

@@ -13,6 +13,7 @@ from phogpt_raw.data.prompt import encode_prompt, encode_text
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.loading import Found
 from phogpt_raw.talk.question import checked
 from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream
@@ -75,6 +76,10 @@ def chat(found: Found, how: Generation, system: str = "") -> None:
     if not live and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     conversation = Conversation(found, how.most, system)
+    work = memory_plan.conversation(found, how)
+    used = memory_plan.check_fits(found, work)
+    if found.card.device == "cuda":
+        say(memory_plan.in_short(found, work, used))
     model, tokenizer = found.load(), found.tokenizer
     if live:
         edit_lines()

@@ -27,6 +27,7 @@ from phogpt_raw.messages import _
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import out
+from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.answers import answered
 from phogpt_raw.talk.loading import Found
 from phogpt_raw.talk.streaming import Generation
@@ -72,6 +73,8 @@ def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
         if output.suffix != ".json":
             raise Refusal(f"--output {output}: with --eval it must end in .json")
     examples = read(found, spec, mapped)
+    lengths = [len(example.prompt) for example in examples]
+    memory_plan.check_fits(found, memory_plan.file(found, how, lengths))
     tokenizer, model = found.tokenizer, found.load()
     prompts = {n: example.prompt for n, example in enumerate(examples)}
     known = [text_of(tokenizer, answer_ids(example)) for example in examples]
@@ -106,6 +109,9 @@ def chrf():
 
 def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
     """The rows of a file, encoded as train.py encodes them; bad ones are refused."""
+    if found.tokenizer is None:
+        raise Refusal(f"--eval {spec}: a shape without weights has no tokenizer to read it with; "
+                      f"name a base with --model")
     rows = encode_sources([find_source(spec)], found.tokenizer, found.template,
                           max_len=found.shape.max_seq_len, mapped=mapped)
     check_all(rows.together())
