@@ -102,3 +102,18 @@ def test_a_place_that_cannot_be_is_said_before_the_weights(tiny, rows, tmp_path,
     with pytest.raises(SystemExit) as stopped:
         scored(tiny, rows, tmp_path / name)
     assert stopped.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_the_page_has_the_scores_and_no_text_of_a_row_as_markup(tmp_path, monkeypatch):
+    score = module.Score(1.5, 4.48, 0.25, 33.3, 1.0)
+    rows = [module.Row("<script>alert(1)</script>\n  b", "<img onerror=x>", {"base": "</dd>&amp;"})]
+    module.write(tmp_path / "s.json", tmp_path / "s.html", "x/<b>.jsonl", {"base": score}, rows)
+    page = (tmp_path / "s.html").read_text("utf-8")
+    for cell in ("<td>1.500</td>", "<td>4.48</td>", "<td>25.0%</td>", "<td>33.3</td>"):
+        assert cell in page
+    for bad in ("<script", "<img", "</dd>&amp;<", "<b>"):
+        assert bad not in page
+    assert "&lt;b&gt;.jsonl: 1 row" in page and "The first" not in page
+    monkeypatch.setattr(module, "SHOWN", 2)
+    module.write(tmp_path / "s.json", tmp_path / "s.html", "r.jsonl", {"base": score}, 3 * rows)
+    assert "The first 2 answers; all are in s.json." in (tmp_path / "s.html").read_text("utf-8")

@@ -8,6 +8,7 @@ appears at the end, in the input's order.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from phogpt_raw.data.sources import find_source, opened, read_file, read_hub, su
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.decode.text import TextStream
-from phogpt_raw.files import check_free, expanded, write_text
+from phogpt_raw.files import check_place, expanded, write_text
 from phogpt_raw.messages import _
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
@@ -135,21 +136,28 @@ class Progress:
     def __init__(self, output: Path, key: str):
         self.file = output.with_name(output.name + PROGRESS)
         self.done: dict[int, Line] = {}
-        lines = self.file.read_text("utf-8").splitlines() if self.file.is_file() else []
-        if lines and lines[0] != key:
+        first, *lines = self.file.read_bytes().split(b"\n") if self.file.is_file() else [b""]
+        if first and first != key.encode():
             raise Refusal(f"{self.file}: was begun with other questions, flags or another model; "
                           f"delete it, or name another --output")
-        whole = [line for line in lines[1:] if line.endswith("}")]  # a kill may cut the last
-        for line in whole:
-            row = json.loads(line)
-            n = row.pop("n")
-            self.done[n] = Line(**row)
-        write_text(self.file, "".join(line + "\n" for line in [key, *whole]))
+        for line in lines:
+            with suppress(ValueError):  # a kill or a full disk may cut the last
+                row = json.loads(line)
+                n = row.pop("n")
+                self.done[n] = Line(**row)
+        write_text(self.file, key + "\n" + "".join(map(self.line, self.done)))
+
+    def line(self, n: int) -> str:
+        return as_json({"n": n} | asdict(self.done[n])) + "\n"
 
     def add(self, n: int, line: Line) -> None:
         self.done[n] = line
-        with self.file.open("a", encoding="utf-8") as unfinished:
-            unfinished.write(as_json({"n": n} | asdict(line)) + "\n")
+        try:
+            with self.file.open("a", encoding="utf-8") as unfinished:
+                unfinished.write(self.line(n))
+        except OSError as error:
+            raise Refusal(f"{self.file}: {error.strerror}; {len(self.done) - 1:,} answers are kept "
+                          f"there: free some space, and give the same command again") from None
 
 
 def as_json(row: dict) -> str:
@@ -179,12 +187,11 @@ def answer_file(found: Found, spec: str, output: Path, how: Generation, *, sampl
                 mapped: dict[str, str]) -> None:
     """Answer every question of a file `samples` times and write the lines to `output`."""
     output = expanded(output)
-    check_free(output)
+    check_place(output)
     asked = read_questions(spec, mapped)
     prompts = encoded(found, asked)
     memory_plan.check_fits(found, memory_plan.file(found, how, samples * list(map(len, prompts))))
     key = hashlib.sha256(repr((prompts, how, samples, found.identity())).encode()).hexdigest()
-    output.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(output, key)
     waiting = [n for n in range(len(asked) * samples) if n not in progress.done]
     if progress.done:
