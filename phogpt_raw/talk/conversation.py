@@ -6,7 +6,11 @@ tokens only. When the conversation outgrows the model, its oldest turns are left
 """
 
 import re
+import signal
 import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from phogpt_raw.data.prompt import encode_prompt, encode_text
@@ -85,17 +89,50 @@ def chat(found: Found, how: Generation, system: str = "") -> None:
         edit_lines()
         say(_("/xoá (/reset) begins anew, /thoát (/quit) leaves; Ctrl-C ends an answer"))
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
-                capture=how.capture) as engine:
-        for question in questions(live):
+                capture=how.capture) as engine, CtrlC() as ctrl_c:
+        for question in questions(live, ctrl_c):
             if question.lower() in RESET:
                 conversation.turns.clear()
                 say(_("(a new conversation)"))
             else:
-                turn(conversation, question, engine, how)
+                turn(conversation, question, engine, how, ctrl_c)
 
 
-def turn(conversation: Conversation, question: str, engine: Engine, how: Generation) -> None:
-    """Answer one question of a conversation; Ctrl-C ends the answer alone."""
+class CtrlC:
+    """Ctrl-C as KeyboardInterrupt where it is expected, and once each time.
+
+    A key that is held down sends many. One that arrives between two turns, or while an answer is
+    put away, would end the program.
+    """
+
+    def __init__(self):
+        self.expected = False
+
+    def __enter__(self) -> "CtrlC":
+        self.before = signal.signal(signal.SIGINT, self.arrived)
+        return self
+
+    def __exit__(self, *error) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def arrived(self, _number, _frame) -> None:
+        if self.expected:
+            self.expected = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def ends(self) -> Iterator[None]:
+        """A block that Ctrl-C ends."""
+        self.expected = True
+        try:
+            yield
+        finally:
+            self.expected = False
+
+
+def turn(conversation: Conversation, question: str, engine: Engine, how: Generation,
+         ctrl_c: CtrlC) -> None:
+    """Answer one question of a conversation; in a terminal Ctrl-C ends the answer alone."""
     try:
         prompt, most, left_out = conversation.ask(question)
     except Refusal as refusal:
@@ -105,31 +142,37 @@ def turn(conversation: Conversation, question: str, engine: Engine, how: Generat
               most=conversation.found.shape.max_seq_len))
     written = Written()
     try:
-        stream(engine, conversation.found.tokenizer, prompt, most, written, how)
+        with ctrl_c.ends():
+            stream(engine, conversation.found.tokenizer, prompt, most, written, how)
         full = len(prompt) + most == conversation.found.shape.max_seq_len
         for line in remarks(written, most, full):
             say(line)
     except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
         say(_("(stopped by hand)"))
     conversation.answered(written.ids)
 
 
-def questions(live: bool):
+def questions(live: bool, ctrl_c: CtrlC):
     """What is typed, or the lines of a pipe, until the end or /thoát. A terminal's Ctrl-C throws
-    away the line that is being typed."""
+    away the line that is being typed; that of a pipe ends the program."""
     while True:
         try:
-            line = input(PROMPT) if live else next_line()
+            with ctrl_c.ends():
+                line = typed() if live else next_line()
         except EOFError:
-            return print() if live else None
+            return say("") if live else None
         except KeyboardInterrupt:
-            print()
+            if not live:
+                raise
+            say("")
             say(_("(/thoát or Ctrl-D leaves)"))
             continue
         except Refusal as refusal:
             say(f"({refusal})")
             continue
-        question = line.strip()
+        question = unicodedata.normalize("NFC", line).strip()
         if question.lower() in QUIT:
             return
         if question.lower() in HELP:
@@ -140,12 +183,25 @@ def questions(live: bool):
             yield question
 
 
+def typed() -> str:
+    """The line that is typed; the prompt is not part of an output that goes elsewhere."""
+    if sys.stdout.isatty():
+        return as_text(input(PROMPT))
+    print(PROMPT, end="", file=sys.stderr, flush=True)
+    return as_text(input())
+
+
+def as_text(line: str) -> str:
+    """A line without what is no text; Refusal where none can be made of it."""
+    return checked(line) if line.strip() else ""
+
+
 def next_line() -> str:
     """The next line of a pipe; EOFError after the last, Refusal where it is no text."""
     line = sys.stdin.readline()
     if not line:
         raise EOFError
-    return checked(line) if line.strip() else ""
+    return as_text(line)
 
 
 def edit_lines() -> None:
