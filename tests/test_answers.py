@@ -106,6 +106,20 @@ def test_a_line_that_is_cut_anywhere_is_answered_again(tmp_path, cut):
     assert module.Progress(tmp_path / "a", "key").done == progress.done
 
 
+@pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit(143)])
+def test_who_ends_it_hears_how_it_goes_on(run, asked, tmp_path, monkeypatch, how):
+    given = iter([(0, "a", True)])
+
+    def broken_off(*_, **_more):
+        yield from given
+        raise how
+
+    monkeypatch.setattr(module, "answered", broken_off)
+    status, said = run("--input", asked, "--output", tmp_path / "a")
+    assert status in (130, 143)
+    assert f"(1 answers are kept in {tmp_path}/a.progress; the same command goes on)" in said
+
+
 def test_a_disk_that_gets_full_keeps_what_is_answered(tmp_path, monkeypatch):
     progress = module.Progress(tmp_path / "a", "key")
     line = module.Line("a", "b", True, 0, "q:1")

@@ -196,12 +196,16 @@ def answer_file(found: Found, spec: str, output: Path, how: Generation, *, sampl
     waiting = [n for n in range(len(asked) * samples) if n not in progress.done]
     if progress.done:
         say(_("({n:,} answers are there already)", n=len(progress.done)))
-    if waiting:
-        prompt_of = {n: prompts[n // samples] for n in waiting}
-        for n, answer, stopped in answered(found, found.load(), prompt_of, how,
-                                           done=len(progress.done)):
+    prompt_of = {n: prompts[n // samples] for n in waiting}
+    try:
+        for n, answer, stopped in (answered(found, found.load(), prompt_of, how,
+                                            done=len(progress.done)) if waiting else ()):
             one = asked[n // samples]
             progress.add(n, Line(one.turns[-1].question, answer, stopped, n % samples, one.where))
+    except (KeyboardInterrupt, SystemExit):
+        say(_("({n:,} answers are kept in {file}; the same command goes on)",
+              n=len(progress.done), file=progress.file))
+        raise
     write_text(output, "".join(as_json(asdict(progress.done[n])) + "\n"
                                for n in sorted(progress.done)))
     progress.file.unlink()
