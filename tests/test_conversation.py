@@ -111,6 +111,26 @@ def test_the_system_text_stands_before_the_first_question_alone(tokenizer):
                                               "Trả lời ngắn.")
 
 
+def test_the_system_text_stays_where_the_oldest_turns_go(tokenizer):
+    talk = conversation(tokenizer, holds=60, most=20, system="Trả lời ngắn.")
+    alone = conversation(tokenizer, system="Trả lời ngắn.").ask("câu")[0]
+    for n in range(6):
+        prompt, _, left_out = talk.ask(f"câu {n}")
+        talk.answered([50] * 12)
+        assert prompt[: len(alone) - 8] == alone[:-8]
+    assert left_out
+
+
+def test_a_question_that_is_too_long_leaves_the_conversation_as_it_was(tokenizer):
+    talk = conversation(tokenizer, holds=60, most=20)
+    talk.ask("a")
+    talk.answered([50])
+    with pytest.raises(Refusal, match="the question is too long"):
+        talk.ask("dài " * 100)
+    assert len(talk.turns) == 1
+    assert talk.ask("b")[0][: len(talk.prompt("b"))] == talk.prompt("b")
+
+
 def test_greedy_answers_are_those_to_one_long_prompt(chat, tiny, tokenizer):
     status, out, _ = chat("Xin chào\nPhở là gì?\nCòn mèo?\n", "--model", tiny,
                           "--max-new-tokens", 12)
@@ -294,3 +314,12 @@ def test_a_terminal_in_the_c_locale_is_read_as_utf8():
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("redirected, asked, status", [
+    ("<&-", "--chat", 0), ("<&-", "-", 2), (">&-", "Phở?", 0), ("2>&-", "Phở?", 0)])
+def test_a_program_that_is_started_without_a_stream_ends_as_it_should(redirected, asked, status):
+    ended = subprocess.run(
+        f"{sys.executable} generate.py --max-new-tokens 2 {asked} {redirected}", shell=True,
+        cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == status and "Traceback" not in ended.stderr, ended.stderr
