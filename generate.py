@@ -34,7 +34,7 @@ from phogpt_raw.talk.answers import answer_file, lengths_in
 from phogpt_raw.talk.conversation import chat
 from phogpt_raw.talk.loading import Found, find
 from phogpt_raw.talk.question import read_question
-from phogpt_raw.talk.score import evaluate, read
+from phogpt_raw.talk.score import evaluate, prompt_of, read
 from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream, tokens
 
 
@@ -206,7 +206,7 @@ def dry_run(options, how: Generation) -> None:
         return memory_plan.show(found, memory_plan.conversation(found, how))
     mapped = parse_map(options.map)
     lengths = (lengths_in(found, options.input, mapped) if options.input
-               else [len(example.prompt) for example in read(found, options.eval, mapped)])
+               else [len(prompt_of(example)) for example in read(found, options.eval, mapped)])
     memory_plan.show(found, memory_plan.file(found, how, lengths * options.num_samples))
 
 

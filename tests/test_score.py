@@ -8,6 +8,7 @@ from conftest import QUESTIONS, write_rows
 
 import generate
 from phogpt_raw.data.prompt import TEMPLATES, encode_row
+from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.talk import score as module
@@ -92,6 +93,25 @@ def test_the_page_shows_question_known_answer_and_both(tiny, rows, adapter, tmp_
     page = (tmp_path / "s.html").read_text("utf-8")
     assert page.count("<article>") == 2 and page.count("&lt;b&gt;&amp;") == 4
     assert "### Câu hỏi" not in page and "http" not in page
+
+
+def test_of_a_conversation_the_last_question_is_asked_after_all_that_was_said(
+        tiny, tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "answered", lambda found, model, prompts, how: [
+        asked.append(prompts) or (n, "x", True) for n in prompts])
+    said = [{"role": role, "content": text} for role, text in (
+        ("system", "s"), ("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d"))]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": said}) + "\n" + '{"text": "một hai ba"}\n'
+                    + '{"prompt": "e?", "response": "f"}\n', "utf-8")
+    found = scored(tiny, file, tmp_path / "s.json")
+    assert [(row["question"], row["known"]) for row in found["answers"]] == [
+        ("c?", "d"), ("e?", "f")]
+    tokenizer = load_base(str(tiny), nf4=False)[1]
+    turns = [Turn("a?", "b"), Turn("c?")]
+    assert asked[0][0] == encode_history(tokenizer, TEMPLATES["4b-chat"], turns, "s")
+    assert "(1 row is a text without a question: left out)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, line", [("s.txt", "must end in .json"), ("there.json", "exists")])

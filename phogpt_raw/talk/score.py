@@ -1,9 +1,10 @@
 """generate.py --eval FILE: how good the answers to rows with known answers are.
 
-The loss in nats per token of the known answers, and of the generated answers: the share that is
-the known one but for capitals, spaces and a full stop at the end, chrF (Popović 2015,
-doi:10.18653/v1/W15-3049; by sacrebleu), and the share that ends by itself. With an adapter all of
-it is there twice: for the base alone, and with the adapter.
+The loss in nats per token of all known answers. An answer is generated to the last question of each
+row, after the known answers to its earlier ones. Of these: the share that is the known one but for
+capitals, spaces and a full stop at the end, chrF (Popović 2015, doi:10.18653/v1/W15-3049; by
+sacrebleu), and the share that ends by itself. With an adapter all of it is there twice: for the
+base alone, and with the adapter.
 """
 
 import html
@@ -18,8 +19,7 @@ from rich.table import Table
 
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.encoded import encode_sources
-from phogpt_raw.data.examples import questions
-from phogpt_raw.data.prompt import Example
+from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import check_all
 from phogpt_raw.data.sources import find_source
 from phogpt_raw.files import check_place, expanded, write_text
@@ -30,7 +30,7 @@ from phogpt_raw.show.console import out
 from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.answers import answered
 from phogpt_raw.talk.loading import Found
-from phogpt_raw.talk.streaming import Generation
+from phogpt_raw.talk.streaming import Generation, say
 from phogpt_raw.training.evaluate import held_out_loss, perplexity
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import chunk_rows
@@ -73,17 +73,16 @@ def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
         for file in (output, page):
             check_place(file)
     examples = read(found, spec, mapped)
-    lengths = [len(example.prompt) for example in examples]
-    memory_plan.check_fits(found, memory_plan.file(found, how, lengths))
+    prompts = [prompt_of(example) for example in examples]
+    memory_plan.check_fits(found, memory_plan.file(found, how, list(map(len, prompts))))
     tokenizer, model = found.tokenizer, found.load()
-    prompts = {n: example.prompt for n, example in enumerate(examples)}
-    known = [text_of(tokenizer, answer_ids(example)) for example in examples]
+    known = [text_of(tokenizer, example.ids[last_answer(example)]) for example in examples]
     scores, answers = {}, {}
     for name, setting in settings(model, found):
         with setting:
             limits = Limits(1, chunk_rows(model.config.vocab_size, LOSS_MIB), 0, False)
             loss = held_out_loss(model, Window(examples, tokenizer.pad_token_id), limits)
-            given = {n: rest for n, *rest in answered(found, model, prompts, how)}
+            given = {n: rest for n, *rest in answered(found, model, dict(enumerate(prompts)), how)}
         answers[name] = [given[n][0] for n in range(len(examples))]
         scores[name] = Score(
             loss, perplexity(loss),
@@ -92,8 +91,9 @@ def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
             share(stopped for _text, stopped in given.values()))
     show(scores, len(examples))
     if output:
-        rows = [Row(question, known[n], {name: answers[name][n] for name in answers})
-                for n, question in enumerate(questions(tokenizer, found.template, examples))]
+        rows = [Row(question_in(tokenizer, found.template, prompt), known[n],
+                    {name: answers[name][n] for name in answers})
+                for n, prompt in enumerate(prompts)]
         write(output, page, spec, scores, rows)
         out.print(_("written to {output} and {page}", output=output, page=page), markup=False)
 
@@ -118,15 +118,29 @@ def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
     examples = [document for row in rows.rows for document in row.documents[:1] if document.asks]
     if not examples:
         raise Refusal(f"{spec}: holds no questions with answers")
+    texts = len(rows.rows) - len(examples)
+    if texts:
+        say(plural(texts, _("(1 row is a text without a question: left out)"),
+                   _("({n:,} rows are texts without a question: left out)", n=texts)))
     return examples
 
 
-def answer_ids(example: Example) -> list[int]:
-    """The tokens of the first answer."""
-    start = len(example.prompt)
-    ids = example.ids[start:]
-    ends = [n for n, target in enumerate(example.targets[start - 1 : -1]) if target < 0]
-    return ids[: ends[0]] if ends else ids
+def last_answer(example: Example) -> slice:
+    """Where the last answer stands in the ids, with its `</s>`."""
+    spoken = [n for n, target in enumerate(example.targets) if target != IGNORED]
+    start = next((n for n in range(spoken[-1], 0, -1) if example.targets[n - 1] == IGNORED), 0)
+    return slice(start + 1, spoken[-1] + 2)
+
+
+def prompt_of(example: Example) -> list[int]:
+    """The ids up to the last answer, of a conversation with all that was said before."""
+    return example.ids[: last_answer(example).start]
+
+
+def question_in(tokenizer, template: Template, prompt: list[int]) -> str:
+    """The last question of a prompt, as typed."""
+    before, after = template.question.split("{}")
+    return tokenizer.decode(prompt).removesuffix(after).rpartition(before)[2]
 
 
 def text_of(tokenizer, ids: list[int]) -> str:
