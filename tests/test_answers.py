@@ -165,6 +165,21 @@ def test_a_stop_text_ends_an_answer(run, asked, tmp_path):
     assert (row["answer"], row["stopped"]) == (whole[: whole.find(whole[3:6])].strip(), True)
 
 
+def test_what_might_begin_a_stop_text_is_not_lost_at_the_end(run, asked, tmp_path):
+    run("--input", asked, "--output", tmp_path / "a")
+    whole = lines(tmp_path / "a")[0]["answer"]
+    run("--input", asked, "--output", tmp_path / "b", "--stop", whole[-1] + "#never#")
+    assert lines(tmp_path / "b")[0]["answer"] == whole
+
+
+def test_another_context_is_another_run(run, asked, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Progress, "add", lambda *_: sys.exit(143))
+        assert run("--input", asked, "--output", tmp_path / "a")[0] == 143
+    status, said = run("--input", asked, "--output", tmp_path / "a", "--context", 100)
+    assert status == 2 and "was begun with other questions, flags" in said
+
+
 @pytest.mark.parametrize("row, turns, system", [
     ({"Câu hỏi": "a"}, (Turn("a"),), ""), ({"prompt": "a", "response": "b"}, (Turn("a"),), ""),
     ({"instruction": "a", "input": "b"}, (Turn("a\nb"),), ""),
