@@ -29,11 +29,12 @@ from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.serve.models import named_adapters
 from phogpt_raw.serve.start import serve
-from phogpt_raw.talk.answers import answer_file
+from phogpt_raw.talk import memory_plan
+from phogpt_raw.talk.answers import answer_file, lengths_in
 from phogpt_raw.talk.conversation import chat
 from phogpt_raw.talk.loading import Found, find
 from phogpt_raw.talk.question import read_question
-from phogpt_raw.talk.score import evaluate
+from phogpt_raw.talk.score import evaluate, prompt_of, read
 from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream, tokens
 
 
@@ -100,6 +101,12 @@ def parse(arguments):
     parser.add_argument("--api-key", metavar="KEY", help="with --serve: what requests must hold")
     parser.add_argument("--slots", type=int, metavar="N", help="with --serve: most answers at once "
                         "(default 8, or as many as fit into memory)")
+    parser.add_argument("--context", type=int, metavar="N", help="most tokens of a prompt, or of a "
+                        "conversation, with its answer (default: what the model was made for)")
+    parser.add_argument("--dry-run", action="store_true", help="read no weights and answer "
+                        "nothing; print what answering would take of the memory")
+    parser.add_argument("--card", metavar="NAME", help="with --dry-run: plan for this GPU: t4, "
+                        "v100, l4, a100 or h200")
     options = parser.parse_args(arguments)
     check(options)
     return options
@@ -115,7 +122,7 @@ def check(options) -> None:
     only = {"system": options.chat, "output": options.input or options.eval,
             "map": options.input or options.eval, "num_samples": options.input,
             "stats": options.question is not None, "api_key": options.serve,
-            "slots": options.serve}
+            "slots": options.serve, "card": options.dry_run}
     for name, fits in only.items():
         if getattr(options, name) not in (None, "", 1, False) and not fits:
             raise Refusal(f"--{name.replace('_', '-')}: has no effect here; see --help")
@@ -172,7 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
     stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)  # as answers are
     how = Generation(options.max_new_tokens, sampling_of(options), options.seed or 0, stops,
                      options.capture)
-    if options.chat:
+    if options.dry_run:
+        dry_run(options, how)
+    elif options.chat:
         chat(find(options), how, options.system.strip())
     elif options.input:
         answer_file(find(options), options.input, options.output, how,
@@ -183,12 +192,31 @@ def main(arguments: list[str] | None = None) -> None:
         one(options, read_question(options.question), how)
 
 
+def dry_run(options, how: Generation) -> None:
+    """Print what the asked for answers would take of the memory."""
+    found = find(options)
+    holds = found.shape.max_seq_len
+    if options.question is not None:
+        question = read_question(options.question)
+        prompt = (encode_prompt(found.tokenizer, found.template, question) if found.tokenizer
+                  else [0] * min(len(question.encode()), holds - 1))  # at most a token a byte
+        most = bounded(options, prompt, holds)
+        return memory_plan.show(found, memory_plan.one_answer(how, len(prompt), most))
+    if options.chat:
+        return memory_plan.show(found, memory_plan.conversation(found, how))
+    mapped = parse_map(options.map)
+    lengths = (lengths_in(found, options.input, mapped) if options.input
+               else [len(prompt_of(example)) for example in read(found, options.eval, mapped)])
+    memory_plan.show(found, memory_plan.file(found, how, lengths * options.num_samples))
+
+
 def one(options, question: str, how: Generation) -> None:
     """Answer one question."""
     found = find(options)
     tokenizer = found.tokenizer
     prompt = encode_prompt(tokenizer, found.template, question)
     most = bounded(options, prompt, found.shape.max_seq_len)
+    memory_plan.check_fits(found, memory_plan.one_answer(how, len(prompt), most))
     model, written = found.load(), Written()
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
                 capture=how.capture) as engine:

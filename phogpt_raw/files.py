@@ -116,6 +116,21 @@ def check_free(folder: Path) -> None:
         raise Refusal(f"{folder}: exists already; name a folder that does not")
 
 
+def check_place(file: Path) -> None:
+    """Raise Refusal where no new file of that name can be written; its folder is made."""
+    check_free(file)
+    unfinished = file.with_name(file.name + UNFINISHED)
+    try:
+        with in_words(unfinished):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with removed_on_error(unfinished):
+                unfinished.write_bytes(SIGN)
+                unfinished.unlink()
+    except OSError as error:
+        raise Refusal(f"{file}: cannot be written ({error.strerror}); name another place"
+                      ) from None
+
+
 @contextmanager
 def locked(file: Path, busy: str) -> Iterator[None]:
     """Hold a lock on a file, which is made where it is missing; Refusal with the text `busy` where

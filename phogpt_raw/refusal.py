@@ -27,6 +27,13 @@ def write_utf8(stream) -> None:
         stream.reconfigure(**({"errors": "replace"} if stream.isatty() else {"encoding": "utf-8"}))
 
 
+def open_missing_streams() -> None:
+    """Where a program is started without an input or an output, Python has None in its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
 def discard_output() -> None:
     """Send what is still to be printed nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +60,7 @@ def exits_cleanly(main):
             for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                     signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+        open_missing_streams()
         for stream in (sys.stdout, sys.stderr):
             write_utf8(stream)
         try:

@@ -15,6 +15,7 @@ import generate
 from phogpt_raw.decode.history import Turn
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.talk import answers as module
+from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.answers import read_questions
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +84,60 @@ def test_killed_and_gone_on_it_is_the_straight_run(run, asked, tmp_path, tiny):
     assert output.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
 
 
+def test_every_letter_that_ends_a_line_somewhere_is_kept_in_the_progress(tmp_path):
+    """Unicode has more ends of a line than files have: U+2028 comes with text copied from pages."""
+    for n, letter in enumerate("\x0b\x0c\x1c\x85\u2028\u2029\r}"):
+        line = module.Line(f"a{letter}b", f"c{letter}", True, 0, "q:1")
+        progress = module.Progress(tmp_path / str(n), "key")
+        progress.add(0, line)
+        assert module.Progress(tmp_path / str(n), "key").done == {0: line}
+
+
+@pytest.mark.parametrize("cut", range(1, 25))
+def test_a_line_that_is_cut_anywhere_is_answered_again(tmp_path, cut):
+    """A full disk cuts within a letter too."""
+    progress = module.Progress(tmp_path / "a", "key")
+    for n in range(2):
+        progress.add(n, module.Line("ở {}", "}ạ}", True, 0, "ở:1}"))
+    progress.file.write_bytes(progress.file.read_bytes()[:-cut])
+    found = module.Progress(tmp_path / "a", "key")
+    assert set(found.done) == ({0, 1} if cut == 1 else {0})
+    found.add(1, progress.done[1])
+    assert module.Progress(tmp_path / "a", "key").done == progress.done
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit(143)])
+def test_who_ends_it_hears_how_it_goes_on(run, asked, tmp_path, monkeypatch, how):
+    given = iter([(0, "a", True)])
+
+    def broken_off(*_, **_more):
+        yield from given
+        raise how
+
+    monkeypatch.setattr(module, "answered", broken_off)
+    status, said = run("--input", asked, "--output", tmp_path / "a")
+    assert status in (130, 143)
+    assert f"(1 answers are kept in {tmp_path}/a.progress; the same command goes on)" in said
+
+
+def test_a_disk_that_gets_full_keeps_what_is_answered(tmp_path, monkeypatch):
+    progress = module.Progress(tmp_path / "a", "key")
+    line = module.Line("a", "b", True, 0, "q:1")
+    progress.add(0, line)
+    progress.file.unlink()
+    progress.file.symlink_to("/dev/full")
+    with pytest.raises(Refusal, match="No space left on device; 1 answers are kept there"):
+        progress.add(1, line)
+
+
+@pytest.mark.parametrize("flag", ["--input", "--eval"])
+def test_a_place_that_cannot_be_written_is_said_before_the_weights(run, asked, tmp_path, flag,
+                                                                   monkeypatch):
+    monkeypatch.setattr("phogpt_raw.talk.loading.load_base", None)
+    status, said = run(flag, asked, "--output", asked / "a.json")
+    assert status == 2 and f"{asked}/a.json: cannot be written" in said
+
+
 def test_what_was_begun_otherwise_is_refused(run, asked, tmp_path):
     output = tmp_path / "a.jsonl"
     (tmp_path / "a.jsonl.progress").write_text("another key\n")
@@ -108,6 +163,21 @@ def test_a_stop_text_ends_an_answer(run, asked, tmp_path):
     run("--input", asked, "--output", tmp_path / "b", "--stop", whole[3:6])
     row = lines(tmp_path / "b")[0]
     assert (row["answer"], row["stopped"]) == (whole[: whole.find(whole[3:6])].strip(), True)
+
+
+def test_what_might_begin_a_stop_text_is_not_lost_at_the_end(run, asked, tmp_path):
+    run("--input", asked, "--output", tmp_path / "a")
+    whole = lines(tmp_path / "a")[0]["answer"]
+    run("--input", asked, "--output", tmp_path / "b", "--stop", whole[-1] + "#never#")
+    assert lines(tmp_path / "b")[0]["answer"] == whole
+
+
+def test_another_context_is_another_run(run, asked, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Progress, "add", lambda *_: sys.exit(143))
+        assert run("--input", asked, "--output", tmp_path / "a")[0] == 143
+    status, said = run("--input", asked, "--output", tmp_path / "a", "--context", 100)
+    assert status == 2 and "was begun with other questions, flags" in said
 
 
 @pytest.mark.parametrize("row, turns, system", [
@@ -154,6 +224,6 @@ def test_batches_are_as_large_as_the_cache_allows(monkeypatch, run, asked, tmp_p
     engine = module.Engine
     monkeypatch.setattr(module, "Engine", lambda *a, **k: rows.append(k["rows"]) or engine(*a, **k))
     for mib, n in ((0, 1), (2048, 9)):
-        monkeypatch.setattr(module, "CPU_MIB", mib)
+        monkeypatch.setattr(memory_plan, "CPU_MIB", mib)
         run("--input", asked, "--output", tmp_path / f"{mib}")
         assert rows.pop() == n

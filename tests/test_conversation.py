@@ -6,10 +6,12 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
 import time
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +19,11 @@ import pytest
 
 import generate
 from phogpt_raw.data.prompt import TEMPLATES
-from phogpt_raw.decode.engine import Engine, answer
+from phogpt_raw.decode.engine import Engine, Token, answer
 from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.model.weights import NANO, load_base, read_config, read_tokenizer
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.talk.conversation import Conversation
+from phogpt_raw.talk.conversation import Conversation, CtrlC
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,6 +111,26 @@ def test_the_system_text_stands_before_the_first_question_alone(tokenizer):
                                               "Trả lời ngắn.")
 
 
+def test_the_system_text_stays_where_the_oldest_turns_go(tokenizer):
+    talk = conversation(tokenizer, holds=60, most=20, system="Trả lời ngắn.")
+    alone = conversation(tokenizer, system="Trả lời ngắn.").ask("câu")[0]
+    for n in range(6):
+        prompt, _, left_out = talk.ask(f"câu {n}")
+        talk.answered([50] * 12)
+        assert prompt[: len(alone) - 8] == alone[:-8]
+    assert left_out
+
+
+def test_a_question_that_is_too_long_leaves_the_conversation_as_it_was(tokenizer):
+    talk = conversation(tokenizer, holds=60, most=20)
+    talk.ask("a")
+    talk.answered([50])
+    with pytest.raises(Refusal, match="the question is too long"):
+        talk.ask("dài " * 100)
+    assert len(talk.turns) == 1
+    assert talk.ask("b")[0][: len(talk.prompt("b"))] == talk.prompt("b")
+
+
 def test_greedy_answers_are_those_to_one_long_prompt(chat, tiny, tokenizer):
     status, out, _ = chat("Xin chào\nPhở là gì?\nCòn mèo?\n", "--model", tiny,
                           "--max-new-tokens", 12)
@@ -161,6 +183,33 @@ def test_lines_that_are_no_questions_are_said_and_the_next_is_answered(chat, tin
         assert said in err
 
 
+def test_commands_and_questions_may_be_typed_with_combining_marks(chat, tiny):
+    apart = unicodedata.normalize("NFD", "/xoá\nở đâu\n")
+    status, out, err = chat(apart + unicodedata.normalize("NFD", "/thoát\n"), "--model", tiny,
+                            "--max-new-tokens", 9)
+    assert status == 0 and "(a new conversation)" in err
+    assert out == chat("ở đâu\n", "--model", tiny, "--max-new-tokens", 9)[1]
+
+
+def test_an_empty_answer_is_said(chat, tiny, monkeypatch):
+    monkeypatch.setattr(Engine, "run", lambda engine: iter([Token(0, None, stopped=True)]))
+    assert "(the answer is empty)" in chat("a\n", "--model", tiny)[2]
+
+
+def test_ctrl_c_is_raised_once_and_only_where_it_is_expected():
+    with CtrlC() as ctrl_c:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), ctrl_c.ends():
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)  # while the answer is put away
+        with ctrl_c.ends():
+            pass
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("flags, line", [
     ([], "what to ask?"), (["--chat", "?"], "what to ask?"), (["--system", "x", "?"], "--system")])
 def test_a_question_or_a_conversation(flags, line, capsys):
@@ -172,11 +221,12 @@ def test_a_question_or_a_conversation(flags, line, capsys):
 class Terminal:
     """generate.py --chat in a real terminal of its own."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, output=None, **environment):
         self.ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "generate.py", "--chat", *map(str, flags)], cwd=ROOT, stdin=theirs,
-            stdout=theirs, stderr=theirs, start_new_session=True,
+            stdout=output or theirs, stderr=theirs, start_new_session=True,
+            env=os.environ | environment,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
         os.close(theirs)
         self.seen, self.decode = "", codecs.getincrementaldecoder("utf-8")().decode
@@ -223,3 +273,53 @@ def test_in_a_terminal_pasted_lines_are_one_question(tmp_path):
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
     assert "(cut at" not in terminal.seen  # one answer, not two
+
+
+def test_in_a_terminal_a_ctrl_c_that_is_held_down_does_not_end_the_program():
+    terminal = Terminal("--model", "nano", "--max-new-tokens", 2000, "--temperature", 30)
+    terminal.until("> ")
+    for _ in range(5):
+        terminal.type("Phở\n")
+        terminal.until("Phở\r\n")
+        for _ in range(40):
+            os.write(terminal.ours, b"\x03")
+            time.sleep(0.01)
+        terminal.until("> ")
+    terminal.type("\x15/quit\n")
+    assert terminal.process.wait(20) == 0
+
+
+def test_the_prompt_is_not_in_an_output_that_goes_elsewhere(tmp_path):
+    with (tmp_path / "out").open("wb") as output:
+        terminal = Terminal("--model", "nano", "--max-new-tokens", 3, output=output)
+        terminal.until("> ")
+        terminal.type("Phở\n")
+        terminal.until("(cut at 3 tokens")
+        terminal.until("> ")
+        terminal.type("\x03")
+        terminal.until("Ctrl-D leaves")
+        terminal.until("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+    assert (tmp_path / "out").read_text("utf-8").count("\n") == 1
+    assert ">" not in (tmp_path / "out").read_text("utf-8")
+
+
+def test_a_terminal_in_the_c_locale_is_read_as_utf8():
+    terminal = Terminal("--model", "nano", "--max-new-tokens", 3, LC_ALL="C", PYTHONUTF8="0",
+                        PYTHONCOERCECLOCALE="0")
+    terminal.until("> ")
+    terminal.type("Phở\n")
+    terminal.until("(cut at 3 tokens")
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("redirected, asked, status", [
+    ("<&-", "--chat", 0), ("<&-", "-", 2), (">&-", "Phở?", 0), ("2>&-", "Phở?", 0)])
+def test_a_program_that_is_started_without_a_stream_ends_as_it_should(redirected, asked, status):
+    ended = subprocess.run(
+        f"{sys.executable} generate.py --max-new-tokens 2 {asked} {redirected}", shell=True,
+        cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == status and "Traceback" not in ended.stderr, ended.stderr

@@ -378,6 +378,30 @@ def test_another_conversation_is_read_from_where_it_differs(lively):
                                                               max_new_tokens=5)[0].ids
 
 
+def test_what_a_broken_off_prompt_has_overwritten_is_read_again(lively, monkeypatch):
+    """Ctrl-C while another conversation is being read, then the first one again."""
+    first, second, forward = [5, 6, 7, 8, 9], [5, 9, 10, 11, 12, 13], lively.forward
+    with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=1) as engine:
+        engine.add(0, first, 5)
+        wanted = [token.id for token in engine.run()]
+
+        def broken_off(*how, **more):
+            for cached in engine.cache.kv:
+                cached[:, 0, :, 1:] = 7
+            raise KeyboardInterrupt
+
+        fast, engine.fast = engine.fast, None
+        monkeypatch.setattr(lively, "forward", broken_off)
+        engine.add(0, second, 5)
+        with pytest.raises(KeyboardInterrupt):
+            next(engine.run())
+        engine.drop(0)
+        engine.fast = fast
+        monkeypatch.setattr(lively, "forward", forward)
+        engine.add(0, first, 5)
+        assert [token.id for token in engine.run()] == wanted
+
+
 def test_a_dropped_answer_leaves_what_it_had_read(lively):
     with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=1) as engine:
         engine.add(0, [5, 6, 7], 20)

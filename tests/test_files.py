@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from phogpt_raw import files
-from phogpt_raw.files import check_space, expanded, save_tensors, whole_file, whole_folder
+from phogpt_raw.files import (
+    check_place,
+    check_space,
+    expanded,
+    save_tensors,
+    whole_file,
+    whole_folder,
+)
 from phogpt_raw.refusal import Refusal
 
 
@@ -209,3 +216,13 @@ def test_space_is_enough_to_the_byte(tmp_path, monkeypatch):
     check_space(tmp_path, 1000)
     with pytest.raises(Refusal):
         check_space(tmp_path, 1001)
+
+
+def test_a_place_for_a_file_is_tried_and_left_as_it_was(tmp_path):
+    place = tmp_path / "new" / "folder" / "file"
+    check_place(place)
+    assert place.parent.is_dir() and not any(place.parent.iterdir())
+    (tmp_path / "file").touch()
+    for taken in (tmp_path / "file", tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        with pytest.raises(Refusal, match=taken.name):
+            check_place(taken)

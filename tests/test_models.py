@@ -12,14 +12,15 @@ from phogpt_raw.data.prompt import TEMPLATES
 from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.serve.models import load, memory_line, named_adapters, plan, slots_for
+from phogpt_raw.serve.models import load, memory_line, named_adapters, plan, show_plan, slots_for
 from phogpt_raw.serve.protocol import Conversation, ProtocolError
 from phogpt_raw.talk.loading import Found
 
 
 def options(**more):
     return SimpleNamespace(**{"model": None, "revision": None, "template": "auto", "nf4": None,
-                              "dtype": "auto", "nf4_cache": None, "slots": None, **more})
+                              "dtype": "auto", "nf4_cache": None, "slots": None, "card": None,
+                              "context": None, "dry_run": False, **more})
 
 
 def found(shape="7b5", card="t4"):
@@ -95,26 +96,53 @@ def test_a_conversation_is_encoded_in_the_models_template(tiny):
 
 
 @pytest.mark.parametrize("card, shape, models, slots", [
-    ("h200", "7b5", 1, 8), ("t4", "7b5", 1, 8), ("t4", "7b5", 2, 4), ("t4", "4b", 1, 3)])
+    ("h200", "7b5", 1, 8), ("t4", "7b5", 1, 7), ("t4", "7b5", 2, 3), ("t4", "4b", 1, 3)])
 def test_so_many_slots_are_taken_as_the_card_has_room_for(card, shape, models, slots):
     """A row of 7B5 at 2,048 tokens is 1 GiB; of 4B at 8,192 tokens, 3 GiB. A T4 has 14.56 GiB."""
-    assert slots_for(None, found(shape, card), models) == slots
+    assert slots_for(None, {str(n): found(shape, card) for n in range(models)}) == slots
 
 
 def test_more_slots_than_fit_are_refused_before_weights_are_read():
-    with pytest.raises(Refusal, match=r"--slots 64: .* takes 1.00 GiB, and Tesla T4 has room for"):
-        slots_for(64, found(), 1)
-    here = dataclasses.replace(found(), card=Card("CPU", "cpu"))
-    assert slots_for(64, here, 1) == 64
+    made = {"a": found()}
+    with pytest.raises(Refusal, match=r"this takes about 7\d.*cache 64.00, .*--slots 7; a smaller"):
+        slots_for(64, made)
+    assert slots_for(64, made, planned=True) == 64
+    here = {"a": dataclasses.replace(found(), card=Card("CPU", "cpu"))}
+    assert slots_for(64, here) == 64
     for slots in (0, -1, 1025):
         with pytest.raises(Refusal, match="from 1 to 1024"):
-            slots_for(slots, here, 1)
+            slots_for(slots, here)
+
+
+def test_a_base_alone_that_does_not_fit_is_refused():
+    small = dataclasses.replace(found(), card=Card("small", "cuda", (7, 5), 6.0))
+    with pytest.raises(Refusal, match=r"small has 6\.0 GiB, and this takes about"):
+        slots_for(None, {"a": small})
 
 
 def test_what_slots_take_is_said():
     said = memory_line({"a": found(), "b": found()}, 17)
-    assert "slots for 17 answers of 2,048 tokens" in said
-    assert "cache at most 17.00 GiB for each of 2 models, 34.00 GiB in all" in said
+    assert "slots for 17 answers of 2,048 tokens in each of 2 models" in said
+    assert "cache at most 34.00 GiB; base 5.01 GiB, NF4, fp16; in all about 4" in said
     assert "more than 16 slots are slower" in said
-    assert said.startswith(("(base 4.", "(base 5."))
     assert "slower" not in memory_line({"a": found()}, 16)
+
+
+def test_a_plan_says_what_slots_take_and_how_many_fit(capsys):
+    made = {"a": found()}
+    show_plan(made, 7)
+    assert "7 at once, of at most 2,048 tokens" in capsys.readouterr().out
+    with pytest.raises(Refusal, match="there is room for --slots 7"):
+        show_plan(made, 9)
+    assert "the card has 14.6" in capsys.readouterr().out
+
+
+def test_a_smaller_context_bounds_prompts_and_answers(tiny):
+    made, _slots = plan(options(model=str(tiny), context=64), {})
+    [served] = load(made)
+    assert served.model.config.max_seq_len == 64
+    with pytest.raises(ProtocolError, match="64"):
+        served.encode([5] * 64)
+    for context in (0, 63, 10**6):
+        with pytest.raises(Refusal, match=r"--context \d+: must be from 64 to"):
+            plan(options(model=str(tiny), context=context), {})

@@ -8,6 +8,7 @@ from serving import served
 
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import load_base
+from phogpt_raw.talk.score import Row, Score, write
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROME, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), \
@@ -216,3 +217,12 @@ def test_a_key_is_asked_for(browser, locked):
     one(browser, "#model").send_keys("mot-")
     one(browser, "#question").send_keys("Phở?\n")
     until(lambda: texts(browser, ".answer") not in ([], [""]))
+
+
+def test_the_page_of_scores_fits_and_shows_texts_as_they_are(browser, tmp_path):
+    long, script = "dài" * 200, "<script>document.title = 'bad'</script>\n  hai"
+    rows = [Row(long, long, {"base": long}), Row(script, script, {"base": script})]
+    write(tmp_path / "s.json", tmp_path / "s.html", "r.jsonl", {"base": Score(1, 2, 3, 4, 5)}, rows)
+    browser.get((tmp_path / "s.html").as_uri())
+    assert browser.title == "r.jsonl: 2 rows" and fits(browser)
+    assert texts(browser, "h2") == [long, script] and texts(browser, "dd")[2:] == [script, script]

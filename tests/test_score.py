@@ -8,6 +8,7 @@ from conftest import QUESTIONS, write_rows
 
 import generate
 from phogpt_raw.data.prompt import TEMPLATES, encode_row
+from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.talk import score as module
@@ -94,6 +95,25 @@ def test_the_page_shows_question_known_answer_and_both(tiny, rows, adapter, tmp_
     assert "### Câu hỏi" not in page and "http" not in page
 
 
+def test_of_a_conversation_the_last_question_is_asked_after_all_that_was_said(
+        tiny, tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "answered", lambda found, model, prompts, how: [
+        asked.append(prompts) or (n, "x", True) for n in prompts])
+    said = [{"role": role, "content": text} for role, text in (
+        ("system", "s"), ("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d"))]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"messages": said}) + "\n" + '{"text": "một hai ba"}\n'
+                    + '{"prompt": "e?", "response": "f"}\n', "utf-8")
+    found = scored(tiny, file, tmp_path / "s.json")
+    assert [(row["question"], row["known"]) for row in found["answers"]] == [
+        ("c?", "d"), ("e?", "f")]
+    tokenizer = load_base(str(tiny), nf4=False)[1]
+    turns = [Turn("a?", "b"), Turn("c?")]
+    assert asked[0][0] == encode_history(tokenizer, TEMPLATES["4b-chat"], turns, "s")
+    assert "(1 row is a text without a question: left out)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name, line", [("s.txt", "must end in .json"), ("there.json", "exists")])
 def test_a_place_that_cannot_be_is_said_before_the_weights(tiny, rows, tmp_path, capsys, name,
                                                            line, monkeypatch):
@@ -102,3 +122,18 @@ def test_a_place_that_cannot_be_is_said_before_the_weights(tiny, rows, tmp_path,
     with pytest.raises(SystemExit) as stopped:
         scored(tiny, rows, tmp_path / name)
     assert stopped.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_the_page_has_the_scores_and_no_text_of_a_row_as_markup(tmp_path, monkeypatch):
+    score = module.Score(1.5, 4.48, 0.25, 33.3, 1.0)
+    rows = [module.Row("<script>alert(1)</script>\n  b", "<img onerror=x>", {"base": "</dd>&amp;"})]
+    module.write(tmp_path / "s.json", tmp_path / "s.html", "x/<b>.jsonl", {"base": score}, rows)
+    page = (tmp_path / "s.html").read_text("utf-8")
+    for cell in ("<td>1.500</td>", "<td>4.48</td>", "<td>25.0%</td>", "<td>33.3</td>"):
+        assert cell in page
+    for bad in ("<script", "<img", "</dd>&amp;<", "<b>"):
+        assert bad not in page
+    assert "&lt;b&gt;.jsonl: 1 row" in page and "The first" not in page
+    monkeypatch.setattr(module, "SHOWN", 2)
+    module.write(tmp_path / "s.json", tmp_path / "s.html", "r.jsonl", {"base": score}, 3 * rows)
+    assert "The first 2 answers; all are in s.json." in (tmp_path / "s.html").read_text("utf-8")

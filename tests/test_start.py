@@ -1,8 +1,10 @@
 """`generate.py --serve`: flags that cannot be are refused before anything is loaded."""
 
+import asyncio
 import doctest
 import socket
 import sys
+import threading
 
 import pytest
 
@@ -49,6 +51,64 @@ def test_an_address_that_cannot_be_had_is_refused():
         taken.listen()
         with pytest.raises(start.Refusal, match="choose another"):
             bind(*taken.getsockname())
+
+
+def test_an_address_is_taken_from_the_start():
+    """Two servers that start together: the second is refused before it loads anything."""
+    with bind("127.0.0.1", 0) as first, pytest.raises(start.Refusal, match="choose another"):
+        bind(*first.getsockname())
+
+
+@pytest.mark.parametrize("host, key, warned", [
+    ("0.0.0.0", None, True), ("[::]", None, True), ("0.0.0.0", "a", False),
+    ("127.0.0.1", None, False), ("127.0.0.9", None, False), ("[::1]", None, False),
+    ("localhost", None, False)])
+def test_a_server_that_others_reach_without_a_key_says_so(host, key, warned, tiny, monkeypatch,
+                                                          capsys):
+    monkeypatch.setattr(start, "bind", lambda *_: None)
+    monkeypatch.setattr(start, "run", lambda *_, **_more: None)
+    flags = ["--api-key", key] if key else []
+    generate.main(["--model", str(tiny), "--serve", f"{host}:8000", *flags])
+    assert ("can ask without a key" in capsys.readouterr().err) == warned
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """The port of a server of two words whose connections must be quick."""
+    import uvicorn
+
+    from phogpt_raw.serve import connection
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.6)  # an answer may take longer than a head
+        await send({"type": "http.response.start", "status": 200,
+                    "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    monkeypatch.setattr(connection, "HEAD_S", 0.3)
+    listening = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, http=connection.Connection, lifespan="off",
+                                           log_level="error"))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    yield listening.getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+def test_a_head_that_does_not_arrive_closes_the_connection(plain):
+    whole = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+    for sent, answers in ((b"", 0), (b"GET / HT", 0), (whole, 1), (whole + b"GET / HT", 1)):
+        with socket.create_connection(("127.0.0.1", plain), timeout=10) as link:
+            link.sendall(sent)
+            found = b""
+            if answers:
+                while not found.endswith(b"ok") and (part := link.recv(4096)):
+                    found += part
+                link.sendall(b"GE")  # of the next request, which never arrives
+            while part := link.recv(4096):  # until the server closes
+                found += part
+        assert found.count(b"200 OK") == answers
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -35,3 +35,12 @@ def test_wide_letters_take_two_columns():
 @pytest.mark.parametrize("text", ["Dạ,  phở   ạ.\n", "một hai ba " * 20])
 def test_where_no_terminal_reads_it_nothing_changes(text):
     assert shown(text, 0) == text
+
+
+def test_a_terminal_that_gets_narrower_breaks_words_at_its_new_width():
+    screen = Screen(40)
+    screen.put("một hai ba bốn năm ")  # 19 columns
+    screen.resize(12)  # the terminal has broken them: the cursor is in column 7
+    assert screen.put("sáu bảy tám ") == "sáu \nbảy tám "
+    screen.resize(0)  # it has gone
+    assert screen.width == 12

@@ -256,6 +256,7 @@ class Engine:
         """Read these prompts, given shortest first, and choose the first token of each answer."""
         first, lengths = len(self.rows), [len(row.prompt) for row in group]
         known = self.known(group[0].prompt)
+        self.kept = self.kept[:known]  # what follows is overwritten, also if reading breaks off
         place = slice(first, first + len(group))
         ids_BL = torch.full((len(group), lengths[-1]), self.pad_id)
         for n, row in enumerate(group):
@@ -332,9 +333,10 @@ class Engine:
         if kind in self.graphs:
             self.graphs[kind].replay()
         elif self.capture and kind in self.seen:
-            self.graphs[kind] = graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.step(*kind)
+            self.graphs[kind] = graph  # not before: Ctrl-C may break the capture off
             graph.replay()
         else:
             self.seen.add(kind)

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from phogpt_raw.cards import dtype_name
+from phogpt_raw.cards import Card, dtype_name
 from phogpt_raw.config import check_nf4_cache
 from phogpt_raw.files import expanded
 from phogpt_raw.messages import _
 from phogpt_raw.model.nf4 import kept_in_nf4, nf4_linear
 from phogpt_raw.model.nf4_cache import NF4Cache, make_key
-from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
+from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig, PhoGPT
 from phogpt_raw.private_apis import make_scale_code
 from phogpt_raw.refusal import Refusal
 
@@ -58,6 +58,20 @@ def load_base(
     folder = find_folder(model, revision)
     phogpt = read_model(folder, nf4=nf4, dtype=dtype, device=device, nf4_cache=nf4_cache)
     return phogpt, read_tokenizer(folder, phogpt.config)
+
+
+def shape_alone(model: str | None, card: Card, *, planned: bool) -> ModelConfig | None:
+    """The built-in shape that --model 7b5 or 4b names, for a plan without any file of the base;
+    None for a base with files. Raises Refusal where there is no plan for it."""
+    if model not in PUBLISHED or expanded(model).is_dir():
+        return None
+    if not planned:
+        raise Refusal(f"--model {model}: is a shape without weights, for --dry-run; otherwise name "
+                      f"a folder or a hub id such as vinai/PhoGPT-4B-Chat")
+    if card.device == "cpu":
+        raise Refusal(f"--model {model} --dry-run: plans for a GPU, and there is none here; name "
+                      f"one, such as --card t4")
+    return PUBLISHED[model]
 
 
 def find_folder(model: str, revision: str | None = None, files: list[str] = FILES,

@@ -11,26 +11,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from phogpt_raw.cards import dtype_name
 from phogpt_raw.config import hub_id
-from phogpt_raw.data.packing import round_up
 from phogpt_raw.data.prompt import Template, encode_text
-from phogpt_raw.decode.engine import STEP, rows_that_fit
 from phogpt_raw.decode.history import encode_history
 from phogpt_raw.files import expanded
 from phogpt_raw.messages import _
 from phogpt_raw.model.adapters import load_adapters, same_base
-from phogpt_raw.model.cache import cache_bytes
-from phogpt_raw.model.nf4 import NF4_BYTES
 from phogpt_raw.model.nf4_product import MOST
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.serve.protocol import Conversation, ProtocolError
+from phogpt_raw.simulate.decoding import DRAWN, GREEDY, Work, memory, most_rows
+from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.loading import Found, find
+from phogpt_raw.talk.memory_plan import gib, precision
 
 NAME = r"[\w.-]+"
 SLOTS = 8  # unless --slots says otherwise, or fewer fit
-RESERVE = 2**30  # bytes of a GPU for CUDA itself, its graphs, and prompts on their way through
+KINDS = (GREEDY, DRAWN, DRAWN)  # requests may be greedy, drawn, and drawn with top-p
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def plan(options, adapters: dict[str, Path]) -> tuple[dict[str, Found], int]:
                 raise Refusal(f"--adapter: {first} and {name} are not over the same base ({what}: "
                               f"{getattr(one, what)} and {getattr(other, what)}); say one for all "
                               f"with {flag}, or serve each by itself")
-    return found, slots_for(options.slots, one, len(found))
+    return found, slots_for(options.slots, found, planned=options.dry_run)
 
 
 def own_name(model: str | None) -> str:
@@ -116,58 +114,59 @@ def load(found: dict[str, Found]) -> list[Served]:
 # -- memory
 
 
-def weight_bytes(found: Found) -> int:
-    """Bytes of the base's weights."""
-    config, itemsize = found.shape, found.dtype.itemsize
-    linears = config.linear_weights * (NF4_BYTES if found.nf4 else itemsize)
-    return int(linears + config.vocab_size * config.d_model * itemsize)
-
-
-def slot_bytes(found: Found) -> int:
-    """Bytes of one slot's cache where a conversation is as long as the model was made for."""
-    config = found.shape
-    return cache_bytes(config.n_layers, config.d_model, 1, round_up(config.max_seq_len, STEP),
-                       found.dtype.itemsize)
-
-
-def slots_for(asked: int | None, found: Found, models: int) -> int:
+def slots_for(asked: int | None, found: dict[str, Found], *, planned: bool = False) -> int:
     """--slots checked against the GPU's memory; by default 8, or as many as fit.
 
-    Every model has its own slots. Raises Refusal where they do not fit.
+    Every model has its own slots. Raises Refusal where they do not fit, except in a plan, which
+    shows first what they would take.
     """
     if asked is not None and not 1 <= asked <= 1024:
         raise Refusal(f"--slots {asked}: must be from 1 to 1024")
-    card = found.card
-    if card.device == "cpu":
+    one = largest(found)
+    if one.card.device == "cpu":
         return asked or SLOTS
-    free = card.memory_gib * 2**30 - weight_bytes(found) - RESERVE
-    fit = rows_that_fit(found.shape, found.shape.max_seq_len, found.dtype.itemsize,
-                        int(free / models / 2**20))
-    if asked and asked > fit:
-        raise Refusal(f"--slots {asked}: the cache of each takes {gib(slot_bytes(found))} GiB, and "
-                      f"{card.name} has room for {fit}"
-                      + (f" in each of {models} models" if models > 1 else ""))
-    return asked or min(SLOTS, fit)
+    if asked and planned:
+        return asked
+    fit = most_rows(memory_plan.model_of(one), work_of(found, 1), one.card, asked or SLOTS)
+    if not planned and (asked or 1) > fit:
+        memory_plan.check_fits(one, work_of(found, asked or 1), remedy(found, fit))
+    return asked or max(1, fit)
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f}"
+def remedy(found: dict[str, Found], fit: int) -> str:
+    of = f" in each of {len(found)} models" if len(found) > 1 else ""
+    return f"there is room for --slots {fit}{of}; a smaller --context makes each slot smaller"
+
+
+def largest(found: dict[str, Found]) -> Found:
+    """The one with the most adapter weights: memory is computed as if all had as many."""
+    return max(found.values(), key=lambda one: memory_plan.model_of(one).adapter)
+
+
+def work_of(found: dict[str, Found], slots: int) -> Work:
+    """The work of all models at once, each with its slots full of the longest conversations."""
+    return Work(slots, largest(found).shape.max_seq_len, models=len(found), kinds=KINDS)
+
+
+def show_plan(found: dict[str, Found], slots: int) -> None:
+    """What --dry-run prints."""
+    one, work = largest(found), work_of(found, slots)
+    fit = most_rows(memory_plan.model_of(one), work, one.card, slots)
+    memory_plan.show(one, work, remedy(found, fit))
 
 
 def memory_line(found: dict[str, Found], slots: int) -> str:
     """What weights and slots take, as it is said at the start."""
-    one, models = next(iter(found.values())), len(found)
-    cache = slots * slot_bytes(one)
-    text = _("(base {weights} GiB, {dtype}; slots for {slots} answers of {tokens:,} tokens: cache "
-             "at most {cache} GiB", weights=gib(weight_bytes(one)), dtype=precision(one),
-             slots=slots, tokens=one.shape.max_seq_len, cache=gib(cache))
-    if models > 1:
-        text += _(" for each of {models} models, {all} GiB in all", models=models,
-                  all=gib(models * cache))
+    one, work = largest(found), work_of(found, slots)
+    used = memory(memory_plan.model_of(one), work, one.card)
+    text = _("(slots for {slots} answers of {tokens:,} tokens", slots=slots, tokens=work.positions)
+    if work.models > 1:
+        text += _(" in each of {models} models", models=work.models)
+    text += _(": cache at most {cache} GiB; base {weights} GiB, {precision}",
+              cache=gib(used.cache), weights=gib(used.base), precision=precision(one))
+    if one.card.memory_gib:
+        text += _("; in all about {all} of {of:.1f} GiB, simulated", all=gib(used.total),
+                  of=one.card.memory_gib)
     if one.card.device == "cuda" and slots > MOST:
         text += _("; more than {most} slots are slower: their kernels are not fused", most=MOST)
     return text + ")"
-
-
-def precision(found: Found) -> str:
-    return ("NF4, " if found.nf4 else "") + dtype_name(found.dtype)

@@ -4,6 +4,7 @@ Whatever can be refused is refused before any weights are read: flags, adapters,
 SIGTERM and Ctrl-C end the server after the answers that are being written.
 """
 
+import ipaddress
 import socket
 import sys
 import unicodedata
@@ -12,13 +13,14 @@ from pathlib import Path
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.serve.models import load, memory_line, plan
+from phogpt_raw.serve.models import load, memory_line, plan, show_plan
 from phogpt_raw.serve.protocol import NO_FLAGS, Defaults
 from phogpt_raw.serve.worker import Worker
 
 HERE = "127.0.0.1"
 GRACE_S = 600  # for the last answers; then their connections are closed
 JOIN_S = 30
+BACKLOG = 2048  # connections that wait, also while the model is loaded
 SWITCH_S = 5e-4  # after which a thread gives way: the engines' thread must not wait for the server
 
 
@@ -31,10 +33,15 @@ def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     if options.seed is not None:
         raise Refusal(f"--seed {options.seed}: each request names its own; leave it out")
     found, slots = plan(options, adapters)
+    if options.dry_run:
+        return show_plan(found, slots)
     listening = bind(host, port)
     stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)
     defaults = Defaults(sampling, options.max_new_tokens, stops)
     say(memory_line(found, slots))
+    if not (options.api_key or is_this_computer(host)):
+        say(_("(anybody who reaches {host} can ask without a key: --api-key KEY asks for one)",
+              host=host))
     run(load(found), slots, listening, host=host, key=options.api_key, defaults=defaults,
         capture=options.capture)
 
@@ -45,6 +52,7 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
     import uvicorn
 
     from phogpt_raw.serve.app import Answers, create_app
+    from phogpt_raw.serve.connection import Connection
 
     answers = Answers()
     worker = Worker(models, slots, answers.deliver, capture)
@@ -78,7 +86,7 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
     sys.setswitchinterval(SWITCH_S)
     app = create_app(worker, answers, key=key, host=host, defaults=defaults)
     server = Server(uvicorn.Config(
-        app, http="h11", ws="none", lifespan="on", log_level="warning", access_log=False,
+        app, http=Connection, ws="none", lifespan="on", log_level="warning", access_log=False,
         server_header=False, date_header=False, proxy_headers=False,
         timeout_graceful_shutdown=GRACE_S))
     try:
@@ -117,6 +125,14 @@ def address(text: str) -> tuple[str, int]:
     return host.strip("[]") or HERE, int(port)
 
 
+def is_this_computer(host: str) -> bool:
+    """Whether a host can be reached from this computer only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
@@ -127,13 +143,14 @@ def check_key(key: str | None) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at the address; Refusal where it cannot be had."""
+    """A socket that listens at the address; Refusal where it cannot be had."""
     try:
         family, _kind, _protocol, _name, place = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(place)
+        found.listen(BACKLOG)  # now, or a second server could bind the address while this one loads
     except OSError as error:
         raise Refusal(f"--serve {shown(host)}:{port}: cannot be listened on ({error.strerror}); "
                       f"choose another") from None

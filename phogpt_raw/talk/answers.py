@@ -8,6 +8,7 @@ appears at the end, in the input's order.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,14 +26,14 @@ from phogpt_raw.data.conversations import (
 from phogpt_raw.data.fields import field_of
 from phogpt_raw.data.records import Bad, Findings, Record, check_all
 from phogpt_raw.data.sources import find_source, opened, read_file, read_hub, suffix
-from phogpt_raw.decode.engine import Engine, rows_that_fit
+from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.decode.text import TextStream
-from phogpt_raw.files import check_free, expanded, write_text
+from phogpt_raw.files import check_place, expanded, write_text
 from phogpt_raw.messages import _
-from phogpt_raw.model.nf4_product import MOST
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.loading import Found
 from phogpt_raw.talk.streaming import Generation, say
 
@@ -40,7 +41,6 @@ ANSWERS = ("response", "completion", "output", "answer")
 STAND_IN = "-"  # the answer of a row that has none
 LINES = (".txt", ".md", ".markdown")  # of these a line is a question
 PROGRESS = ".progress"  # behind the name of an output file that is not complete
-CPU_MIB = 2048  # for keys and values on a CPU
 
 
 @dataclass(frozen=True)
@@ -136,51 +136,76 @@ class Progress:
     def __init__(self, output: Path, key: str):
         self.file = output.with_name(output.name + PROGRESS)
         self.done: dict[int, Line] = {}
-        lines = self.file.read_text("utf-8").splitlines() if self.file.is_file() else []
-        if lines and lines[0] != key:
+        first, *lines = self.file.read_bytes().split(b"\n") if self.file.is_file() else [b""]
+        if first and first != key.encode():
             raise Refusal(f"{self.file}: was begun with other questions, flags or another model; "
                           f"delete it, or name another --output")
-        whole = [line for line in lines[1:] if line.endswith("}")]  # a kill may cut the last
-        for line in whole:
-            row = json.loads(line)
-            n = row.pop("n")
-            self.done[n] = Line(**row)
-        write_text(self.file, "".join(line + "\n" for line in [key, *whole]))
+        for line in lines:
+            with suppress(ValueError):  # a kill or a full disk may cut the last
+                row = json.loads(line)
+                n = row.pop("n")
+                self.done[n] = Line(**row)
+        write_text(self.file, key + "\n" + "".join(map(self.line, self.done)))
+
+    def line(self, n: int) -> str:
+        return as_json({"n": n} | asdict(self.done[n])) + "\n"
 
     def add(self, n: int, line: Line) -> None:
         self.done[n] = line
-        with self.file.open("a", encoding="utf-8") as unfinished:
-            unfinished.write(as_json({"n": n} | asdict(line)) + "\n")
+        try:
+            with self.file.open("a", encoding="utf-8") as unfinished:
+                unfinished.write(self.line(n))
+        except OSError as error:
+            raise Refusal(f"{self.file}: {error.strerror}; {len(self.done) - 1:,} answers are kept "
+                          f"there: free some space, and give the same command again") from None
 
 
 def as_json(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def answer_file(found: Found, spec: str, output: Path, how: Generation, *, samples: int = 1,
-                mapped: dict[str, str]) -> None:
-    """Answer every question of a file `samples` times and write the lines to `output`."""
-    output = expanded(output)
-    check_free(output)
-    asked = read_questions(spec, mapped)
+def encoded(found: Found, asked: list[Question]) -> list[list[int]]:
+    """The token ids of each question; Refusal for one that is too long."""
     prompts = [encode_history(found.tokenizer, found.template, list(one.turns), one.system)
                for one in asked]
     for one, prompt in zip(asked, prompts, strict=True):
         if len(prompt) >= found.shape.max_seq_len:
             raise Refusal(f"{one.where}: the question has {len(prompt):,} tokens of the "
                           f"{found.shape.max_seq_len:,} that the model was made for; shorten it")
+    return prompts
+
+
+def lengths_in(found: Found, spec: str, mapped: dict[str, str]) -> list[int]:
+    """Tokens of each question of a file; without a tokenizer as many as the model can read."""
+    asked = read_questions(spec, mapped)
+    if found.tokenizer is None:
+        return [found.shape.max_seq_len - 1] * len(asked)
+    return list(map(len, encoded(found, asked)))
+
+
+def answer_file(found: Found, spec: str, output: Path, how: Generation, *, samples: int = 1,
+                mapped: dict[str, str]) -> None:
+    """Answer every question of a file `samples` times and write the lines to `output`."""
+    output = expanded(output)
+    check_place(output)
+    asked = read_questions(spec, mapped)
+    prompts = encoded(found, asked)
+    memory_plan.check_fits(found, memory_plan.file(found, how, samples * list(map(len, prompts))))
     key = hashlib.sha256(repr((prompts, how, samples, found.identity())).encode()).hexdigest()
-    output.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(output, key)
     waiting = [n for n in range(len(asked) * samples) if n not in progress.done]
     if progress.done:
         say(_("({n:,} answers are there already)", n=len(progress.done)))
-    if waiting:
-        prompt_of = {n: prompts[n // samples] for n in waiting}
-        for n, answer, stopped in answered(found, found.load(), prompt_of, how,
-                                           done=len(progress.done)):
+    prompt_of = {n: prompts[n // samples] for n in waiting}
+    try:
+        for n, answer, stopped in (answered(found, found.load(), prompt_of, how,
+                                            done=len(progress.done)) if waiting else ()):
             one = asked[n // samples]
             progress.add(n, Line(one.turns[-1].question, answer, stopped, n % samples, one.where))
+    except (KeyboardInterrupt, SystemExit):
+        say(_("({n:,} answers are kept in {file}; the same command goes on)",
+              n=len(progress.done), file=progress.file))
+        raise
     write_text(output, "".join(as_json(asdict(progress.done[n])) + "\n"
                                for n in sorted(progress.done)))
     progress.file.unlink()
@@ -197,8 +222,7 @@ def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Ge
     """
     tokenizer, holds = found.tokenizer, found.shape.max_seq_len
     longest = min(max(map(len, prompts.values())) + how.most, holds)
-    rows = min(rows_that_fit(model.config, longest, model.head.element_size(), free_mib(model)),
-               len(prompts), MOST)
+    rows = memory_plan.rows_at_once(found, longest, len(prompts), free_mib(model))
     texts = {key: TextStream(tokenizer, how.stops) for key in prompts}
     written = dict.fromkeys(prompts, "")
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=rows,
@@ -222,5 +246,5 @@ def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Ge
 def free_mib(model: PhoGPT) -> int:
     """MiB that keys and values may take: half of what the GPU has left."""
     if model.head.device.type != "cuda":
-        return CPU_MIB
+        return memory_plan.CPU_MIB
     return torch.cuda.mem_get_info()[0] // 2**21

@@ -6,16 +6,21 @@ tokens only. When the conversation outgrows the model, its oldest turns are left
 """
 
 import re
+import signal
 import sys
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from phogpt_raw.data.prompt import encode_prompt, encode_text
 from phogpt_raw.decode.engine import Engine
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
+from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.loading import Found
 from phogpt_raw.talk.question import checked
-from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream
+from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream, terminal_width
 
 RESET, QUIT, HELP = ("/xoá", "/xóa", "/reset"), ("/thoát", "/quit", "/exit"), ("/?", "/help")
 PROMPT = "> "
@@ -23,14 +28,15 @@ PROMPT = "> "
 
 @dataclass(frozen=True)
 class Turn:
-    """Token ids of a question in its template, and of its answer with `</s>`."""
+    """A question, and the token ids of its answer with `</s>`."""
 
-    question: list[int]
+    question: str
     answer: list[int]
 
 
 class Conversation:
-    """Turns as token ids. system: stands before the first question."""
+    """Turns, and what the model reads of them. system: stands before the first question, also where
+    older ones are left out."""
 
     def __init__(self, found: Found, most: int, system: str = ""):
         self.found, self.most, self.system = found, most, system
@@ -40,29 +46,29 @@ class Conversation:
         """(prompt, tokens that the answer may have, oldest turns left out) of the next question.
 
         Turns are left out until the whole answer fits, or none is left; Refusal where the question
-        alone is too long.
+        alone is too long, which leaves out none.
         """
-        told = f"{self.system}\n" if self.system and not self.turns else ""
-        self.question = encode_prompt(self.found.tokenizer, self.found.template, told + question)
-        left_out = 0
-        while self.turns and self.room() < self.most:
-            self.turns.pop(0)
-            left_out += 1
-        if self.room() < 1:
-            raise Refusal(f"the question is too long: {len(self.question):,} tokens of the "
-                          f"{self.found.shape.max_seq_len:,} that the model was made for")
-        return self.prompt(), min(self.most, self.room()), left_out
+        holds, before, prompt = self.found.shape.max_seq_len, self.turns, self.prompt(question)
+        while self.turns and holds - len(prompt) < self.most:
+            self.turns = self.turns[1:]
+            prompt = self.prompt(question)
+        if len(prompt) >= holds:
+            self.turns = before
+            raise Refusal(f"the question is too long: {len(prompt):,} tokens of the {holds:,} that "
+                          f"the model was made for")
+        self.question = question
+        return prompt, min(self.most, holds - len(prompt)), len(before) - len(self.turns)
 
-    def room(self) -> int:
-        return self.found.shape.max_seq_len - len(self.prompt())
-
-    def prompt(self) -> list[int]:
-        tokenizer = self.found.tokenizer
-        newline = encode_text(tokenizer, self.found.template.between)
-        ids = []
-        for turn in self.turns:
-            ids += [*turn.question, *turn.answer, *newline]
-        return ids + self.question
+    def prompt(self, question: str) -> list[int]:
+        """The turns and a question, in the base's own history format."""
+        tokenizer, template = self.found.tokenizer, self.found.template
+        newline, told, ids = encode_text(tokenizer, template.between), self.system, []
+        for turn in (*self.turns, Turn(question, [])):
+            said = f"{told}\n{turn.question}" if told else turn.question
+            ids += [*encode_prompt(tokenizer, template, said), *turn.answer]
+            ids += newline if turn.answer else []
+            told = ""
+        return ids
 
     def answered(self, ids: list[int]) -> None:
         """Keep the answer, whole or not, to the question asked last."""
@@ -75,56 +81,102 @@ def chat(found: Found, how: Generation, system: str = "") -> None:
     if not live and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     conversation = Conversation(found, how.most, system)
+    work = memory_plan.conversation(found, how)
+    used = memory_plan.check_fits(found, work)
+    if found.card.device == "cuda":
+        say(memory_plan.in_short(found, work, used))
     model, tokenizer = found.load(), found.tokenizer
     if live:
         edit_lines()
         say(_("/xoá (/reset) begins anew, /thoát (/quit) leaves; Ctrl-C ends an answer"))
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
-                capture=how.capture) as engine:
-        for question in questions(live):
+                capture=how.capture) as engine, CtrlC() as ctrl_c:
+        for question in questions(live, ctrl_c):
             if question.lower() in RESET:
                 conversation.turns.clear()
                 say(_("(a new conversation)"))
             else:
-                turn(conversation, question, engine, how)
+                turn(conversation, question, engine, how, ctrl_c)
 
 
-def turn(conversation: Conversation, question: str, engine: Engine, how: Generation) -> None:
-    """Answer one question of a conversation; Ctrl-C ends the answer alone."""
+class CtrlC:
+    """Ctrl-C as KeyboardInterrupt where it is expected, and once each time.
+
+    A key that is held down sends many. One that arrives between two turns, or while an answer is
+    put away, would end the program.
+    """
+
+    def __init__(self):
+        self.expected = False
+
+    def __enter__(self) -> "CtrlC":
+        self.before = signal.signal(signal.SIGINT, self.arrived)
+        return self
+
+    def __exit__(self, *error) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def arrived(self, _number, _frame) -> None:
+        if self.expected:
+            self.expected = False
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def ends(self) -> Iterator[None]:
+        """A block that Ctrl-C ends."""
+        self.expected = True
+        try:
+            yield
+        finally:
+            self.expected = False
+
+
+def turn(conversation: Conversation, question: str, engine: Engine, how: Generation,
+         ctrl_c: CtrlC) -> None:
+    """Answer one question of a conversation; in a terminal Ctrl-C ends the answer alone."""
+    holds = conversation.found.shape.max_seq_len
     try:
         prompt, most, left_out = conversation.ask(question)
     except Refusal as refusal:
         return say(f"({refusal})")
     if left_out:
-        say(_("(the oldest {n} turns are left out: the model holds {most:,} tokens)", n=left_out,
-              most=conversation.found.shape.max_seq_len))
+        say(plural(left_out, _("(the oldest turn is left out: the model holds {most:,} tokens)",
+                               most=holds),
+                   _("(the oldest {n} turns are left out: the model holds {most:,} tokens)",
+                     n=left_out, most=holds)))
     written = Written()
     try:
-        stream(engine, conversation.found.tokenizer, prompt, most, written, how)
-        full = len(prompt) + most == conversation.found.shape.max_seq_len
+        with ctrl_c.ends():
+            stream(engine, conversation.found.tokenizer, prompt, most, written, how)
+        full = len(prompt) + most == holds
         for line in remarks(written, most, full):
             say(line)
     except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
         say(_("(stopped by hand)"))
     conversation.answered(written.ids)
 
 
-def questions(live: bool):
+def questions(live: bool, ctrl_c: CtrlC):
     """What is typed, or the lines of a pipe, until the end or /thoát. A terminal's Ctrl-C throws
-    away the line that is being typed."""
+    away the line that is being typed; that of a pipe ends the program."""
     while True:
         try:
-            line = input(PROMPT) if live else next_line()
+            with ctrl_c.ends():
+                line = typed() if live else next_line()
         except EOFError:
-            return print() if live else None
+            return say("") if live else None
         except KeyboardInterrupt:
-            print()
+            if not live:
+                raise
+            say("")
             say(_("(/thoát or Ctrl-D leaves)"))
             continue
         except Refusal as refusal:
             say(f"({refusal})")
             continue
-        question = line.strip()
+        question = unicodedata.normalize("NFC", line).strip()
         if question.lower() in QUIT:
             return
         if question.lower() in HELP:
@@ -135,12 +187,25 @@ def questions(live: bool):
             yield question
 
 
+def typed() -> str:
+    """The line that is typed; the prompt is not part of an output that goes elsewhere."""
+    if terminal_width():
+        return as_text(input(PROMPT))
+    print(PROMPT, end="", file=sys.stderr, flush=True)
+    return as_text(input())
+
+
+def as_text(line: str) -> str:
+    """A line without what is no text; Refusal where none can be made of it."""
+    return checked(line) if line.strip() else ""
+
+
 def next_line() -> str:
     """The next line of a pipe; EOFError after the last, Refusal where it is no text."""
     line = sys.stdin.readline()
     if not line:
         raise EOFError
-    return checked(line) if line.strip() else ""
+    return as_text(line)
 
 
 def edit_lines() -> None:

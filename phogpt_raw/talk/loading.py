@@ -4,12 +4,12 @@ What needs no weights comes first, so that a mistake is an error before they are
 template, precision, base and revision are those of its run, unless a flag names others.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from phogpt_raw.cards import Card, recorded_dtype, this_card
+from phogpt_raw.cards import Card, known_card, recorded_dtype, this_card
 from phogpt_raw.config import check_nf4_cache
 from phogpt_raw.data.prompt import TEMPLATES, Template, choose_template
 from phogpt_raw.files import expanded
@@ -28,12 +28,20 @@ from phogpt_raw.model.weights import (
     load_base,
     read_config,
     read_tokenizer,
+    shape_alone,
 )
+from phogpt_raw.refusal import Refusal
+
+LEAST_CONTEXT = 64  # tokens
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model without its weights; `load` reads them."""
+    """A model without its weights; `load` reads them.
+
+    shape: with the tokens of --context as its max_seq_len. tokenizer, template: None where a plan
+    is for a built-in shape.
+    """
 
     base: str
     revision: str | None
@@ -50,12 +58,13 @@ class Found:
         """What decides the answers beside question and sampling, as far as it is known without
         reading the base's weights."""
         return (self.base, self.revision, self.adapter and adapter_hash(self.adapter),
-                self.template.question, self.nf4, str(self.dtype))
+                self.template.question, self.nf4, str(self.dtype), self.shape.max_seq_len)
 
     def load(self) -> PhoGPT:
         model, _tokenizer = load_base(self.base, nf4=self.nf4, dtype=self.dtype,
                                       device=self.card.device, revision=self.revision,
                                       nf4_cache=self.nf4_cache)
+        model.config = self.shape
         if self.adapter:
             load_adapters(model, self.adapter, trainable=False)
         return model
@@ -63,18 +72,34 @@ class Found:
 
 def find(options) -> Found:
     """The model of generate.py's flags; Refusal for what cannot be."""
-    card = this_card()
+    card = known_card(options.card) if options.card else this_card()
     adapter = options.adapter and expanded(options.adapter)
     made = read_origin(adapter) if adapter else Origin("nano")
     nf4 = options.nf4 if options.nf4 is not None else made.nf4
     check_nf4_cache(options.nf4_cache, nf4=nf4)
     dtype = recorded_dtype(card, options.dtype, made.dtype)
     base, revision, named = chosen_base(adapter, made, options.model, options.revision)
+    shape = shape_alone(base, card, planned=options.dry_run)
+    if shape:
+        return Found(base, None, adapter, in_context(shape, options.context), None, None, nf4, None,
+                     dtype, card)
     folder = find_folder(base, revision, WITHOUT_WEIGHTS, named)
     shape = read_config(folder)
     if adapter:
         check_not_merged(folder, adapter)
     tokenizer = read_tokenizer(folder, shape)
     template, _reason = choose_template(tokenizer, options.template, made.template)
+    shape = in_context(shape, options.context)
     return Found(base, revision, adapter, shape, tokenizer, TEMPLATES[template], nf4,
                  options.nf4_cache, dtype, card)
+
+
+def in_context(shape: ModelConfig, most: int | None) -> ModelConfig:
+    """The shape for prompts and answers of at most so many tokens; Refusal for more than the model
+    was made for."""
+    if most is None:
+        return shape
+    if not LEAST_CONTEXT <= most <= shape.max_seq_len:
+        raise Refusal(f"--context {most}: must be from {LEAST_CONTEXT} to {shape.max_seq_len}, "
+                      f"which the model was made for")
+    return replace(shape, max_seq_len=most)

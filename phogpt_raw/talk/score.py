@@ -1,9 +1,10 @@
 """generate.py --eval FILE: how good the answers to rows with known answers are.
 
-The loss in nats per token of the known answers, and of the generated answers: the share that is
-the known one but for capitals, spaces and a full stop at the end, chrF (Popović 2015,
-doi:10.18653/v1/W15-3049; by sacrebleu), and the share that ends by itself. With an adapter all of
-it is there twice: for the base alone, and with the adapter.
+The loss in nats per token of all known answers. An answer is generated to the last question of each
+row, after the known answers to its earlier ones. Of these: the share that is the known one but for
+capitals, spaces and a full stop at the end, chrF (Popović 2015, doi:10.18653/v1/W15-3049; by
+sacrebleu), and the share that ends by itself. With an adapter all of it is there twice: for the
+base alone, and with the adapter.
 """
 
 import html
@@ -18,18 +19,18 @@ from rich.table import Table
 
 from phogpt_raw.data.batches import Window
 from phogpt_raw.data.encoded import encode_sources
-from phogpt_raw.data.examples import questions
-from phogpt_raw.data.prompt import Example
+from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import check_all
 from phogpt_raw.data.sources import find_source
-from phogpt_raw.files import check_free, expanded, write_text
-from phogpt_raw.messages import _
+from phogpt_raw.files import check_place, expanded, write_text
+from phogpt_raw.messages import _, plural
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import out
+from phogpt_raw.talk import memory_plan
 from phogpt_raw.talk.answers import answered
 from phogpt_raw.talk.loading import Found
-from phogpt_raw.talk.streaming import Generation
+from phogpt_raw.talk.streaming import Generation, say
 from phogpt_raw.training.evaluate import held_out_loss, perplexity
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import chunk_rows
@@ -67,20 +68,21 @@ def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
     output = output and expanded(output)
     if output:
         page = output.with_suffix(".html")
-        for file in (output, page):
-            check_free(file)
         if output.suffix != ".json":
             raise Refusal(f"--output {output}: with --eval it must end in .json")
+        for file in (output, page):
+            check_place(file)
     examples = read(found, spec, mapped)
+    prompts = [prompt_of(example) for example in examples]
+    memory_plan.check_fits(found, memory_plan.file(found, how, list(map(len, prompts))))
     tokenizer, model = found.tokenizer, found.load()
-    prompts = {n: example.prompt for n, example in enumerate(examples)}
-    known = [text_of(tokenizer, answer_ids(example)) for example in examples]
+    known = [text_of(tokenizer, example.ids[last_answer(example)]) for example in examples]
     scores, answers = {}, {}
     for name, setting in settings(model, found):
         with setting:
             limits = Limits(1, chunk_rows(model.config.vocab_size, LOSS_MIB), 0, False)
             loss = held_out_loss(model, Window(examples, tokenizer.pad_token_id), limits)
-            given = {n: rest for n, *rest in answered(found, model, prompts, how)}
+            given = {n: rest for n, *rest in answered(found, model, dict(enumerate(prompts)), how)}
         answers[name] = [given[n][0] for n in range(len(examples))]
         scores[name] = Score(
             loss, perplexity(loss),
@@ -89,8 +91,9 @@ def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
             share(stopped for _text, stopped in given.values()))
     show(scores, len(examples))
     if output:
-        rows = [Row(question, known[n], {name: answers[name][n] for name in answers})
-                for n, question in enumerate(questions(tokenizer, found.template, examples))]
+        rows = [Row(question_in(tokenizer, found.template, prompt), known[n],
+                    {name: answers[name][n] for name in answers})
+                for n, prompt in enumerate(prompts)]
         write(output, page, spec, scores, rows)
         out.print(_("written to {output} and {page}", output=output, page=page), markup=False)
 
@@ -106,21 +109,38 @@ def chrf():
 
 def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
     """The rows of a file, encoded as train.py encodes them; bad ones are refused."""
+    if found.tokenizer is None:
+        raise Refusal(f"--eval {spec}: a shape without weights has no tokenizer to read it with; "
+                      f"name a base with --model")
     rows = encode_sources([find_source(spec)], found.tokenizer, found.template,
                           max_len=found.shape.max_seq_len, mapped=mapped)
     check_all(rows.together())
     examples = [document for row in rows.rows for document in row.documents[:1] if document.asks]
     if not examples:
         raise Refusal(f"{spec}: holds no questions with answers")
+    texts = len(rows.rows) - len(examples)
+    if texts:
+        say(plural(texts, _("(1 row is a text without a question: left out)"),
+                   _("({n:,} rows are texts without a question: left out)", n=texts)))
     return examples
 
 
-def answer_ids(example: Example) -> list[int]:
-    """The tokens of the first answer."""
-    start = len(example.prompt)
-    ids = example.ids[start:]
-    ends = [n for n, target in enumerate(example.targets[start - 1 : -1]) if target < 0]
-    return ids[: ends[0]] if ends else ids
+def last_answer(example: Example) -> slice:
+    """Where the last answer stands in the ids, with its `</s>`."""
+    spoken = [n for n, target in enumerate(example.targets) if target != IGNORED]
+    start = next((n for n in range(spoken[-1], 0, -1) if example.targets[n - 1] == IGNORED), 0)
+    return slice(start + 1, spoken[-1] + 2)
+
+
+def prompt_of(example: Example) -> list[int]:
+    """The ids up to the last answer, of a conversation with all that was said before."""
+    return example.ids[: last_answer(example).start]
+
+
+def question_in(tokenizer, template: Template, prompt: list[int]) -> str:
+    """The last question of a prompt, as typed."""
+    before, after = template.question.split("{}")
+    return tokenizer.decode(prompt).removesuffix(after).rpartition(before)[2]
 
 
 def text_of(tokenizer, ids: list[int]) -> str:
@@ -168,36 +188,59 @@ def share(flags) -> float:
     return sum(flags) / len(flags)
 
 
+def lines(scores: dict[str, Score]) -> list[tuple[str, ...]]:
+    """The names of the columns, then a line for each score: its name and its values."""
+    kinds = (("loss", _("loss, nats per token"), "{:.3f}"),
+             ("perplexity", _("perplexity"), "{:.2f}"),
+             ("exact", _("the known answer"), "{:.1%}"),
+             ("chrf", _("chrF"), "{:.1f}"),
+             ("stops", _("ends by itself"), "{:.1%}"))
+    return [("", *map(name_of, scores)),
+            *((text, *(form.format(getattr(score, field)) for score in scores.values()))
+              for field, text, form in kinds)]
+
+
+def name_of(setting: str) -> str:
+    return _("the base alone") if setting == "base" else _("with the adapter")
+
+
 def show(scores: dict[str, Score], rows: int) -> None:
-    table = Table(title=_("{n:,} rows", n=rows), title_justify="left")
-    table.add_column("")
-    for name in scores:
-        table.add_column(_("the base alone") if name == "base" else _("with the adapter"),
-                         justify="right")
-    for name, text, form in (("loss", _("loss, nats per token"), "{:.3f}"),
-                             ("perplexity", _("perplexity"), "{:.2f}"),
-                             ("exact", _("the known answer"), "{:.1%}"),
-                             ("chrf", _("chrF"), "{:.1f}"),
-                             ("stops", _("ends by itself"), "{:.1%}")):
-        table.add_row(text, *(form.format(getattr(score, name)) for score in scores.values()))
+    first, *rest = lines(scores)
+    table = Table(title=row_count(rows), title_justify="left")
+    for n, name in enumerate(first):
+        table.add_column(name, justify="right" if n else "left")
+    for line in rest:
+        table.add_row(*line)
     out.print(table)
 
 
+def row_count(rows: int) -> str:
+    return plural(rows, _("1 row"), _("{n:,} rows", n=rows))
+
+
 PAGE = """<!doctype html>
-<html lang="vi"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="vi"><meta charset="utf-8"><meta name="viewport"
+content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 70rem;
   padding: 0 1rem; }}
 article {{ border-top: 1px solid #8886; padding: .7rem 0; }}
-h2 {{ font-size: 1rem; margin: 0 0 .4rem; }}
+h1 {{ font-size: 1.3rem; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1rem; margin: 0 0 .4rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+table {{ border-collapse: collapse; margin: 0 0 1.5rem; }}
+th, td {{ font-weight: normal; text-align: right; padding: .15rem 0 .15rem 1rem; }}
+th:first-child {{ text-align: left; padding-left: 0; }}
+thead th {{ opacity: .7; vertical-align: bottom; }}
 dl {{ display: grid; grid-template-columns: 9rem 1fr; gap: .3rem 1rem; margin: 0; }}
 dt {{ opacity: .7; }} dd {{ margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }}
 @media (max-width: 40rem) {{ dl {{ grid-template-columns: 1fr; gap: 0; }}
   dd {{ margin-bottom: .4rem; }} }}
 </style>
 <h1>{title}</h1>
+{table}
+<p>{shown}</p>
 {rows}
 </html>
 """
@@ -208,12 +251,23 @@ def write(output: Path, page: Path, spec: str, scores: dict[str, Score], rows: l
     content = {"rows": Path(spec).name, "scores": {k: asdict(v) for k, v in scores.items()},
                "answers": [asdict(row) for row in rows]}
     write_text(output, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    names = {"base": _("the base alone"), "adapter": _("with the adapter")}
     articles = []
     for row in rows[:SHOWN]:
-        lines = {_("known"): row.known} | {names[k]: v for k, v in row.answers.items()}
+        texts = {_("known"): row.known} | {name_of(k): v for k, v in row.answers.items()}
         cells = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>"
-                        for name, text in lines.items())
+                        for name, text in texts.items())
         articles.append(f"<article><h2>{html.escape(row.question)}</h2><dl>{cells}</dl></article>")
-    title = _("{n} of {rows:,} answers", n=len(articles), rows=len(rows))
-    write_text(page, PAGE.format(title=title, rows="\n".join(articles)))
+    title = f"{Path(spec).name}: {row_count(len(rows))}"
+    shown = _("The first {n} answers; all are in {file}.", n=len(articles), file=output.name) \
+        if len(rows) > len(articles) else ""
+    write_text(page, PAGE.format(title=html.escape(title), table=in_html(lines(scores)),
+                                 shown=html.escape(shown), rows="\n".join(articles)))
+
+
+def in_html(table: list[tuple[str, ...]]) -> str:
+    """A table whose first line and first column are names."""
+    first, *rest = [[html.escape(cell) for cell in line] for line in table]
+    head = "".join(f"<th>{name}</th>" for name in first)
+    body = "".join(f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+                   for name, *cells in rest)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -42,6 +42,8 @@ class Written:
         one)."""
         text = text if self.text else text.lstrip()
         self.text += text
+        if self.screen.width:
+            self.screen.resize(terminal_width())
         print(self.screen.put(text), end="", flush=True)
 
     def end(self) -> None:
@@ -70,6 +72,11 @@ class Screen:
             shown += self.place() + letter
             self.column = 0 if letter == "\n" else self.column + 1
         return shown
+
+    def resize(self, width: int) -> None:
+        """The terminal has `width` columns now; it has broken the lines that were longer."""
+        if width and width != self.width:
+            self.width, self.column = width, self.column % width
 
     def place(self) -> str:
         """The complete word, on the next line where this one has no room for it."""
@@ -120,6 +127,8 @@ def remarks(written: Written, most: int, full: bool) -> list[str]:
     """What a person should know of an answer that has ended. most: tokens that it might have; full:
     whether the model can hold no more."""
     lines = []
+    if written.ended and not written.text.strip():
+        lines.append(_("(the answer is empty)"))
     if not written.ended:
         lines.append(
             _("(cut at {n}: the model was made for no more)", n=tokens(most)) if full else

@@ -26,7 +26,7 @@ from phogpt_raw.model.adapters import (
     load_adapters,
     new_adapters,
 )
-from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig, PhoGPT
+from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import (
     PINNED_IDS,
     WITHOUT_WEIGHTS,
@@ -35,6 +35,7 @@ from phogpt_raw.model.weights import (
     read_config,
     read_model,
     read_tokenizer,
+    shape_alone,
 )
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.evaluate import Score, evaluate
@@ -126,17 +127,6 @@ def with_own_adapter(config: Config) -> Config:
                    targets=targets)
 
 
-def shape_alone(config: Config) -> ModelConfig | None:
-    """The built-in shape that --model 7b5 or 4b names, for a plan without any file of the base;
-    None for a base with files. Raises Refusal where there is no plan for it."""
-    if config.model not in PUBLISHED or expanded(config.model).is_dir():
-        return None
-    if not config.dry_run:
-        raise Refusal(f"--model {config.model}: is a shape without weights, for --dry-run; to "
-                      f"train, name a folder or a hub id such as vinai/PhoGPT-4B-Chat")
-    return PUBLISHED[config.model]
-
-
 def check_asked(config: Config, shape: ModelConfig) -> None:
     """Raise Refusal where the base lacks what --targets or --recompute name, or its matrices are
     no larger than those of --rank."""
@@ -175,10 +165,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
         config = with_own_adapter(config)
     card = known_card(config.card) if config.card else this_card()
     dtype, dtype_reason = training_dtype(card, config.dtype, asked_by(config, "dtype"))
-    shape = shape_alone(config)
-    if shape and card.device == "cpu":
-        raise Refusal(f"--model {config.model} --dry-run: plans for a GPU, and there is none here; "
-                      f"name one, such as --card t4")
+    shape = shape_alone(config.model, card, planned=config.dry_run)
     if shape and config.max_len > shape.max_seq_len:
         raise Refusal(f"--max-len {config.max_len}: {config.model} has rows of up to "
                       f"{shape.max_seq_len} tokens")

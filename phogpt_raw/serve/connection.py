@@ -1,0 +1,41 @@
+"""A connection whose client must say what it wants.
+
+uvicorn closes a connection that is idle between two requests. It waits without end for the head of
+a request that does not arrive, so a few thousand such connections would leave no room for others.
+"""
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_S = 30  # in which a request's first line and headers must arrive
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, closed where a head is not complete after HEAD_S."""
+
+    late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self.watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.watch()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.stop_watching()
+        super().connection_lost(error)
+
+    def watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:  # the head is there
+            self.stop_watching()
+        elif self.late is None:
+            self.late = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def stop_watching(self) -> None:
+        if self.late:
+            self.late.cancel()
+            self.late = None
