@@ -177,6 +177,7 @@ def flag(field: str) -> str:
     return field.replace("_", "-")
 
 
-def save(config: Config, file: Path) -> None:
-    text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False)
+def save(config: Config, file: Path, **more) -> None:
+    """Write the settings of a run, and more that is known of it."""
+    text = json.dumps(dataclasses.asdict(config) | more, indent=2, ensure_ascii=False)
     write_text(file, text + "\n")

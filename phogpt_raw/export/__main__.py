@@ -29,6 +29,7 @@ from phogpt_raw.export.source import find_source
 from phogpt_raw.files import check_free, check_space, expanded, whole_folder
 from phogpt_raw.model import nf4_file
 from phogpt_raw.model.adapter_config import run_record
+from phogpt_raw.model.base_identity import say_if_another
 from phogpt_raw.model.nf4 import NF4_BYTES
 from phogpt_raw.model.weights import find_cache, find_folder, read_model
 from phogpt_raw.refusal import Refusal, exits_cleanly
@@ -132,7 +133,8 @@ def write(options) -> None:
     source = find_source(options)
     merger, template = source.merger, TEMPLATES[source.template]
     if options.merged or options.gguf or options.nf4:
-        find_folder(source.base, source.revision)  # the weights too
+        folder = find_folder(source.base, source.revision)  # the weights too
+        say_if_another(folder, source.base_weights, options.adapter)
     dtype = DTYPES[options.dtype] if options.dtype != "auto" else (
         stored_dtype(merger) if options.merged else torch.float32)
     card = this_card()

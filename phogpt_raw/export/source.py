@@ -27,6 +27,7 @@ class Source:
     template: str
     tokenizer: object
     merger: Merger
+    base_weights: str | None  # of the base that the adapter was trained over, if known
 
 
 def find_source(options) -> Source:
@@ -47,7 +48,8 @@ def find_source(options) -> Source:
     if options.adapter:
         name += f" + {run_name(options.adapter)}"
     nf4 = made.nf4 if options.base_nf4 is None else options.base_nf4
-    return Source(base, revision, nf4, made.dtype, name, template, tokenizer, merger)
+    return Source(base, revision, nf4, made.dtype, name, template, tokenizer, merger,
+                  made.base_weights)
 
 
 def run_name(adapter: Path) -> str:

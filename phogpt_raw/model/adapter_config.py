@@ -150,6 +150,7 @@ class Origin:
     template: str = "auto"
     nf4: bool = True
     dtype: str = "auto"
+    base_weights: str | None = None  # of weights_hash
 
 
 def read_origin(folder: Path) -> Origin:
@@ -168,10 +169,12 @@ def read_origin(folder: Path) -> Origin:
     if recorded is None:
         return Origin(base, revision)
     origin = Origin(base, revision or recorded.get("revision"), recorded["template"],
-                    recorded.get("nf4", True), recorded.get("dtype", "auto"))
+                    recorded.get("nf4", True), recorded.get("dtype", "auto"),
+                    recorded.get("base_weights"))
     good = {"template": origin.template in CHOICES["template"], "nf4": type(origin.nf4) is bool,
             "dtype": origin.dtype in ("auto", *DTYPES),
-            "revision": isinstance(origin.revision, str | None)}
+            "revision": isinstance(origin.revision, str | None),
+            "base_weights": isinstance(origin.base_weights, str | None)}
     for field, known in good.items():
         if not known:
             raise Refusal(f"{file}: {field} {getattr(origin, field)!r} is none that a run can "

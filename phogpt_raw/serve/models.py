@@ -106,6 +106,7 @@ def load(found: dict[str, Found]) -> list[Served]:
     for name, one in found.items():
         model = same_base(base)
         if one.adapter:
+            one.say_if_over_others()
             load_adapters(model, one.adapter, trainable=False)
         served.append(Served(name, model, one.tokenizer, one.template))
     return served

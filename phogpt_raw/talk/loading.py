@@ -21,6 +21,7 @@ from phogpt_raw.model.adapter_config import (
     read_origin,
 )
 from phogpt_raw.model.adapters import load_adapters
+from phogpt_raw.model.base_identity import say_if_another
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import (
     WITHOUT_WEIGHTS,
@@ -53,6 +54,7 @@ class Found:
     nf4_cache: str | None
     dtype: torch.dtype
     card: Card
+    base_weights: str | None = None  # of the base that the adapter was trained over, if known
 
     def identity(self) -> tuple:
         """What decides the answers beside question and sampling, as far as it is known without
@@ -60,7 +62,13 @@ class Found:
         return (self.base, self.revision, self.adapter and adapter_hash(self.adapter),
                 self.template.question, self.nf4, str(self.dtype), self.shape.max_seq_len)
 
+    def say_if_over_others(self) -> None:
+        if self.adapter:
+            say_if_another(find_folder(self.base, self.revision), self.base_weights, self.adapter)
+
     def load(self) -> PhoGPT:
+        """Read the weights; say where the adapter was trained over others."""
+        self.say_if_over_others()
         model, _tokenizer = load_base(self.base, nf4=self.nf4, dtype=self.dtype,
                                       device=self.card.device, revision=self.revision,
                                       nf4_cache=self.nf4_cache)
@@ -91,7 +99,7 @@ def find(options) -> Found:
     template, _reason = choose_template(tokenizer, options.template, made.template)
     shape = in_context(shape, options.context)
     return Found(base, revision, adapter, shape, tokenizer, TEMPLATES[template], nf4,
-                 options.nf4_cache, dtype, card)
+                 options.nf4_cache, dtype, card, made.base_weights)
 
 
 def in_context(shape: ModelConfig, most: int | None) -> ModelConfig:

@@ -28,9 +28,9 @@ FREE = {"preset", "data", "val", "map", "strict", "too_long", "data_cache", "ins
 ROWS = "row_hashes.json"  # of the rows with which the run began
 
 
-def record_run(folder: Path, config: Config, examples: Examples) -> None:
-    """Write what a later start is compared with."""
-    configuration.save(config, folder / "config.json")
+def record_run(folder: Path, config: Config, examples: Examples, base_weights: str | None) -> None:
+    """Write what a later start is compared with. base_weights: of weights_hash."""
+    configuration.save(config, folder / "config.json", base_weights=base_weights)
     rows = {part: [fingerprint(example) for example in getattr(examples, part)]
             for part in ("train", "held_out")}
     write_text(folder / ROWS, json.dumps(rows, indent=0) + "\n")
@@ -64,6 +64,14 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
                 f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
             )
     check_rows(folder, before, now, examples)
+
+
+def check_base(folder: Path, config: Config, base_weights: str) -> None:
+    """Raise Refusal where the base holds other weights than when the run began."""
+    began = json.loads((folder / "config.json").read_text("utf-8")).get("base_weights")
+    if began and began != base_weights:
+        raise Refusal(f"--out {folder}: the weights of --model {config.model} have changed since "
+                      f"this run began; go on over the same, or name another --out")
 
 
 def whole_path(name: str, value):

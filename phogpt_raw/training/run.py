@@ -64,6 +64,7 @@ class Run:
         self.config, self.steps, self.examples = config, steps, examples
         self.planned = steps  # when its newest checkpoint was saved
         self.state = RunState(planned=steps)
+        self.base_weights = None
         self.saved = None  # the step and the last evaluation that the newest checkpoint holds
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future | None = None  # of the newest checkpoint
@@ -85,6 +86,13 @@ class Run:
                           f"another --out, or start from it with --adapter {self.folder}")
         else:
             resume.check_place(self.folder)
+
+    def over(self, base_weights: str) -> None:
+        """Note the base that the run trains over. Raises Refusal where a run that goes on has begun
+        over another."""
+        if self.checkpoint:
+            resume.check_base(self.folder, self.config, base_weights)
+        self.base_weights = base_weights
 
     @property
     def ended(self) -> bool:
@@ -129,7 +137,7 @@ class Run:
                 checkpoint.tidy(self.folder)
                 if has_our_card(self.folder):  # it speaks of an end that is not the end any more
                     (self.folder / CARD).unlink()
-                resume.record_run(self.folder, self.config, self.examples)
+                resume.record_run(self.folder, self.config, self.examples, self.base_weights)
                 if self.checkpoint:
                     self.checkpoint = self.folder / f"checkpoint-{self.state.step}"
                     checkpoint.load(self.checkpoint, training)

@@ -26,6 +26,7 @@ from phogpt_raw.model.adapters import (
     load_adapters,
     new_adapters,
 )
+from phogpt_raw.model.base_identity import weights_hash
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import (
     PINNED_IDS,
@@ -187,8 +188,9 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     if config.dry_run or config.inspect:  # needs shapes alone
         model = base_on_meta(shape, dtype, nf4=config.nf4)
     else:
-        model = read_model(find_folder(config.model, config.revision), nf4=config.nf4,
-                           dtype=dtype, device=torch.device(card.device),
+        folder = find_folder(config.model, config.revision)  # the weights too
+        run.over(weights_hash(folder))
+        model = read_model(folder, nf4=config.nf4, dtype=dtype, device=torch.device(card.device),
                            nf4_cache=config.nf4_cache)
     base = config.base_reference()
     if config.adapter:
