@@ -253,12 +253,12 @@ def serve(rows: list[dict], title: str) -> Table:
 
 def saving(rows: list[dict], title: str) -> Table:
     made = table(title, ["checkpoint", "a save", "longest", "a step", "slows steps by",
-                         "last save", "share of the run"])
+                         "last save", "share of the run", "without the last"])
     for row in rows:
         saves = row["saves_s"]
         slowed = sum(row["slowed_s"]) / max(1, len(row["slowed_s"]))
         made.add_row(f"{row['checkpoint_bytes'] / 2**20:,.0f} MiB",
                      f"{sum(saves) / len(saves):.3f} s", f"{max(saves):.3f} s",
                      f"{row['step_s']:.3f} s", f"{slowed:.3f} s", f"{row['end_s']:.2f} s",
-                     f"{row['share']:.1%}")
+                     f"{row['share']:.1%}", f"{row['share_of_others']:.1%}")
     return made

@@ -6,8 +6,8 @@ A run of train.py's loop over random rows with the lengths of 256 real pairs (le
 the values of the preset t4: 8 examples a step, packed. Every --every steps it writes a checkpoint:
 adapter, optimizer state and hashes, flushed to the disk under --out. A save counts until the loop
 goes on. The rest is done while the next steps are computed and makes them slower: the first half of
-the steps after each save is compared with the second half. The last checkpoint is written while the
-run's curves are drawn; what that takes longer than drawing them alone is its cost.
+the steps after each save is compared with the second half. The end of the run waits for the last
+checkpoint.
 """
 
 import statistics
@@ -26,7 +26,6 @@ from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.refusal import Refusal, exits_cleanly
-from phogpt_raw.show import plots
 from phogpt_raw.show.console import out
 from phogpt_raw.simulate.fit import choose
 from phogpt_raw.training.leaving import Leaving
@@ -56,24 +55,23 @@ def measure(options, folder: Path) -> dict:
     job.run.save = timed
     with job.run.begun(job):
         begun = time.perf_counter()
-        with plots.drawn(job.run), Leaving() as leave:
+        with Leaving() as leave:
             clock = Clock()
             train(job, Metrics(job.run.folder, job.run.state, job), clock, leave)
         job.run.settle()
         whole = time.perf_counter() - begun
-        plots.draw(job.run.folder, options.model)
-        drawing = time.perf_counter() - begun - whole
     return {"steps": options.steps, "every": options.every, "whole_s": whole, "saves_s": saves,
-            "drawing_s": drawing, **costs(clock.seconds(), saves, options.every, whole - drawing),
+            **costs(clock.seconds(), saves, options.every, whole),
             "checkpoint_bytes": sum(f.stat().st_size for f in job.run.checkpoint.iterdir())}
 
 
 def costs(steps: list[float], saves: list[float], every: int, whole: float) -> dict:
     """What saving costs. steps: seconds of each, from the end of the one before, which includes a
-    save between the two; saves: seconds of each save; whole: seconds of the run without drawing.
+    save between the two; saves: seconds of each save; whole: seconds of the run.
 
     step_s: a step where nothing is written beside it. slowed_s: by how much a save slows down the
-    steps after it. end_s: from the last step to the end, with the last save. share: of all of it.
+    steps after it. end_s: from the last step to the end, with the last save. share: of all of it;
+    share_of_others: without the last save, which a run that saves at its end alone has too.
 
     >>> costs([1, 1, 1, 1, 1.5, 1.25, 1, 1], saves=[0.25, 0.5], every=4, whole=9.25)["share"]
     0.13513513513513514
@@ -84,8 +82,9 @@ def costs(steps: list[float], saves: list[float], every: int, whole: float) -> d
     slowed = [sum(steps[n:n + half]) - saved - half * step
               for n, saved in zip(after, saves, strict=False)]
     end = whole - sum(steps)
-    return {"step_s": step, "slowed_s": slowed, "end_s": end,
-            "share": (sum(saves[:len(slowed)]) + sum(slowed) + end) / whole}
+    others = sum(saves[:len(slowed)]) + sum(slowed)
+    return {"step_s": step, "slowed_s": slowed, "end_s": end, "share": (others + end) / whole,
+            "share_of_others": others / whole}
 
 
 def parse(arguments):
