@@ -109,6 +109,16 @@ def test_the_system_text_stands_before_the_first_question_alone(tokenizer):
                                               "Trả lời ngắn.")
 
 
+def test_the_system_text_stays_when_the_oldest_turns_go(tokenizer):
+    talk = conversation(tokenizer, holds=80, most=20, system="Trả lời ngắn.")
+    for n in range(8):
+        prompt, most, _ = talk.ask(f"câu {n}")
+        assert tokenizer.decode(prompt).startswith("### Câu hỏi: Trả lời ngắn.\ncâu ")
+        assert tokenizer.decode(prompt).count("ngắn") == 1 and len(prompt) + most <= 80
+        talk.answered([50] * 12)
+    assert len(talk.turns) < 8
+
+
 def test_greedy_answers_are_those_to_one_long_prompt(chat, tiny, tokenizer):
     status, out, _ = chat("Xin chào\nPhở là gì?\nCòn mèo?\n", "--model", tiny,
                           "--max-new-tokens", 12)

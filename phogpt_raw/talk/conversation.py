@@ -7,7 +7,7 @@ tokens only. When the conversation outgrows the model, its oldest turns are left
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from phogpt_raw.data.prompt import encode_prompt, encode_text
 from phogpt_raw.decode.engine import Engine
@@ -23,14 +23,15 @@ PROMPT = "> "
 
 @dataclass(frozen=True)
 class Turn:
-    """Token ids of a question in its template, and of its answer with `</s>`."""
+    """A question as typed; token ids of it in its template, and of its answer with `</s>`."""
 
+    asked: str
     question: list[int]
     answer: list[int]
 
 
 class Conversation:
-    """Turns as token ids. system: stands before the first question."""
+    """Turns as token ids. system: stands before the first question that is left."""
 
     def __init__(self, found: Found, most: int, system: str = ""):
         self.found, self.most, self.system = found, most, system
@@ -42,16 +43,24 @@ class Conversation:
         Turns are left out until the whole answer fits, or none is left; Refusal where the question
         alone is too long.
         """
-        told = f"{self.system}\n" if self.system and not self.turns else ""
-        self.question = encode_prompt(self.found.tokenizer, self.found.template, told + question)
+        self.asked, self.question = question, self.encoded(question, first=not self.turns)
         left_out = 0
         while self.turns and self.room() < self.most:
             self.turns.pop(0)
             left_out += 1
+            if self.turns:
+                first = self.turns[0]
+                self.turns[0] = replace(first, question=self.encoded(first.asked, first=True))
+            else:
+                self.question = self.encoded(question, first=True)
         if self.room() < 1:
             raise Refusal(f"the question is too long: {len(self.question):,} tokens of the "
                           f"{self.found.shape.max_seq_len:,} that the model was made for")
         return self.prompt(), min(self.most, self.room()), left_out
+
+    def encoded(self, question: str, first: bool) -> list[int]:
+        told = f"{self.system}\n" if self.system and first else ""
+        return encode_prompt(self.found.tokenizer, self.found.template, told + question)
 
     def room(self) -> int:
         return self.found.shape.max_seq_len - len(self.prompt())
@@ -66,7 +75,8 @@ class Conversation:
 
     def answered(self, ids: list[int]) -> None:
         """Keep the answer, whole or not, to the question asked last."""
-        self.turns.append(Turn(self.question, [*ids, self.found.tokenizer.eos_token_id]))
+        answer = [*ids, self.found.tokenizer.eos_token_id]
+        self.turns.append(Turn(self.asked, self.question, answer))
 
 
 def chat(found: Found, how: Generation, system: str = "") -> None:
