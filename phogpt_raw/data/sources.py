@@ -69,6 +69,8 @@ class Source:
 
 def find_source(spec: str) -> Source:
     """What a --data names: FILE, FOLDER, FILE=WEIGHT, or owner/name:split@revision of the hub."""
+    if not spec.strip():
+        raise Refusal("--data: names no file; an empty name would be the folder that you are in")
     weight = 1.0
     path = expanded(spec)
     if not path.exists() and (weighted := re.fullmatch(r"(.+)=([\d.]+)", spec)):
