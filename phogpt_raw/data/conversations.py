@@ -289,7 +289,7 @@ class Reader:
         for role, said in turns:
             if not said or (role == ASSISTANT and not said.removesuffix("</s>").strip()):
                 raise Unusable(f"a turn of the {role} is empty; write a text, or remove the row")
-            if found := FOREIGN_INSIDE.search(said):
+            if ("<" in said or "[" in said) and (found := FOREIGN_INSIDE.search(said)):
                 raise Unusable(f"a turn of the {role} holds {found[0]}, a mark of another model's "
                                f"template; give the plain text")
         if spoken[-1] == USER:
