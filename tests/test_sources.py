@@ -243,3 +243,10 @@ def test_what_an_open_excel_leaves_in_a_folder_is_not_read(tmp_path):
 def test_a_path_that_is_not_there_is_no_name_of_the_hub(name):
     with pytest.raises(Refusal, match="no such data file"):
         find_source(name)
+
+
+def test_a_folder_of_save_to_disk_says_what_to_write(tmp_path):
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
+    (tmp_path / "dataset_info.json").write_text('{"citation": ""}')
+    with pytest.raises(Refusal, match="data-00000-of-00001.arrow: .* to_parquet or to_json"):
+        find_source(str(tmp_path))

@@ -99,6 +99,9 @@ def number(text: str, spec: str) -> float:
 
 def in_folder(folder: Path) -> tuple[Path, ...]:
     """The data files of a folder and of those in it, by name."""
+    if stored := next(folder.rglob("*.arrow"), None):
+        raise Refusal(f"{stored}: is a data set as datasets' save_to_disk stores it; write it with "
+                      f"to_parquet or to_json")
     found = [file for file in sorted(folder.rglob("*"))
              if file.is_file() and suffix(file) in KINDS and not ABOUT.fullmatch(file.name)
              and not file.name.startswith("~$")  # Excel's, of a file that is open
