@@ -125,6 +125,6 @@ def test_a_file_of_the_cache_holds_no_pickles(file, tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_rows_are_read(file, encodings):
-    with pytest.raises(Refusal, match="--data-cache .*: no folder can be made there"):
+    with pytest.raises(Refusal, match=r"--data-cache .*: no folder can be made there"):
         load(file, data_cache=str(file))
     assert not encodings

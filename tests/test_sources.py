@@ -13,6 +13,7 @@ from odd_files import parquet, sheet
 from phogpt_raw.data.conversations import conversations
 from phogpt_raw.data.records import Bad, Findings
 from phogpt_raw.data.sources import find_source, read_file
+from phogpt_raw.data.tables import rows_within
 from phogpt_raw.refusal import Refusal
 
 PAIRS = [("Phở là gì?", "Một món nước."), ("Hai dòng,\nmột câu; ở đây", 'Có "ngoặc"\tvà tab'),
@@ -248,5 +249,21 @@ def test_a_path_that_is_not_there_is_no_name_of_the_hub(name):
 def test_a_folder_of_save_to_disk_says_what_to_write(tmp_path):
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
     (tmp_path / "dataset_info.json").write_text('{"citation": ""}')
-    with pytest.raises(Refusal, match="data-00000-of-00001.arrow: .* to_parquet or to_json"):
+    with pytest.raises(Refusal, match=r"data-00000-of-00001\.arrow: .* to_parquet or to_json"):
         find_source(str(tmp_path))
+
+
+def test_a_whole_number_is_read_from_excel_as_far_as_it_is_exact(tmp_path):
+    pytest.importorskip("openpyxl")
+    file = tmp_path / "rows.xlsx"
+    file.write_bytes(sheet([["prompt", "response"], ["a", 2**53 - 1], ["b", 2**53]]))
+    exact, rounded = (record.value["response"] for record in read_file(file, Findings()))
+    assert exact == "9007199254740991" and "in its own way" in rounded.why
+
+
+def test_lines_within_a_cell_look_like_rows_if_nearly_all_do():
+    def cell(alike, others):
+        return "x\n" + "a,b\n" * alike + "c\n" * others + "y"
+
+    assert [rows_within(cell(*lines), ["p", "r"], ",") for lines in (
+        (19, 1), (9, 1), (8, 2), (2, 0), (1, 0))] == [19, 9, 0, 2, 0]
