@@ -21,10 +21,15 @@ OF_THE_PLACE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP,
 
 def write_utf8(stream) -> None:
     """Have a stream write Vietnamese where the system's encoding cannot, as a redirected output on
-    Windows: in UTF-8; a terminal keeps its encoding and shows `?` for what it lacks."""
+    Windows: in UTF-8; a terminal keeps its encoding and shows `?` for what it lacks. What UTF-8
+    lacks, such as half a character in the name of a file, is written as its code."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    if hasattr(stream, "reconfigure") and encoding.lower().replace("-", "") != "utf8":
-        stream.reconfigure(**({"errors": "replace"} if stream.isatty() else {"encoding": "utf-8"}))
+    if not hasattr(stream, "reconfigure"):
+        return
+    if stream.isatty() and encoding.lower().replace("-", "") != "utf8":
+        stream.reconfigure(errors="replace")
+    else:
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def open_missing_streams() -> None:

@@ -7,6 +7,7 @@ about them.
 import gzip
 import io
 import json
+import re
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -25,8 +26,9 @@ def talk(*turns) -> str:
     return row(messages=[{"role": role, "content": text} for role, text in turns])
 
 
-def sheet(rows, *, formulas=(), more=()) -> bytes:
-    """An .xlsx file; formulas: (cell, text); more: rows of a second sheet."""
+def sheet(rows, *, formulas=(), more=(), hidden=None, cells=None) -> bytes:
+    """An .xlsx file; formulas: (cell, text); more: rows of a second sheet; hidden: the number of
+    the sheet that is; cells: the range that the file names, in place of the right one."""
     openpyxl = __import__("openpyxl")
     book = openpyxl.Workbook()
     for values in rows:
@@ -37,17 +39,34 @@ def sheet(rows, *, formulas=(), more=()) -> bytes:
         second = book.create_sheet("Ghi chú")
         for values in more:
             second.append(values)
+    if hidden is not None:
+        book.worksheets[hidden].sheet_state = "hidden"
+        book.active = 1 - hidden
     made = io.BytesIO()
     book.save(made)
+    return in_range(made, cells) if cells else made.getvalue()
+
+
+def in_range(book: io.BytesIO, cells: str) -> bytes:
+    """The same file with another range of cells, as some programs write it."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(book) as old, zipfile.ZipFile(made, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, re.sub(b'<dimension ref="[^"]*"',
+                                      f'<dimension ref="{cells}"'.encode(), old.read(name)))
     return made.getvalue()
 
 
-def parquet(records) -> bytes:
+def parquet(records, **types) -> bytes:
+    """types: of the columns that are not as pyarrow would take them."""
     import pyarrow
     from pyarrow.parquet import write_table
 
     made = io.BytesIO()
-    write_table(pyarrow.Table.from_pylist(records), made)
+    columns = {name: pyarrow.array([one[name] for one in records],
+                                   types.get(name) and getattr(pyarrow, types[name])())
+               for name in (records[0] if records else types)}
+    write_table(pyarrow.table(columns), made)
     return made.getvalue()
 
 
@@ -112,7 +131,24 @@ FILES: list[tuple[str, bytes | str]] = [
     ("unused.jsonl", row(prompt=Q, response=A, topic="món ăn", id=7) + "\n"),
     ("upper.JSONL", row(PROMPT=Q, RESPONSE=A) + "\n"),
     ("rows[1]*?.jsonl", ROW + "\n"),
+    ("missing_as_nan.jsonl", GOOD + '{"instruction": "Một?", "input": NaN, "output": "Hai."}\n'),
+    ("marks_in_lines.jsonl", "".join("\ufeff" + line + "\n" for line in GOOD.splitlines())),
+    ("no_marks_but_signs.jsonl", row(prompt="Pho la gi?", response="“Mon nuoc”…") + "\n"),
+    ("control_answer.jsonl", GOOD + row(prompt=Q, response="\x01\x02") + "\n"),
+    ("no_width.jsonl", GOOD + row(prompt=Q, response="\u200b") + "\n"),
+    ("control_text.jsonl", row(text="\x00\x01") + "\n"),
+    ("control_name.jsonl", row(prompt=Q, response=A, **{"\x1b[2Jtên": 1}) + "\n"),
+    ("dolly.jsonl", row(instruction=Q, context="Ở Huế.", response=A, category="qa") + "\n"),
+    ("turn_of_a_tree.jsonl", row(text=Q, role="prompter", message_id="1") + "\n"),
     # turns
+    ("vietnamese_roles.jsonl", row(messages=[{"vai trò": "Người dùng", "nội dung": Q},
+                                             {"Vai trò": "Trợ lý ", "Nội dung": A}]) + "\n"),
+    ("weight.jsonl", row(messages=[{"role": "user", "content": Q},
+                                   {"role": "assistant", "content": A, "weight": 0}]) + "\n"),
+    ("history_beside_turns.jsonl", row(history=[["a", "b"]], messages=[
+        {"role": "user", "content": Q}, {"role": "assistant", "content": A}]) + "\n"),
+    ("system_beside_text.jsonl", row(system="Ngắn.", text=A) + "\n"),
+    ("system_and_question.jsonl", row(system="Ngắn.", prompt=Q, response=A) + "\n"),
     ("ends_with_question.jsonl", talk(("user", Q), ("assistant", A), ("user", "Rồi sao?")) + "\n"),
     ("begins_with_answer.jsonl", talk(("assistant", A), ("user", Q), ("assistant", A)) + "\n"),
     ("question_alone.jsonl", talk(("user", Q)) + "\n"),
@@ -133,6 +169,14 @@ FILES: list[tuple[str, bytes | str]] = [
     ("chatml.jsonl", row(prompt="<|im_start|>user\nPhở?<|im_end|>", response=A) + "\n"),
     ("llama.jsonl", row(text="<s>[INST] Phở? [/INST] Món nước</s>") + "\n"),
     ("alpaca.jsonl", row(text="### Instruction:\nPhở?\n\n### Response:\nMón") + "\n"),
+    ("worn_turn.jsonl", talk(("user", "### Câu hỏi: Phở?\n### Trả lời:"), ("assistant", A)) + "\n"),
+    ("worn_history.jsonl", row(prompt=Q, response=A, history=[
+        ["### Câu hỏi: Phở?\n### Trả lời:", "Có."]]) + "\n"),
+    ("worn_after_system.jsonl",
+     row(text=f"Trả lời ngắn.\n### Câu hỏi: {Q}\n### Trả lời: {A}") + "\n"),
+    ("worn_in_one_line.jsonl", row(text=f"### Câu hỏi: {Q} ### Trả lời: {A}") + "\n"),
+    ("chatml_turn.jsonl", talk(("user", "<|im_start|>user\nPhở?"), ("assistant", A)) + "\n"),
+    ("chatml_end.jsonl", GOOD + row(prompt=Q, response=A + "<|im_end|>") + "\n"),
     ("template_inside.jsonl", row(prompt="Viết '### Trả lời:' làm gì?", response=A) + "\n"),
     # .json
     ("empty.json", ""),
@@ -148,6 +192,10 @@ FILES: list[tuple[str, bytes | str]] = [
     ("columns.json", row(prompt=[Q, Q], response=[A, A])),
     ("lines.json", GOOD),
     ("deep.json", "[" * 100_000),
+    ("comma_at_the_end.json", f"[{ROW},\n{ROW},\n]\n\n\n"),
+    ("fence.json", f"```json\n[{ROW}]\n```\n"),
+    ("lines_with_lists.json", (row(prompt=Q, response=A, sources=[{"url": "x"}]) + "\n") * 2),
+    ("text_and_list.json", row(text="Các câu hỏi", rows=[json.loads(ROW)])),
     ("quoted_text.json", '[{"prompt": "Hai?", "response": 4}, {"prompt": "a", "response": "b"}]'),
     # tables
     ("header_only.csv", "prompt,response\n"),
@@ -180,6 +228,13 @@ FILES: list[tuple[str, bytes | str]] = [
     # other kinds
     ("notes.txt", "Phở là món nước.\n\nBún là món khác.\n"),
     ("pairs.txt", "### Câu hỏi: Một?\n### Trả lời: Hai.\n\n### Câu hỏi: Ba?\n### Trả lời: Bốn.\n"),
+    ("pairs_of_a_mac.txt", unicodedata.normalize(
+        "NFD", "### Câu hỏi: Một?\n### Trả lời: Hai.\n\n### Câu hỏi: Ba?\n### Trả lời: Bốn.\n")),
+    ("lines.txt", GOOD),
+    ("zip.csv", lambda: other_zip()),
+    ("zip.txt", lambda: other_zip()),
+    ("pdf.txt", b"%PDF-1.7\n%\xe2\xe3\n"),
+    ("twice.jsonl.gz", gzip.compress(gzip.compress(GOOD.encode()))),
     ("empty.md", "\n\n"),
     ("rows.jsonl.gz", gzip.compress(GOOD.encode())),
     ("not_gzip.jsonl.gz", GOOD),
@@ -199,10 +254,21 @@ FILES: list[tuple[str, bytes | str]] = [
     ("true.xlsx", lambda: sheet([["prompt", "response"], ["Đúng?", True]])),
     ("second_sheet.xlsx", lambda: sheet([["prompt", "response"], [Q, A]],
                                         more=[["Ngày", "Việc"], ["1", "2"]])),
+    ("hidden_sheet.xlsx", lambda: sheet([["prompt", "response"], ["Ẩn?", A]], hidden=0,
+                                        more=[["Câu hỏi", "Trả lời"], [Q, A]])),
+    ("same_columns.xlsx", lambda: sheet([["prompt", "response"]] + [[Q, A]] * 9,
+                                        more=[["response", "prompt"], [4.5, Q]])),
+    ("small_range.xlsx", lambda: sheet([["prompt", "response"]] + [[Q, A]] * 9, cells="A1:B3")),
+    ("unused_number.xlsx", lambda: sheet([["prompt", "response", "điểm"], [Q, A, 0.5]])),
+    ("escaped.xlsx", lambda: sheet([["prompt", "response"], [Q, "Một _x1EDF_"]])),
+    ("password.xlsx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(100)),
     ("twice.xlsx", lambda: sheet([["prompt", "Prompt", "response"], [Q, Q, A]])),
     ("text.parquet", "prompt,response\n"),
     ("fake.parquet", b"PAR1" + b"\x00" * 100 + b"PAR1"),
     ("rows.parquet", lambda: parquet([{"prompt": Q, "response": A}] * 2)),
+    ("far_date.parquet", lambda: parquet([{"prompt": Q, "response": A, "day": 10**9}],
+                                         day="date32")),
+    ("no_rows.parquet", lambda: parquet([], prompt="string", response="string")),
     ("number.parquet", lambda: parquet([{"prompt": Q, "response": 4}])),
 ]
 

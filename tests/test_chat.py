@@ -4,7 +4,9 @@ import re
 
 import pytest
 
-from phogpt_raw.data.prompt import TEMPLATES
+from phogpt_raw.data.conversations import Conversation
+from phogpt_raw.data.prompt import TEMPLATES, encode_row
+from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.export.chat import jinja, modelfile
 from phogpt_raw.model.weights import NANO, read_config, read_tokenizer
 
@@ -35,10 +37,30 @@ def test_several_turns_are_those_of_the_tokenizers_own_template():
         assert rendered(jinja(TEMPLATES["4b-chat"]), TURNS[:count], count != 2) == own
 
 
-def test_a_system_text_stands_before_the_first_question():
-    turns = [{"role": "system", "content": "Trả lời ngắn."}, *TURNS[:1]]
-    assert rendered(jinja(TEMPLATES["4b-chat"]), turns) == (
-        "Trả lời ngắn.\n### Câu hỏi: Phở là gì?\n### Trả lời:")
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_with_a_system_text_is_the_one_of_training(name):
+    """The exported template, nano's own, the Modelfile's question, generate.py and training."""
+    tokenizer = read_tokenizer(NANO, read_config(NANO))
+    turns = [{"role": "system", "content": "Trả lời ngắn. "}, *TURNS,
+             {"role": "assistant", "content": "Dạ, món khô."}]
+    row = Conversation(tuple((turn["role"], turn["content"].strip()) for turn in turns), "x:1")
+    trained = tokenizer.decode(encode_row(tokenizer, TEMPLATES[name], row, 512).ids)
+    assert trained.startswith(TEMPLATES[name].question.format("Trả lời ngắn.\nPhở là gì?"))
+    assert rendered(jinja(TEMPLATES[name]), turns, generate=False) == trained
+    if name == "4b-chat":
+        assert rendered(tokenizer.chat_template, turns, generate=False) == trained
+    asked = [Turn("Phở là gì?", "Dạ, món nước."), Turn('Còn "bún" thì sao?')]
+    ids = encode_history(tokenizer, TEMPLATES[name], asked, "Trả lời ngắn.")
+    assert tokenizer.decode(ids) == rendered(jinja(TEMPLATES[name]), turns[:-1])
+    assert "{{ if .System }}{{ .System }}\n{{ end }}{{ .Prompt }}" in modelfile(
+        TEMPLATES[name], 1024)
+
+
+def test_an_empty_system_text_leaves_nothing():
+    turns = [{"role": "system", "content": " "}, *TURNS[:1]]
+    for template in (jinja(TEMPLATES["4b-chat"]),
+                     read_tokenizer(NANO, read_config(NANO)).chat_template):
+        assert rendered(template, turns) == rendered(template, TURNS[:1])
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -1,6 +1,7 @@
 """What a person is told about the rows, before the first step."""
 
 import json
+import os
 
 import pytest
 from conftest import write_rows
@@ -79,7 +80,7 @@ def test_held_out_files_have_lines_of_their_own(rows, tmp_path, capsys):
 @pytest.mark.parametrize("kind", [
     "turns", "text", "template", "system", "open question", "template inside", "no diacritics",
     "mojibake", "lost letters", "control", "cp1258", "like rows", "formula", "number", "sheet",
-    "file", "beside the list"])
+    "hidden sheet", "file", "beside the list"])
 def test_every_kind_of_note_has_a_sentence(kind):
     text = note_text(kind, Note(3, "f:7", "tên"))
     assert "3" in text or "f:7" in text or "tên" in text
@@ -90,3 +91,25 @@ def test_the_histogram_begins_with_the_shortest_row():
     lengths = Lengths(100, 50, 35, 44, 48, (10, 20, 30, 40, 50), (0, 0, 4, 8, 1))
     assert histogram(lengths) == "▅█▂ from 21 to 50 tokens, 10 a bar"
     assert data_report.BARS[0] == "▁"
+
+
+def test_a_path_that_is_no_text_and_a_name_that_a_terminal_would_obey_are_printed(
+        train, tmp_path):
+    row = json.dumps({"prompt": "Phở?", "response": "Món nước.", "\x1b[2Jcũ": 1})
+    file = tmp_path / os.fsdecode(b"rows\xff.jsonl")
+    try:
+        file.write_text(row + "\n")
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    printed = shown(train, "--data", file)
+    assert "rows\\udcff.jsonl:1: Phở?" in printed and "not used: \\x1b[2Jcũ" in printed
+    _status, line, _error = train("--data", file, "--hold-out", 0, "--inspect", 1, "--json")
+    assert json.loads(line)["where"][0] == f"{tmp_path}/rows\\udcff.jsonl:1"
+
+
+def test_ten_columns_that_are_not_used_are_named(train, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,response," + ",".join(f"c{n}" for n in range(30)) + "\n"
+                    + "a,b" + ",x" * 30 + "\n")
+    printed = " ".join(shown(train, "--data", file).split())
+    assert "not used: c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 and 20 others" in printed

@@ -93,3 +93,8 @@ def test_mojibake_is_seen_and_vietnamese_is_not_taken_for_it():
     assert MOJIBAKE.search(TEXT.encode().decode("cp1252", "ignore"))
     assert not MOJIBAKE.search(TEXT) and not MOJIBAKE.search(TEXT.upper())
     assert not MOJIBAKE.search("«nhà xá» và “phố”")
+
+
+def test_some_lines_of_another_encoding_among_utf8_are_bad_lines_of_a_utf8_file():
+    line = "Phở là một món nước.\n".encode()
+    assert detect(line * 9 + b"caf\xe9, d\xe9j\xe0, m\xf3n\n" * 2) == "utf-8"

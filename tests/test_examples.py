@@ -79,7 +79,7 @@ def loaded(tmp_path, count, **config):
     file = write_rows(tmp_path / "rows.jsonl",
                       [(f"câu hỏi {n}", f"trả lời {n}") for n in range(count)])
     tokenizer = read_tokenizer(NANO, read_config(NANO))
-    return load_examples(tokenizer, Config(data=str(file), **config))
+    return load_examples(tokenizer, Config(**{"data": str(file), **config}))
 
 
 @pytest.mark.parametrize("count, config, held", [
@@ -192,3 +192,23 @@ def test_duplicates_and_lengths_are_reported(tmp_path):
     tokenizer = read_tokenizer(NANO, read_config(NANO))
     report = load_examples(tokenizer, Config(data=str(file))).report
     assert (report.rows, report.duplicates, report.fits) == (3, 1, 1)
+
+
+def test_held_out_rows_have_no_weight(tmp_path):
+    with pytest.raises(Refusal, match=r"--val .*rows.jsonl=2: held-out rows count once"):
+        loaded(tmp_path, 5, val=f"{tmp_path}/rows.jsonl=2")
+
+
+def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path):
+    """As `--data "$FILE"` gives it where FILE is not set."""
+    for name in ("", " "):
+        with pytest.raises(Refusal, match="names no file"):
+            loaded(tmp_path, 5, data=name)
+
+
+def test_a_part_of_the_rows_is_a_part_of_those_that_are_not_held_out(tmp_path):
+    """So the two are decided by different bits."""
+    loaded(tmp_path, 400)
+    found = loaded(tmp_path, 400, data=f"{tmp_path}/rows.jsonl=0.5", hold_out=0.3)
+    assert 80 < len(found.held_out) < 160
+    assert 0.4 < len(found.train) / (400 - len(found.held_out)) < 0.6

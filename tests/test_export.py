@@ -120,7 +120,8 @@ def test_the_runs_template_is_the_exports(first_command, tmp_path):
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"template": "7b5-instruct"}))
     export(run, tmp_path / "out", "--gguf", "q8_0")
-    assert "### Câu hỏi:\n{{ .Prompt }}" in (tmp_path / "out" / "Modelfile").read_text("utf-8")
+    template = (tmp_path / "out" / "Modelfile").read_text("utf-8")
+    assert "### Câu hỏi:\n{{ if .System }}" in template
 
 
 def test_of_a_checkpoint_the_template_is_its_runs(first_command, tmp_path, capsys):
@@ -129,7 +130,8 @@ def test_of_a_checkpoint_the_template_is_its_runs(first_command, tmp_path, capsy
     (run / "config.json").write_text(json.dumps(config | {"template": "7b5-instruct"}))
     checkpoint = oldest(run)
     export(checkpoint, tmp_path / "out", "--gguf", "q8_0")
-    assert "### Câu hỏi:\n{{ .Prompt }}" in (tmp_path / "out" / "Modelfile").read_text("utf-8")
+    template = (tmp_path / "out" / "Modelfile").read_text("utf-8")
+    assert "### Câu hỏi:\n{{ if .System }}" in template
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert f"# nano + run {checkpoint.name}" in card
 

@@ -47,10 +47,10 @@ def test_the_ends_of_pieces_do_not_show(monkeypatch, piece, ascii):
 @pytest.mark.parametrize("text, said", [
     ('[{"a": 1}', "f:1: is not JSON: the file ends where a comma or ] should be"),
     ('[1,\n\n2 3]', "f:3: is not JSON: there is '3' where a comma or ] should be"),
-    ('[1,]', "f:1: is not JSON (Expecting value)"),
+    ('[1,]', "f:1: is not JSON (Expecting value where there is ])"),
     ('{"a": 1,\n b: 2}', "f:2: is not JSON: there is 'b' where a name in double quotes"),
     ('{"a" 1}', "f:1: is not JSON: there is '1' where a colon should be"),
-    ('{"a": tru', "f:1: is not JSON (Expecting value)"),
+    ('{"a": tru', "f:1: is not JSON (Expecting value where there is tru)"),
     ('{"prompt": "a", "more": [{"b": 1}]}', "f:1: an object with a row's field prompt and a list"),
 ])
 def test_text_that_is_not_json_is_refused_with_its_line(text, said):

@@ -38,6 +38,6 @@ def test_duplicates_and_the_share_that_fits_are_of_rows():
     findings = Findings(good=8, bad=[Bad("f:9", "is empty")])
     findings.note("cut", "f:1")
     findings.note("split", "f:2")
-    rows = [Encoded(tuple(documents(5)), hashed) for hashed in (1, 2, 2, 2, 3, 4, 5)]
+    rows = [Encoded(tuple(documents(5, 6)), hashed) for hashed in (1, 2, 2, 2, 3, 4, 5)]
     found = report(rows, findings)
     assert (found.rows, found.duplicates, found.fits) == (7, 2, 0.75)

@@ -122,3 +122,9 @@ def test_a_file_of_the_cache_holds_no_pickles(file, tmp_path):
     [kept] = (tmp_path / "cache").iterdir()
     with np.load(kept, allow_pickle=False) as found:
         assert {found[name].dtype.kind for name in found.files} <= set("iub")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_rows_are_read(file, encodings):
+    with pytest.raises(Refusal, match=r"--data-cache .*: no folder can be made there"):
+        load(file, data_cache=str(file))
+    assert not encodings

@@ -11,8 +11,9 @@ import pytest
 from odd_files import parquet, sheet
 
 from phogpt_raw.data.conversations import conversations
-from phogpt_raw.data.records import Findings
+from phogpt_raw.data.records import Bad, Findings
 from phogpt_raw.data.sources import find_source, read_file
+from phogpt_raw.data.tables import rows_within
 from phogpt_raw.refusal import Refusal
 
 PAIRS = [("Phở là gì?", "Một món nước."), ("Hai dòng,\nmột câu; ở đây", 'Có "ngoặc"\tvà tab'),
@@ -201,3 +202,68 @@ def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("phogpt_raw.data.sources.detect", forbidden)
     with pytest.raises(Refusal, match=r"a\.jsonl: cannot be read \(Permission denied\)"):
         read(tmp_path / "a.jsonl")
+
+
+def test_letters_that_excel_writes_as_codes_are_read_as_letters(tmp_path):
+    pytest.importorskip("openpyxl")
+    file = tmp_path / "rows.xlsx"
+    file.write_bytes(sheet([["prompt", "response"],
+                            ["Một_x000D_\nHai?", "_x1EDF_ đâu, _x005F_x1EDF_"]]))
+    [record] = read_file(file, Findings())
+    assert record.value == {"prompt": "Một\r\nHai?", "response": "ở đâu, _x1EDF_"}
+
+
+def test_a_row_of_a_second_sheet_names_it_and_columns_may_change_places(tmp_path):
+    pytest.importorskip("openpyxl")
+    file = tmp_path / "rows.xlsx"
+    file.write_bytes(sheet([["prompt", "response"], ["a", "b"]],
+                           more=[["response", "prompt"], ["d", "c"]]))
+    assert [(record.where, record.value) for record in read_file(file, Findings())] == [
+        (f"{file}:2", {"prompt": "a", "response": "b"}),
+        (f"{file}:Ghi chú:2", {"prompt": "c", "response": "d"})]
+
+
+def test_after_a_question_over_the_limit_a_text_file_is_read_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("phogpt_raw.data.sources.LONGEST", 100)
+    rows = [f"### Câu hỏi: {n}?\n### Trả lời: Dạ {'dài ' * (30 if n == 2 else 1)}\n\n"
+            for n in range(5)]
+    file = tmp_path / "rows.txt"
+    file.write_text("".join(rows), "utf-8")
+    found = list(read_file(file, Findings()))
+    assert [one.where for one in found] == [f"{file}:{line}" for line in (1, 4, 7, 10, 13)]
+    assert [isinstance(one, Bad) for one in found] == [False, False, True, False, False]
+
+
+def test_what_an_open_excel_leaves_in_a_folder_is_not_read(tmp_path):
+    (tmp_path / "~$rows.xlsx").write_bytes(b"\x05Ho")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    assert [file.name for file in find_source(str(tmp_path)).files] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["./rows", "../rows"])
+def test_a_path_that_is_not_there_is_no_name_of_the_hub(name):
+    with pytest.raises(Refusal, match="no such data file"):
+        find_source(name)
+
+
+def test_a_folder_of_save_to_disk_says_what_to_write(tmp_path):
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
+    (tmp_path / "dataset_info.json").write_text('{"citation": ""}')
+    with pytest.raises(Refusal, match=r"data-00000-of-00001\.arrow: .* to_parquet or to_json"):
+        find_source(str(tmp_path))
+
+
+def test_a_whole_number_is_read_from_excel_as_far_as_it_is_exact(tmp_path):
+    pytest.importorskip("openpyxl")
+    file = tmp_path / "rows.xlsx"
+    file.write_bytes(sheet([["prompt", "response"], ["a", 2**53 - 1], ["b", 2**53]]))
+    exact, rounded = (record.value["response"] for record in read_file(file, Findings()))
+    assert exact == "9007199254740991" and "in its own way" in rounded.why
+
+
+def test_lines_within_a_cell_look_like_rows_if_nearly_all_do():
+    def cell(alike, others):
+        return "x\n" + "a,b\n" * alike + "c\n" * others + "y"
+
+    assert [rows_within(cell(*lines), ["p", "r"], ",") for lines in (
+        (19, 1), (9, 1), (8, 2), (2, 0), (1, 0))] == [19, 9, 0, 2, 0]

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from phogpt_raw.data.encodings import CONVERT, font_encoding
+from phogpt_raw.data.encodings import CONVERT, MOJIBAKE, font_encoding
 from phogpt_raw.data.fields import NAMES, field_of, plain
 from phogpt_raw.data.json_text import Number, Twice
-from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
+from phogpt_raw.data.records import LONGEST, Bad, Findings, NoText, Record
 from phogpt_raw.refusal import Refusal
 
 USER, ASSISTANT, SYSTEM, TEXT = "user", "assistant", "system", "text"
@@ -34,8 +34,10 @@ PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "outp
          ("question", "output"), ("prompt", "answer"), ("prompt", "output"),
          ("instruction", "answer"), ("input", "output"), ("input", "response"),
          ("input", "answer"))
-ROLES = {"user": USER, "human": USER, "nguoi dung": USER, "assistant": ASSISTANT, "gpt": ASSISTANT,
-         "model": ASSISTANT, "bot": ASSISTANT, "chatgpt": ASSISTANT, "system": SYSTEM}
+ROLES = {"user": USER, "human": USER, "nguoidung": USER, "assistant": ASSISTANT, "gpt": ASSISTANT,
+         "model": ASSISTANT, "bot": ASSISTANT, "chatgpt": ASSISTANT, "troly": ASSISTANT,
+         "system": SYSTEM, "hethong": SYSTEM}  # plain names
+WHO, SAID = ("role", "from", "vaitro"), ("content", "value", "text", "noidung")  # of a turn, too
 NEEDS = ("a row needs prompt and response, or instruction and output, or messages, or text; "
          "--map response=NAME,prompt=NAME names others")
 WORN = re.compile(r"^### (Câu hỏi|Trả lời):", re.MULTILINE)
@@ -44,6 +46,11 @@ FOREIGN = re.compile(r"\s*(<\|im_start\|>|<\|user\|>|<\|system\|>|<\|begin_of_te
                      r"<\|start_header_id\|>|<s>\s*\[INST\]|\[INST\]|<start_of_turn>|<bos>|"
                      r"### ?Instruction:|### ?Human:|### ?User:|USER:|Human:|"
                      r"Below is an instruction that describes a task)")
+# How their answers end, and where they change the speaker.
+FOREIGN_INSIDE = re.compile(r"<\|(?:im_start|im_end|eot_id|endoftext|end_of_text|end|"
+                            r"start_header_id)\|>|\[/INST\]|<(?:start|end)_of_turn>")
+# What can be seen; a text of spaces, control characters and letters without width is empty.
+VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2060\ufeff]")
 SAMPLE = 50  # conversations of a file that decide whether it is in TCVN3 or VNI
 
 
@@ -111,6 +118,8 @@ def conversations(records: Iterable[Record | Bad], findings: Findings,
 
 def check_font(sample: list[Conversation]) -> None:
     text = " ".join(text for one in sample for _role, text in one.turns)[:20_000]
+    if MOJIBAKE.search(text):
+        return
     if name := font_encoding(text):
         raise Refusal(f"{sample[0].where}: the text is in {name}, letters of an old font; "
                       f"{CONVERT}")
@@ -147,15 +156,18 @@ class Reader:
                                f"the row")
             shown = ", ".join(map(str, record.value))[:200] or "none"
             raise Unusable(f"fields {shown}; {NEEDS}")
-        unused = [name for field, (name, value) in fields.items()
-                  if field not in shape and value not in (None, "", [])
-                  and field not in ("system", "history")]
-        for name in unused:
-            self.note(f"unused {name}", name)
-        used = ", ".join(fields[field][0] for field in (*shape, "system", "history")
+        kind = shape[0]
+        if kind == "text" and any(plain(name) in WHO for name in record.value):
+            raise Unusable("is one turn (text with a role); a row is a whole conversation, "
+                           '{"messages": [{"role": "user", "content": "…"}, …]}')
+        more = () if kind == "text" else (
+            "system",) if kind in ("messages", "conversations") else ("system", "history")
+        for field, (name, value) in fields.items():
+            if field not in (*shape, *more) and value not in (None, "", []):
+                self.note(f"unused {name}", name)
+        used = ", ".join(fields[field][0] for field in (*shape, *more)
                          if field in names and (field in shape or fields[field][1]))
         self.note(f"format {used}", used)
-        kind = shape[0]
         if kind in ("messages", "conversations"):
             turns = list(self.listed(*fields[kind]))
         elif kind == "text":
@@ -176,6 +188,8 @@ class Reader:
             raise Unusable(f"{record.value.key} stands twice; remove one")
         found: dict[str, tuple[str, object]] = {}
         for name, value in record.value.items():
+            if isinstance(value, float) and value != value:
+                value = None  # pandas writes a missing text as NaN
             usual = field_of(name) if field_of(name) not in self.mapped.values() else None
             meaning = self.mapped.get(plain(name)) or usual or f"({name})"
             if plain(name) in self.mapped:
@@ -198,7 +212,8 @@ class Reader:
             asked[-1] = (role, f"{first}\n{text(*fields['input'])}")
         before = []
         if "history" in fields and fields["history"][1]:
-            before = list(pairs(*fields["history"]))
+            for said, answered in pairs(*fields["history"]):
+                before += [*self.unworn(*said), (ASSISTANT, text(*answered))]
         answered = text(*fields[answer])
         if WORN.match(answered) and answered.startswith("### Trả lời:"):
             answered = answered.removeprefix("### Trả lời:").strip()
@@ -222,10 +237,12 @@ class Reader:
     def plain_text(self, name: str, value) -> list[tuple[str, str]]:
         whole = text(name, value)
         refuse_foreign(name, whole)
-        if not whole.startswith("### Câu hỏi:") or "### Trả lời:" not in whole:
+        before, *parts = WORN.split(whole)
+        if parts[:1] != ["Câu hỏi"] or "### Trả lời:" not in whole:
             return [(TEXT, whole)]
         self.note("template")
-        return worn(whole)
+        system = [(SYSTEM, before.strip())] if before.strip() else []
+        return system + worn(whole)
 
     def listed(self, name: str, value) -> Iterator[tuple[str, str]]:
         """The turns of {messages} or {conversations}."""
@@ -237,17 +254,22 @@ class Reader:
                 raise Unusable(f"turn {n} of {name} is not an object with role and content")
             if isinstance(turn, Twice):
                 raise Unusable(f"turn {n} of {name} has {turn.key} twice; remove one")
-            keys = {key.casefold(): key for key in turn}
-            who = next((keys[key] for key in ("role", "from") if key in keys), None)
-            said = next((keys[key] for key in ("content", "value", "text") if key in keys), None)
+            keys = {plain(key): key for key in turn}
+            who = next((keys[key] for key in WHO if key in keys), None)
+            said = next((keys[key] for key in SAID if key in keys), None)
             if who is None or said is None:
                 raise Unusable(f"turn {n} of {name} has fields {', '.join(turn) or 'none'}; a turn "
                                f"needs role and content, or from and value")
-            role = ROLES.get(str(turn[who]).casefold()) if isinstance(turn[who], str) else None
+            role = ROLES.get(plain(turn[who])) if isinstance(turn[who], str) else None
             if role is None:
                 raise Unusable(f"turn {n} of {name} is by {shown(turn[who])}; known are user, "
                                f"assistant, system, human, gpt")
-            if role != SYSTEM or turn[said] not in (None, ""):
+            for key in turn:
+                if key not in (who, said) and turn[key] not in (None, "", []):
+                    self.note(f"unused {key} of a turn", f"{key} of a turn")
+            if role == USER:
+                yield from self.unworn(f"{said} of turn {n}", turn[said])
+            elif role != SYSTEM or turn[said] not in (None, ""):
                 yield role, text(f"{said} of turn {n}", turn[said])
 
     def ordered(self, turns: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -267,6 +289,9 @@ class Reader:
         for role, said in turns:
             if not said or (role == ASSISTANT and not said.removesuffix("</s>").strip()):
                 raise Unusable(f"a turn of the {role} is empty; write a text, or remove the row")
+            if ("<" in said or "[" in said) and (found := FOREIGN_INSIDE.search(said)):
+                raise Unusable(f"a turn of the {role} holds {found[0]}, a mark of another model's "
+                               f"template; give the plain text")
         if spoken[-1] == USER:
             if len(spoken) == 1:
                 raise Unusable("has a question and no answer")
@@ -288,13 +313,12 @@ def shape_of(names: frozenset[str]) -> tuple[str, ...] | None:
     return ("text",) if "text" in names else None
 
 
-def pairs(name: str, value) -> Iterator[tuple[str, str]]:
-    """The turns of {history}: [[question, answer], …], or {messages} before."""
+def pairs(name: str, value) -> Iterator[tuple[tuple, tuple]]:
+    """(name, value) of each question and answer of {history}: [[question, answer], …]."""
     for n, pair in enumerate(value if isinstance(value, list) else [None], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise Unusable(f"{name} is not a list of [question, answer]")
-        yield USER, text(f"question {n} of {name}", pair[0])
-        yield ASSISTANT, text(f"answer {n} of {name}", pair[1])
+        yield (f"question {n} of {name}", pair[0]), (f"answer {n} of {name}", pair[1])
 
 
 def worn(whole: str) -> list[tuple[str, str]]:
@@ -317,6 +341,8 @@ def refuse_foreign(name: str, value: str) -> None:
 
 def text(name: str, value) -> str:
     """A field's text, in NFC and without white space around it; Unusable if it is none."""
+    if isinstance(value, NoText):
+        raise Unusable(f"{name} {value.why}")
     if not isinstance(value, str):
         right = f'write "{value}"' if kind_of(value) == "a number" and len(str(value)) < 40 else (
             "write a text in quotes")
@@ -330,7 +356,7 @@ def text(name: str, value) -> str:
                            f"are not UTF-8; type it again")
         value = unicodedata.normalize("NFC", value)
     value = value.replace("\r\n", "\n").replace("\r", "\n").strip()
-    if not value:
+    if not VISIBLE.search(value):
         raise Unusable(f"{name} is empty; write a text, or remove the row")
     return value
 
@@ -344,8 +370,8 @@ def kind_of(value) -> str:
         return "true or false"
     if isinstance(value, Number | int | float):
         return "a number"
-    names = {str: "text", list: "a list", tuple: "a list", dict: "an object", Twice: "an object",
-             type(None): "null", bytes: "bytes"}
+    names = {str: "text", NoText: "no text", list: "a list", tuple: "a list", dict: "an object",
+             Twice: "an object", type(None): "null", bytes: "bytes"}
     return names.get(type(value), type(value).__name__)
 
 

@@ -8,14 +8,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from phogpt_raw.data.conversations import TEXT, Conversation, conversations
+from phogpt_raw.data.conversations import SYSTEM, TEXT, Conversation, conversations
 from phogpt_raw.data.encodings import MOJIBAKE
 from phogpt_raw.data.prompt import Example, Template, encode
-from phogpt_raw.data.records import Bad, Findings
+from phogpt_raw.data.records import CONTROL, Bad, Findings
 from phogpt_raw.data.sources import Source, read_file, read_hub
 from phogpt_raw.refusal import Refusal
 
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # PhoGPT's vocabulary has none of them
+VIETNAMESE = re.compile("[À-ÖØ-öø-ýĂăĐđĨĩŨũƠơƯưẠ-ỹ]")
 TEMPLATE_INSIDE = re.compile("### (Câu hỏi|Trả lời):")
 HOLDS_NO_ROWS = 'holds no rows; a row is a line such as {"prompt": "…", "response": "…"}'
 
@@ -110,10 +110,10 @@ def seen(talks: Iterable[Conversation], findings: Findings) -> Iterator[Conversa
     """The conversations; what is odd in their texts is counted."""
     for talk in talks:
         texts = [text for _role, text in talk.turns]
-        if all(map(str.isascii, texts)):
-            if any(letter.isalpha() for text in texts for letter in text):
-                findings.note("no diacritics", talk.where)
-        else:
+        if not any(map(VIETNAMESE.search, texts)) and \
+                any(letter.isalpha() for text in texts for letter in text):
+            findings.note("no diacritics", talk.where)
+        if not all(map(str.isascii, texts)):
             for text in texts:
                 if MOJIBAKE.search(text):
                     findings.note("mojibake", talk.where)
@@ -126,6 +126,6 @@ def seen(talks: Iterable[Conversation], findings: Findings) -> Iterator[Conversa
             findings.note("control", talk.where)
         if talk.turns[0][0] == TEXT:
             findings.note("text", talk.where)
-        elif len(talk.turns) > 2:
+        elif sum(role != SYSTEM for role, _text in talk.turns) > 2:
             findings.note("turns", talk.where)
         yield talk

@@ -61,7 +61,7 @@ def load_examples(tokenizer, config: Config) -> Examples:
     if data is None:
         raise Refusal("--data: name a file of rows, such as --data rows.jsonl with lines "
                       '{"prompt": "…", "response": "…"}')
-    sources, others = sources_of(data), sources_of(val)
+    sources, others = sources_of(data), held_out_sources(val)
     name, reason = choose_template(tokenizer, config.template)
     found, found_val = (read(part, tokenizer, TEMPLATES[name], config) if part else Rows()
                         for part in (sources, others))
@@ -84,7 +84,7 @@ def stand_ins(config: Config) -> Examples:
     --max-len tokens that all carry loss."""
     ids = [PAD] * config.max_len
     every = Example(ids, next_tokens(ids, start=1))
-    sources, others = sources_of(config.data), sources_of(config.val)
+    sources, others = sources_of(config.data), held_out_sources(config.val)
     counts = (STEPS * config.batch_size, 0)
     if sources:
         rows, held_out = (read_sources(part, parse_map(config.map), config.strict)
@@ -97,8 +97,18 @@ def stand_ins(config: Config) -> Examples:
 
 
 def sources_of(specs: tuple[str, ...] | str | None) -> list[Source]:
-    """What --data or --val names."""
+    """What --data names."""
     return [find_source(spec) for spec in ((specs,) if isinstance(specs, str) else specs or ())]
+
+
+def held_out_sources(specs: tuple[str, ...] | str | None) -> list[Source]:
+    """What --val names, which has no weight."""
+    found = sources_of(specs)
+    for source in found:
+        if source.weight != 1:
+            raise Refusal(f"--val {source.name}={source.weight:g}: held-out rows count once; leave "
+                          f"the weight out")
+    return found
 
 
 def names(sources: list[Source]) -> str:

@@ -1,41 +1,56 @@
 """Sheets of Excel become records. A cell is text or it is said: a formula, a number that Excel
-shows in its own way, a date, an error."""
+shows in its own way, a date, an error. What cannot be text matters only where its column is used.
 
+A file names the range of its cells, and some programs write a wrong one, so it is not believed.
+"""
+
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from phogpt_raw.data.records import Bad, Findings, Record
+from phogpt_raw.data.records import Findings, NoText, Record
 from phogpt_raw.data.tables import columns, one_line
 from phogpt_raw.refusal import Refusal
 
+ESCAPED = re.compile("_x([0-9A-Fa-f]{4})_")  # how Excel writes letters that XML cannot hold
 WHOLE = 2**53  # integers above are not exact in Excel
 
 
-def sheets(path: Path, name: str, findings: Findings) -> Iterator[Record | Bad]:
-    """The rows of an .xlsx file: of its first sheet that holds any, and of those like it."""
+def sheets(path: Path, name: str, findings: Findings) -> Iterator[Record]:
+    """The rows of an .xlsx file: of its first visible sheet that holds any, and of those like it;
+    a row of another than the first names its sheet."""
     try:
         from openpyxl import load_workbook
     except ImportError:
         raise Refusal(f"{name}: Excel files are read by openpyxl, which is not installed: "
                       f"pip install openpyxl; or save the file as .csv") from None
+    if is_ole(path):
+        raise Refusal(f"{name}: is an Excel file with a password or an old .xls; open it in Excel "
+                      f"and save it without a password as .xlsx")
     first = None
     try:
         with path.open("rb") as content, path.open("rb") as again:
             formulas = load_workbook(content, read_only=True)
             values = load_workbook(again, read_only=True, data_only=True)
             for sheet, shown in zip(formulas.worksheets, values.worksheets, strict=True):
+                if sheet.sheet_state != "visible":
+                    findings.note("hidden sheet", name, sheet.title)
+                    continue
+                for one in (sheet, shown):
+                    one.reset_dimensions()
                 rows = ((number, pair) for number, pair in enumerate(
                     zip(sheet.iter_rows(), shown.iter_rows(), strict=True), 1)
                     if any(cell.value not in (None, "") for cell in pair[0]))
                 names = None
                 for number, (as_typed, as_shown) in rows:
-                    where = f"{name}:{number}"
+                    where = f"{name}:{number}" if first is None or names is first else (
+                        f"{name}:{sheet.title}:{number}")
                     if names is None:
                         names = header(as_typed, where)
-                        if first is not None and names != first:
+                        if first is not None and set(names) != set(first):
                             findings.note("sheet", where, sheet.title)
                             break
-                        first = names
+                        first = first or names
                     else:
                         yield sheet_row(names, as_typed, as_shown, where, findings)
     except Refusal:
@@ -43,6 +58,12 @@ def sheets(path: Path, name: str, findings: Findings) -> Iterator[Record | Bad]:
     except Exception as error:  # whatever a broken archive or broken XML raises
         raise Refusal(f"{name}: cannot be read as .xlsx ({one_line(error)}); save it again, or as "
                       f".csv") from None
+
+
+def is_ole(path: Path) -> bool:
+    """Whether a file has the format of old Excel, which holds encrypted files too."""
+    with path.open("rb") as content:
+        return content.read(8) == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 
 
 def header(cells, where: str) -> list[str]:
@@ -55,31 +76,34 @@ def header(cells, where: str) -> list[str]:
     return columns([value or "" for value in names], where)
 
 
-def sheet_row(names: list[str], as_typed, as_shown, where: str, findings: Findings
-              ) -> Record | Bad:
+def sheet_row(names: list[str], as_typed, as_shown, where: str, findings: Findings) -> Record:
     found = {}
     for n, (typed, shown) in enumerate(zip(as_typed, as_shown, strict=True)):
         column = names[n] if n < len(names) else f"column {n + 1}"
-        value = shown.value
         if typed.value is None or column in found:
             continue
-        if typed.data_type == "f":
-            if value is None:
-                return Bad(where, f"{column} is a formula without a saved value; open and save "
-                                  f"the file in Excel")
+        found[column] = text_of(typed, shown)
+        if typed.data_type == "f" and isinstance(found[column], str):
             findings.note("formula", where, str(typed.value))
-        if typed.data_type == "e" or shown.data_type == "e":
-            return Bad(where, f"{column} is an error of Excel, {value}; write the text")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if value != int(value) or abs(value) >= WHOLE or typed.number_format not in (
-                    "General", "0", "@"):
-                return Bad(where, f"{column} is a number that Excel shows in its own way; format "
-                                  f"the column as text and type it again")
-            findings.note("number", where, str(int(value)))
-            value = str(int(value))
-        elif not isinstance(value, str):
-            kind = "true or false" if isinstance(value, bool) else "a date or a time"
-            return Bad(where, f"{column} is not text but {kind}; format the column as text and "
-                              f"type it again")
-        found[column] = value
+        elif isinstance(found[column], str) and not isinstance(shown.value, str):
+            findings.note("number", where, found[column])
     return Record(found, where)
+
+
+def text_of(typed, shown) -> str | NoText:
+    """A cell's text; typed: what was typed in, shown: the saved value of a formula."""
+    value = shown.value
+    if value is None:
+        return NoText("is a formula without a saved value; open and save the file in Excel")
+    if typed.data_type == "e" or shown.data_type == "e":
+        return NoText(f"is an error of Excel, {value}; write the text")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value != int(value) or abs(value) >= WHOLE or typed.number_format not in (
+                "General", "0", "@"):
+            return NoText("is a number that Excel shows in its own way; format the column as text "
+                          "and type it again")
+        return str(int(value))
+    if isinstance(value, str):
+        return ESCAPED.sub(lambda found: chr(int(found[1], 16)), value)
+    kind = "true or false" if isinstance(value, bool) else "a date or a time"
+    return NoText(f"is not text but {kind}; format the column as text and type it again")

@@ -14,7 +14,7 @@ NAMES = {
     "prompt": "prompt, lời nhắc",
     "response": "response, phản hồi",
     "instruction": "instruction, chỉ dẫn, hướng dẫn, yêu cầu, lệnh, chỉ thị",
-    "input": "input, đầu vào, dữ liệu vào, ngữ cảnh",
+    "input": "input, đầu vào, dữ liệu vào, ngữ cảnh, context",
     "output": "output, đầu ra, kết quả",
     "question": "question, câu hỏi, hỏi, query",
     "answer": "answer, câu trả lời, trả lời, lời đáp, đáp, đáp án, lời giải",

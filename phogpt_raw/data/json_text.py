@@ -47,7 +47,12 @@ def members(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=Number,
+def constant(text: str) -> Number | None:
+    """NaN, which pandas writes for a missing text, is null; Infinity is a number."""
+    return None if text == "NaN" else Number(text)
+
+
+DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=constant,
                            object_pairs_hook=members)
 
 
@@ -75,7 +80,7 @@ def parse_line(line: str | None, where: str) -> Record | Bad:
     if (column := undecoded(line)) is not None:
         return Bad(where, NOT_UTF8.format(column))
     try:
-        return Record(DECODER.decode(line.rstrip()), where)
+        return Record(DECODER.decode(line.lstrip("\ufeff").rstrip()), where)
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" starting at")
         return Bad(where, f"is not JSON ({what} at column {error.colno}); one object a line")
@@ -149,11 +154,14 @@ class Walk:
                 raise Refusal(f"{self.where()}: is nested too deeply; a row is an object with "
                               f"texts as its fields") from None
             except json.JSONDecodeError as error:
+                wrong = error.pos - self.at
                 cut_off = error.msg.startswith("Unterminated") or error.pos + 16 > len(self.text)
                 if not cut_off or not self.more():
-                    self.at = min(error.pos, len(self.text))
+                    self.at += wrong
                     what = error.msg.removesuffix(" starting at")
-                    raise Refusal(f"{self.where()}: is not JSON ({what})") from None
+                    there = self.text[self.at : self.at + 20].splitlines()
+                    there = f" where there is {there[0]}" if there and there[0].strip() else ""
+                    raise Refusal(f"{self.where()}: is not JSON ({what}{there})") from None
             if len(self.text) > 2 * LONGEST:
                 raise Refusal(f"{self.where()}: {TOO_LONG}")
 
@@ -195,6 +203,12 @@ def list_members(walk: Walk) -> Iterator[Record]:
             return
 
 
+def is_row(own: list[tuple[str, object]]) -> bool:
+    """Whether these members are those of a row, so that a list after them is no list of rows."""
+    known = {field_of(key) for key, _ in own} - {None, "system", "text"}
+    return len(known) > 1 or bool(known & {"messages", "conversations"})
+
+
 def object_members(walk: Walk, findings: Findings) -> Iterator[Record]:
     where, own, lists = walk.where(), [], []
     walk.take("{", "an object")
@@ -207,7 +221,7 @@ def object_members(walk: Walk, findings: Findings) -> Iterator[Record]:
             walk.take('"', "a name in double quotes")
         key = walk.value()
         walk.take(":", "a colon")
-        if walk.peek() == "[" and not field_of(key) and walk.opens_objects():
+        if walk.peek() == "[" and not field_of(key) and not is_row(own) and walk.opens_objects():
             lists.append(key)
             if len(lists) > 1:
                 raise Refusal(f"{walk.where()}: the file holds several lists ("

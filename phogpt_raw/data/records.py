@@ -1,6 +1,7 @@
 """What is read from files before it is understood: records, each with file and line; bad ones; and
 what was found on the way, counted."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ from phogpt_raw.refusal import Refusal
 
 LONGEST = 10_000_000  # letters of a record; more is a broken file and would fill the memory
 ENOUGH, NAMED = 0.9, 10  # share of good rows below which none is left out; bad rows that are named
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 MANY = 100_000  # bad rows, more than good ones: the rest of the file is not read
 
 
@@ -17,6 +19,14 @@ class Record:
 
     value: object
     where: str
+
+
+@dataclass(frozen=True)
+class NoText:
+    """What a file has in place of a text: `why` it cannot be used as one, and what would be
+    right."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -94,11 +104,13 @@ def check_all(findings: Findings) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that any UTF-8 output takes: half a character is written as its code.
+    """Text that any UTF-8 output takes and no terminal obeys: half a character and a control
+    character are written as their codes.
 
-    >>> printable("a\\ud83db")
-    'a\\\\ud83db'
+    >>> printable("a\\ud83db\\x1b[2J")
+    'a\\\\ud83db\\\\x1b[2J'
     """
+    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -19,8 +19,9 @@ from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import Bad, Findings, Note
 from phogpt_raw.data.sources import Source
 from phogpt_raw.files import expanded, whole_file
+from phogpt_raw.refusal import Refusal
 
-FORMAT = 1  # of the files, and of what the rows become; raise it when either changes
+FORMAT = 2  # of the files, and of what the rows become; raise it when either changes
 
 
 def key_of(sources: list[Source], tokenizer, template: Template, settings: dict) -> str:
@@ -48,8 +49,12 @@ def through_cache(folder: str | None, sources: list[Source], tokenizer, template
             return read(file)
         except (BadZipFile, OSError, ValueError, KeyError, EOFError):
             pass  # damaged: written again below
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"--data-cache {folder}: no folder can be made there "
+                      f"({error.strerror})") from None
     rows = encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as unfinished, unfinished.open("wb") as content:
         write(rows, content)
     return rows

@@ -7,6 +7,7 @@ the line. Nothing is looked up on a network unless `owner/name` is named that is
 import gzip
 import hashlib
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from phogpt_raw.data.encodings import CONVERT, HEAD, detect
 from phogpt_raw.data.excel import sheets
-from phogpt_raw.data.json_text import json_lines, json_values, lines_of
+from phogpt_raw.data.json_text import json_lines, json_values, lines_of, parse_line
 from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
 from phogpt_raw.data.tables import one_line, parquet, text_table
 from phogpt_raw.files import expanded
@@ -26,9 +27,16 @@ from phogpt_raw.refusal import Refusal
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "table", ".tsv": "table",
          ".txt": "text", ".md": "text", ".markdown": "text", ".xlsx": "xlsx",
          ".parquet": "parquet"}
+# How files begin that are no text, whatever their names.
+OTHER = {b"PK\x03\x04": "a .zip, .xlsx or .docx file; unpack it, or name it as what it is",
+         b"\x1f\x8b": "a .gz file within a .gz file; unpack it once",
+         b"\xd0\xcf\x11\xe0": "an old .xls or .doc file; save it as .xlsx or as text",
+         b"%PDF-": "a .pdf file; save its text", b"PAR1": "a .parquet file; name it so",
+         b"\x28\xb5\x2f\xfd": "a .zst file; unpack it", b"BZh": "a .bz2 file; unpack it",
+         b"{\\rtf": "a .rtf file; save it as text"}
 READ = ", ".join(KINDS) + ", each also as .gz, folders of them"
 ABOUT = re.compile(r"(readme|licen[sc]e|notice|changelog)\b.*", re.IGNORECASE)
-HUB = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?(?:@([\w./-]+))?")
+HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class Source:
 
 def find_source(spec: str) -> Source:
     """What a --data names: FILE, FOLDER, FILE=WEIGHT, or owner/name:split@revision of the hub."""
+    if not spec.strip():
+        raise Refusal("--data: names no file; an empty name would be the folder that you are in")
     weight = 1.0
     path = expanded(spec)
     if not path.exists() and (weighted := re.fullmatch(r"(.+)=([\d.]+)", spec)):
@@ -89,8 +99,12 @@ def number(text: str, spec: str) -> float:
 
 def in_folder(folder: Path) -> tuple[Path, ...]:
     """The data files of a folder and of those in it, by name."""
+    if stored := next(folder.rglob("*.arrow"), None):
+        raise Refusal(f"{stored}: is a data set as datasets' save_to_disk stores it; write it with "
+                      f"to_parquet or to_json")
     found = [file for file in sorted(folder.rglob("*"))
              if file.is_file() and suffix(file) in KINDS and not ABOUT.fullmatch(file.name)
+             and not file.name.startswith("~$")  # Excel's, of a file that is open
              and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if not found:
         raise Refusal(f"{folder}: holds no data file; {READ} are read")
@@ -153,8 +167,12 @@ def opened(path: Path, findings: Findings) -> Iterator[TextIOWrapper]:
             content.seek(0)
             content = gzip.GzipFile(fileobj=content)
         content.seek(0)
-        encoding = detect(content.read(HEAD))
+        head = content.read(HEAD)
         content.seek(0)
+        other = next((kind for magic, kind in OTHER.items() if head.startswith(magic)), None)
+        if other:
+            raise Refusal(f"{path}: holds no text but {other}")
+        encoding = detect(head)
         if encoding in ("TCVN3", "VNI"):
             raise Refusal(f"{path}: is in {encoding}; {CONVERT}")
         if encoding == "cp1258":
@@ -166,9 +184,8 @@ def opened(path: Path, findings: Findings) -> Iterator[TextIOWrapper]:
 
 def either_json(stream: TextIOWrapper, name: str, findings: Findings) -> Iterator[Record | Bad]:
     """JSON lines; or a list, or objects over several lines, under the same name."""
-    before = 0
     while (start := stream.readline(LONGEST)).isspace():
-        before += 1
+        pass
     if start.lstrip().startswith("[") or start.strip() == "{":
         stream.seek(0)
         yield from json_values(stream, name, findings)
@@ -182,18 +199,23 @@ def documents(stream: TextIOWrapper, name: str) -> Iterator[Record | Bad]:
     a line that begins with "### Câu hỏi:" after an empty one begins the next."""
     first, lines, size, empty = 1, [], 0, True
     for number, line in enumerate(chain(lines_of(stream), [""]), 1):
-        begins = line is not None and empty and line.startswith("### Câu hỏi:")
+        begins = line is not None and empty and \
+            unicodedata.normalize("NFC", line[:40]).startswith("### Câu hỏi:")
+        if number == 1 and line and isinstance(parse_line(line, name), Record) and "{" in line:
+            raise Refusal(f"{name}: holds lines of JSON; give the file a name that ends with "
+                          f".jsonl")
         if (begins or line == "") and any(not part.isspace() for part in lines):
             yield Record({"text": "".join(lines)}, f"{name}:{first}")
         if begins or line == "":
             first, lines, size = number, [], 0
-        size += LONGEST + 1 if line is None else len(line)
-        if size > LONGEST:
+        before, size = size, size + (LONGEST + 1 if line is None else len(line))
+        if before <= LONGEST < size:
             yield Bad(f"{name}:{first}", f"a text of more than {LONGEST:,} letters; cut it into "
                                          f"several files")
-            return
-        lines.append(line)
-        empty = line.isspace()
+            lines = []
+        elif size <= LONGEST:
+            lines.append(line)
+        empty = line is not None and line.isspace()
 
 
 def read_hub(repository: str, split: str, revision: str | None) -> Iterator[Record]:

@@ -185,7 +185,7 @@ def parquet(path: Path, name: str) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Record(row, f"{name}:{number}")
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
         if isinstance(error, Refusal):
             raise
         raise Refusal(f"{name}: cannot be read as .parquet ({one_line(error)})") from None
@@ -196,7 +196,7 @@ def check_sizes(metadata, name: str) -> None:
     letters of four bytes; nothing is read for it."""
     for n in range(metadata.num_row_groups):
         group = metadata.row_group(n)
-        if group.total_byte_size > 4 * LONGEST * group.num_rows:
+        if group.total_byte_size > 4 * LONGEST * max(1, group.num_rows):
             raise Refusal(f"{name}: {TOO_LONG}")
 
 

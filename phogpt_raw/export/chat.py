@@ -13,27 +13,31 @@ EOS = "</s>"
 
 
 def jinja(template: Template) -> str:
-    """Questions and answers in turn; a system text stands before the first question."""
-    before, after = (json.dumps(part, ensure_ascii=False)
-                     for part in template.question.split("{}"))
+    """Questions and answers in turn; a system text stands in the first question, before its text,
+    as in training."""
+    before, after, between = (json.dumps(part, ensure_ascii=False) for part in (
+        *template.question.split("{}"), template.between))
     answer = json.dumps(template.question.split("{}")[1] + template.gap, ensure_ascii=False)
-    return ("{%- for message in messages -%}"
+    return ("{%- set so_far = namespace(told='', between='') -%}"
+            "{%- for message in messages -%}"
             "{%- set text = message['content'] | trim -%}"
             "{%- if message['role'] == 'assistant' -%}{{ " + answer + " + text + '" + EOS + "' }}"
-            "{%- elif message['role'] == 'system' -%}{{ text + '\\n' }}"
-            "{%- else -%}"
-            "{%- if not loop.first and messages[loop.index0 - 1]['role'] != 'system' -%}"
-            "{{ '\\n' }}{%- endif -%}{{ " + before + " + text }}{%- endif -%}"
+            "{%- elif message['role'] == 'system' -%}"
+            "{%- if text -%}{%- set so_far.told = so_far.told + text + '\n' -%}{%- endif -%}"
+            "{%- else -%}{{ so_far.between + " + before + " + so_far.told + text }}"
+            "{%- set so_far.told = '' -%}{%- set so_far.between = " + between + " -%}"
+            "{%- endif -%}"
             "{%- endfor -%}"
             "{%- if add_generation_prompt -%}{{ " + after + " }}{%- endif -%}")
 
 
 def modelfile(template: Template, context: int) -> str:
     """Ollama's recipe for model.gguf in the same folder; `context`: tokens of the model."""
-    question = template.question.format("{{ .Prompt }}")
+    question = template.question.format(
+        "{{ if .System }}{{ .System }}\n{{ end }}{{ .Prompt }}")
     return (f"# ollama create phogpt -f Modelfile && ollama run phogpt\n"
             f"FROM ./model.gguf\n"
-            f'TEMPLATE """{{{{ if .System }}}}{{{{ .System }}}}\n{{{{ end }}}}{question}'
+            f'TEMPLATE """{question}'
             f'{{{{ .Response }}}}{EOS}\n"""\n'
             f'PARAMETER stop "{EOS}"\n'
             f'PARAMETER stop "### Câu hỏi:"\n'

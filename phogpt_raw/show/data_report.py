@@ -4,7 +4,7 @@ them, and which were left out."""
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples, questions
 from phogpt_raw.data.prompt import TEMPLATES
-from phogpt_raw.data.records import Findings, Note, named
+from phogpt_raw.data.records import NAMED, Findings, Note, named, printable
 from phogpt_raw.data.report import Lengths, Report
 from phogpt_raw.messages import _
 from phogpt_raw.show.console import listing, one_line
@@ -42,16 +42,21 @@ def format_line(findings: Findings) -> str:
     """The fields that were used and how many rows have them, and those that were not."""
     used = [_("{fields}: {n:,}", fields=note.example, n=note.count)
             for kind, note in findings.notes.items() if kind.startswith("format ")]
-    unused = [note.example for kind, note in findings.notes.items() if kind.startswith("unused ")]
+    unused = [one_line(note.example, EXCERPT) for kind, note in findings.notes.items()
+              if kind.startswith("unused ")]
     text = "; ".join(used)
-    return text + (_("; not used: {fields}", fields=", ".join(unused)) if unused else "")
+    if unused:
+        text += _("; not used: {fields}", fields=", ".join(unused[:NAMED]))
+    if len(unused) > NAMED:
+        text += _(" and {n:,} others", n=len(unused) - NAMED)
+    return text
 
 
 def first_line(tokenizer, examples: Examples) -> str:
     """The first training example, shortened."""
     example = examples.train[0]
     learned = [target for target in example.targets if target >= 0]
-    where = example.where.rpartition("/")[2]
+    where = printable(example.where.rpartition("/")[2])
     answer = one_line(tokenizer.decode(learned), EXCERPT)
     if not example.asks:
         return _("{where}: {text}", where=where, text=answer)
@@ -121,6 +126,7 @@ def note_text(kind: str, note: Note) -> str | None:
     if text:
         return text if kind in USUAL else text + _(" (the first: {where})", where=note.where)
     return {
+        "hidden sheet": _("hidden sheets, not read: {n:,} (the first: {name})", **values),
         "cp1258": _("{where} is in Windows-1258 and was read as such", **values),
         "sheet": _("sheets with other columns, not read: {n:,} (the first: {name})", **values),
         "file": _("files not read: {n:,} (the first: {name})", **values),

@@ -7,6 +7,7 @@ from itertools import groupby, islice
 from rich.text import Text
 
 from phogpt_raw.data.prompt import IGNORED, Example
+from phogpt_raw.data.records import printable
 from phogpt_raw.messages import _
 from phogpt_raw.show.console import heading, out
 from phogpt_raw.training.setup import Job
@@ -39,15 +40,15 @@ def as_lists(examples: list[Example]) -> dict[str, list]:
     return {"ids": [token for e in examples for token in e.ids],
             "targets": [target for e in examples for target in e.targets],
             "documents": [n for n, e in enumerate(examples) for _token in e.ids],
-            "where": [e.where for e in examples]}
+            "where": [printable(e.where) for e in examples]}
 
 
 def print_example(tokenizer, example: Example, place: int | None = None) -> None:
     """A training example, the tokens that carry loss in brackets and colour."""
     border = "" if place is None else _("document {n}, ", n=place)
     out.print(Text(border + _("{where}; loss on the {n} of {of} tokens between ⟦ and ⟧",
-                              where=example.where, n=example.supervised, of=len(example.ids)),
-                   "dim cyan"))
+                              where=printable(example.where), n=example.supervised,
+                              of=len(example.ids)), "dim cyan"))
     carries_loss = [False, *(target != IGNORED for target in example.targets[:-1])]
     for supervised, part in groupby(zip(example.ids, carries_loss, strict=True),
                                     key=lambda pair: pair[1]):

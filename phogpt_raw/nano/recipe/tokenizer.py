@@ -21,10 +21,14 @@ EOS = 2
 # equivalent ` ?[^(\s|[.,!?…。，、।۔،])]+` with a nested set.
 WORD = r" ?[^\s.,!?()|…。，、।۔،]+"
 CHAT_TEMPLATE = (
+    "{%- set so_far = namespace(told='', between='') -%}"
     "{%- for message in messages -%}"
     "{%- set text = message['content'] | trim -%}"
     "{%- if message['role'] == 'assistant' -%}{{ '\\n### Trả lời: ' + text + eos_token }}"
-    "{%- else -%}{{ ('' if loop.first else '\\n') + '### Câu hỏi: ' + text }}"
+    "{%- elif message['role'] == 'system' -%}"
+    "{%- if text -%}{%- set so_far.told = so_far.told + text + '\\n' -%}{%- endif -%}"
+    "{%- else -%}{{ so_far.between + '### Câu hỏi: ' + so_far.told + text }}"
+    "{%- set so_far.told = '' -%}{%- set so_far.between = '\\n' -%}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '\\n### Trả lời:' }}{%- endif -%}"
