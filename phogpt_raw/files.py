@@ -7,6 +7,7 @@ it. A folder is written by one process at a time, which a lock decides that ends
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -44,6 +45,18 @@ def whole_file(file: Path) -> Iterator[Path]:
         flush(unfinished)
         os.replace(unfinished, file)
         flush(file.parent)
+
+
+def read_object(file: Path, remedy: str) -> dict:
+    """The JSON object in a file. Raises Refusal, which ends with `remedy`, where it holds something
+    else."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
+        raise Refusal(f"{file}: not JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise Refusal(f"{file}: not a JSON object; {remedy}")
+    return content
 
 
 def write_text(file: Path, text: str) -> None:

@@ -71,6 +71,14 @@ def test_another_error_of_the_system_is_not_hidden(tmp_path):
         raise OSError(errno.EIO, "broken")
 
 
+@pytest.mark.parametrize("content", [b"", b"[1]", b"null", b"\xff{}", b"[" * 100_000, b'{"a": 1']
+                         )
+def test_a_file_without_a_json_object_is_refused_with_the_remedy(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(Refusal, match=r"a\.json: not .*; do that"):
+        files.read_object(tmp_path / "a.json", "do that")
+
+
 def test_what_a_killed_write_left_is_removed_by_the_next(tmp_path):
     script = ("import os, signal, sys; from pathlib import Path\n"
               "from phogpt_raw.files import whole_folder\n"

@@ -21,6 +21,7 @@ from torch import nn
 from phogpt_raw import load_base
 from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.phogpt import ModelConfig
+from phogpt_raw.model.weights import list_files
 from phogpt_raw.refusal import Refusal
 
 TINY = vinai_config(**SHAPES["tiny"])
@@ -488,3 +489,33 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path, tiny):
         assert got["growth"] > 0.9 * got["resident"]  # the watcher has seen the model
         assert got["growth"] < got["resident"] + workspace + 12e6, got
     assert nf4["growth"] < 0.5 * stored
+
+
+@pytest.mark.parametrize("weight_map, said", [
+    (None, "weight_map does not say"), ([], "weight_map does not say"), ({}, "weight_map does not"),
+    ({"a": None}, "no name of a file"), ({"a": 3}, "no name of a file"),
+    ({"a": "../model.safetensors"}, "no name of a file"), ({"a": "/etc/passwd"}, "no name of a f"),
+    ({"a": ""}, "no name of a file"), ({"a": ".."}, "no name of a file"),
+    ({"a": "nix.safetensors"}, "this shard is missing"),
+])
+def test_an_index_names_files_beside_it(tmp_path, weight_map, said):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(Refusal, match=said):
+        list_files(tmp_path)
+
+
+def test_a_shard_may_be_a_link_to_the_hubs_blobs_and_to_nowhere_else(tmp_path):
+    folder = tmp_path / "models--a--b" / "snapshots" / "0a1b"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "s.safetensors"}}')
+    for place, good in ((tmp_path / "models--a--b" / "blobs", True), (tmp_path / "else", False)):
+        place.mkdir()
+        (place / "ff00").write_bytes(b"")
+        (folder / "s.safetensors").unlink(missing_ok=True)
+        (folder / "s.safetensors").symlink_to(place / "ff00")
+        if good:
+            assert list_files(folder) == [folder / "s.safetensors"]
+        else:
+            with pytest.raises(Refusal, match="is a link to another folder"):
+                list_files(folder)

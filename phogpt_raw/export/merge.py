@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from phogpt_raw.config import hub_id
+from phogpt_raw.files import read_object
 from phogpt_raw.model.adapter_config import MERGED, adapter_hash
 from phogpt_raw.model.adapters import PREFIX, Adapters, load_adapters
 from phogpt_raw.model.checkpoint_format import parameter_shapes, write_checkpoint, write_json
@@ -25,7 +26,6 @@ from phogpt_raw.model.weights import (
     accounted,
     check_finite,
     read_config,
-    read_json,
 )
 from phogpt_raw.refusal import Refusal
 
@@ -56,7 +56,7 @@ class Merger:
 
     @cached_property
     def tokenizer(self) -> dict:
-        return read_json(self.folder / "tokenizer.json")
+        return read_object(self.folder / "tokenizer.json", "fetch it again")
 
     def merged(self, name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor `name` with the adapter's update in fp32, or as stored where it has none.
@@ -147,7 +147,7 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
                      kind="safetensors", tokenizer=merger.folder)
     tokenizer = folder / "tokenizer_config.json"
     if chat_template:
-        settings = read_json(tokenizer) if tokenizer.is_file() else {}
+        settings = read_object(tokenizer, "fetch it again") if tokenizer.is_file() else {}
         write_json(tokenizer, settings | {"chat_template": chat_template})
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would be read in its place
     generation = {"bos_token_id": PINNED_IDS["bos"], "eos_token_id": PINNED_IDS["eos"],
@@ -164,7 +164,7 @@ def merged_config(folder: Path, base: str, dtype: torch.dtype) -> dict:
     place, and without one the field goes; `_name_or_path` goes, a path of the machine that wrote
     the base.
     """
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json", "fetch it again")
     config["attn_config"] = (config.get("attn_config") or {}) | {"attn_pdrop": 0}
     config |= {"torch_dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     config.pop("_name_or_path", None)

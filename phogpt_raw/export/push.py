@@ -8,6 +8,7 @@ metrics.jsonl and checkpoints stay: they name paths of this machine, or are of n
 import json
 from pathlib import Path, PurePosixPath
 
+from phogpt_raw.files import read_object
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 
@@ -96,10 +97,7 @@ def content(file: Path) -> str | bytes:
     is left of /home/me/models/PhoGPT-4B is PhoGPT-4B."""
     if file.name != "adapter_config.json":
         return str(file)
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise Refusal(f"{file}: not JSON ({error}); nothing was uploaded") from None
+    config = read_object(file, "nothing was uploaded")
     base = config.get("base_model_name_or_path") or ""
     local = base.startswith(("/", ".", "~")) or "\\" in base or base.count("/") > 1
     if base and (local or Path(base).is_dir()):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.config import CHOICES, hub_id
-from phogpt_raw.files import expanded
+from phogpt_raw.files import expanded, read_object
 from phogpt_raw.refusal import Refusal
 
 # Fields that decide nothing here. Of the initialisations' own fields: the weights are in the file.
@@ -42,12 +42,7 @@ def read_adapter_config(folder: Path):
     if not file.is_file():
         raise Refusal(f"{file}: missing; name a folder that a run has written, such as "
                       f"runs/nano-001")
-    try:
-        fields = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise Refusal(f"{file}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise Refusal(f"{file}: not a JSON object")
+    fields = read_object(file, "take another copy of the adapter")
     check(fields, file)
     from peft import PeftConfig
 
@@ -189,7 +184,7 @@ def run_record(file: Path) -> dict | None:
         return None
     try:
         content = json.loads(file.read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if isinstance(content, dict) and {"model_type", "architectures", "d_model"} & content.keys():
         return None
@@ -248,7 +243,7 @@ def adapter_hash(folder: Path) -> str:
 
 def check_not_merged(base: Path, adapter: Path) -> None:
     """Raise Refusal where the checkpoint in the folder `base` has the adapter merged into it."""
-    merged = json.loads((base / "config.json").read_text("utf-8")).get(MERGED)
+    merged = read_object(base / "config.json", "fetch it again").get(MERGED)
     if merged and adapter_hash(adapter) in merged:
         raise Refusal(f"--model {base}: the adapter {adapter} is already merged into it; leave out "
                       f"the adapter, or name the base without it")

@@ -8,7 +8,6 @@ key that is missing, left over or of another shape is an error that names it.
 Files are memory-mapped, so what a load holds in anonymous host memory is one tensor, not a shard.
 """
 
-import json
 import math
 import os
 import pickle
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from phogpt_raw.cards import Card, dtype_name
 from phogpt_raw.config import check_nf4_cache
-from phogpt_raw.files import expanded
+from phogpt_raw.files import expanded, read_object
 from phogpt_raw.messages import _
 from phogpt_raw.model.nf4 import kept_in_nf4, nf4_linear
 from phogpt_raw.model.nf4_cache import NF4Cache, make_key
@@ -116,17 +115,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise Refusal(f"{path}: missing; a model folder holds config.json beside the weights")
-    return ModelConfig.from_json(read_json(path), str(path))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise Refusal(f"{path}: not JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise Refusal(f"{path}: not a JSON object; fetch it again")
-    return content
+    return ModelConfig.from_json(read_object(path, "fetch it again"), str(path))
 
 
 def read_tokenizer(folder: Path, config: ModelConfig):
@@ -146,6 +135,9 @@ def read_tokenizer(folder: Path, config: ModelConfig):
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in PINNED_IDS}
     if ids != PINNED_IDS:
         raise Refusal(f"{folder}: special token ids {ids} are not PhoGPT's {PINNED_IDS}")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise Refusal(f"{folder / 'tokenizer_config.json'}: model_max_length is no number; fetch "
+                      f"it again")
     if len(tokenizer) > config.vocab_size:
         raise Refusal(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding only "
@@ -234,15 +226,37 @@ def list_files(folder: Path) -> list[Path]:
     for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{end}.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            for name in names:
-                if not (folder / name).is_file():
-                    raise Refusal(f"{folder / name}: this shard is missing, {index.name} names it")
-            return [folder / name for name in names]
+            return [shard(folder, name, index) for name in shard_names(index)]
         if (folder / f"{stem}.{end}").is_file():
             return [folder / f"{stem}.{end}"]
     raise Refusal(f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of "
                   f"shards)")
+
+
+def shard_names(index: Path) -> list[str]:
+    """The names of the shards that an index lists; Refusal for what is no index."""
+    listed = read_object(index, "fetch it again").get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise Refusal(f"{index}: its weight_map does not say which tensor is in which file; fetch "
+                      f"it again")
+    for tensor, name in listed.items():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise Refusal(f"{index}: {tensor} is in {str(name)[:80]!r}, which is no name of a file "
+                          f"beside it; fetch it again")
+    return sorted(set(listed.values()))
+
+
+def shard(folder: Path, name: str, index: Path) -> Path:
+    """The file of a shard. Raises Refusal where it is missing, or a link to somewhere else than the
+    hub's cache, which keeps the content of its files in blobs/."""
+    file = folder / name
+    if not file.is_file():
+        raise Refusal(f"{file}: this shard is missing, {index.name} names it")
+    there = file.resolve().parent
+    if there not in (folder.resolve(), folder.resolve().parent.parent / "blobs"):
+        raise Refusal(f"{file}: is a link to another folder, {there}; copy the file, or name that "
+                      f"folder")
+    return file
 
 
 def iterate(files: list[Path]) -> Iterator[tuple[str, torch.Tensor, Path]]:

@@ -8,12 +8,12 @@ reserved.
 On a CPU there is one more part, the weights dequantised in fp32 (decode/dense.py).
 """
 
-import json
-import struct
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from phogpt_raw.cards import GIB, Card
 from phogpt_raw.data.packing import round_up
@@ -23,6 +23,7 @@ from phogpt_raw.model.cache import cache_bytes
 from phogpt_raw.model.nf4 import NF4_BYTES
 from phogpt_raw.model.nf4_product import MOST, SPLIT
 from phogpt_raw.model.phogpt import ModelConfig
+from phogpt_raw.refusal import Refusal
 from phogpt_raw.simulate.rates import CONTEXT, matmul_workspace
 
 # Bytes that the choice of a token takes for each entry of the vocabulary, its logits included.
@@ -149,8 +150,10 @@ def adapter_weights(folder: Path) -> int:
     if not file.is_file():  # PEFT's older .bin: 4 bytes a weight
         old = folder / "adapter_model.bin"
         return old.stat().st_size // 4 if old.is_file() else 0
-    with file.open("rb") as content:
-        [length] = struct.unpack("<Q", content.read(8))
-        header = json.loads(content.read(length))
-    return sum(torch.Size(entry["shape"]).numel() for name, entry in header.items()
-               if name != "__metadata__")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    except Exception as error:  # safetensors raises nothing more special
+        raise Refusal(f"{file}: cannot be read ({error}); take another copy of the adapter") \
+            from None

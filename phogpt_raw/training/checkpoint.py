@@ -144,17 +144,15 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
 
 def damage(folder: Path, step: int) -> str | None:
     """What is wrong with a checkpoint: a file that is missing or has other bytes than were written,
-    or a state of another step. A checkpoint of before the hashes were written is only read."""
+    or a state of another step."""
     try:
-        hashes = {}
-        if (folder / HASHES).is_file():
-            hashes = json.loads((folder / HASHES).read_text("utf-8"))
+        hashes = json.loads((folder / HASHES).read_text("utf-8"))
         for name in (*ADAPTER, STATE, PROGRESS):
-            if hashes and hash_of(folder / name) != hashes[name]:
+            if hash_of(folder / name) != hashes[name]:
                 return f"{folder}: {name} is damaged"
         if read_state(folder)["step"] != step:
             return f"{folder}: its {PROGRESS} is of another step"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{folder}: cannot be read ({' '.join(str(error).split())})"
     return None
 

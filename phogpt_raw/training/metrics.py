@@ -46,9 +46,9 @@ class Metrics:
         self.file, self.training = folder / "metrics.jsonl", training
         self.started = self.seconds = 0.0  # when the step began, and how long it took
         rows = whole_rows(self.file) if state.step else []  # an incomplete row is of a later step
-        kept = [row for row in rows if is_before(state, json.loads(row))]
-        self.last_loss = loss_of(json.loads(kept[-1])) if kept else math.nan
-        write_text(self.file, "".join(row + "\n" for row in kept))
+        kept = [row for row in rows if is_before(state, row)]
+        self.last_loss = loss_of(kept[-1]) if kept else math.nan
+        write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
         self.board = tensorboard and summary_writer()(folder / "tensorboard",
                                                       purge_step=state.step + 1)
 
@@ -118,15 +118,29 @@ def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
 
     null stands for a value that was not finite.
     """
-    rows = [json.loads(row) for row in whole_rows(folder / "metrics.jsonl")]
+    rows = whole_rows(folder / "metrics.jsonl")
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 
 
-def whole_rows(file: Path) -> list[str]:
-    """The complete lines of a metrics.jsonl, without one cut off by a power failure; empty where
-    there is no file."""
-    lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-    return [line for line in lines if line.endswith("}")]
+def whole_rows(file: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, without one that a power failure has cut off or that is damaged;
+    empty where there is no file."""
+    lines = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
+    return [row for line in lines if is_row(row := parsed(line))]
+
+
+def parsed(line: str):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_row(row) -> bool:
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    losses = [row[name] for name in ("loss", "val_loss") if name in row]
+    return bool(losses) and all(isinstance(loss, float | int | None) for loss in losses)
 
 
 def peak_bytes(forward) -> int | None:

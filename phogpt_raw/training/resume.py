@@ -15,7 +15,7 @@ from phogpt_raw import config as configuration
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples, fingerprint
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.files import expanded, write_text
+from phogpt_raw.files import expanded, read_object, write_text
 from phogpt_raw.model.adapter_config import run_record
 from phogpt_raw.refusal import Refusal
 
@@ -25,6 +25,7 @@ FREE = {"preset", "data", "val", "map", "strict", "too_long", "data_cache", "ins
         "answer_tokens", "patience", "save_every", "keep", "max_minutes", "tensorboard",
         "max_skipped",
         "micro_batch", "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
+ANOTHER = "name another --out"
 ROWS = "row_hashes.json"  # of the rows with which the run began
 
 
@@ -55,7 +56,7 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
     if not file.is_file():
         raise Refusal(f"{file}: missing, so this run cannot go on; name another --out")
     # A run of before a setting existed has its default.
-    before = dataclasses.asdict(Config()) | json.loads(file.read_text("utf-8"))
+    before = dataclasses.asdict(Config()) | read_object(file, ANOTHER)
     now = dataclasses.asdict(config)
     for name in sorted(now.keys() - FREE):
         if whole_path(name, before[name]) != whole_path(name, now[name]):
@@ -68,7 +69,7 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
 
 def check_base(folder: Path, config: Config, base_weights: str) -> None:
     """Raise Refusal where the base holds other weights than when the run began."""
-    began = json.loads((folder / "config.json").read_text("utf-8")).get("base_weights")
+    began = read_object(folder / "config.json", ANOTHER).get("base_weights")
     if began and began != base_weights:
         raise Refusal(f"--out {folder}: the weights of --model {config.model} have changed since "
                       f"this run began; go on over the same, or name another --out")
@@ -87,7 +88,11 @@ def check_rows(folder: Path, before: dict, now: dict, examples: Examples) -> Non
     file = folder / ROWS
     if not file.is_file():  # a run of before the rows were recorded
         return
-    began = json.loads(file.read_text("utf-8"))
+    began = read_object(file, ANOTHER)
+    for part in ("train", "held_out"):
+        if not (isinstance(began.get(part), list)
+                and all(isinstance(row, str) for row in began[part])):
+            raise Refusal(f"{file}: does not hold the hashes of rows; {ANOTHER}")
     for part, name in (("train", "training"), ("held_out", "held-out")):
         change = changes(began[part], getattr(examples, part))
         if change and before["hold_out"] != now["hold_out"]:

@@ -1,0 +1,18 @@
+"""Damaged files end in one line, or change nothing (tests/mutate.py damages them).
+
+400 mutations of a base's files, an adapter's and a run's, seeded.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("what, count", [("base", 150), ("adapter", 130), ("run", 120)])
+def test_damaged_files_end_in_one_line_or_change_nothing(what, count):
+    script = Path(__file__).with_name("mutate.py")
+    done = subprocess.run([sys.executable, str(script), what, "0", str(count)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
