@@ -252,8 +252,8 @@ def serve(rows: list[dict], title: str) -> Table:
 
 
 def saving(rows: list[dict], title: str) -> Table:
-    made = table(title, ["checkpoint", "a save", "longest", "a step", "slows steps by",
-                         "last save", "share of the run", "without the last"])
+    made = table(title, ["checkpoint", "save", "longest", "step", "slows by", "last", "share",
+                         "without last"])
     for row in rows:
         saves = row["saves_s"]
         slowed = sum(row["slowed_s"]) / max(1, len(row["slowed_s"]))
