@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import QUESTIONS, write_rows
+from conftest import QUESTIONS, example, write_rows
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
@@ -44,8 +44,8 @@ def job_of(tmp_path, **config):
         config=Config(**config), stream=SimpleNamespace(steps=lambda _epochs: 2),
         model=SimpleNamespace(peft_config={"default": lora}, head=torch.zeros(1)),
         run=SimpleNamespace(folder=tmp_path, state=state, steps=3),
-        examples=SimpleNamespace(template="4b-chat", train=[0] * 9, held_out=[0] * 3, file=None,
-                                 held_out_file=None))
+        examples=SimpleNamespace(template="4b-chat", train=[example([5, 6, 7], 1, "row:1")] * 9,
+                                 held_out=[0] * 3, file=None, held_out_file=None, trained_too=()))
 
 
 def test_doctest():
@@ -86,7 +86,8 @@ def test_data_is_named_by_file_and_hash_and_no_path_of_the_machine_is_told(card,
         assert row_of(text, what) == [file.name]
         assert row_of(text, f"SHA-256 of the {what}") == [
             hashlib.sha256(file.read_bytes()).hexdigest()]
-    assert row_of(text, "training") == ["12 rows"] and row_of(text, "held out") == ["2 rows"]
+    assert row_of(text, "training") == ["12 rows"]
+    assert row_of(text, "held out") == ["2 rows, 2 of them training rows as well"]
     assert str(tmp_path) not in text and str(tiny.parent) not in text
     assert not re.search(r"/(home|tmp|root|work|Users)/", text)
 
@@ -255,3 +256,14 @@ def test_its_commands_name_what_only_the_runs_folder_records(tmp_path, monkeypat
         options = export.parse(command.split())
         assert (options.template, options.model) == ("7b5-instruct", "BASE")
         assert options.base_nf4 is (False if options.merged else None)
+
+
+def test_it_says_where_the_loss_was_and_which_held_out_rows_were_trained_on(train, tmp_path, rows):
+    text = {"text": "Phở là món ăn của Hà Nội, có bánh và thịt bò."}
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(rows.read_text("utf-8") + json.dumps(text, ensure_ascii=False) + "\n", "utf-8")
+    out = tmp_path / "run"
+    assert train("--data", mixed, "--val", rows, "--hold-out", 0, "--out", out)[0] == 0
+    card = (out / "README.md").read_text("utf-8")
+    assert "| loss | on all tokens of the row of text, on the answer and its end token" in card
+    assert "| held out | 12 rows, 12 of them training rows as well |" in card

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from phogpt_raw.cards import dtype_name
 from phogpt_raw.config import hub_id
-from phogpt_raw.data.prompt import TEMPLATES
+from phogpt_raw.data.prompt import IGNORED, TEMPLATES, Example
 from phogpt_raw.files import whole_file
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import say
 from phogpt_raw.training.evaluate import perplexity
@@ -225,10 +225,20 @@ def hyper_parameters(job: Job) -> dict[str, str]:
         "learning rate": rate,
         "optimizer": f"{config.optimizer}, weight decay {config.weight_decay:g}, "
                      f"gradient clipped to {config.clip:g}",
-        "loss": "on the answer and its end token only",
+        "loss": loss_on(job.examples.train),
         "template": job.examples.template,
         "seed": str(config.seed),
     }
+
+
+def loss_on(train: list[Example]) -> str:
+    """Which tokens carried loss: those of the answers; in a row that is a text, all of them."""
+    texts = sum(example.targets[0] != IGNORED for example in train)
+    if not texts:
+        return "on the answer and its end token only"
+    of_text = plural(texts, "the row of text", f"the {texts:,} rows of text")
+    return f"on all tokens of {of_text}" + (
+        "" if texts == len(train) else ", on the answer and its end token in the others")
 
 
 def data(job: Job) -> dict[str, str]:
@@ -237,6 +247,8 @@ def data(job: Job) -> dict[str, str]:
     held_out = f"{len(examples.held_out):,} rows"
     if examples.held_out and not examples.held_out_file:
         held_out += " of the same file"
+    if examples.trained_too:
+        held_out += f", {len(examples.trained_too):,} of them training rows as well"
     return {
         "training": f"{len(examples.train):,} rows",
         **file_lines("file", examples.file),
