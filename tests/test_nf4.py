@@ -4,6 +4,8 @@ All three round in the same places: in fp32 after the product and after the sum 
 and after value times scale, then to the weight's dtype.
 """
 
+import copy
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -57,11 +59,17 @@ def test_on_the_cpu_it_is_bitsandbytes_own(monkeypatch, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT])
 @pytest.mark.parametrize("shape", [(256, 64), (65, 3), (17, 40), (700, 96)], ids=str)
 def test_plain_dequantising_is_bitsandbytes_to_the_bit(shape, dtype, device):
-    """(700, 96): five blocks of scales, the last not full."""
+    """(700, 96): five blocks of scales, the last not full.
+
+    bitsandbytes is given the values as one row: on a CPU with AVX-512 its kernel (0.50.2) takes the
+    wrong scales for rows that are not whole blocks of 64, such as 96.
+    """
     weight = random_nf4(shape, dtype, device)
     dense = plain(weight)
     assert dense.dtype == dtype and dense.abs().max() > 1
-    assert torch.equal(dense, dequantize_4bit(weight, weight.quant_state))
+    state = copy.copy(weight.quant_state)
+    state.shape = torch.Size((1, dense.numel()))
+    assert torch.equal(dense, dequantize_4bit(weight.data, state).view(shape))
 
 
 def test_plain_dequantising_of_a_byte_worked_by_hand():
