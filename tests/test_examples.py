@@ -202,7 +202,7 @@ def test_held_out_rows_have_no_weight(tmp_path):
 def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path):
     """As `--data "$FILE"` gives it where FILE is not set."""
     for name in ("", " "):
-        with pytest.raises(Refusal, match="names no file|--data: is empty"):
+        with pytest.raises(Refusal, match=r"names no file|--data: is empty"):
             loaded(tmp_path, 5, data=name)
 
 
