@@ -37,6 +37,8 @@ from phogpt_raw.talk.question import read_question
 from phogpt_raw.talk.score import evaluate, prompt_of, read
 from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream, tokens
 
+MOST_SAMPLES = 1000  # answers to one question
+
 
 def parse(arguments):
     parser = Parser(usage="%(prog)s [options] [question]", description=__doc__)
@@ -128,8 +130,8 @@ def check(options) -> None:
             raise Refusal(f"--{name.replace('_', '-')}: has no effect here; see --help")
     if options.input and not options.output:
         raise Refusal("--input: name a file for the answers with --output")
-    if options.num_samples < 1:
-        raise Refusal(f"--num-samples {options.num_samples}: must be at least 1")
+    if not 1 <= options.num_samples <= MOST_SAMPLES:
+        raise Refusal(f"--num-samples {options.num_samples}: must be from 1 to {MOST_SAMPLES:,}")
     if options.num_samples > 1 and not options.temperature:
         raise Refusal(f"--num-samples {options.num_samples}: without --temperature all are the "
                       f"same; give it too")

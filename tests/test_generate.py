@@ -113,6 +113,8 @@ def test_an_answer_that_ends_by_itself_is_not_called_cut(ask, train, tmp_path):
     ([], "question"),
     (["--max-new-tokens", "0", QUESTION], "--max-new-tokens 0: must be at least 1"),
     (["--max-new", "3", QUESTION], "--max-new"),
+    (["--input", "a.jsonl", "--output", "b", "--num-samples", "1000000000", "--temperature", "1"],
+     "--num-samples 1000000000: must be from 1 to 1,000"),
     (["--template", "llama", QUESTION], "llama"),
 ])
 def test_what_is_not_possible_is_refused_in_one_line(ask, arguments, said):
