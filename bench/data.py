@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_rows(rows, options.rows)
         long.write_text(json.dumps({"prompt": "a", "response": "ạ" * LONG}, ensure_ascii=False),
                         "utf-8")
-        for what, file in (("anew", rows), ("from the cache", rows), ("one long row", long)):
+        for what, file in (("without a cache", rows), ("from the cache", rows),
+                           ("one long row", long)):
             found = in_a_process(file, Path(folder) / "cache", options.tokenizer)
             print(f"{what}: {found.pop('s'):.2f} s, " + ", ".join(
                 f"{name} {value:,.0f}" if isinstance(value, int | float) else f"{name}: {value}"

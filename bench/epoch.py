@@ -101,7 +101,8 @@ def described(options, config: Config) -> dict:
 def measure(options, config: Config, examples: list[Example]) -> None:
     card = this_card()
     if options.model not in PUBLISHED:
-        raise Refusal(f"--model {options.model}: measured is 7b5 or 4b, with random weights")
+        raise Refusal(f"--model {options.model}: only 7b5 and 4b can be measured, with random "
+                      f"weights")
     if card.device == "cpu":
         raise Refusal("epoch.py: the Trainer's paged optimizer needs a GPU, here is none; "
                       "--card simulates")

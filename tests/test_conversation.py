@@ -179,7 +179,7 @@ def test_lines_that_are_no_questions_are_said_and_the_next_is_answered(chat, tin
                             "--model", tiny, "--max-new-tokens", 9)
     assert status == 0 and out == chat("a\n", "--model", tiny, "--max-new-tokens", 9)[1]
     for said in ("(the question is not UTF-8", "(/foo is no command", "(the question is too long",
-                 "/xoá (/reset) begins anew"):
+                 "/xoá (/reset) begins a new conversation"):
         assert said in err
 
 

@@ -96,7 +96,7 @@ def test_a_record_over_the_limit_is_bad_and_the_next_is_read(tmp_path):
 def test_a_row_over_the_limit_in_parquet_is_refused_unread(tmp_path):
     long = [{"prompt": "a", "response": "ạ" * 20_000_000}]
     (tmp_path / "rows.parquet").write_bytes(parquet(long))
-    with pytest.raises(Refusal, match=r"rows\.parquet: a row of more than 10,000,000 letters"):
+    with pytest.raises(Refusal, match=r"rows\.parquet: a row of more than 10,000,000 characters"):
         read(tmp_path / "rows.parquet")
 
 

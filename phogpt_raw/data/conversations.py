@@ -121,7 +121,7 @@ def check_font(sample: list[Conversation]) -> None:
     if MOJIBAKE.search(text):
         return
     if name := font_encoding(text):
-        raise Refusal(f"{sample[0].where}: the text is in {name}, letters of an old font; "
+        raise Refusal(f"{sample[0].where}: the text is in {name}, an old Vietnamese encoding; "
                       f"{CONVERT}")
 
 
@@ -185,7 +185,7 @@ class Reader:
         if not isinstance(record.value, dict):
             raise Unusable(f"a row is an object with fields, not {kind_of(record.value)}")
         if isinstance(record.value, Twice):
-            raise Unusable(f"{record.value.key} stands twice; remove one")
+            raise Unusable(f"{record.value.key} appears twice; remove one")
         found: dict[str, tuple[str, object]] = {}
         for name, value in record.value.items():
             if isinstance(value, float) and value != value:
@@ -230,7 +230,7 @@ class Reader:
         if turns[-1] == (ASSISTANT, ""):
             turns.pop()
         if not turns or turns[-1][0] != USER:
-            raise Unusable(f"{name} wears PhoGPT's template and holds an answer too; a prompt "
+            raise Unusable(f"{name} contains PhoGPT's template with an answer; a prompt "
                            f"ends with ### Trả lời:")
         return turns
 
@@ -335,8 +335,8 @@ def worn(whole: str) -> list[tuple[str, str]]:
 
 def refuse_foreign(name: str, value: str) -> None:
     if found := FOREIGN.match(value):
-        raise Unusable(f"{name} wears the template of another model ({found[1]}); give the plain "
-                       f"text")
+        raise Unusable(f"{name} contains the template of another model ({found[1]}); give "
+                       f"the plain text")
 
 
 def text(name: str, value) -> str:
@@ -348,7 +348,7 @@ def text(name: str, value) -> str:
             "write a text in quotes")
         raise Unusable(f"{name} is not text but {kind_of(value)}; {right}")
     if len(value) > LONGEST:
-        raise Unusable(f"{name} has {len(value):,} letters; cut it into rows of at most "
+        raise Unusable(f"{name} has {len(value):,} characters; cut it into rows of at most "
                        f"{LONGEST:,}")
     if not value.isascii():
         if HALF.search(value):

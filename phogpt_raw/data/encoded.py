@@ -119,7 +119,7 @@ def seen(talks: Iterable[Conversation], findings: Findings) -> Iterator[Conversa
                     findings.note("mojibake", talk.where)
                     break
             if any("\ufffd" in text for text in texts):
-                findings.note("lost letters", talk.where)
+                findings.note("lost characters", talk.where)
             if any(TEMPLATE_INSIDE.search(text) for text in texts):
                 findings.note("template inside", talk.where)
         if any(map(CONTROL.search, texts)):

@@ -18,7 +18,7 @@ from phogpt_raw.refusal import Refusal
 
 PIECE = 1 << 20  # letters read at once
 FIRST = re.compile(r"\s*(\S)")
-TOO_LONG = f"a row of more than {LONGEST:,} letters; is it one row? Cut it into several"
+TOO_LONG = f"a row of more than {LONGEST:,} characters; is it one row? Cut it into several"
 NOT_UTF8 = "is not UTF-8 at column {}; save the file as UTF-8"
 
 
@@ -33,7 +33,7 @@ class Number:
 
 
 class Twice(dict):
-    """An object in which `key` stands twice."""
+    """An object in which `key` appears twice."""
 
     key: str
 

@@ -103,7 +103,7 @@ def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
         for name, template in TEMPLATES.items():
             if shown == template.question.format("?"):
                 return name, _("the tokenizer's chat template")
-        raise Refusal(f"the tokenizer's chat template is none of PhoGPT's (it gives {shown!r}); "
+        raise Refusal(f"the tokenizer's chat template is not one of PhoGPT's (it gives {shown!r}); "
                       f"name one with --template")
     if len(tokenizer) > BLOOM_SIZED:
         return "7b5-instruct", _("a vocabulary of {n:,} is 7B5's", n=len(tokenizer))

@@ -210,7 +210,7 @@ def documents(stream: TextIOWrapper, name: str) -> Iterator[Record | Bad]:
             first, lines, size = number, [], 0
         before, size = size, size + (LONGEST + 1 if line is None else len(line))
         if before <= LONGEST < size:
-            yield Bad(f"{name}:{first}", f"a text of more than {LONGEST:,} letters; cut it into "
+            yield Bad(f"{name}:{first}", f"a text of more than {LONGEST:,} characters; cut it into "
                                          f"several files")
             lines = []
         elif size <= LONGEST:

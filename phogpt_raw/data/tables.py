@@ -129,12 +129,12 @@ def text_table(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Re
 
 
 def columns(cells: list, where: str) -> list[str]:
-    """The names of columns; raises Refusal where one stands twice."""
+    """The names of columns; raises Refusal where one appears twice."""
     names = [cell.strip() or f"column {n}" for n, cell in enumerate(cells, 1)]
     folded = [name.casefold() for name in names]
     for name in names:
         if folded.count(name.casefold()) > 1:
-            raise Refusal(f"{where}: the column {name} stands twice; which one is meant? Rename "
+            raise Refusal(f"{where}: the column {name} appears twice; which one is meant? Rename "
                           f"or remove one")
         if (column := undecoded(name)) is not None:
             raise Refusal(f"{where}: {NOT_UTF8.format(column)}")

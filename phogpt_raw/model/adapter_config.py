@@ -73,7 +73,7 @@ def check(fields: dict, file: Path) -> None:
         if not isinstance(fields.get(field), bool | None):
             raise Refusal(f"{file}: {field} {fields[field]!r} is neither true nor false")
     if fields.get("bias", "none") not in BIASES:
-        raise Refusal(f"{file}: bias {fields['bias']!r} is none of {', '.join(BIASES)}")
+        raise Refusal(f"{file}: bias {fields['bias']!r} must be one of {', '.join(BIASES)}")
     check_strengths(fields, file)
     check_layers(fields, file)
 
@@ -172,8 +172,8 @@ def read_origin(folder: Path) -> Origin:
             "base_weights": isinstance(origin.base_weights, str | None)}
     for field, known in good.items():
         if not known:
-            raise Refusal(f"{file}: {field} {getattr(origin, field)!r} is none that a run can "
-                          f"have; correct it, or move the file away")
+            raise Refusal(f"{file}: {field} {getattr(origin, field)!r} is not a value that a "
+                          f"run can have; correct it, or move the file away")
     return origin
 
 

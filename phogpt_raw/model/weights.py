@@ -210,7 +210,7 @@ def accounted(folder: Path, shapes: dict[str, torch.Size]
         yield name, tensor, file
     for head, file in heads:
         if embedding is not None and not torch.equal(head, embedding):
-            raise Refusal(f"{file}: tensor {HEAD} is another than {EMBEDDING}; PhoGPT's head is "
+            raise Refusal(f"{file}: tensor {HEAD} differs from {EMBEDDING}; PhoGPT's head is "
                           f"its embedding")
     if wanted:
         biases = sum(name.endswith(".bias") for name in wanted)

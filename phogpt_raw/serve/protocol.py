@@ -243,7 +243,7 @@ def conversation(messages) -> Conversation:
         role, said = message.get("role"), content(message.get("content"), f"{where}.content")
         if role in ("system", "developer"):
             if turns or asked:
-                raise wrong(where, f"a {role} message must stand before all others")
+                raise wrong(where, f"a {role} message must come before all others")
             system.append(said)
         elif role == "user":
             asked.append(said)

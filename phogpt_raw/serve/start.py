@@ -78,7 +78,7 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
         async def shutdown(self, sockets=None) -> None:
             if worker.answering:
                 say(plural(worker.answering, _("finishing 1 answer (Ctrl-C breaks it off)"),
-                           _("finishing {n} answers (Ctrl-C breaks them off)",
+                           _("finishing {n} answers (Ctrl-C stops them)",
                              n=worker.answering)))
             await super().shutdown(sockets)
 
@@ -139,7 +139,7 @@ def shown(host: str) -> str:
 
 def check_key(key: str | None) -> None:
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise Refusal("--api-key: must be letters, digits and signs of ASCII, without spaces")
+        raise Refusal("--api-key: must be ASCII letters, digits and punctuation, without spaces")
 
 
 def bind(host: str, port: int) -> socket.socket:

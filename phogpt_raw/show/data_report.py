@@ -115,7 +115,7 @@ def note_text(kind: str, note: Note) -> str | None:
         "no diacritics": _("rows without any Vietnamese letters: {n:,}", **values),
         "mojibake": _("rows that seem to be UTF-8 read as Windows-1252, such as á»Ÿ for ở: {n:,}",
                       **values),
-        "lost letters": _("rows with lost letters (�): {n:,}", **values),
+        "lost characters": _("rows with lost characters (�): {n:,}", **values),
         "control": _("rows with control characters, which the model does not see: {n:,}",
                      **values),
         "like rows": _("quoted cells with lines that look like rows (a quote too much?): {n:,}",

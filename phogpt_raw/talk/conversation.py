@@ -88,7 +88,8 @@ def chat(found: Found, how: Generation, system: str = "") -> None:
     model, tokenizer = found.load(), found.tokenizer
     if live:
         edit_lines()
-        say(_("/xoá (/reset) begins anew, /thoát (/quit) leaves; Ctrl-C ends an answer"))
+        say(_("/xoá (/reset) begins a new conversation, /thoát (/quit) leaves; Ctrl-C ends an "
+              "answer"))
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
                 capture=how.capture) as engine, CtrlC() as ctrl_c:
         for question in questions(live, ctrl_c):
@@ -180,7 +181,8 @@ def questions(live: bool, ctrl_c: CtrlC):
         if question.lower() in QUIT:
             return
         if question.lower() in HELP:
-            say(_("/xoá (/reset) begins anew, /thoát (/quit) leaves; Ctrl-C ends an answer"))
+            say(_("/xoá (/reset) begins a new conversation, /thoát (/quit) leaves; Ctrl-C ends an "
+                  "answer"))
         elif re.fullmatch(r"/\w+", question) and question.lower() not in RESET:
             say(_("({command} is no command; /xoá, /thoát)", command=question))
         elif question:

@@ -22,7 +22,7 @@ def from_stdin() -> str:
     try:
         return content.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError:
-        raise Refusal("the question is not UTF-8; save it as UTF-8, or type it anew") from None
+        raise Refusal("the question is not UTF-8; save it as UTF-8, or type it again") from None
 
 
 def checked(question: str) -> str:
@@ -34,7 +34,7 @@ def checked(question: str) -> str:
     try:
         question = os.fsencode(question).decode("utf-8") if broken(question) else question
     except UnicodeError:
-        raise Refusal("the question is not UTF-8; convert it, or type it anew") from None
+        raise Refusal("the question is not UTF-8; convert it, or type it again") from None
     question = question.removeprefix("\ufeff")
     lost = next((letter for letter in question if letter in "\0\ufffd\ufffe\uffff"), None)
     if lost:

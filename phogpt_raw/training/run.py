@@ -266,8 +266,8 @@ class Run:
         last_applied = state.step - state.skipped_in_row
         good = checkpoint.newest(self.folder, state.best_step if state.first else last_applied - 1)
         if good is None or not state.applied:
-            return _("no good checkpoint was saved; begin anew with a lower --lr, or --dtype bf16 "
-                     "or fp32, and another --out")
+            return _("no good checkpoint was saved; start a new run with a lower --lr, or --dtype "
+                     "bf16 or fp32, and another --out")
         return _("the last good checkpoint is {good}; go on from it with --adapter {good}, a "
                  "lower --lr and another --out", good=good)
 
