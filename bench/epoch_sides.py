@@ -1,9 +1,9 @@
 """A side of epoch.py in its own process: an epoch by train.py's loop, or by the Trainer.
 
-Both read the same token ids and start from one checkpoint and the same adapters. Both note the time
-when a step has ended and the GPU has finished. A step lasts from the end of the step before, which
-includes reading its rows; the first lasts from the start of the loop. Writing the adapter at the
-end is in no step.
+Both read the same token ids and start from one checkpoint and the same adapters. Both record the
+time when a step has ended and the GPU has finished. A step lasts from the end of the step before,
+which includes reading its rows; the first lasts from the start of the loop. The time of writing the
+adapter at the end is not counted.
 """
 
 import json

@@ -4,10 +4,10 @@
 
 A run of train.py's loop over random rows with the lengths of 256 real pairs (lengths.json), with
 the values of the preset t4: 8 examples a step, packed. Every --every steps it writes a checkpoint:
-adapter, optimizer state and hashes, flushed to the disk under --out. A save counts until the loop
-goes on. The rest is done while the next steps are computed and makes them slower: the first half of
-the steps after each save is compared with the second half. The end of the run waits for the last
-checkpoint.
+adapter, optimizer state and hashes, flushed to the disk under --out. The time of a save counts
+until the loop continues. The rest of the work runs during the next steps and makes them slower. To
+measure this, the first half of the steps after each save is compared with the second half. The end
+of the run waits for the last checkpoint.
 """
 
 import statistics
@@ -69,7 +69,7 @@ def costs(steps: list[float], saves: list[float], every: int, whole: float) -> d
     """What saving costs. steps: seconds of each, from the end of the one before, which includes a
     save between the two; saves: seconds of each save; whole: seconds of the run.
 
-    step_s: a step where nothing is written beside it. slowed_s: by how much a save slows down the
+    step_s: seconds of a step while nothing is written. slowed_s: by how much a save slows down the
     steps after it. end_s: from the last step to the end, with the last save. share: of all of it;
     share_of_others: without the last save, which a run that saves at its end alone has too.
 

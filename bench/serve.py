@@ -3,15 +3,14 @@
     python bench/serve.py --model 7b5 --save        on a GPU: random weights, 16 clients
     python bench/serve.py --model nano              anywhere
 
-The engine first writes for as many prompts as there are clients. Then `generate.py --serve` runs
+First the engine alone answers as many prompts as there are clients. Then `generate.py --serve` runs
 in a process of its own, over the same weights and adapter, and each client streams the answer to
-one of the prompts. Both are warm: an uncounted run has captured the graphs. Rates are of all rows
-together over the whole time, prompts included. The first token is that of one client alone, against
-the engine's with one prompt, which is the prefill; and that of one more client while all others
-are being answered.
+one of the prompts. Both are warm: a run before them, which is not counted, has captured the graphs.
+Tokens per second count the tokens of all rows over the whole time, reading the prompts included.
+The time of the first token is measured twice: for one client alone, compared with the engine's time
+for one prompt; and for one more client while all others are being answered.
 """
 
-import argparse
 import http.client
 import json
 import shutil
@@ -140,17 +139,22 @@ def median(values) -> float:
 
 
 def parse(arguments):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(usage="%(prog)s [options]", description=__doc__)
     parser.add_argument("--model", default="7b5" if torch.cuda.is_available() else "nano",
-                        choices=[*PUBLISHED, "nano"], help="random weights of that shape, or nano")
-    parser.add_argument("--clients", type=count, default=16)
-    parser.add_argument("--prompt", type=count, default=128, help="tokens (default 128)")
-    parser.add_argument("--new", type=count, default=256, help="tokens to write (default 256)")
+                        choices=[*PUBLISHED, "nano"], help="7b5 or 4b: that shape with random "
+                        "weights; or nano (default 7b5; without a GPU nano)")
+    parser.add_argument("--clients", type=count, default=16, metavar="N",
+                        help="clients that ask at the same time (default 16)")
+    parser.add_argument("--prompt", type=count, default=128, metavar="N",
+                        help="tokens in a prompt (default 128)")
+    parser.add_argument("--new", type=count, default=256, metavar="N",
+                        help="tokens to write for each prompt (default 256)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16" if torch.cuda.is_available()
-                        else "fp32")
-    parser.add_argument("--rank", type=count, default=16)
-    parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
+                        else "fp32", help="data type of activations (default fp16; without a GPU "
+                        "fp32)")
+    parser.add_argument("--rank", type=count, default=16, metavar="N",
+                        help="LoRA rank (default 16)")
+    parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
     if options.clients < 2 or options.new < 2:
         raise Refusal("--clients, --new: at least 2")

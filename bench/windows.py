@@ -89,7 +89,7 @@ class Simulation:
         self.seconds_of: dict[tuple, tuple] = {}  # (of the micro-batch, of the rest of a step)
 
     def seconds(self, window: Window) -> tuple[float, float]:
-        """Seconds of a step over the window, at the card's better and worse rates."""
+        """Seconds of a step over the window, at the card's higher and lower rates."""
         found = [self.batch_seconds(batch)
                  for batch in window.micro_batches(self.epoch.micro_batch)]
         _, once = found[0]

@@ -14,7 +14,7 @@ import threading
 
 from phogpt_raw.messages import _
 
-# Of a file's place or of its disk; these are never faults of the program.
+# Errors of a path or of the disk. They are never bugs of the program.
 OF_THE_PLACE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EISDIR,
                 errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 

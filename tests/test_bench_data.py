@@ -1,4 +1,5 @@
-"""The bench of the rows: anew and from the cache the same rows; one endless row costs little."""
+"""The bench of reading rows: rows from the cache equal those from the file; an endless row costs
+little."""
 
 import json
 

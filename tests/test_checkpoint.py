@@ -1,4 +1,4 @@
-"""An interrupted and resumed run ends as an uninterrupted one does, to the bit."""
+"""An interrupted and resumed run ends as an uninterrupted one does, bit for bit."""
 
 import errno
 import io
@@ -32,7 +32,7 @@ def without_speed(rows):
 
 
 def same(mine, reference):
-    """Whether two nests of dicts and lists with tensors in them are equal to the bit."""
+    """Whether two nests of dicts and lists with tensors in them are equal bit for bit."""
     if isinstance(reference, torch.Tensor):
         return torch.equal(mine, reference)
     if isinstance(reference, dict):

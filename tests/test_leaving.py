@@ -1,4 +1,5 @@
-"""A run that is asked to end saves and goes on later, to the bit."""
+"""A signal or a time limit ends a run: it saves, and can be resumed with the same result, bit for
+bit."""
 
 import os
 import signal

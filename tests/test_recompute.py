@@ -1,4 +1,4 @@
-"""Norms and GELU recomputed in backward: the same gradients to the bit, from fewer saved bytes.
+"""Norms and GELU recomputed in backward: the same gradients bit for bit, from fewer saved bytes.
 
 The reference is the same model with `recomputed` replaced by a plain call, whose output autograd
 saves.

@@ -739,7 +739,7 @@ def test_a_plan_for_a_cpu_reads_no_weights_either(train, tmp_path, tiny, monkeyp
 
 @pytest.fixture
 def tiny_published(tiny, monkeypatch):
-    """tiny's shape under the name 7b5."""
+    """Let --model 7b5 name the shape of the test model tiny."""
     shape = read_config(tiny)
     monkeypatch.setitem(phogpt.PUBLISHED, "7b5", shape)
     return shape

@@ -9,8 +9,8 @@ The fields decide which format it is; fields.py has their names. What a row may 
 - {text}, which is learned as it is.
 
 Text is normalised to NFC: Vietnamese typed on a Mac often arrives as NFD, looks the same, and
-becomes other tokens. A text that wears PhoGPT's template is taken out of it. Nothing is guessed:
-a number, a list or a half letter where a text should be makes a bad row.
+becomes other tokens. If a text already contains PhoGPT's template, the template is removed. Nothing
+is guessed: a row with a number, a list or an incomplete character in the place of a text is bad.
 """
 
 import hashlib
@@ -41,15 +41,15 @@ WHO, SAID = ("role", "from", "vaitro"), ("content", "value", "text", "noidung") 
 NEEDS = ("a row needs prompt and response, or instruction and output, or messages, or text; "
          "--map response=NAME,prompt=NAME names others")
 WORN = re.compile(r"^### (Câu hỏi|Trả lời):", re.MULTILINE)
-# How texts of other models' templates begin.
+# The beginnings of texts in other models' templates.
 FOREIGN = re.compile(r"\s*(<\|im_start\|>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>|"
                      r"<\|start_header_id\|>|<s>\s*\[INST\]|\[INST\]|<start_of_turn>|<bos>|"
                      r"### ?Instruction:|### ?Human:|### ?User:|USER:|Human:|"
                      r"Below is an instruction that describes a task)")
-# How their answers end, and where they change the speaker.
+# The special tokens at the end of their answers and between speakers.
 FOREIGN_INSIDE = re.compile(r"<\|(?:im_start|im_end|eot_id|endoftext|end_of_text|end|"
                             r"start_header_id)\|>|\[/INST\]|<(?:start|end)_of_turn>")
-# What can be seen; a text of spaces, control characters and letters without width is empty.
+# A visible character. A text of spaces, control characters and zero-width characters is empty.
 VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2060\ufeff]")
 SAMPLE = 50  # conversations of a file that decide whether it is in TCVN3 or VNI
 
@@ -69,7 +69,7 @@ class Conversation:
 
     @property
     def hash(self) -> int:
-        """A number below 2^64 from the texts, in which capitals and spaces do not count."""
+        """A hash of the texts, below 2^64; capitals and spaces do not change it."""
         text = "\0".join(" ".join(text.casefold().split()) for _role, text in self.turns)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
@@ -126,7 +126,7 @@ def check_font(sample: list[Conversation]) -> None:
 
 
 class Reader:
-    """Records as conversations. It says what it found to `findings`."""
+    """Records as conversations. Notes on the record go into `findings`."""
 
     def __init__(self, findings: Findings, mapped: dict[str, str]):
         self.findings = findings
@@ -220,7 +220,7 @@ class Reader:
         return [*before, *asked, (ASSISTANT, answered)]
 
     def unworn(self, name: str, value) -> list[tuple[str, str]]:
-        """A prompt's turns: itself, or those of the template that it wears."""
+        """The turns of a prompt: one, or those of the template that it contains."""
         prompt = text(name, value)
         if not prompt.startswith("### Câu hỏi:"):
             refuse_foreign(name, prompt)
@@ -340,7 +340,8 @@ def refuse_foreign(name: str, value: str) -> None:
 
 
 def text(name: str, value) -> str:
-    """A field's text, in NFC and without white space around it; Unusable if it is none."""
+    """A field's text, in NFC and without white space around it; raises Unusable if the value is not
+    text."""
     if isinstance(value, NoText):
         raise Unusable(f"{name} {value.why}")
     if not isinstance(value, str):

@@ -93,9 +93,9 @@ def evaluating(model: PhoGPT):
 class Engine:
     """Answers of one model, at most `rows` at once; use it as a context manager.
 
-    It gathers weights and adapters at the first prompt. Later changes to them need a new engine.
-    An engine of one row does not read again what the prompt before and its answer begin with: in a
-    conversation each turn costs its own tokens only.
+    It gathers weights and adapters at the first prompt. Later changes to them need a new engine. An
+    engine of one row keeps the cache of the last prompt and its answer. It does not read a common
+    beginning again: in a conversation each turn costs its own tokens only.
 
     eos_id: the token that ends an answer. capture: run steps as CUDA graphs on a GPU. memory: a
     context in which large tensors are allocated.
@@ -308,7 +308,7 @@ class Engine:
         if n is None:
             return
         last = len(self.rows) - 1
-        self.kept = self.rows[n].prompt + self.rows[n].ids[:-1]  # the last was not read any more
+        self.kept = self.rows[n].prompt + self.rows[n].ids[:-1]  # the last is not in the cache
         if n != last:
             self.cache.move(last, n)
             self.values_PB[:, n] = self.values_PB[:, last]

@@ -3,7 +3,7 @@
 For one token the model's own forward launches some thirty kernels a block, most of them tiny. The
 time then goes to launches and to small tensors that are written to memory and read back.
 `one_token` here is the whole step. Its matrix products are those of model/nf4_product.py. Three
-more functions do everything between the products; each stands below its plain version:
+more functions do everything between the products; each is below its plain version:
 
     norm_low     layer norm, and x Aᵀ for the linear that follows
     attend_low   attention in parts of the cache, which are then combined, and x Aᵀ
@@ -81,7 +81,8 @@ def one_token(x_BD, blocks: list[Block], cache: Cache, slopes_H, scale: float,
 
 
 def many_rows(x_BLD: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """x through a linear and its adapter, for so many rows that dequantising W first is faster."""
+    """x through a linear and its adapter, for a number of rows with which dequantising W first is
+    faster."""
     x_ND = x_BLD.flatten(0, 1)
     weight = dequantise_fused(linear.packed, linear.fields, linear.offset)
     y_NO = torch.addmm(linear.bias_O, x_ND, weight.t())

@@ -1,7 +1,8 @@
-"""What an adapter's folder says of itself: PEFT's configuration, checked, and how its run was made.
+"""The description of an adapter in its folder: PEFT's configuration, checked, and how its run was
+made.
 
-PEFT reads whatever stands in adapter_config.json and takes it as it is. What this program would
-compute otherwise than PEFT, or not at all, is refused here by name.
+PEFT accepts any content of adapter_config.json without checks. Here a field is refused, and the
+error names it, if this program would compute something else than PEFT, or does not support it.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from phogpt_raw.config import CHOICES, hub_id
 from phogpt_raw.files import expanded, read_object
 from phogpt_raw.refusal import Refusal
 
-# Fields that decide nothing here. Of the initialisations' own fields: the weights are in the file.
+# Fields that have no effect here. Of the initialisations' own fields: the weights are in the file.
 WITHOUT_EFFECT = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
@@ -48,13 +49,12 @@ def read_adapter_config(folder: Path):
 
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # whatever an unexpected value leads PEFT to
+    except Exception as error:  # PEFT raises different errors for unexpected values
         raise Refusal(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
 
 
 def check(fields: dict, file: Path) -> None:
-    """Raise Refusal for the fields of an adapter_config.json that cannot be used as they are
-    meant."""
+    """Raise Refusal for fields of an adapter_config.json that are not valid or not supported."""
     if fields.get("peft_type") != "LORA":
         raise Refusal(f"{file}: a {fields.get('peft_type')} adapter; only LoRA is supported")
     for field in sorted(fields.keys() - WITHOUT_EFFECT - HONOURED):
@@ -195,7 +195,7 @@ def run_record(file: Path) -> dict | None:
 
 
 class Base(NamedTuple):
-    """A base, and who named it, as an error about it begins."""
+    """A base, and where its name comes from, for the beginning of an error message."""
 
     model: str
     revision: str | None

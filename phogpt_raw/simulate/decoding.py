@@ -95,7 +95,7 @@ def base_bytes(model: Model) -> float:
 
 
 def adapter_bytes(model: Model) -> int:
-    """In fp32, and where the model computes in 16 bits a copy in those."""
+    """The adapter's weights in fp32, and a 16-bit copy if the model computes in 16 bits."""
     return model.adapter * (4 + (2 if model.dtype.itemsize == 2 else 0))
 
 

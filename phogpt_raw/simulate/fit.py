@@ -46,9 +46,9 @@ class Choice:
     """What was chosen for a run.
 
     recompute: blocks to recompute, of `blocks`. gib: the peak on the GPU, margins included; least:
-    the same with all blocks recomputed; of: the GPU's memory. These three are None where they were
-    not needed for the choice. packing: how rows are packed; None: not at all. auto: whether
-    `recompute` was chosen here, not asked for.
+    the same with all blocks recomputed; of: the GPU's memory. These three are None if the choice
+    did not need them. packing: how rows are packed; None: not at all. auto: whether `recompute` was
+    chosen here, not asked for.
     """
 
     recompute: int

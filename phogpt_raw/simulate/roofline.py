@@ -15,7 +15,7 @@ from phogpt_raw.simulate.rates import Rates
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a step: `low` and `high` at the card's better and worse rates; `host`: what Python
+    """Seconds of a step: `low` and `high` at the card's higher and lower rates; `host`: what Python
     needs to launch its kernels eagerly, (low, high)."""
 
     low: float
