@@ -225,7 +225,7 @@ class Engine:
         if self.cache is None:
             self.begin(positions)
         elif positions > self.cache.positions:
-            self.graphs.clear()  # they use the old tensors
+            self.graphs.clear()  # the graphs use the old tensors
             with self.memory():
                 self.cache.grow(positions)
             if self.history_BS is not None:
@@ -256,7 +256,7 @@ class Engine:
         """Read these prompts, given shortest first, and choose the first token of each answer."""
         first, lengths = len(self.rows), [len(row.prompt) for row in group]
         known = self.known(group[0].prompt)
-        self.kept = self.kept[:known]  # what follows is overwritten, also if reading breaks off
+        self.kept = self.kept[:known]  # the rest is overwritten, even if reading is interrupted
         place = slice(first, first + len(group))
         ids_BL = torch.full((len(group), lengths[-1]), self.pad_id)
         for n, row in enumerate(group):

@@ -1,8 +1,8 @@
-"""generate.py --input FILE --output FILE: many questions, an answer a line.
+"""generate.py --input FILE --output FILE: many questions, and one line of output for each answer.
 
 Prompts are answered in batches, the longest first, so that the cache is allocated once. Each answer
-is written down when it is finished, so that the same command goes on after a kill; the output file
-appears at the end, in the input's order.
+is stored as soon as it is finished, so that after a kill the same command continues. The output
+file appears at the end, in the order of the input.
 """
 
 import hashlib
@@ -65,8 +65,8 @@ class Line:
 
 
 def read_questions(spec: str, mapped: dict[str, str]) -> list[Question]:
-    """Of any file that train.py reads, with or without answers; of a text file a line is a
-    question. Raises Refusal that names the rows which cannot be used."""
+    """The questions of any file that train.py reads, with or without answers. In a text file each
+    line is a question. Raises Refusal that names the rows which cannot be used."""
     source, found, findings = find_source(spec), [], Findings()
     units = [(read_hub(*source.hub), None)] if source.hub else [
         (read_file(path, findings), path) for path in source.files]
@@ -130,7 +130,8 @@ def question_of(row: Conversation) -> Question:
 class Progress:
     """Finished answers of an output file that is not complete, in a file beside it.
 
-    Its first line is a hash of all that decides the answers. Raises Refusal where that differs.
+    Its first line is a hash of everything that changes the answers. Raises Refusal if this hash
+    differs.
     """
 
     def __init__(self, output: Path, key: str):

@@ -73,7 +73,8 @@ class GraphedModel:
         return Replay.apply(self.flat, graphs, ids_BL, doc_BL)
 
     def is_worth(self, shape: torch.Size) -> bool:
-        """Whether a capture pays: enough micro-batches of this shape are still to come."""
+        """Whether capturing saves time: whether enough micro-batches of this shape are still to
+        come."""
         if self.expected is None:
             return True
         self.expected[tuple(shape)] -= 1

@@ -1,8 +1,8 @@
-"""How a run is left before its end: Ctrl-C, a signal, or --max-minutes.
+"""End a run before its last step: by Ctrl-C, a signal, or --max-minutes.
 
-The step that is computed is finished, the run is saved, and the program ends. An evaluation is
-broken off at once: it changes nothing, and the resumed run evaluates again. A second Ctrl-C leaves
-without saving.
+The current step is finished, the run is saved, and the program ends. An evaluation is interrupted
+at once: it changes nothing, and the resumed run evaluates again. A second Ctrl-C leaves without
+saving.
 """
 
 import os
@@ -27,7 +27,7 @@ class Left(Exception):
 
 
 class Leaving:
-    """A context in which signals and a time limit leave the run in good order.
+    """A context in which signals and a time limit end the run after it was saved.
 
     minutes: None for no limit.
     """
@@ -56,7 +56,7 @@ class Leaving:
             self.check()
         text = _("\n{signal}: finishing the step, then saving; Ctrl-C leaves at once\n",
                  signal=name_of(number))
-        os.write(sys.stderr.fileno(), text.encode())  # print is not made for a handler
+        os.write(sys.stderr.fileno(), text.encode())  # print is not safe in a signal handler
 
     def check(self) -> None:
         """Raise Left where the run was asked to end, or its time is over."""
@@ -67,7 +67,7 @@ class Leaving:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block that a signal breaks off, since it can be repeated."""
+        """A block that a signal interrupts at once, because it can be repeated."""
         self.check()
         self.may_raise = True
         try:
