@@ -61,7 +61,7 @@ def plan(setting: str, number: int) -> list[Kill]:
 
 
 def arm(kill: Kill, folder: Path) -> None:
-    """Have this process die there."""
+    """Make this process die at the place of `kill`."""
     import train
     from phogpt_raw.training import checkpoint, setup
 

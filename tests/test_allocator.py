@@ -127,7 +127,7 @@ def test_at_the_limit_what_is_cached_goes_first_and_then_it_fails():
 
 
 def random_series(count, seed=0):
-    """(bytes to take, None) or (None, which of those taken to give back), in turns by chance."""
+    """A random sequence of (bytes to allocate, None) and (None, index of an allocation to free)."""
     dice, taken = random.Random(seed), 0
     for _ in range(count):
         if taken and dice.random() < 0.48:

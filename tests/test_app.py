@@ -317,8 +317,8 @@ def test_the_page_loads_nothing_from_elsewhere(server):
 
 
 def test_32_clients_at_once_get_what_each_gets_alone(server, nano):
-    """Greedy, streamed and not, more than there are slots; some leave early. SOAK_S=120 in the
-    environment goes on for two minutes and says what it saw."""
+    """Greedy, streamed and not, more than there are slots; some leave early. With SOAK_S=120 in the
+    environment the test runs for two minutes and prints what it measured."""
     questions = [f"Câu {n}: {'phở ' * (n % 7)}là gì?" for n in range(32)]
     tokens = [8 + n % 5 for n in range(32)]
     wanted = [alone(nano, encode_history(nano[1], TEMPLATE, [Turn(question)]), most).lstrip()

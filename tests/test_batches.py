@@ -256,15 +256,17 @@ def test_windows_by_tokens_are_neither_empty_nor_too_full(sizes, tokens):
 
 
 def test_lengths_that_fill_a_window_exactly_take_no_more_windows():
-    """Answers cut at --max-len: the room that chance would like is not worth half as many again."""
+    """Answers cut at --max-len have equal lengths: the room left for shuffling must not cost half
+    as many windows again."""
     order = token_stream([example([7] * 100, 50, f"row:{i}") for i in range(99)], 300)
     assert order.windows == 33
 
 
 @pytest.mark.parametrize("tokens", [1024, 2048, 4096])
 def test_which_examples_share_a_window_is_random(tokens):
-    """Two that met meet again as often as any two; 1,000 examples of even lengths are the hard
-    case, since nothing small is left to fill windows with."""
+    """Two examples of one window meet again as often as any other two. The lengths from 21 to
+    1,000, each once, are the hard case, because they have few short examples to fill the
+    windows."""
     order = token_stream([example([7] * n, n // 2, f"row:{n}") for n in range(21, 1001)], tokens)
     epochs = [{pair for w in order.order(epoch) for pair in combinations(sorted(w), 2)}
               for epoch in range(4)]

@@ -93,7 +93,8 @@ def test_the_bench_changes_the_adapters_as_training_does():
 
 @pytest.mark.gpu
 def test_each_kind_of_kernel_is_found_in_a_step():
-    """The kinds are found by the kernels' names: one that is renamed falls among the others."""
+    """The kinds are found by the names of kernels. A renamed kernel would be counted among the
+    others."""
     bench = measure.Bench(command_line.parse(command_line.parser(""), [*HERE, "--dtype", "fp16"]))
     setting = Setting(seq_len=512, micro_batch=1, accumulate=1, recompute="none")
     bench.begin(setting, capture=False)

@@ -158,7 +158,7 @@ def test_there_are_presets_for_nano_and_both_cards():
 
 @pytest.mark.parametrize("arguments, said", [
     (["--learning-rate", "1"], "--learning-rate"),
-    (["--micro", "2"], "--micro"),  # an abbreviation today is another flag tomorrow
+    (["--micro", "2"], "--micro"),  # an abbreviation could name another flag in a later version
     (["--epoch", "3"], "did you mean --epochs?"),
     (["--batchsize=3"], "did you mean --batch-size?"),
     (["--no_pack"], "did you mean --no-packing?"),

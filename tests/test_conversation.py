@@ -59,7 +59,7 @@ def chat(capsys, monkeypatch):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_prompt_is_the_history_of_the_base(tokenizer, template):
-    """Where the model writes its answers as the tokenizer would, as it nearly always does."""
+    """If the model's answers have the same tokens as their text, which is nearly always true."""
     talk, said = conversation(tokenizer, template=template), []
     for question, written in (("Phở bò là gì?", "Dạ, món ăn ạ."), ("Còn mèo?", "Con vật ạ."),
                               ("Cảm ơn", None)):
@@ -73,7 +73,7 @@ def test_the_prompt_is_the_history_of_the_base(tokenizer, template):
 
 
 def test_each_prompt_begins_with_all_that_was_said(tokenizer):
-    """So that the engine reads only what is new."""
+    """Then the engine reads only the new tokens."""
     talk, before = conversation(tokenizer), []
     for question, ids in (("a", [50, 60]), ("b", [70]), ("c", [])):
         prompt, _, _ = talk.ask(question)

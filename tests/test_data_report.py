@@ -1,4 +1,4 @@
-"""What a person is told about the rows, before the first step."""
+"""The report on the rows that is printed before the first step."""
 
 import json
 import os

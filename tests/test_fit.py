@@ -100,8 +100,8 @@ def test_a_model_of_one_block_recomputes_it_or_nothing():
 
 
 def test_where_an_evaluation_needs_most_what_is_chosen_fits_too(traces, monkeypatch):
-    """At that end the peak no longer falls along the line. So more blocks than necessary may be
-    recomputed, but never too few."""
+    """If an evaluation needs the most memory, recomputing more blocks does not lower the peak any
+    more. So more blocks than necessary may be recomputed, but never too few."""
     third = traces[2].replay(workspace=matmul_workspace(CARD)).peak_allocated
     monkeypatch.setattr(module, "CACHE_MIB", (third - traces[2].resident) / 2**20)
     need = [needed(trace, CARD) for trace in traces]

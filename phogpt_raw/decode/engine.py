@@ -336,7 +336,7 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.step(*kind)
-            self.graphs[kind] = graph  # not before: Ctrl-C may break the capture off
+            self.graphs[kind] = graph  # not before: Ctrl-C may interrupt the capture
             graph.replay()
         else:
             self.seen.add(kind)
