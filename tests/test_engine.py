@@ -12,7 +12,7 @@ from phogpt_raw.model.cache import Cache
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import load_base
 
-NEVER, PAD = -1, 3  # an end that no argmax can be, where a test wants full length
+NEVER, PAD = -1, 3  # an end token that is never chosen, for answers of full length
 
 
 def prompts(*lengths):
@@ -37,7 +37,7 @@ def test_the_cache_changes_no_token(lively):
     for prompt in prompts(1, 2, 9, 33):
         [written] = write(lively, [prompt])
         assert written.ids == without_cache(lively, prompt, 12)
-        assert len(set(written.ids)) > 3  # not one token over and over, which anything could give
+        assert len(set(written.ids)) > 3  # a repeated token would prove nothing
         assert not written.stopped
 
 
@@ -56,7 +56,7 @@ def test_an_answer_ends_at_the_end_token_and_says_so(lively):
     first, second = write(lively, asked, eos_id=end)
     assert first.ids == whole[0].ids[: whole[0].ids.index(end)]
     assert first.stopped
-    assert second == whole[1]  # a neighbour that ends disturbs no one
+    assert second == whole[1]  # a row that ends does not change the others
 
 
 def test_nothing_is_computed_after_the_last_answer_has_ended(lively, monkeypatch):
@@ -200,7 +200,8 @@ def test_requests_may_come_while_others_are_answered(lively):
 
 
 def test_a_row_that_has_ended_stays_where_it_is(lively):
-    """On a GPU it goes along for a step, since the host reads one behind."""
+    """On a GPU the ended row takes part in one more step, because the host reads the tokens of a
+    step one step later."""
     with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=2) as engine:
         engine.add(0, *prompts(4), 1)
         engine.add(1, *prompts(4), 9)
@@ -244,7 +245,7 @@ def test_after_a_consumer_has_raised_the_next_answer_is_right(lively):
         engine.add(7, first, 3)
         with pytest.raises(ValueError, match="other requests are open"):
             engine.answers([second], 6)
-    with engine:  # entered anew it has forgotten them
+    with engine:  # entered again, the engine has no requests
         assert engine.answers([second], 6) == wanted
 
 
@@ -308,8 +309,8 @@ def test_drawn_answers_repeat_and_are_the_same_alone_and_in_a_batch(lively):
 
 
 def test_drawn_answers_of_any_lengths_and_seeds_are_those_alone(lively, monkeypatch):
-    """Rows that leave at different times take their history and their seed along; both survive a
-    cache that grows."""
+    """Rows end at different times; the moved rows keep their history and their seed, also when the
+    cache grows."""
     monkeypatch.setattr(module, "STEP", 8)
     monkeypatch.setattr(module, "AHEAD", 5)
     asked, most = prompts(3, 17, 1, 8, 8), [30, 4, 22, 9, 40]
@@ -352,7 +353,8 @@ def test_rows_with_other_sampling_do_not_influence_each_other(lively, monkeypatc
 
 
 def test_a_conversation_reads_only_what_is_new(lively):
-    """Each turn's prompt begins with all that was said; its answer is that of the whole prompt."""
+    """The prompt of each turn begins with the conversation so far; its answer is the one to the
+    whole prompt."""
     turns = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
     read = []
     with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=1) as engine:

@@ -111,7 +111,7 @@ def test_perplexity_is_the_exponential_and_never_overflows():
 
 
 def test_texts_have_a_loss_and_no_question_to_answer(adapted, tokenizer):
-    """A {text} row carries loss from its second token on; nothing is asked in it."""
+    """A {text} row carries loss from its second token on, and has no question."""
     model, _ = adapted()
     asking = ragged_examples(2)
     text = Example(asking[0].ids, next_tokens(asking[0].ids, start=0), where="notes.txt:1")

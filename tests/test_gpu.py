@@ -206,7 +206,8 @@ def test_nf4_made_on_the_gpu_stays_what_it_is_through_training():
 
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
 def test_an_update_allocates_nothing_on_the_gpu(kind):
-    """So it cannot run out of memory half-way; the step before it can be done again."""
+    """So an update cannot run out of memory half-way, and the computation before it can be
+    repeated."""
     training = nano_training(torch.float16)
     training.optimizer = make_optimizer(training.adapters.flat, kind, 1e-3, 0.0)
     peaks = {}
@@ -292,7 +293,8 @@ def test_two_shapes_in_turn_do_not_disturb_each_other(dtype, recompute):
 
 @with_twins
 def test_micro_batches_of_one_shape_add_up(dtype, recompute):
-    """Also while the second is the one that is captured: writing a graph down runs nothing."""
+    """Also if the second micro-batch is the one that is captured: capturing a graph does not run
+    it."""
     twins = Twins(dtype, recompute)
     for n in range(3):
         batches = [batch_of(64, seed=2 * n + m) for m in range(2)]
@@ -370,7 +372,7 @@ def test_no_more_shapes_are_captured_than_may_be(monkeypatch):
 
 @pytest.mark.parametrize("where", ["start", "forward", "backward"])
 def test_memory_too_full_for_a_graph_stays_eager(monkeypatch, where):
-    """For that shape, without another try; the gradients are right in that very step."""
+    """That shape stays eager, without another try; the gradients of that step are right."""
     twins, tries = Twins(torch.float16), []
 
     def full(*_, **__):
@@ -390,7 +392,7 @@ def test_memory_too_full_for_a_graph_stays_eager(monkeypatch, where):
         elif where == "forward":
             last = twins.model.transformer.norm_f
             patch.setattr(last, "forward", full_while_capturing(last.forward))
-        else:  # what only backward asks for
+        else:  # the memory that only backward needs
             patch.setattr(lora, "matmul_to", full_while_capturing(lora.matmul_to))
         for n in range(4):
             twins.check(batch_of(64, seed=n))

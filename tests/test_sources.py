@@ -1,4 +1,5 @@
-"""Files of every kind hold the same records; folders, weights and the hub are named as they are."""
+"""Files of every kind hold the same records; folders, weights of files and hub datasets are
+understood."""
 
 import csv
 import gzip
@@ -74,7 +75,7 @@ def test_every_record_knows_the_line_on_which_it_begins(tmp_path, name, lines):
 
 
 def test_a_json_file_longer_than_a_piece_is_read_whole(tmp_path):
-    """Records over the border of a piece, and one longer than a piece."""
+    """Records that cross the border of a piece, and one that is longer than a piece."""
     records = [{"prompt": f"câu {n}", "response": "đáp " * (400_000 if n == 50 else 4_000)}
                for n in range(100)]
     file = tmp_path / "rows.json"

@@ -109,7 +109,7 @@ def test_saved_activations_are_what_arithmetic_says(rank, rows, length):
     # qkv 3, attention's output, the sum after it, up_proj's output 4, the sum after the block
     block = 10 * size["x"] + 4 * size["narrow"] + size["attention"]
     assert saved == {
-        # Nothing below the first norm has a gradient: it keeps its output, not what makes it again.
+        # Nothing below the first norm has a gradient: its output is saved, and not recomputed.
         "block 0": block + size["x"] + size["statistics"],
         "block 1": block + 2 * size["statistics"],
         "last norm": size["statistics"],
@@ -222,7 +222,8 @@ def test_too_little_memory_is_an_error():
 
 
 def test_a_trace_leaves_nothing_behind_for_models_that_have_values(monkeypatch):
-    """bitsandbytes keeps the map of the first device on which it quantises, for all others."""
+    """bitsandbytes keeps the code table of the first device on which it quantises, for all
+    devices."""
     monkeypatch.setattr(bitsandbytes.functional, "name2qmap", {})
     traced()
     weight = torch.randn(64, 64)
