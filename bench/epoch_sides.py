@@ -81,7 +81,7 @@ class Clock:
     def __init__(self):
         self.ends, self.gib, self.reserved = [time.perf_counter()], [], []
 
-    def step(self, row, _seconds: float) -> None:  # its loss was read: the GPU is done
+    def step(self, row, _seconds: float) -> None:  # the loss was read, so the GPU has finished
         self.ends.append(time.perf_counter())
         if row.peak_gib is not None:
             self.gib.append(row.peak_gib)

@@ -27,7 +27,7 @@ from phogpt_raw.decode.history import Turn, encode_history  # noqa: E402
 from phogpt_raw.model.weights import load_base  # noqa: E402
 
 TEMPLATE = TEMPLATES["4b-chat"]
-ENDLESS = 1000  # tokens of nano's context; without an adapter it writes on and on
+ENDLESS = 1000  # tokens; nano without an adapter does not end its answers
 
 
 @pytest.fixture(scope="module")

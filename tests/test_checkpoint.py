@@ -60,7 +60,7 @@ def assert_same_run(mine, reference):
 
 @pytest.mark.parametrize("how", [
     ["--no-nf4"],
-    ["--dropout", 0.3],  # NF4, and random numbers in every step
+    ["--dropout", 0.3],  # NF4, and random values in every step
     ["--dropout", 0.3, "--optimizer", "adamw", "--recompute", "none", "--micro-batch", 4],
 ], ids=["plain", "nf4-dropout", "adamw-dropout"])
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_bit(train, tmp_path, how):
@@ -275,7 +275,7 @@ def test_a_run_that_goes_on_does_not_write_its_checkpoint_again(train, tmp_path)
 def test_what_is_saved_is_what_is_loaded(adapted, tmp_path):
     """Adapter, optimizer, loss scale and generators, without a run around them."""
     training = trained_in_fp16(adapted)
-    training.scaler.scale(torch.ones(()))  # GradScaler makes its tensors on the first use
+    training.scaler.scale(torch.ones(()))  # GradScaler creates its tensors at the first use
     training.adapters.flat.grad.normal_()
     training.optimizer.step()
     training.scaler.update(512.0)

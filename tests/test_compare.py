@@ -108,7 +108,7 @@ def test_a_simulation_that_fails_is_one_line_and_the_old_ones_stay(results, tmp_
                                                                    capsys):
     results("memory", "simulated", T4, [row(512, 7.77)])
     before = list((tmp_path / "results").iterdir())
-    with pytest.raises(SystemExit) as stopped:  # in that folder there are no benches
+    with pytest.raises(SystemExit) as stopped:  # that folder has no benches to run
         compare.main(["--simulate"])
     assert stopped.value.code == 2
     assert "failed; see its error above" in " ".join(capsys.readouterr().err.split())

@@ -132,7 +132,7 @@ def test_200_tokens_are_those_of_the_full_forward_whatever_comes_and_goes(long_m
         for token in engine.run():
             if token.id is not None:
                 written[token.key].append(token.id)
-        assert engine.steps <= 280  # in turns it would be 432
+        assert engine.steps <= 280  # without batching 432
     for prompt, count, ids in zip(asked, most, written, strict=True):
         assert ids == without_cache(long_model, prompt, count)
 
@@ -206,7 +206,7 @@ def test_a_row_that_has_ended_stays_where_it_is(lively):
         engine.add(0, *prompts(4), 1)
         engine.add(1, *prompts(4), 9)
         engine.admit()
-        engine.rows.append(engine.rows[0])  # its place, with the row that has ended
+        engine.rows.append(engine.rows[0])  # row 1 has ended; row 0 is in its place too
         places = []
         for _ in range(3):
             engine.step(2, Needs.of([]))
@@ -223,7 +223,7 @@ def test_who_stops_taking_tokens_may_take_the_rest_later(lively):
         for key, prompt in enumerate(asked):
             engine.add(key, prompt, 11)
         taken = True
-        while taken:  # three tokens of each run
+        while taken:  # each run stops after three tokens
             taken = list(islice(engine.run(), 3))
             for token in taken:
                 if token.id is not None:
@@ -287,7 +287,7 @@ def test_requests_that_cannot_be_are_errors(lively):
         with pytest.raises(ValueError, match="request 0: there is one of this key already"):
             engine.add(0, [6], 5)
         assert [token.key for token in engine.run()] == [0] * 6
-        engine.add(0, [6], 1)  # the first has ended
+        engine.add(0, [6], 1)  # the key is free again
 
 
 DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
@@ -331,7 +331,7 @@ def test_drawn_answers_of_any_lengths_and_seeds_are_those_alone(lively, monkeypa
 
 
 def test_rows_with_other_sampling_do_not_influence_each_other(lively, monkeypatch):
-    """They come and go at different times; the cache and the history grow meanwhile."""
+    """Rows begin and end at different times, while the cache and the history grow."""
     monkeypatch.setattr(module, "STEP", 8)
     monkeypatch.setattr(module, "AHEAD", 5)
     hows = [Sampling(), DRAWN, Sampling(0.7), Sampling(repetition_penalty=1.5),

@@ -72,7 +72,7 @@ def test_stops_counts_the_answers_that_end_by_themselves(lively, tokenizer):
     def alone():
         return [answer(model, [p], eos_id=2, pad_id=PAD, max_new_tokens=5)[0] for p in asked]
 
-    with torch.no_grad():  # </s> takes the place of a token that one of the answers holds
+    with torch.no_grad():  # </s> replaces a token of an answer
         token = alone()[0].ids[3]
         model.head[[2, token]] = model.head[[token, 2]]
     alone = alone()

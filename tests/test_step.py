@@ -308,7 +308,7 @@ def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monk
                     "unscale": (training.scaler, "unscale_"), "clip": (module, "clip_grad_norm_"),
                     "update": (training.scaler, "step")}[phase]
                 full = Full(getattr(place, name), at)
-                # as a function, so that it binds as a method
+                # a function, because it must be bound as a method
                 patch.setattr(place, name, lambda *a, **k: full(*a, **k))  # noqa: B023
             for n in range(earlier, 3):
                 stats = step(training, stream.window(n))
@@ -364,7 +364,7 @@ def test_only_adapters_change(adapted, nf4):
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     assert not torch.equal(adapters.flat, flat)
-    for name, view in adapters.views:  # and every one of them does
+    for name, view in adapters.views:  # every adapter weight has changed
         assert not torch.equal(view, views[name]), name
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 

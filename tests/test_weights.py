@@ -25,7 +25,7 @@ from phogpt_raw.model.weights import list_files
 from phogpt_raw.refusal import Refusal
 
 TINY = vinai_config(**SHAPES["tiny"])
-DEEP = TINY | dict(n_layers=16)  # three quarters in blocks: every shard gets some
+DEEP = TINY | dict(n_layers=16)  # 3/4 of the weights are in blocks, so every shard has some
 BIAS = "transformer.blocks.1.attn.Wqkv.bias"
 WEIGHT = "transformer.blocks.0.ffn.up_proj.weight"
 DTYPES = pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path, tiny):
     nf4, plain = (json.loads(line) for line in run.stdout.splitlines()[-2:])
     assert stored > 200e6 and plain["resident"] == stored
     for got, workspace in ((nf4, 24 * linear), (plain, 0)):
-        assert got["growth"] > 0.9 * got["resident"]  # the watcher has seen the model
+        assert got["growth"] > 0.9 * got["resident"]  # the measurement includes the model
         assert got["growth"] < got["resident"] + workspace + 12e6, got
     assert nf4["growth"] < 0.5 * stored
 

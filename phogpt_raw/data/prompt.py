@@ -1,4 +1,4 @@
-"""A conversation becomes token ids, and the token that each position must predict.
+"""A conversation becomes token ids and targets: the token that each position must predict.
 
 The loss is on every answer and its `</s>`, never on a question; on a `{text}` it is on all of it.
 PhoGPT's tokenizer adds neither `<s>` nor `</s>` by itself, so `</s>` is appended here; padding is

@@ -42,7 +42,7 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
     output = function(*inputs)
     # If the output needs no gradient, `function` saves no input, and there is nothing to gain.
     hooks = recompute_hooks(output, function, inputs) if output.requires_grad else nullcontext()
-    del inputs  # else this frame would keep them alive where nothing saves them
+    del inputs  # this frame must not keep the inputs alive
     with hooks:
         yield output
 

@@ -230,8 +230,8 @@ def include_usage(fields: dict, stream: bool) -> bool:
 
 
 def conversation(messages) -> Conversation:
-    """Messages as turns: system messages first, then questions and answers in turns, a question
-    last. Consecutive user messages become one question, each on its own line."""
+    """Messages as turns: system messages come first, then questions and answers alternate; the last
+    is a question. Consecutive user messages become one question, each on its own line."""
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "must be a list of at least one message")
     system, turns, asked = [], [], []

@@ -129,8 +129,8 @@ def with_own_adapter(config: Config) -> Config:
 
 
 def check_asked(config: Config, shape: ModelConfig) -> None:
-    """Raise Refusal where the base lacks what --targets or --recompute name, or its matrices are
-    no larger than those of --rank."""
+    """Raise Refusal for a --rank above the model's width, or for --targets or --recompute that the
+    base does not have."""
     if config.rank > shape.d_model:
         raise Refusal(f"--rank {config.rank}: the model's matrices have {shape.d_model} columns, "
                       f"and a rank is below that; 8 to 64 is usual")
