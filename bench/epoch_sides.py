@@ -76,7 +76,7 @@ class Ours:
 
 
 class Clock:
-    """Takes the place of train.py's display; notes each step's end and the peaks so far."""
+    """A stand-in for train.py's display; it records the end of each step and the peaks so far."""
 
     def __init__(self):
         self.ends, self.gib, self.reserved = [time.perf_counter()], [], []
@@ -94,7 +94,8 @@ class Clock:
         return durations(self.ends)
 
     def peaks(self) -> dict:
-        """As in metrics.jsonl, with the activations that graphs save; empty on a CPU."""
+        """Peak memory as in metrics.jsonl, with the activations that graphs save; empty on a
+        CPU."""
         if not self.gib:
             return {}
         return {"allocated_gib": max(self.gib), "reserved_gib": max(self.reserved)}

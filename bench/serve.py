@@ -36,7 +36,7 @@ from phogpt_raw.model.weights import find_folder, load_base, read_config
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
 
-TURNS = 5  # of which the median counts
+TURNS = 5  # measurements; the result is their median
 
 
 def prepare(folder: Path, options) -> str:

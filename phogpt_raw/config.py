@@ -121,7 +121,8 @@ class Config:
         return [name.strip() for name in self.targets.split(",") if name.strip()]
 
     def base_name(self) -> str:
-        """What the base is called elsewhere: its hub id, or a folder's name without its path."""
+        """The name of the base in published files: its hub id, or a folder's name without its
+        path."""
         return hub_id(self.model) or expanded(self.model).resolve().name
 
     def base_reference(self) -> str:
@@ -139,7 +140,7 @@ class Config:
         return int(self.recompute)
 
 
-MANY = 10**9  # of what only counts: no run gets there
+MANY = 10**9  # upper limit of counts
 RANGES = dict(steps=(1, MANY), batch_size=(1, 10_000), batch_tokens=(1, 10_000_000),
               micro_batch=(1, 100_000), max_len=(8, 1_000_000), pack_len=(1, 1_000_000),
               warmup=(0, MANY), rank=(1, 65_536), loss_mib=(1, 1_000_000), eval_every=(0, MANY),

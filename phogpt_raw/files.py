@@ -48,8 +48,8 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 def read_object(file: Path, remedy: str) -> dict:
-    """The JSON object in a file. Raises Refusal, which ends with `remedy`, where it holds something
-    else."""
+    """The JSON object in a file. Raises Refusal, which ends with `remedy`, if the file contains
+    something else."""
     try:
         content = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep

@@ -173,7 +173,7 @@ def test_completions_continue_plain_text(client, nano):
 
 
 def test_an_answer_ends_where_the_model_ends(client, nano):
-    """With fewer tokens than asked for."""
+    """At the end of the context the answer ends, with fewer tokens than the request asked for."""
     ids = encode_text(nano[1], "Phở " * 600)
     reply = client.completions.create(model="nano", prompt=ids[:1015], max_tokens=100)
     assert reply.usage.completion_tokens == nano[0].config.max_seq_len - 1015
@@ -361,7 +361,7 @@ def test_32_clients_at_once_get_what_each_gets_alone(server, nano):
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_leaves_frees_its_slots(server, stream):
-    """Also slots of choices that still wait."""
+    """The waiting choices of the request are dropped too."""
     body = {"messages": asked("Kể chuyện"), "max_tokens": ENDLESS, "stream": stream, "n": 6}
     link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     link.request("POST", "/v1/chat/completions", json.dumps(body).encode())

@@ -83,7 +83,7 @@ def test_a_batch_goes_to_a_device_with_or_without_documents(documents):
 
 
 def test_a_padded_row_gives_the_hidden_states_that_it_gives_alone(adapted):
-    """Also where the padding's id occurs in it, as the end of a chat's turn does.
+    """This also holds for a row that contains the padding's id.
 
     fp32 and another length of the sums: a few units in the last place of values around 1."""
     model, _ = adapted()
@@ -166,7 +166,7 @@ def test_a_window_without_supervised_tokens_has_no_loss_and_is_never_made():
 
 
 def test_a_fully_supervised_row_predicts_all_but_its_first_token():
-    """Not the token before the row, nor the last of the row before."""
+    """No loss is on the first token of a row, also not from the last position of the row before."""
     text = Example([5, 6, 7], next_tokens([5, 6, 7], start=0))
     batch = collate([[text], [text]], 4, PAD, rows_multiple=4)
     assert batch.rows_T.tolist() == [0, 1, 4, 5]

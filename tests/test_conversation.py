@@ -73,7 +73,8 @@ def test_the_prompt_is_the_history_of_the_base(tokenizer, template):
 
 
 def test_each_prompt_begins_with_all_that_was_said(tokenizer):
-    """Then the engine reads only the new tokens."""
+    """If a prompt begins with the previous one and its answer, the engine reads only the new
+    tokens."""
     talk, before = conversation(tokenizer), []
     for question, ids in (("a", [50, 60]), ("b", [70]), ("c", [])):
         prompt, _, _ = talk.ask(question)

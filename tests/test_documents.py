@@ -110,7 +110,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """With it `visible` takes variable-length attention on the CPU too."""
+    """A stand-in for a kernel, so that `visible` uses variable-length attention on the CPU too."""
     monkeypatch.setitem(module.KERNELS, FLASH, StandIn)
     monkeypatch.setattr(module, "choose_kernel", lambda *_: FLASH)
 
@@ -285,7 +285,7 @@ def nano_step(packing, dtype, graphs=False, steps=1, recompute=0):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("forced", [None, EFFICIENT], ids=["torch's choice", "a T4's kernel"])
 def test_a_packed_step_of_nano_is_the_step_over_single_rows(dtype, forced):
-    """Within 16 bits' rounding: as near to single rows as those in other micro-batches are."""
+    """Equal within the rounding of 16 bits, as single rows in other micro-batches are."""
     packing = Packing((272,), longest=96, most=16)
     with sdpa_kernel(forced) if forced else nullcontext():
         [loss], gradient, _ = nano_step(None, dtype)

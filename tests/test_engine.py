@@ -417,7 +417,7 @@ def test_a_dropped_answer_leaves_what_it_had_read(lively):
 
 
 def test_what_was_written_is_penalised_and_what_stands_behind_a_row_is_not(lively):
-    """Against transformers' processor over exactly the tokens so far."""
+    """Compared with transformers' processor over exactly the tokens so far."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
     penalty = RepetitionPenaltyLogitsProcessor(5.0)

@@ -200,14 +200,14 @@ def test_held_out_rows_have_no_weight(tmp_path):
 
 
 def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path):
-    """As `--data "$FILE"` gives it where FILE is not set."""
+    """The shell passes an empty name for `--data "$FILE"` if FILE is not set."""
     for name in ("", " "):
         with pytest.raises(Refusal, match=r"names no file|--data: is empty"):
             loaded(tmp_path, 5, data=name)
 
 
 def test_a_part_of_the_rows_is_a_part_of_those_that_are_not_held_out(tmp_path):
-    """So the two are decided by different bits."""
+    """The weight and the choice of held-out rows must use different bits of the hash."""
     loaded(tmp_path, 400)
     found = loaded(tmp_path, 400, data=f"{tmp_path}/rows.jsonl=0.5", hold_out=0.3)
     assert 80 < len(found.held_out) < 160

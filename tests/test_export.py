@@ -40,7 +40,7 @@ def test_all_kinds_in_one_folder(first_command, tmp_path, capsys):
 
 
 def test_the_merged_folder_answers(first_command, tmp_path, capsys):
-    """As the adapter over the base's plain weights does."""
+    """It gives the answer that the adapter gives over the base's plain weights."""
     import generate
 
     export(first_command, tmp_path / "out", "--merged", "--dtype", "fp32")
@@ -315,7 +315,7 @@ def test_what_was_merged_stays_known_over_a_second_merge(first_command, tmp_path
 
 
 def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
-    """Of a hub's base only the config and the tokenizer are fetched for it."""
+    """If the base is on the hub, only its config and tokenizer are downloaded."""
     base = tmp_path / "base"
     shutil.copytree(ROOT / "phogpt_raw" / "nano" / "base", base)
     (base / "pytorch_model.bin").unlink()

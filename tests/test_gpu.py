@@ -61,7 +61,7 @@ def gradient(training, *batches, supervised=50.0):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_attention_in_sixteen_bits_equals_the_formula_in_fp32(dtype):
-    """By the memory-efficient kernel: it is what a T4 and a V100 have."""
+    """The memory-efficient kernel is used, because a T4 and a V100 have no other."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 24, 256, 128, device="cuda", dtype=dtype) for _ in range(3))
     doc = (torch.arange(256, device="cuda") >= 200).long().expand(2, 256)
@@ -421,8 +421,9 @@ def test_graphs_that_are_released_give_their_memory_back(dtype, recompute):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_the_peak_of_a_captured_step_is_that_of_the_eager_one(dtype):
-    """Each step's own: a small step after a large one has a small peak. The loss decides here, as
-    it does for PhoGPT-7B5, so a tenth covers what backward keeps besides."""
+    """The peak is that of one step: a small step after a large one has a small peak. The loss
+    decides the peak here, as for PhoGPT-7B5, so a tolerance of a tenth covers the other tensors of
+    backward."""
     peaks = {}
     for graphs_on in (False, True):
         training = nano_training(dtype, graphs=graphs_on)

@@ -200,7 +200,8 @@ def test_what_the_bits_depend_on_is_in_the_key(base):
 
 
 def test_a_file_of_the_hub_is_known_by_its_blob(tmp_path):
-    """Links into the hub's cache: neither times nor content are looked at."""
+    """A file of the hub's cache is a link whose target names its content, so its time and content
+    are not read."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
     blobs.mkdir()
     snapshot.mkdir(parents=True)

@@ -71,7 +71,7 @@ def test_a_row_costs_the_time_of_whole_tiles_and_of_its_tokens():
 @given(st.lists(st.integers(1, 160), min_size=1, max_size=12))
 @settings(max_examples=60)
 def test_the_lengths_are_the_best_but_for_a_hundredth(totals):
-    """Against every choice of at most four multiples."""
+    """Compared with every choice of at most four multiples."""
     from itertools import combinations
 
     multiples = range(ALIGNED, max(totals) + ALIGNED, ALIGNED)

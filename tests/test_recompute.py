@@ -275,7 +275,7 @@ def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, g
 
 
 def test_it_runs_on_fake_tensors(with_all_saved, monkeypatch):
-    """So nothing in it reads a value or depends on one: it can be captured as a CUDA graph."""
+    """Fake tensors have no values. So the code reads none, and can be captured as a CUDA graph."""
     # For fake tensors torch names no fused kernel; which one it is depends on no value either.
     monkeypatch.setattr(attention, "choose_kernel", lambda *_: SDPBackend.FLASH_ATTENTION)
     config = small_config(6)

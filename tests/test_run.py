@@ -462,7 +462,7 @@ def test_a_run_of_skipped_steps_alone_ends_as_a_failure(train, tmp_path, monkeyp
 
 
 def test_a_run_that_skips_most_of_its_steps_is_no_success(train, tmp_path, monkeypatch):
-    """Its loss may be finite all the same."""
+    """The loss of such a run may still be finite."""
     overflowing_at(monkeypatch, {2, 4, 5, 7})
     status, said, error = train("--out", tmp_path / "run")
     assert status == 1 and "generate.py" not in said and "4 of 7 steps were skipped" in error

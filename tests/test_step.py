@@ -338,7 +338,7 @@ def same_state(mine, reference):
 
 
 def frozen_tensors(model):
-    """Every frozen tensor, the quantisation's own among them, under its name."""
+    """Every frozen tensor under its name, including those of the quantisation."""
     tensors = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     tensors |= dict(model.named_buffers())
     for name, p in list(tensors.items()):
@@ -496,8 +496,8 @@ def test_thirty_steps_over_packed_rows_are_those_over_single_ones(reference, kin
 
 
 def test_nf4_and_8_bit_adamw_stay_near_the_stock_parts(reference):
-    """NF4 changes the model itself, so only the course of the loss can be near: measured, and held
-    within a tenth of what is learned in these steps."""
+    """NF4 changes the model itself, so only the loss curves can be similar: they must agree within
+    a tenth of the decrease of the loss in these steps."""
     stream, losses, weights = reference
     my_losses, my_weights = by_us(stream, nf4=True, kind="paged_adamw_8bit")
     gaps = [abs(a - b) for a, b in zip(my_losses, losses, strict=True)]

@@ -432,7 +432,7 @@ def test_neither_a_folder_nor_a_hub_id_is_refused(model):
 
 
 def test_a_hub_id_while_offline_is_refused(tmp_path, monkeypatch):
-    """Without replacing anything: conftest has switched the network off."""
+    """No function is replaced here, because conftest has switched the network off."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(Refusal, match="the hub does not answer"):
         load_base("vinai/PhoGPT-4B")

@@ -115,7 +115,7 @@ def names(sources: list[Source]) -> str:
 
 
 def file_names(sources: list[Source]) -> str:
-    """Without their paths."""
+    """The names of the files, without their paths."""
     return ", ".join(Path(source.name).name for source in sources)
 
 

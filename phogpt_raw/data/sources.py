@@ -227,6 +227,6 @@ def read_hub(repository: str, split: str, revision: str | None) -> Iterator[Reco
         rows = datasets.load_dataset(repository, split=split, revision=revision, streaming=True)
         for number, row in enumerate(rows, 1):
             yield Record(row, f"{name}:{number}")
-    except Exception as error:  # of the network, the hub, a loading script, a file's format
+    except Exception as error:  # of the network, the hub, or the files
         raise Refusal(f"{name}: is no file here, and cannot be read from the hub "
                       f"({one_line(error)})") from None

@@ -19,7 +19,7 @@ from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
 from phogpt_raw.refusal import Refusal
 
 DELIMITERS = ",;\t|"
-MOST_LINES = 1000  # of a quoted cell; one that is longer has lost its end
+MOST_LINES = 1000  # lines of a quoted cell; in a longer one the closing quote is missing
 LIKE_ROWS = 10  # lines within a cell that look like rows: so many are not a text
 
 

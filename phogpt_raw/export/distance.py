@@ -20,8 +20,8 @@ from phogpt_raw.model.attention import Bias, alibi_slopes
 from phogpt_raw.model.nf4 import dequantise, nf4_linear
 from phogpt_raw.model.phogpt import Block, ModelConfig
 
-TOKENS = 32  # of each text
-ROWS = 2**15  # of the head at once
+TOKENS = 32  # tokens of each text that are compared
+ROWS = 2**15  # rows of the head that are multiplied at once
 
 
 @dataclass(frozen=True)

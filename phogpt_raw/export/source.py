@@ -27,7 +27,7 @@ class Source:
     template: str
     tokenizer: object
     merger: Merger
-    base_weights: str | None  # of the base that the adapter was trained over, if known
+    base_weights: str | None  # hash of the base that the adapter was trained over, if known
 
 
 def find_source(options) -> Source:

@@ -149,10 +149,10 @@ class Origin:
 
 
 def read_origin(folder: Path) -> Origin:
-    """Of the folder of a run or of a checkpoint, as the run's config.json records it; of another
-    adapter's folder, what its adapter_config.json names.
+    """The origin of the adapter in a folder. For the folder of a run or of a checkpoint it is read
+    from the run's config.json, for other adapters from adapter_config.json.
 
-    Raises Refusal for a recorded value that no run can have.
+    Raises Refusal for a recorded value that is not valid.
     """
     lora = read_adapter_config(folder)
     base, revision = lora.base_model_name_or_path, lora.revision

@@ -167,7 +167,7 @@ def find_cache(folder: Path, caches: str | Path, *, dtype: torch.dtype,
     not."""
     key = make_key([folder / "config.json", *list_files(folder)], dtype, device)
     base = folder.resolve()
-    if base.parent.name == "snapshots":  # of the hub: …/models--vinai--PhoGPT-4B/snapshots/0a1b…
+    if base.parent.name == "snapshots":  # …/models--vinai--PhoGPT-4B/snapshots/0a1b…
         base = base.parents[1]
     name = "nano" if folder == NANO else base.name.split("--")[-1]
     return NF4Cache(expanded(caches), name, str(base), key)

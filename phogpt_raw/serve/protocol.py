@@ -15,7 +15,7 @@ from phogpt_raw.decode.engine import GREEDY
 from phogpt_raw.decode.history import Turn
 from phogpt_raw.decode.sampling import Sampling
 
-MOST_CHOICES, MOST_STOPS, MOST_STOP = 128, 16, 1000  # of a request; letters of a stop string
+MOST_CHOICES, MOST_STOPS, MOST_STOP = 128, 16, 1000  # per request; characters of a stop string
 COMPLETION_TOKENS = 16  # the protocol's default for /v1/completions
 
 WITHOUT_EFFECT = {"metadata", "prediction", "prompt_cache_key", "prompt_cache_retention",

@@ -96,7 +96,7 @@ class Display:
                   flush=True)
 
     def seconds_left(self) -> float:
-        """Of the steps that are left and of the evaluations among them."""
+        """The estimated time of the steps and evaluations that are left."""
         run = self.run
         return ((run.steps - run.state.step) * self.step_seconds.value
                 + run.still_due(run.config.eval_every) * self.evaluation_seconds.value)

@@ -28,7 +28,8 @@ class Seconds:
 
     @property
     def eager(self) -> float:
-        """An eager step: the middle of the card's time or of the host's, whichever is longer."""
+        """Seconds of an eager step: the mean of the range of the card's time or of the host's,
+        whichever is longer."""
         return max(self.middle, sum(self.host) / 2)
 
     @property

@@ -39,7 +39,7 @@ from phogpt_raw.talk.streaming import Generation, say
 
 ANSWERS = ("response", "completion", "output", "answer")
 STAND_IN = "-"  # the answer of a row that has none
-LINES = (".txt", ".md", ".markdown")  # of these a line is a question
+LINES = (".txt", ".md", ".markdown")  # in these files a line is a question
 PROGRESS = ".progress"  # behind the name of an output file that is not complete
 
 

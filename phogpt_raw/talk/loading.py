@@ -55,7 +55,7 @@ class Found:
     nf4_cache: str | None
     dtype: torch.dtype
     card: Card
-    base_weights: str | None = None  # of the base that the adapter was trained over, if known
+    base_weights: str | None = None  # hash of the adapter's base, if known
 
     def identity(self) -> tuple:
         """Everything except question and sampling that changes the answers, as far as it is known

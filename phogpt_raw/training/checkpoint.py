@@ -188,7 +188,7 @@ def load(folder: Path, training: Training) -> None:
 def readable(folder: Path, read):
     try:
         return read()
-    except Exception as error:  # each reader has its own kinds for a damaged file
+    except Exception as error:  # each reader raises other errors for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(f"{folder}: cannot be read ({reason}); delete it to go on from the one "
                       f"before") from None

@@ -44,7 +44,7 @@ def check_place(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise Refusal(f"--out {folder}: is a file; name a folder")
     with suppress(Refusal):
-        if run_record(folder / "config.json"):  # of a run killed before its first checkpoint
+        if run_record(folder / "config.json"):  # the run was killed before its first checkpoint
             return
     for name in ("config.json", ROWS, "metrics.jsonl"):
         if os.path.lexists(folder / name):
