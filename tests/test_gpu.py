@@ -221,7 +221,7 @@ def test_an_update_allocates_nothing_on_the_gpu(kind):
     for _ in range(2):
         train_step(training, random_window(4096), mark)
         torch.cuda.synchronize()
-        few = 8 * 512  # scalars: the sum of GradScaler's flags
+        few = 8 * 512  # only scalars, for the sum of GradScaler's flags
         assert torch.cuda.max_memory_allocated() <= peaks["before"] + few
 
 

@@ -455,10 +455,11 @@ def flattened(weights, order):
 def test_thirty_steps_are_those_of_stock_parts(reference):
     """fp32 on both sides: 1e-4 is a fortieth of one step at this learning rate.
 
-    Where a gradient is near AdamW's eps its rounding alone decides the step, so a few of the half a
-    million weights end elsewhere in every program: against the same loop in fp64, 11 of stock's own
-    are more than 1e-4 off (the farthest 1.7e-3) and 7 of ours (4.2e-4). Hence one in a thousand may
-    be, and all together stay within a thousandth of their norm.
+    If a gradient is near AdamW's eps, only its rounding decides the step. So in every program a few
+    of the half a million weights differ. Compared with the same loop in fp64, 11 weights of the
+    stock loop are more than 1e-4 off (at most 1.7e-3), and 7 of ours (at most 4.2e-4). Hence one
+    weight in a thousand may differ by more, and all together must stay within a thousandth of their
+    norm.
     """
     stream, losses, weights = reference
     my_losses, my_weights = by_us(stream, nf4=False, kind="adamw")

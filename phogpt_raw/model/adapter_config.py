@@ -220,7 +220,7 @@ def chosen_base(folder: Path | None, made: Origin, model: str | None,
 
 
 def named_base(folder: Path) -> str:
-    """The base that an adapter names; Refusal where that is a folder which is not there."""
+    """The base that an adapter names; raises Refusal if that is a folder that does not exist."""
     base = read_adapter_config(folder).base_model_name_or_path
     if not base:
         raise Refusal(f"{folder}: names no base model; say which with --model")
