@@ -156,7 +156,7 @@ def parse(arguments):
                         help="rows that the Trainer takes at once; none: measure this loop only "
                         "(default 1,8,16)")
     parser.add_argument("--pairs", type=count, default=1, metavar="N",
-                        help="how often each side is measured (default 1)")
+                        help="how often both are measured in turn (default 1)")
     parser.add_argument("--cap", type=float, default=14.56, metavar="GIB",
                         help="use only so much memory; 0: all (default 14.56, a T4's)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")

@@ -108,7 +108,7 @@ def parse(arguments):
     parser.add_argument("--losses", type=count, default=50, metavar="N",
                         help="steps whose losses are compared (default 50)")
     parser.add_argument("--pairs", type=count, default=3, metavar="N",
-                        help="how often each side is timed (default 3)")
+                        help="how often both are measured in turn (default 3)")
     parser.add_argument("--steps", type=count, default=8, metavar="N",
                         help="timed steps in each turn (default 8)")
     parser.add_argument("--warmup", type=count, default=4, metavar="N",

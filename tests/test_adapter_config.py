@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from phogpt_raw import limited
 from phogpt_raw.model.adapter_config import (
     MERGED,
     Origin,
@@ -85,6 +86,19 @@ def test_what_cannot_be_used_is_one_line_with_the_file(tmp_path, changed, line):
         read_adapter_config(adapter(tmp_path, **changed))
     assert str(tmp_path / "adapter_config.json") in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+SLOW = r"((\w+\.?)+)+x"
+
+
+@pytest.mark.parametrize("changed", [
+    {"target_modules": SLOW}, {"exclude_modules": SLOW}, {"rank_pattern": {SLOW: 2}},
+    {"alpha_pattern": {"Wqkv": 4, SLOW: 2}},
+    {"layers_pattern": ["blocks", SLOW], "layers_to_transform": 0}], ids=lambda c: min(c))
+def test_a_regular_expression_that_takes_for_ever_is_one_line(tmp_path, monkeypatch, changed):
+    monkeypatch.setattr(limited, "SECONDS", 0.3)
+    with pytest.raises(Refusal, match=r"matching a layer's name takes more than 0\.3 s"):
+        read_adapter_config(adapter(tmp_path, **changed))
 
 
 @pytest.mark.parametrize("text, line", [("{", "not JSON"), ("[]", "not a JSON object")])

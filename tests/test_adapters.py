@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import warnings
 
 import peft
 import pytest
@@ -532,6 +533,37 @@ def test_a_spoiled_folder_is_refused_by_file(saved, tmp_path):
     with pytest.raises(Refusal, match=r"adapter_config\.json: missing"):
         load_adapters(base(), tmp_path / "nowhere")
     assert adapters.count
+
+
+@pytest.mark.parametrize("changed, line", [
+    ({"layers_to_transform": [0, 40]}, "layers_to_transform 40, but the base's blocks are 0 to 1"),
+    ({"layers_to_transform": 2}, "layers_to_transform 2, but the base's blocks are 0 to 1"),
+    ({"rank_pattern": {"q_proj": 3}}, "rank_pattern names q_proj, and no layer of that name has"),
+    ({"alpha_pattern": {"blocks.7.attn.Wqkv": 3}}, "alpha_pattern names blocks.7.attn.Wqkv, and"),
+    ({"alpha_pattern": {"kv": 3}}, "alpha_pattern names kv, and no layer of that name has"),
+    ({"r": 2**16}, "rank 65536, but the highest in the file of its weights is 5"),
+    ({"rank_pattern": {"Wqkv": 6}}, "rank 6, but the highest in the file of its weights is 5"),
+    ({"target_modules": ".*"}, "its layers are not this base's"),
+    ({"target_modules": "zz"}, "its layers are not this base's .*zz not found")])
+def test_a_configuration_of_another_model_is_one_line_with_its_file(saved, tmp_path, changed, line):
+    other = shutil.copytree(saved[0], tmp_path / "other")
+    file = other / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(Refusal, match=f"^{file}: {line}") as refused, warnings.catch_warnings(
+            action="error"):
+        load_adapters(base(), other)
+    assert len(str(refused.value)) < 500 and "\n" not in str(refused.value)
+
+
+def test_strengths_of_single_layers_are_honoured(saved, tmp_path):
+    other = shutil.copytree(saved[0], tmp_path / "other")
+    file = other / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {
+        "layers_to_transform": [0, 1], "alpha_pattern": {"blocks.1.attn.Wqkv": 40}}))
+    model = base()
+    load_adapters(model, other)
+    scales = [block.attn.Wqkv.scaling["default"] for block in model.transformer.blocks]
+    assert scales[1] == 40 / 5 != scales[0]
 
 
 def test_an_adapter_that_names_no_base_says_so(tmp_path):

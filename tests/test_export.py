@@ -143,7 +143,7 @@ def oldest(run):
 
 def test_a_merged_folder_knows_its_template(first_command, tmp_path):
     """The base has another template, in a separate file."""
-    from phogpt_raw.data.prompt import choose_template
+    from phogpt_raw.data.chat_template import choose_template
     from phogpt_raw.model.weights import read_config, read_tokenizer
 
     base = shutil.copytree(ROOT / "phogpt_raw" / "nano" / "base", tmp_path / "base")
@@ -234,7 +234,8 @@ def test_a_signal_leaves_nothing(tiny, tmp_path, signal_):
     (lambda base: write_json(base / "tokenizer_config.json", chat_template="{% if %}"),
      "the tokenizer's chat template cannot be used"),
     (lambda base: (base / "tokenizer.json").unlink(), "tokenizer.json: missing"),
-    (lambda base: (base / "tokenizer.json").write_text("{}"), "tokenizer.json: cannot be read"),
+    (lambda base: (base / "tokenizer.json").write_text("{}"),
+     "its tokenizer.json, or another tokenizer file, cannot be read"),
     (lambda base: write_json(base / "tokenizer.json", normalizer={"type": "NFC"}),
      "not a tokenizer of PhoGPT's kind")])
 def test_what_needs_no_weights_is_refused_before_they_are_read(tmp_path, capsys, spoil, line):

@@ -10,7 +10,6 @@ from phogpt_raw.data import prompt as module
 from phogpt_raw.data.conversations import Conversation
 from phogpt_raw.data.prompt import (
     TEMPLATES,
-    choose_template,
     encode,
     encode_prompt,
     encode_row,
@@ -173,34 +172,6 @@ def test_the_border_of_the_prompt_is_a_border_of_tokens(tokenizer, name, respons
     assert tokenizer.decode(example.ids[:-1]) == text
     whole = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert example.ids[:-1] == whole
-
-
-class Words(dict):
-    """A tokenizer's face: a chat template and a size."""
-
-    def __init__(self, size, chat_template=None):
-        super().__init__()
-        self.size, self.chat_template = size, chat_template
-
-    def __len__(self):
-        return self.size
-
-
-def test_template_by_chat_template_by_vocabulary_and_by_flag(fresh):
-    assert choose_template(fresh) == ("4b-chat", "the tokenizer's chat template")
-    assert choose_template(fresh, "7b5-instruct") == ("7b5-instruct", "asked for by --template")
-    fresh.chat_template = ("{{ '### Câu hỏi:\\n' + messages[0]['content'] }}"
-                           "{{ '\\n\\n### Trả lời:' if add_generation_prompt }}")
-    assert choose_template(fresh) == ("7b5-instruct", "the tokenizer's chat template")
-    assert choose_template(Words(250_680)) == ("7b5-instruct", "a vocabulary of 250,680 is 7B5's")
-    assert choose_template(Words(20_480)) == ("4b-chat", "a vocabulary of 20,480 is 4B's")
-
-
-def test_a_foreign_chat_template_is_refused_unless_a_template_is_named(fresh):
-    fresh.chat_template = "{{ '<|user|>' + messages[0]['content'] }}"
-    with pytest.raises(Refusal, match=r"<\|user\|>\?.*--template"):
-        choose_template(fresh)
-    assert choose_template(fresh, "4b-chat")[0] == "4b-chat"
 
 
 TURNS = ["Phở là gì?", "Dạ, một món nước ạ.", "Ăn lúc nào?", "Buổi sáng ạ!", "Ở đâu ngon?",

@@ -262,7 +262,33 @@ def broken_tokenizer(folder):
 
 def tokenizer_larger_than_the_vocabulary(folder):
     write_checkpoint(folder, TINY | dict(vocab_size=300))
-    return str(folder), "4096 tokens", "300 rows"
+    return str(folder), "token of id 4095", "300 rows"
+
+
+def a_word_whose_id_is_not_in_the_embedding(folder):
+    change_tokenizer(folder, lambda words: words.update({next(reversed(words)): 10**6}))
+    return str(folder), "token of id 1000000", "4096 rows"
+
+
+def an_added_token_that_is_not_in_the_embedding(folder):
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | dict(id=4096, content="<x>"))
+    file.write_text(json.dumps(content))
+    return str(folder), "token of id 4096", "4096 rows"
+
+
+def change_tokenizer(folder, change):
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    change(content["model"]["vocab"])
+    file.write_text(json.dumps(content))
+
+
+def a_list_for_a_chat_template(folder):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(chat_template=["x"])))
+    return str(folder), "or another tokenizer file, cannot be read"
 
 
 def padding_is_the_end(folder):
@@ -277,6 +303,8 @@ def padding_is_the_end(folder):
     a_broken_index, no_weights, truncated_bin, truncated_safetensors, legacy_bin, git_lfs_pointer,
     no_config, broken_config, config_that_is_a_list, config_with_text_for_a_number, no_tokenizer,
     broken_tokenizer, tokenizer_larger_than_the_vocabulary, padding_is_the_end,
+    a_word_whose_id_is_not_in_the_embedding, an_added_token_that_is_not_in_the_embedding,
+    a_list_for_a_chat_template,
 ], ids=lambda f: f.__name__)
 def test_refused(tmp_path, tiny, spoil):
     folder = tmp_path / "model"

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phogpt_raw.config import Config
+from phogpt_raw.data.chat_template import choose_template
 from phogpt_raw.data.conversations import Conversation, parse_map
 from phogpt_raw.data.encoded import Encoded, Rows, encode_sources, read_sources
-from phogpt_raw.data.prompt import TEMPLATES, Example, Template, choose_template, next_tokens
+from phogpt_raw.data.prompt import TEMPLATES, Example, Template, next_tokens
 from phogpt_raw.data.report import Report, report
 from phogpt_raw.data.row_cache import through_cache
 from phogpt_raw.data.sources import Source, find_source

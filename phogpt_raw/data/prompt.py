@@ -20,11 +20,9 @@ from itertools import islice, pairwise
 
 from phogpt_raw.data.conversations import SYSTEM, TEXT, USER, Conversation
 from phogpt_raw.data.records import Bad, Findings
-from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 
 IGNORED = -100  # the target of a position that carries no loss, as in torch
-BLOOM_SIZED = 100_000  # tokens; 7B5's vocabulary is 250,000, 4B's 20,480
 AT_ONCE = 512  # conversations that are tokenized together
 LETTERS = 256  # no token has more, so a text of more letters for each token does not fit
 PART = 1 << 16  # characters of a long text that are tokenized at once
@@ -85,29 +83,6 @@ def next_tokens(ids: list[int], start: int, stop: int | None = None) -> list[int
     """
     stop = len(ids) if stop is None else stop
     return [ids[i + 1] if start <= i + 1 < stop else IGNORED for i in range(len(ids))]
-
-
-def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
-    """(name, reason): the first of those asked for that is not auto, else by the tokenizer's chat
-    template, else by its vocabulary."""
-    for name in asked:
-        if name != "auto":
-            return name, _("asked for by --template")
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "?"}]
-        try:
-            shown = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # Jinja's, or whatever the template itself raises
-            raise Refusal(f"the tokenizer's chat template cannot be used ({error}); name one of "
-                          f"PhoGPT's with --template") from None
-        for name, template in TEMPLATES.items():
-            if shown == template.question.format("?"):
-                return name, _("the tokenizer's chat template")
-        raise Refusal(f"the tokenizer's chat template is not one of PhoGPT's (it gives {shown!r}); "
-                      f"name one with --template")
-    if len(tokenizer) > BLOOM_SIZED:
-        return "7b5-instruct", _("a vocabulary of {n:,} is 7B5's", n=len(tokenizer))
-    return "4b-chat", _("a vocabulary of {n:,} is 4B's", n=len(tokenizer))
 
 
 def encode_text(tokenizer, text: str) -> list[int]:

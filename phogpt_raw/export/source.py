@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from phogpt_raw.data.prompt import choose_template
+from phogpt_raw.data.chat_template import choose_template
 from phogpt_raw.export import gguf
 from phogpt_raw.export.merge import Merger
 from phogpt_raw.files import expanded

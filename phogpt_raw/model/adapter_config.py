@@ -15,6 +15,7 @@ from typing import NamedTuple
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.config import CHOICES, hub_id
 from phogpt_raw.files import expanded, read_object
+from phogpt_raw.limited import OverLimit, limited
 from phogpt_raw.refusal import Refusal
 
 # Fields that have no effect here. Of the initialisations' own fields: the weights are in the file.
@@ -76,6 +77,7 @@ def check(fields: dict, file: Path) -> None:
         raise Refusal(f"{file}: bias {fields['bias']!r} must be one of {', '.join(BIASES)}")
     check_strengths(fields, file)
     check_layers(fields, file)
+    check_time(fields, file)
 
 
 def check_strengths(fields: dict, file: Path) -> None:
@@ -134,6 +136,30 @@ def check_names(names, field: str, file: Path) -> None:
     elif names is not None and not (isinstance(names, list)
                                     and all(isinstance(name, str) for name in names)):
         raise Refusal(f"{file}: {field} {shortened(names)} holds something else than names")
+
+
+def check_time(fields: dict, file: Path) -> None:
+    """Raise Refusal for a regular expression that takes too long over the name of a layer: some
+    try every way to divide it."""
+    one_or_more = [fields.get(field) for field in ("target_modules", "exclude_modules")]
+    expressions = [*(names for names in one_or_more if isinstance(names, str)),
+                   *(fields.get("rank_pattern") or ()), *(fields.get("alpha_pattern") or ())]
+    layers = fields.get("layers_pattern") or []
+    expressions += [layers] if isinstance(layers, str) else layers
+    try:
+        if expressions:
+            limited(match_all, expressions)
+    except (OverLimit, ValueError) as error:
+        raise Refusal(f"{file}: its regular expressions cannot be used: matching a layer's name "
+                      f"{error}") from None
+
+
+def match_all(expressions: list[str]) -> None:
+    """Each over a layer's name, in the ways in which PEFT does it."""
+    for expression in expressions:
+        for form in (expression, rf"(.*\.)?({expression})$", rf"(?:^|.*?\.){expression}\.(\d+)\."):
+            for layer in ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"):
+                re.fullmatch(form, f"transformer.blocks.0.{layer}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ target matches; half the layers then stay without adapters. Here it is an error.
 """
 
 import copy
+import re
+import warnings
 from pathlib import Path
 from types import MethodType
 
@@ -100,22 +102,26 @@ class Adapters(FlatBuffer):
 
         Raises Refusal where the file is missing, damaged or of other shapes.
         """
-        from safetensors.torch import load_file
-
-        file = Path(folder) / "adapter_model.safetensors"
-        older = file.with_suffix(".bin")  # of PEFT before 0.6
-        try:
-            if older.is_file() and not file.is_file():
-                file = older
-                tensors = torch.load(file, map_location="cpu", weights_only=True)
-            else:
-                tensors = load_file(file)
-        except FileNotFoundError:
-            raise Refusal(f"{file}: missing; --adapter names a folder that a run has written") \
-                from None
-        except Exception as error:
-            raise Refusal(f"{file}: cannot be read ({error})") from None
+        tensors, file = read_tensors(Path(folder))
         self.load_tensors(tensors, str(file))
+
+
+def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
+    """The weights in an adapter's folder under PEFT's names, on the CPU, and their file."""
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    older = file.with_suffix(".bin")  # of PEFT before 0.6
+    try:
+        if older.is_file() and not file.is_file():
+            file = older
+            return torch.load(file, map_location="cpu", weights_only=True), file
+        return load_file(file), file
+    except FileNotFoundError:
+        raise Refusal(f"{file}: missing; --adapter names a folder that a run has written") \
+            from None
+    except Exception as error:
+        raise Refusal(f"{file}: cannot be read ({error})") from None
 
 
 def new_adapters(
@@ -152,31 +158,67 @@ def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
     `base` its name does not change. trainable=False is for decoding: no gradients, and no memory
     for them.
     """
-    config = read_adapter_config(Path(folder))
+    folder = Path(folder)
+    config = read_adapter_config(folder)
+    tensors, file = read_tensors(folder)
+    where = str(folder / "adapter_config.json")
+    check_size(config, model, tensors, where)
     config.inference_mode = False
     config.init_lora_weights = True  # the weights are read next; PEFT need not make them
     if base:
         config.base_model_name_or_path, config.revision = base, revision
-    adapters = inject(model, config, trainable)
-    adapters.load(folder)
+    adapters = inject(model, config, trainable, where)
+    check_patterns(config, model, where)
+    adapters.load_tensors(tensors, str(file))
     return adapters
 
 
-def inject(model: PhoGPT, config, trainable: bool = True) -> Adapters:
+def check_size(config, model: PhoGPT, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raise Refusal, before anything is allocated, where an adapter's configuration asks for more
+    than its weights or its base have."""
+    stored = max((tensor.shape[0] for name, tensor in tensors.items()
+                  if "lora_A" in name and tensor.dim()), default=0)
+    for rank in (config.r, *config.rank_pattern.values()):
+        if stored and rank > stored:
+            raise Refusal(f"{where}: rank {rank}, but the highest in the file of its weights is "
+                          f"{stored}; take another copy of the adapter")
+    chosen, last = config.layers_to_transform, model.config.n_layers - 1
+    for block in [chosen] if isinstance(chosen, int) else chosen or []:
+        if block > last:
+            raise Refusal(f"{where}: layers_to_transform {block}, but the base's blocks are 0 to "
+                          f"{last}; it was made for another model")
+
+
+def check_patterns(config, model: PhoGPT, where: str) -> None:
+    """Raise Refusal where a rank or an alpha is given for layers that have no adapter. PEFT leaves
+    it out with a warning, and the adapter is not what its configuration says."""
+    adapted = [name for name, layer in model.named_modules() if hasattr(layer, "lora_A")]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for name in getattr(config, field):
+            if not any(re.match(rf"(.*\.)?({name})$", layer) for layer in adapted):
+                raise Refusal(f"{where}: {field} names {name}, and no layer of that name has an "
+                              f"adapter; correct it, or take it out of the file")
+
+
+def inject(model: PhoGPT, config, trainable: bool = True,
+           where: str = "adapter_config.json") -> Adapters:
     """Put the LoRA layers that PEFT's `config` describes into the model.
 
-    Raises Refusal where no target is in the model, or a bias would be trained in 16 bits.
+    Raises Refusal that begins with `where` if no target is in the model, or if a bias would be
+    trained in 16 bits.
     """
     from peft import inject_adapter_in_model
 
     if config.bias != "none" and model.head.dtype != torch.float32:
-        raise Refusal(f"adapter_config.json: bias {config.bias!r} trains biases, which are frozen "
+        raise Refusal(f"{where}: bias {config.bias!r} trains biases, which are frozen "
                       f"here in {str(model.head.dtype).removeprefix('torch.')}; use an adapter "
                       f"with bias \"none\", or --dtype fp32")
     try:
-        inject_adapter_in_model(config, model)
+        with warnings.catch_warnings(action="ignore"):  # of what check_patterns refuses
+            inject_adapter_in_model(config, model)
     except ValueError as error:
-        raise Refusal(f"adapter_config.json: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split())
+        raise Refusal(f"{where}: its layers are not this base's ({said[:200]})") from None
     model.train(model.training)  # the new layers too: they begin in training mode, with dropout
     fuse(model)
     return Adapters(model, trainable)

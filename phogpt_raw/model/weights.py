@@ -131,18 +131,18 @@ def read_tokenizer(folder: Path, config: ModelConfig):
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as error:  # tokenizers raises nothing more special
-        raise Refusal(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
+        raise Refusal(f"{folder}: its tokenizer.json, or another tokenizer file, cannot be read "
+                      f"({error}); fetch them again") from None
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in PINNED_IDS}
     if ids != PINNED_IDS:
         raise Refusal(f"{folder}: special token ids {ids} are not PhoGPT's {PINNED_IDS}")
     if not isinstance(tokenizer.model_max_length, int | float):
         raise Refusal(f"{folder / 'tokenizer_config.json'}: model_max_length is no number; fetch "
                       f"it again")
-    if len(tokenizer) > config.vocab_size:
-        raise Refusal(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding only "
-            f"{config.vocab_size} rows: they are not of one model"
-        )
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        raise Refusal(f"{folder}: the tokenizer has a token of id {highest}, the embedding only "
+                      f"{config.vocab_size} rows: they are not of one model")
     return tokenizer
 
 

@@ -12,7 +12,8 @@ import torch
 
 from phogpt_raw.cards import Card, known_card, recorded_dtype, this_card
 from phogpt_raw.config import check_nf4_cache
-from phogpt_raw.data.prompt import TEMPLATES, Template, choose_template
+from phogpt_raw.data.chat_template import choose_template
+from phogpt_raw.data.prompt import TEMPLATES, Template
 from phogpt_raw.files import expanded
 from phogpt_raw.model.adapter_config import (
     Origin,

@@ -11,8 +11,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from phogpt_raw.data.chat_template import choose_template
 from phogpt_raw.data.examples import PAIRS
-from phogpt_raw.data.prompt import TEMPLATES, choose_template, encode_prompt
+from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
 from phogpt_raw.decode.engine import answer
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base

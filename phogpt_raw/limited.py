@@ -1,0 +1,62 @@
+"""Run a function in a forked process that may take so much time and so much memory, and no more.
+
+For the programs that come with other people's files: a chat template, a regular expression. Both
+can run for ever or fill the memory without doing anything that is forbidden.
+"""
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+SECONDS, MIB = 10, 512
+
+
+class OverLimit(Exception):
+    """Which limit was not enough, as the end of a sentence: "takes more than 10 s"."""
+
+
+def limited(function: Callable, *args):
+    """What `function(*args)` returns, which must be small and picklable.
+
+    Raises OverLimit where it takes more than SECONDS or MIB, or an exception of the function's own.
+    """
+    forking = multiprocessing.get_context("fork")
+    receiver, sender = forking.Pipe(duplex=False)
+    child = forking.Process(target=send_result, args=(sender, function, args), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(SECONDS):
+            raise OverLimit(f"takes more than {SECONDS} s")
+        value, error = receiver.recv()
+    except EOFError:  # the process was ended from outside
+        error = MemoryError()
+    finally:
+        child.kill()
+        child.join()
+    if isinstance(error, MemoryError):
+        raise OverLimit(f"needs more than {MIB} MiB")
+    if error:
+        raise error
+    return value
+
+
+def send_result(sender, function: Callable, args: tuple) -> None:
+    """Send (value, None) or (None, exception); runs in the process that is limited."""
+    limit_memory()
+    try:
+        found = function(*args), None
+    except MemoryError:
+        found = None, MemoryError()
+    except Exception as error:  # of any class, also of one that cannot be pickled
+        found = None, ValueError(str(error) or type(error).__name__)
+    sender.send(found)
+
+
+def limit_memory() -> None:
+    """Let this process allocate MIB more and then fail. Only Linux says how much it has now."""
+    pages = Path("/proc/self/statm")
+    if pages.is_file():
+        size = int(pages.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (MIB << 20),) * 2)
