@@ -11,6 +11,7 @@ The time of the first token is measured twice: for one client alone, compared wi
 for one prompt; and for one more client while all others are being answered.
 """
 
+import argparse
 import http.client
 import json
 import shutil
@@ -139,22 +140,17 @@ def median(values) -> float:
 
 
 def parse(arguments):
-    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7b5" if torch.cuda.is_available() else "nano",
-                        choices=[*PUBLISHED, "nano"], help="7b5 or 4b: that shape with random "
-                        "weights; or nano (default 7b5; without a GPU nano)")
-    parser.add_argument("--clients", type=count, default=16, metavar="N",
-                        help="clients that ask at the same time (default 16)")
-    parser.add_argument("--prompt", type=count, default=128, metavar="N",
-                        help="tokens in a prompt (default 128)")
-    parser.add_argument("--new", type=count, default=256, metavar="N",
-                        help="tokens to write for each prompt (default 256)")
+                        choices=[*PUBLISHED, "nano"], help="random weights of that shape, or nano")
+    parser.add_argument("--clients", type=count, default=16)
+    parser.add_argument("--prompt", type=count, default=128, help="tokens (default 128)")
+    parser.add_argument("--new", type=count, default=256, help="tokens to write (default 256)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16" if torch.cuda.is_available()
-                        else "fp32", help="data type of activations (default fp16; without a GPU "
-                        "fp32)")
-    parser.add_argument("--rank", type=count, default=16, metavar="N",
-                        help="LoRA rank (default 16)")
-    parser.add_argument("--save", action="store_true", help="write the result to bench/results")
+                        else "fp32")
+    parser.add_argument("--rank", type=count, default=16)
+    parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
     if options.clients < 2 or options.new < 2:
         raise Refusal("--clients, --new: at least 2")

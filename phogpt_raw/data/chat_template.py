@@ -33,7 +33,7 @@ def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
 
 
 def rendered(tokenizer) -> str:
-    """The first letters of what the chat template makes of the question "?"."""
+    """The first characters of the text that the chat template gives for the question "?"."""
     def render() -> str:
         return tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False,
                                              add_generation_prompt=True)[:LETTERS]
