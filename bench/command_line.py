@@ -78,7 +78,7 @@ def parse(built: Parser, arguments) -> argparse.Namespace:
         raise Refusal("--card simulates and --measured measures here: give one of them")
     if options.cap and not options.measured:
         raise Refusal(f"--cap {options.cap:g} is for measuring on a GPU (--measured); a simulated "
-                      f"card always has all of its memory")
+                      f"card has the memory that it has")
     if not (options.measured or options.card):
         options.card = "t4,v100"
     known_cards(options)  # all of them, before the first is simulated

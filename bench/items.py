@@ -27,8 +27,7 @@ class Items:
 
 
 def read(options) -> Items:
-    """The examples of --data; raises Refusal for a bad file or settings that do not fit
-    together."""
+    """The examples of --data; raises Refusal for a file or a run that is not possible."""
     if "," in options.micro_batch + options.recompute:
         raise Refusal("--data is timed at one --micro-batch and one --recompute")
     config = Config(model=options.model, data=options.data, max_len=options.max_len,

@@ -283,7 +283,7 @@ def test_a_tokenizer_that_names_no_end_is_refused(tmp_path):
     (["--card", "t4", "--recompute", "much"],
      "error: --recompute much: auto, all, none or a number of blocks\n"),
     (["--card", "t4", "--cap", "nan"], "error: --cap nan is for measuring on a GPU (--measured); a "
-     "simulated card always has all of its memory\n"),
+     "simulated card has the memory that it has\n"),
     (["--card", "t4", "--micro-batch", "0"], "error: --micro-batch 0: must be at least 1\n"),
 ])
 def test_what_is_not_possible_is_refused_in_one_line(flags, line, capsys):

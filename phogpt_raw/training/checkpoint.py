@@ -161,9 +161,8 @@ def damage(folder: Path, step: int) -> str | None:
 
 
 def remove_older(run: Path, keep: int, best: int) -> None:
-    """Remove all checkpoints but the `keep` newest ones and the one of step `best`. A folder is
-    renamed before it is deleted, so that a half-deleted folder is not taken for a checkpoint after
-    a kill."""
+    """Remove all checkpoints but the `keep` newest ones and the one of step `best`. The name goes
+    first: killed here, half a folder is not taken for a checkpoint."""
     for step, folder in list(by_step(run).items())[keep:]:
         if step != best:
             unfinished = folder.with_name(folder.name + UNFINISHED)

@@ -219,7 +219,7 @@ class Run:
             for name in checkpoint.ADAPTER:
                 with whole_file(self.folder / name) as file:
                     shutil.copyfile(self.checkpoint / name, file)
-        if not state.skipped_in_row:  # otherwise an older checkpoint may be the only good one
+        if not state.skipped_in_row:  # else an older one may be the only good one
             checkpoint.remove_older(self.folder, self.config.keep, state.best_step)
 
     def still_due(self, every: int) -> int:
