@@ -50,13 +50,14 @@ def send_result(sender, function: Callable, args: tuple) -> None:
         found = function(*args), None
     except MemoryError:
         found = None, MemoryError()
-    except Exception as error:  # of any class, also of one that cannot be pickled
+    except Exception as error:  # its class may not be picklable
         found = None, ValueError(str(error) or type(error).__name__)
     sender.send(found)
 
 
 def limit_memory() -> None:
-    """Let this process allocate MIB more and then fail. Only Linux says how much it has now."""
+    """Limit the memory of this process to its present size plus MIB. Only Linux tells the present
+    size."""
     pages = Path("/proc/self/statm")
     if pages.is_file():
         size = int(pages.read_text().split()[0]) * resource.getpagesize()

@@ -1,7 +1,7 @@
-"""Which of PhoGPT's templates a base asks for.
+"""Choose the template of PhoGPT that a base uses.
 
-A chat template is a program in Jinja that comes with a base. Its sandbox keeps it from files and
-from Python, but not from running for ever or from filling the memory: it runs with limits.
+A chat template is a program in Jinja that comes with a base. Jinja's sandbox gives it no access to
+files and to Python. But it could run for ever or fill the memory, so it runs with limits.
 """
 
 from phogpt_raw.data.prompt import TEMPLATES
@@ -15,8 +15,8 @@ NAME_ONE = "name one of PhoGPT's with --template"
 
 
 def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
-    """(name, reason): the first of those asked for that is not auto, else by the tokenizer's chat
-    template, else by its vocabulary."""
+    """(name, reason): the first name in `asked` that is not auto. If there is none, the tokenizer's
+    chat template decides, or without one the size of its vocabulary."""
     for name in asked:
         if name != "auto":
             return name, _("asked for by --template")
