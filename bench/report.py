@@ -1,5 +1,7 @@
 """For the benches: the tables that they print."""
 
+from statistics import median
+
 from rich import box
 from rich.table import Table
 
@@ -252,13 +254,13 @@ def serve(rows: list[dict], title: str) -> Table:
 
 
 def saving(rows: list[dict], title: str) -> Table:
-    made = table(title, ["checkpoint", "save", "longest", "step", "slows by", "last", "share",
-                         "without last"])
+    made = table(title, ["checkpoint", "loop waits", "the first time", "with saves", "without",
+                         "share", "at the end"])
     for row in rows:
-        saves = row["saves_s"]
-        slowed = sum(row["slowed_s"]) / max(1, len(row["slowed_s"]))
-        made.add_row(f"{row['checkpoint_bytes'] / 2**20:,.0f} MiB",
-                     f"{sum(saves) / len(saves):.3f} s", f"{max(saves):.3f} s",
-                     f"{row['step_s']:.3f} s", f"{slowed:.3f} s", f"{row['end_s']:.2f} s",
-                     f"{row['share']:.1%}", f"{row['share_of_others']:.1%}")
+        waits = [wait for run in row["with"] for wait in run["saves_s"]]
+        whole = {kind: median(run["whole_s"] for run in row[kind]) for kind in ("with", "without")}
+        made.add_row(f"{row['with'][0]['checkpoint_bytes'] / 2**20:,.0f} MiB",
+                     f"{median(waits):.3f} s", f"{row['first_save_s']:.3f} s",
+                     f"{whole['with']:.2f} s", f"{whole['without']:.2f} s", f"{row['share']:.2%}",
+                     f"{row['end_share']:.2%}")
     return made

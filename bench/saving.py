@@ -4,17 +4,16 @@
 
 A run of train.py's loop over random rows with the lengths of 256 real pairs (lengths.json), with
 the values of the preset t4: 8 examples a step, packed. Every --every steps it writes a checkpoint:
-adapter, optimizer state and hashes, flushed to the disk under --out. The time of a save counts
-until the loop continues. The rest of the work runs during the next steps and makes them slower. To
-measure this, the first half of the steps after each save is compared with the second half. The end
-of the run waits for the last checkpoint.
+adapter, optimizer state and hashes, flushed to the disk under --out. The loop goes on while it is
+written, and the end of the run waits for the last one. The same run without any checkpoint is
+measured too, in turns, over the same rows in the same order: the difference is what saving costs.
 """
 
-import statistics
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from bench import epoch, report, results
 from bench.command_line import count
@@ -34,13 +33,30 @@ from phogpt_raw.training.setup import set_up
 
 
 def measure(options, folder: Path) -> dict:
-    """Seconds of the whole run, of its saves, and of its steps, those right after a save apart."""
-    from train import train
-
+    """Seconds of each run with and without saves, in turns after one that only counts for the wait
+    at its first save: there kernels are compiled, and page-locked memory is allocated, once."""
     model = folder / "model"
     write_random_checkpoint(model, PUBLISHED[options.model])
-    config = replace(epoch.config_of(options), model=str(model), steps=options.steps, epochs=None,
-                     save_every=options.every, out=str(folder / "run"))
+
+    def one(number: int, steps: int, saving: bool) -> dict:
+        return one_run(options, steps, model, folder / f"run-{number}", saving)
+
+    first = one(0, options.every + 1, saving=True)["saves_s"][0]
+    runs = [one(number, options.steps, saving=number % 2 == 0)
+            for number in range(1, 1 + 2 * options.rounds)]
+    plain, saving = runs[::2], runs[1::2]
+    return {"steps": options.steps, "every": options.every, "first_save_s": first,
+            "with": saving, "without": plain, **costs(saving, plain, first)}
+
+
+def one_run(options, steps: int, model: Path, folder: Path, saving: bool) -> dict:
+    """whole_s: seconds from the first step to the end, with the last checkpoint on the disk;
+    end_s: of these, the time after the last step; saves_s: how long the loop waited at each save.
+    """
+    from train import train
+
+    config = replace(epoch.config_of(options), model=str(model), steps=steps, epochs=None,
+                     save_every=options.every, out=str(folder))
     job = set_up(config, all_train(epoch.examples_of(options, config)))
     choice = choose(job)
     job.pack(choice.packing)
@@ -48,9 +64,10 @@ def measure(options, folder: Path) -> dict:
     saves, save = [], job.run.save
 
     def timed(training) -> None:
-        begun = time.perf_counter()
-        save(training)
-        saves.append(time.perf_counter() - begun)
+        if saving:
+            begun = time.perf_counter()
+            save(training)
+            saves.append(time.perf_counter() - begun)
 
     job.run.save = timed
     with job.run.begun(job):
@@ -60,31 +77,25 @@ def measure(options, folder: Path) -> dict:
             train(job, Metrics(job.run.folder, job.run.state, job), clock, leave)
         job.run.settle()
         whole = time.perf_counter() - begun
-    return {"steps": options.steps, "every": options.every, "whole_s": whole, "saves_s": saves,
-            **costs(clock.seconds(), saves, options.every, whole),
-            "checkpoint_bytes": sum(f.stat().st_size for f in job.run.checkpoint.iterdir())}
+    size = sum(f.stat().st_size for f in job.run.checkpoint.iterdir()) if saving else 0
+    return {"whole_s": whole, "end_s": whole - sum(clock.seconds()), "saves_s": saves,
+            "checkpoint_bytes": size}
 
 
-def costs(steps: list[float], saves: list[float], every: int, whole: float) -> dict:
-    """What saving costs. steps: seconds of each, from the end of the one before, which includes a
-    save between the two; saves: seconds of each save; whole: seconds of the run.
+def costs(saving: list[dict], plain: list[dict], first_save_s: float) -> dict:
+    """What saving costs, from the medians of the runs: in seconds, and as a share of a run that
+    saves. The first save of a process waits longer and is added. end_share: what the run waits for
+    after its last step, which is the last checkpoint.
 
-    step_s: seconds of a step while nothing is written. slowed_s: by how much a save slows down the
-    steps after it. end_s: from the last step to the end, with the last save. share: of all of it;
-    share_of_others: without the last save, which a run that saves at its end alone has too.
-
-    >>> costs([1, 1, 1, 1, 1.5, 1.25, 1, 1], saves=[0.25, 0.5], every=4, whole=9.25)["share"]
-    0.13513513513513514
+    >>> costs([{"whole_s": 9.9, "end_s": 0.5, "saves_s": [0.1, 0.1]}],
+    ...       [{"whole_s": 9.0, "end_s": 0.0, "saves_s": []}], first_save_s=0.2)
+    {'cost_s': 1.0, 'share': 0.1, 'end_share': 0.05}
     """
-    half = every // 2
-    after = range(every, len(steps), every)
-    step = statistics.median(s for n, s in enumerate(steps) if n % every >= half)
-    slowed = [sum(steps[n:n + half]) - saved - half * step
-              for n, saved in zip(after, saves, strict=False)]
-    end = whole - sum(steps)
-    others = sum(saves[:len(slowed)]) + sum(slowed)
-    return {"step_s": step, "slowed_s": slowed, "end_s": end, "share": (others + end) / whole,
-            "share_of_others": others / whole}
+    more = first_save_s - median(wait for run in saving for wait in run["saves_s"])
+    whole = median(run["whole_s"] for run in saving) + more
+    cost = whole - median(run["whole_s"] for run in plain)
+    end = median(run["end_s"] for run in saving) - median(run["end_s"] for run in plain)
+    return {"cost_s": cost, "share": cost / whole, "end_share": end / whole}
 
 
 def parse(arguments):
@@ -95,6 +106,8 @@ def parse(arguments):
                         help="steps of the run (default 500)")
     parser.add_argument("--every", type=count, default=50, metavar="N",
                         help="steps between checkpoints (default 50)")
+    parser.add_argument("--rounds", type=count, default=2, metavar="N",
+                        help="runs with checkpoints, and as many without (default 2)")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of activations (default fp16)")
     parser.add_argument("--rank", type=count, default=Config.rank, metavar="N",
