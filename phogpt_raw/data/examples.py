@@ -36,8 +36,8 @@ class DataFile:
 class Examples:
     """Encoded rows, the questions as typed of the held-out ones that have any, the template, why,
     and the files: `file` of the training rows, `held_out_file` where the held-out ones come from
-    another. `trained_too`: the places of held-out rows that are also training rows. Reports:
-    statistics of the training and the held-out rows."""
+    another. `trained_too`: where those held-out rows are that are training rows as well. Reports:
+    what the training and the held-out rows are like."""
 
     train: list[Example]
     held_out: list[Example]

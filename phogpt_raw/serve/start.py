@@ -139,7 +139,7 @@ def shown(host: str) -> str:
 
 def check_key(key: str | None) -> None:
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise Refusal("--api-key: must be ASCII letters, digits and punctuation, without spaces")
+        raise Refusal("--api-key: must be letters, digits and punctuation of ASCII, without spaces")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -65,8 +65,8 @@ class Line:
 
 
 def read_questions(spec: str, mapped: dict[str, str]) -> list[Question]:
-    """The questions of any file that train.py reads, with or without answers. In a text file each
-    line is a question. Raises Refusal that names the rows which cannot be used."""
+    """Of any file that train.py reads, with or without answers; of a text file a line is a
+    question. Raises Refusal that names the rows which cannot be used."""
     source, found, findings = find_source(spec), [], Findings()
     units = [(read_hub(*source.hub), None)] if source.hub else [
         (read_file(path, findings), path) for path in source.files]

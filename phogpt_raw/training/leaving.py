@@ -1,8 +1,8 @@
-"""End a run before its last step: by Ctrl-C, a signal, or --max-minutes.
+"""How a run is left before its end: Ctrl-C, a signal, or --max-minutes.
 
-The current step is finished, the run is saved, and the program ends. An evaluation is interrupted
-at once: it changes nothing, and the resumed run evaluates again. A second Ctrl-C leaves without
-saving.
+The step that is computed is finished, the run is saved, and the program ends. An evaluation is
+broken off at once: it changes nothing, and the resumed run evaluates again. A second Ctrl-C leaves
+without saving.
 """
 
 import os
@@ -56,7 +56,7 @@ class Leaving:
             self.check()
         text = _("\n{signal}: finishing the step, then saving; Ctrl-C leaves at once\n",
                  signal=name_of(number))
-        os.write(sys.stderr.fileno(), text.encode())  # print is not safe in a signal handler
+        os.write(sys.stderr.fileno(), text.encode())  # print is not made for a handler
 
     def check(self) -> None:
         """Raise Left where the run was asked to end, or its time is over."""
