@@ -4,7 +4,7 @@
     python bench/compare.py --simulate  simulate a T4 and a V100 first
     python bench/compare.py --check     exit with 2 where a table differs
 
-A result saved on a real card (`python bench/memory.py --save`) becomes a column of its own.
+A result saved on a real card (`python bench/memory.py --save`) becomes a separate column.
 """
 
 import os

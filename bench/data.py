@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=count, default=60_000)
     parser.add_argument("--tokenizer", default="nano", help="nano, a folder or a hub id")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a separate process
     options = parser.parse_args(arguments)
     if options.measure:
         print(json.dumps(measured(*options.measure)))

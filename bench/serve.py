@@ -4,7 +4,7 @@
     python bench/serve.py --model nano              anywhere
 
 First the engine alone answers as many prompts as there are clients. Then `generate.py --serve` runs
-in a process of its own, over the same weights and adapter, and each client streams the answer to
+in a separate process, over the same weights and adapter, and each client streams the answer to
 one of the prompts. Both are warm: a run before them, which is not counted, has captured the graphs.
 Tokens per second count the tokens of all rows over the whole time, reading the prompts included.
 The time of the first token is measured twice: for one client alone, compared with the engine's time

@@ -1,4 +1,4 @@
-"""For serve.py and the tests: `generate.py --serve` in a process of its own, on a free port."""
+"""For serve.py and the tests: `generate.py --serve` in a separate process, on a free port."""
 
 import os
 import re

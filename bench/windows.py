@@ -61,7 +61,7 @@ def stream_of(examples: list[Example], config: Config):
 
 
 def all_train(examples: list[Example]) -> Examples:
-    """The examples as set_up takes them, none held out."""
+    """The examples in the form that set_up takes, without held-out ones."""
     return Examples(examples, [], [], "none", "the ids are given", "ids")
 
 

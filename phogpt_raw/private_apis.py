@@ -198,7 +198,7 @@ def held_by(module: torch.nn.Module) -> list:
 class NF4Fields(NamedTuple):
     """All that is needed to decode an NF4 weight with double quantisation.
 
-    A block of 64 weights has one scale; a block of 256 scales has one scale of its own.
+    A block of 64 weights has one scale; a block of 256 scales has one scale for the scales.
     """
 
     scales: torch.Tensor  # [blocks] uint8: the scale of each block of weights, coded

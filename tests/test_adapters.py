@@ -616,7 +616,7 @@ def test_an_adapter_in_the_older_format_is_read_weights_only(saved, tmp_path):
 
 
 class Unpickled:
-    """A class of its own, which weights_only=True does not make."""
+    """A class outside torch, of which weights_only=True creates no object."""
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "gaussian", False])

@@ -220,7 +220,7 @@ def test_a_question_or_a_conversation(flags, line, capsys):
 
 
 class Terminal:
-    """generate.py --chat in a real terminal of its own."""
+    """generate.py --chat in a separate real terminal."""
 
     def __init__(self, *flags, output=None, **environment):
         self.ours, theirs = pty.openpty()

@@ -67,7 +67,7 @@ def test_the_time_is_over_without_an_error():
 
 @pytest.fixture
 def command(tiny, rows):
-    """train.py on tiny as a process of its own."""
+    """train.py on tiny in a separate process."""
     return [sys.executable, "train.py", "--model", str(tiny), "--data", str(rows),
             *(str(part) for pair in SMALL.items() for part in pair)]
 

@@ -48,7 +48,7 @@ KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
 
 
 def push(hub, folder, repo="lan/tho", token=TOKEN, code=PUSH, **environment):
-    """push(folder, repo) in a process of its own whose hub is this one: its (status, out, err)."""
+    """push(folder, repo) in a separate process that uses this hub: its (status, out, err)."""
     script = ("import sys; from pathlib import Path\n"
               "from phogpt_raw.export.push import push\n"
               "from phogpt_raw.refusal import exits_cleanly\n"

@@ -176,7 +176,7 @@ def low_rank(x_B2, linear: Linear) -> torch.Tensor | None:
 
 
 def norm_low_plain(x_BD, norm: Norm, linear: Linear):
-    """(layer norm of x, in halves; its low_rank)."""
+    """(the layer norm of x, in halves; low_rank of this norm)."""
     y_B2 = halves(norm(x_BD))
     return y_B2, low_rank_plain(y_B2, linear)
 
@@ -202,7 +202,8 @@ def pointer(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
 
 
 def attend_low_plain(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear):
-    """(attention of each row's token to its cache and itself, in halves; its low_rank).
+    """(the attention output of each row's token over its cache and itself, in halves; low_rank of
+    this output).
 
     qkv_BF [B, 3 D]; kv [2, rows, H, S, K]: the token's key and value are written into it.
     """

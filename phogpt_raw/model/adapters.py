@@ -287,7 +287,7 @@ def check_targets(model: PhoGPT, targets) -> None:
 
 
 def same_base(model: PhoGPT) -> PhoGPT:
-    """Another model over the same frozen weights, for an adapter of its own.
+    """Another model over the same frozen weights, for another adapter.
 
     Its modules are new, so an adapter put into one is not in the other; its parameters and buffers
     are the very tensors of `model`, which must have no adapters yet.
