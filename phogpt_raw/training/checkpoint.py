@@ -105,7 +105,7 @@ class Written:
 
 def tidy(run: Path) -> None:
     """Remove what a killed process leaves behind in a run's folder; a checkpoint that was about to
-    be replaced gets its name back if the new one does not exist."""
+    be replaced gets its name back where the new one is not there."""
     remove_unfinished(run)
     for replaced in run.glob(f"checkpoint-*{REPLACED}"):
         final = replaced.with_name(replaced.name.removesuffix(REPLACED))
