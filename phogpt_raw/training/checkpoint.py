@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -59,11 +60,14 @@ def write(run: Path, snapshot: Snapshot) -> Path:
     final = run / f"checkpoint-{snapshot.state['step']}"
     replaced = final.with_name(final.name + REPLACED)
     with whole_folder(final, ours=True) as folder:
-        snapshot.adapters.save(folder, snapshot.adapter)
-        save_state(folder / STATE, snapshot.training)
-        text = json.dumps(snapshot.state, indent=2, ensure_ascii=False)
-        (folder / PROGRESS).write_text(text + "\n", "utf-8")
-        hashes = {name: hash_of(folder / name) for name in (*ADAPTER, STATE, PROGRESS)}
+        with ThreadPoolExecutor() as beside:  # hashes a file while the next one is written
+            snapshot.adapters.save(folder, snapshot.adapter)
+            hashed = {name: beside.submit(hash_of, folder / name) for name in ADAPTER}
+            save_state(folder / STATE, snapshot.training)
+            text = json.dumps(snapshot.state, indent=2, ensure_ascii=False)
+            (folder / PROGRESS).write_text(text + "\n", "utf-8")
+            hashed |= {name: beside.submit(hash_of, folder / name) for name in (STATE, PROGRESS)}
+        hashes = {name: found.result() for name, found in hashed.items()}
         (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", "utf-8")
         if final.exists():
             final.rename(replaced)
