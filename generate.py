@@ -46,7 +46,7 @@ def parse(arguments):
     parser.add_argument("--chat", action="store_true",
                         help="a conversation; from a pipe, one question per line")
     parser.add_argument("--system", default="", metavar="TEXT",
-                        help="with --chat: what stands before the first question")
+                        help="with --chat: a system text, put before the first question")
     parser.add_argument("--input", metavar="FILE", help="answer the questions of a file, of any "
                         "kind that train.py reads, or a text file with one question per line")
     parser.add_argument("--eval", metavar="FILE", help="score the answers to the rows of a file, "
@@ -80,7 +80,8 @@ def parse(arguments):
                         help="draw only from tokens with at least P times the probability of the "
                         "most likely one (default 0: from all)")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R",
-                        help="above 1: makes tokens that are already there less likely (default 1)")
+                        help="above 1: tokens that are already in the text become less likely "
+                        "(default 1)")
     parser.add_argument("--seed", type=int, metavar="N",
                         help="with --temperature: the same seed draws the same answer (default 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
@@ -98,15 +99,15 @@ def parse(arguments):
                         help="on a GPU: do not use CUDA graphs")
     parser.add_argument("--serve", metavar="[HOST:]PORT",
                         help="answer requests of the chat-completions protocol, and show a page to "
-                        "chat with (default host 127.0.0.1); the flags of sampling are its "
-                        "defaults")
-    parser.add_argument("--api-key", metavar="KEY", help="with --serve: what requests must hold")
+                        "chat with (default host 127.0.0.1); the sampling flags set its defaults")
+    parser.add_argument("--api-key", metavar="KEY",
+                        help="with --serve: the key that requests must send")
     parser.add_argument("--slots", type=int, metavar="N", help="with --serve: most answers at once "
                         "(default 8, or as many as fit into memory)")
     parser.add_argument("--context", type=int, metavar="N", help="most tokens of a prompt, or of a "
                         "conversation, with its answer (default: what the model was made for)")
-    parser.add_argument("--dry-run", action="store_true", help="read no weights and answer "
-                        "nothing; print what answering would take of the memory")
+    parser.add_argument("--dry-run", action="store_true", help="print the memory that answering "
+                        "would need; read no weights and answer nothing")
     parser.add_argument("--card", metavar="NAME", help="with --dry-run: plan for this GPU: t4, "
                         "v100, l4, a100 or h200")
     options = parser.parse_args(arguments)

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(job, metrics, show, leave):
-    """The loop, from where the run stands to its last step: evaluate and save where it is due,
+    """The loop, from the current step to the last one: evaluate and save when it is due,
     take a window, step, show. Raises Left where the run is left before."""
     config, run, state = job.config, job.run, job.run.state
     step = retry_without_graphs(train_step, job, console.say)

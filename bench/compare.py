@@ -4,7 +4,7 @@
     python bench/compare.py --simulate  simulate a T4 and a V100 first
     python bench/compare.py --check     exit with 2 where a table differs
 
-A result saved on a real card (`python bench/memory.py --save`) becomes a column of its own.
+A result saved on a real card (`python bench/memory.py --save`) becomes a separate column.
 """
 
 import os
@@ -57,7 +57,7 @@ def short(card: Card) -> str:
 
 
 def across(what: str, cell) -> list[str]:
-    """The lines of a table with tokens down, models and cards across."""
+    """The lines of a table: a line for each number of tokens, a column for each model and card."""
     table = columns(what)
     lengths = sorted({length for rows in table.values() for length in rows})
     return [
@@ -86,7 +86,7 @@ def time_cell(row: dict) -> str:
 
 
 def held_memory() -> list[str]:
-    """How far simulated memory was from measured memory, for each file."""
+    """The difference between simulated and measured memory, for each file."""
     lines = ["| card | model | dtype | rank | settings | allocated, worst | reserved, worst | "
              "graphs reserve above the eager step's peak |", "|---" * 8 + "|"]
     for result in results.load("memory"):
@@ -111,7 +111,7 @@ def peak(row: dict, kind: str) -> float:
 
 
 def held_time() -> list[str]:
-    """How far simulated seconds of a step were from measured ones, for each file."""
+    """The difference between simulated and measured seconds of a step, for each file."""
     lines = ["| card | model | dtype | work | settings | for | worst |", "|---" * 7 + "|"]
     for result in results.load("step_time"):
         rows = [r for r in result["rows"] if r["fits"] and "simulated_s" in r]

@@ -1,11 +1,12 @@
-"""Bench of the rows: from a file of many to a plan of the first epoch, then again from the cache.
+"""Bench of reading rows: from a file of many rows to the plan of the first epoch, then again from
+the cache.
 
-    python bench/data.py                60,000 rows, made on the spot, and one of 40 million letters
+    python bench/data.py                60,000 generated rows, and one row of 40 million characters
     python bench/data.py --tokenizer FOLDER
 
-Each way runs in a process of its own. Seconds are those of reading, checking, encoding, dividing
-and packing, after the imports. Memory is the highest of the whole process (ru_maxrss), and by how
-much that is above what the imports and the tokenizer took.
+Each measurement runs in a separate process. Seconds are those of reading, checking, encoding,
+dividing and packing, after the imports. Memory is the peak of the whole process (ru_maxrss), and
+this peak minus the memory after the imports and the tokenizer.
 """
 
 import argparse
@@ -31,11 +32,11 @@ WORDS = (
     "phở", "bún", "cơm", "nước", "ngon", "rất", "nhiều", "người", "thành", "phố", "Hà", "Nội",
     "sông", "núi", "ăn", "uống", "buổi", "sáng", "trưa", "chiều", "tối", "mùa", "hè", "đông",
     "lạnh", "nóng", "đẹp", "và", "của", "là", "có", "không", "được", "một", "những", "các", "với")
-LONG = 40_000_000  # letters
+LONG = 40_000_000  # characters
 
 
 def write_rows(file: Path, rows: int) -> None:
-    """Rows of random words, no two alike: about 150 letters of question, 400 of answer."""
+    """Rows of random words, no two alike: a question has about 150 characters, an answer 400."""
     dice = random.Random(0)
     with file.open("w", encoding="utf-8") as lines:
         for n in range(rows):
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=count, default=60_000)
     parser.add_argument("--tokenizer", default="nano", help="nano, a folder or a hub id")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a separate process
     options = parser.parse_args(arguments)
     if options.measure:
         print(json.dumps(measured(*options.measure)))
@@ -93,7 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_rows(rows, options.rows)
         long.write_text(json.dumps({"prompt": "a", "response": "ạ" * LONG}, ensure_ascii=False),
                         "utf-8")
-        for what, file in (("anew", rows), ("from the cache", rows), ("one long row", long)):
+        for what, file in (("without a cache", rows), ("from the cache", rows),
+                           ("one long row", long)):
             found = in_a_process(file, Path(folder) / "cache", options.tokenizer)
             print(f"{what}: {found.pop('s'):.2f} s, " + ", ".join(
                 f"{name} {value:,.0f}" if isinstance(value, int | float) else f"{name}: {value}"

@@ -4,13 +4,13 @@
     python bench/decode.py --card t4,v100      the bound by memory, anywhere
 
 Both sides load one checkpoint of random weights in NF4, with an adapter on all four linears. They
-write --new tokens greedily after random prompts, in turns. transformers runs as it is shipped, and
-with its static cache. Rates are of all rows together, after the first token; the time of the first
-token is that of reading the prompt.
+take turns, and each writes --new tokens greedily after random prompts. transformers runs with its
+default settings, and with its static cache. Tokens per second count the tokens of all rows, after
+the first token. The time of the first token is the time of reading the prompt.
 
-A step must read every weight, the adapter and the cache once. These bytes divided by the rate at
-which the card copies memory are the bound: the shortest possible time of a step. For cards that are
-not here only the bound is given.
+A step must read every weight, the adapter and the cache once. These bytes, divided by the rate at
+which the card copies memory, give the bound: the shortest possible time of a step. For cards that
+are not in this computer only the bound is computed.
 """
 
 import tempfile
@@ -57,7 +57,7 @@ def copy_rate(size: int = 2**30) -> float:
 
 
 def bound_rows(options, shape: ModelConfig, bandwidth: tuple[float, float]) -> list[dict]:
-    """For each prompt and batch: tokens/s at the bound, at the card's worse and better rate, and
+    """For each prompt and batch: tokens/s at the bound, at the card's lower and higher rate, and
     GiB of the model and its cache."""
     rows = []
     for prompt in options.prompts:
@@ -159,8 +159,8 @@ def parse(arguments):
     parser.add_argument("--rank", type=count, default=16, metavar="N",
                         help="LoRA rank (default 16)")
     parser.add_argument("--peers", default="shipped,static", metavar="shipped,static,none",
-                        help="transformers as it is shipped, with its static cache, or not at all "
-                        "(default shipped,static)")
+                        help="transformers with its default settings (shipped), with its static "
+                        "cache, or not at all (default shipped,static)")
     parser.add_argument("--kernels", action="store_true",
                         help="print the slowest kernels of this engine")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")

@@ -73,7 +73,7 @@ class Ours:
                 for event in seen.key_averages() if event.self_device_time_total}
 
     def forward_s(self, prompt: int) -> float:
-        """Seconds of a training forward over `prompt` tokens, the median of five."""
+        """Seconds of the forward of a training step over `prompt` tokens; the median of five."""
         [ids] = random_rows(self.model.config.vocab_size, 1, prompt, seed=0)
         ids_BL, times = torch.tensor([ids], device="cuda"), []
         for p in self.model.parameters():

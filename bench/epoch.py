@@ -5,14 +5,15 @@
     python bench/epoch.py --data rows.jsonl           your rows
 
 The rows have random token ids and the lengths of 256 real pairs (lengths.json), with the loss on
-the answer. Ours is train.py with the values of the preset t4 (8 examples a step, packed, as CUDA
-graphs) on a card of --cap GiB. transformers' Trainer, with PEFT and bitsandbytes set up as its
-users do, has gradient checkpointing and pads. It takes 1 row at a time, 8 times a step, under the
-same cap; or several at once, grouped by length, without a cap.
+the answer. "Ours" is train.py with the values of the preset t4 (8 examples a step, packed, as CUDA
+graphs) on a card of --cap GiB. transformers' Trainer uses PEFT, bitsandbytes, gradient
+checkpointing and padding, set up as its users do. It takes 1 row at a time, 8 times a step, under
+the same cap; or several rows at once, grouped by length, without a cap.
 
-`whole` is a run of one epoch in a new process, with compiling, capturing and warm-up, but without
-loading weights and choosing the rows' lengths. `steady` is, for ours, the last of --epochs epochs
-of another run; for the Trainer, the steps of its epoch after the first quarter.
+`whole` is a run of one epoch in a new process. Compiling, capturing and warm-up are included;
+loading the weights and choosing the lengths of rows are not. `steady` is a time without warm-up:
+for ours the last of --epochs epochs of another run, for the Trainer the steps of its epoch after
+the first quarter.
 """
 
 import argparse
@@ -101,7 +102,8 @@ def described(options, config: Config) -> dict:
 def measure(options, config: Config, examples: list[Example]) -> None:
     card = this_card()
     if options.model not in PUBLISHED:
-        raise Refusal(f"--model {options.model}: measured is 7b5 or 4b, with random weights")
+        raise Refusal(f"--model {options.model}: only 7b5 and 4b can be measured, with random "
+                      f"weights")
     if card.device == "cpu":
         raise Refusal("epoch.py: the Trainer's paged optimizer needs a GPU, here is none; "
                       "--card simulates")

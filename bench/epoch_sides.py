@@ -1,9 +1,9 @@
 """A side of epoch.py in its own process: an epoch by train.py's loop, or by the Trainer.
 
-Both read the same token ids and start from one checkpoint and the same adapters. Both note the time
-when a step has ended and the GPU has finished. A step lasts from the end of the step before, which
-includes reading its rows; the first lasts from the start of the loop. Writing the adapter at the
-end is in no step.
+Both read the same token ids and start from one checkpoint and the same adapters. Both record the
+time when a step has ended and the GPU has finished. A step lasts from the end of the step before,
+which includes reading its rows; the first lasts from the start of the loop. The time of writing the
+adapter at the end is not counted.
 """
 
 import json
@@ -76,12 +76,12 @@ class Ours:
 
 
 class Clock:
-    """Takes the place of train.py's display; notes each step's end and the peaks so far."""
+    """A stand-in for train.py's display; it records the end of each step and the peaks so far."""
 
     def __init__(self):
         self.ends, self.gib, self.reserved = [time.perf_counter()], [], []
 
-    def step(self, row, _seconds: float) -> None:  # its loss was read: the GPU is done
+    def step(self, row, _seconds: float) -> None:  # the loss was read, so the GPU has finished
         self.ends.append(time.perf_counter())
         if row.peak_gib is not None:
             self.gib.append(row.peak_gib)
@@ -94,7 +94,8 @@ class Clock:
         return durations(self.ends)
 
     def peaks(self) -> dict:
-        """As in metrics.jsonl, with the activations that graphs save; empty on a CPU."""
+        """Peak memory as in metrics.jsonl, with the activations that graphs save; empty on a
+        CPU."""
         if not self.gib:
             return {}
         return {"allocated_gib": max(self.gib), "reserved_gib": max(self.reserved)}

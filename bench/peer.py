@@ -3,13 +3,13 @@
     python bench/peer.py --model 7b5 --work 1x512,1x1024,1x2048 --save
     python bench/peer.py --work 8x512 --dtype bf16 --cap 0 --loss-mib 1024
 
-Each side is a process. Both load one checkpoint of random weights and the same adapters, and train
-on the same tokens. The biases are zero, because transformers' MPT has none: so both compute the
-same function. First both train for a number of steps from the same start, and their losses are
-compared. Then they take turns: a run of the peer, a run of ours, again.
+Each side is one process. Both load one checkpoint of random weights and the same adapters, and
+train on the same tokens. The biases are zero, because transformers' MPT has none. So both compute
+the same function. First both train --losses steps from the same start, and their losses are
+compared. Then their steps are timed in turns: the Trainer, this loop, the Trainer, and so on.
 
-The peer is set up as its users do: gradient checkpointing, paged_adamw_8bit, mixed precision, LoRA
-on all four linears. Needs a GPU with room for both at once.
+The Trainer is set up as its users do: gradient checkpointing, paged_adamw_8bit, mixed precision,
+LoRA on all four linears. The GPU needs memory for both at once.
 """
 
 import re

@@ -198,9 +198,9 @@ def epoch(rows: list[dict], title: str, cap: float = 0) -> Table:
 def decode(rows: list[dict], title: str) -> Table:
     """Measured decoding: ours and transformers' for each prompt and batch."""
     made = table(title, ["", "prompt", "rows", "tokens/s", "first s", "GiB", "of bound", "times"],
-                 caption="tokens/s: of all rows, after the first token; first s: to the first "
-                 "token; GiB allocated; of bound: what must be read, over the step and the card's "
-                 "copy rate; times: ours faster")
+                 caption="tokens/s: of all rows, after the first token; first s: until the first "
+                 "token; GiB: allocated; of bound: the shortest possible time of a step, divided "
+                 "by the measured one; times: how many times faster ours is")
     made.columns[0].no_wrap = False
     for row in rows:
         cells = [row["who"], f"{row['prompt']:,}", str(row["rows"])]
@@ -217,8 +217,8 @@ def decode(rows: list[dict], title: str) -> Table:
 def decode_bounds(rows: list[dict], title: str) -> Table:
     """For a card that is not here: what its memory allows."""
     made = table(title, ["prompt", "rows", "GB a step", "tokens/s", "GiB"],
-                 caption="tokens/s: if all that a step must read came at the card's worse to "
-                 "better rate; GiB: weights, cache and CUDA's context")
+                 caption="tokens/s: if reading takes all of a step's time, at the card's lower and "
+                 "higher memory rate; GiB: weights, cache and CUDA's context")
     for row in rows:
         made.add_row(f"{row['prompt']:,}", str(row["rows"]), f"{row['bytes'] / 1e9:.2f}",
                      span(row["tokens_per_s"]), f"{row['gib']:.2f}")

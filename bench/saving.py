@@ -4,9 +4,10 @@
 
 A run of train.py's loop over random rows with the lengths of 256 real pairs (lengths.json), with
 the values of the preset t4: 8 examples a step, packed. Every --every steps it writes a checkpoint:
-adapter, optimizer state and hashes, flushed to the disk under --out. The loop goes on while it is
-written, and the end of the run waits for the last one. The same run without any checkpoint is
-measured too, in turns, over the same rows in the same order: the difference is what saving costs.
+adapter, optimizer state and hashes, flushed to the disk under --out. The loop continues while a
+checkpoint is written; the end of the run waits for the last one. The same run without checkpoints
+is measured too, with the same rows in the same order. The two kinds of run take turns. The
+difference of their times is the cost of saving.
 """
 
 import tempfile
@@ -83,9 +84,9 @@ def one_run(options, steps: int, model: Path, folder: Path, saving: bool) -> dic
 
 
 def costs(saving: list[dict], plain: list[dict], first_save_s: float) -> dict:
-    """What saving costs, from the medians of the runs: in seconds, and as a share of a run that
-    saves. The first save of a process waits longer and is added. end_share: what the run waits for
-    after its last step, which is the last checkpoint.
+    """The cost of saving, from the medians of the runs: in seconds, and as a share of a run that
+    saves. The first save of a process takes longer, and is added. end_share: the share of the time
+    after the last step, in which the run waits for the last checkpoint.
 
     >>> costs([{"whole_s": 9.9, "end_s": 0.5, "saves_s": [0.1, 0.1]}],
     ...       [{"whole_s": 9.0, "end_s": 0.0, "saves_s": []}], first_save_s=0.2)

@@ -3,12 +3,12 @@
     python bench/serve.py --model 7b5 --save        on a GPU: random weights, 16 clients
     python bench/serve.py --model nano              anywhere
 
-The engine first writes for as many prompts as there are clients. Then `generate.py --serve` runs
-in a process of its own, over the same weights and adapter, and each client streams the answer to
-one of the prompts. Both are warm: an uncounted run has captured the graphs. Rates are of all rows
-together over the whole time, prompts included. The first token is that of one client alone, against
-the engine's with one prompt, which is the prefill; and that of one more client while all others
-are being answered.
+First the engine alone answers as many prompts as there are clients. Then `generate.py --serve` runs
+in a separate process, over the same weights and adapter, and each client streams the answer to
+one of the prompts. Both are warm: a run before them, which is not counted, has captured the graphs.
+Tokens per second count the tokens of all rows over the whole time, reading the prompts included.
+The time of the first token is measured twice: for one client alone, compared with the engine's time
+for one prompt; and for one more client while all others are being answered.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from phogpt_raw.model.weights import find_folder, load_base, read_config
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
 
-TURNS = 5  # of which the median counts
+TURNS = 5  # measurements; the result is their median
 
 
 def prepare(folder: Path, options) -> str:

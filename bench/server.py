@@ -1,4 +1,4 @@
-"""For serve.py and the tests: `generate.py --serve` in a process of its own, on a free port."""
+"""For serve.py and the tests: `generate.py --serve` in a separate process, on a free port."""
 
 import os
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Server:
-    """The process; port; lines: what it has said. Use it as a context manager."""
+    """The process of the server; port: its port; lines: its output. Use it as a context manager."""
 
     def __init__(self, *flags, **environment: str):
         self.process = subprocess.Popen(

@@ -122,7 +122,7 @@ class Peer:
                 "bf16": self.dtype == torch.bfloat16, **arguments})
             trainer = kind(self.model, given, train_dataset=rows, data_collator=collator,
                            callbacks=[clock])
-            if trainer.accelerator.scaler is not None:  # as ours; 2^16 skips the first steps
+            if trainer.accelerator.scaler is not None:  # 2^16 would skip the first steps
                 trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12)
             trainer.train()
 

@@ -148,7 +148,7 @@ class OnCard:
         }
 
     def time_row(self, rates: Rates) -> dict:
-        """A row of the result: FLOPs, bytes, and seconds at the better and the worse rates."""
+        """A row of the result: FLOPs, bytes, and seconds at the higher and lower rates."""
         ops, setting = self.trace.ops, self.setting
         seconds = step_seconds(ops, rates)
         step_s = both_ends(seconds)

@@ -92,7 +92,7 @@ def window_seconds(bench: Bench, epoch: Epoch):
 
 
 def simulate(options) -> None:
-    """Print a table for each card of --card: seconds at its better and worse rates."""
+    """Print a table for each card of --card: seconds at its higher and lower rates."""
     examples = items.read(options) if options.data else None
     for card, rates, traces in cards(options):
         if traces.dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""For epoch.py on a GPU: run ours and the Trainer in turns, and summarise the runs."""
+"""For epoch.py on a GPU: run this loop and the Trainer in turns, and summarise the runs."""
 
 import json
 import statistics

@@ -61,7 +61,7 @@ def stream_of(examples: list[Example], config: Config):
 
 
 def all_train(examples: list[Example]) -> Examples:
-    """The examples as set_up takes them, none held out."""
+    """The examples in the form that set_up takes, without held-out ones."""
     return Examples(examples, [], [], "none", "the ids are given", "ids")
 
 
@@ -89,7 +89,7 @@ class Simulation:
         self.seconds_of: dict[tuple, tuple] = {}  # (of the micro-batch, of the rest of a step)
 
     def seconds(self, window: Window) -> tuple[float, float]:
-        """Seconds of a step over the window, at the card's better and worse rates."""
+        """Seconds of a step over the window, at the card's higher and lower rates."""
         found = [self.batch_seconds(batch)
                  for batch in window.micro_batches(self.epoch.micro_batch)]
         _, once = found[0]

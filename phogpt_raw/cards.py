@@ -1,4 +1,5 @@
-"""What a GPU is to a training run: above all, which dtype it computes in, and why.
+"""The GPU of a run: its memory, its compute capability, and the dtype in which it computes, with
+the reason.
 
 `torch.cuda.is_bf16_supported()` says yes on a T4 and a V100, because it counts emulation. The
 compute capability decides instead: bf16 has hardware from 8.0 (Ampere) on.
@@ -26,8 +27,8 @@ class Card:
     memory_gib: float = 0.0
 
 
-# Cards that need not be here, as a run would see them: what --card names. The memory is what a
-# process can use; the sources are in simulate/rates.py.
+# The cards that --card can name, as a run would see them. They need not be in this computer. The
+# memory is what a process can use; the sources are in simulate/rates.py.
 KNOWN_CARDS = {
     "t4": Card("Tesla T4", "cuda", (7, 5), 14.56),
     "v100": Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 15.77),
@@ -95,8 +96,8 @@ def training_dtype(card: Card, asked: str = "auto",
 
 
 def recorded_dtype(card: Card, asked: str, recorded: str) -> torch.dtype:
-    """The dtype that a flag asks for; else the one that a run recorded, unless the card at hand is
-    of another kind and computes in another."""
+    """The dtype that a flag names. Without a flag, the dtype that the run recorded; if this card
+    does not compute in it, the card's own."""
     if asked == "auto" and recorded != "auto":
         with suppress(Refusal):
             return training_dtype(card, recorded)[0]

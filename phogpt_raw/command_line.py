@@ -23,7 +23,7 @@ from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
 PRESETS = Path(__file__).parent / "presets"
-# Of these one is given; a flag takes the place of either in a preset.
+# Only one of these can be given; a flag replaces either of them in a preset.
 EITHER = (("steps", "epochs"), ("batch_size", "batch_tokens"), ("val", "hold_out"))
 ADAPTERS_OWN = ("rank", "alpha", "dropout", "targets")  # fields that --adapter decides
 SEVERAL = tuple[str, ...]  # a flag that may be given several times
@@ -57,8 +57,8 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, for flags with - or _. Its errors are one line that names the flag that may have
-    been meant."""
+    """argparse's, for flags with - or _. Its errors are one line, which suggests the most similar
+    flag."""
 
     def __init__(self, **settings):
         super().__init__(**{"allow_abbrev": False, "formatter_class": Help, **settings})
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def with_hyphens(argument: str) -> str:
-    """A flag spelled with - for _; its value, and every other argument, as it is.
+    """An argument with - in place of _ in a flag's name; values and other arguments do not change.
 
     >>> with_hyphens("--hold_out=a_b"), with_hyphens("a_b")
     ('--hold-out=a_b', 'a_b')
@@ -139,7 +139,7 @@ def parser(description: str) -> Parser:
 
 
 def headings() -> dict[str, list[str]]:
-    """Config's fields under the comments that stand above them."""
+    """Config's fields, grouped under the comments above them."""
     found, names = {}, []
     for line in inspect.getsource(Config).splitlines():
         if heading := re.fullmatch(r"    # (.+)", line):
@@ -150,7 +150,7 @@ def headings() -> dict[str, list[str]]:
 
 
 def from_command_line(arguments: list[str] | None, description: str) -> Config:
-    """The Config of a command line; Refusal for whatever cannot be."""
+    """The Config of a command line; raises Refusal for flags that are not valid."""
     given = vars(parser(description).parse_args(arguments))
     if "" in (given.get("preset"), given.get("card")):  # the others are checked by Config
         raise Refusal("--preset and --card take a name; leave out what is empty")
@@ -185,7 +185,7 @@ def preset_for(model: str, card: str | None) -> str | None:
 
 
 def asked_by(config: Config, field: str) -> str:
-    """What a setting comes from, as it is shown: `--preset t4` or `--dtype`."""
+    """The origin of a setting, as it is printed: `--preset t4` or `--dtype`."""
     preset = config.preset
     if preset not in (None, "none") and read_preset(preset).get(field) == getattr(config, field):
         return f"--preset {preset}"

@@ -1,4 +1,4 @@
-"""Every value of a run in one flat, frozen dataclass, checked when it is made.
+"""Every setting of a run in one flat, frozen dataclass. The values are checked when it is created.
 
 The command line (command_line.py) is built from the fields and their trailing comments.
 """
@@ -19,9 +19,9 @@ class Config:
     preset: str | None = None  # t4, v100, nano, none or a TOML file; default: by model and GPU
     model: str = "nano"  # nano, a folder or a hub id; with --dry-run also the shape 7b5 or 4b
     revision: str | None = None  # branch, tag or commit of the hub repository
-    data: tuple[str, ...] | str | None = None  # file with training rows, also several times
-    val: tuple[str, ...] | str | None = None  # file with held-out rows, also several times
-    hold_out: float | None = None  # rows to hold out: 32, or 5%; default: 5% of 40 rows or more
+    data: tuple[str, ...] | str | None = None  # file of training rows; may be given several times
+    val: tuple[str, ...] | str | None = None  # file of held-out rows; may be given several times
+    hold_out: float | None = None  # rows to hold out: 32, or 5%; default: 5% if there are 40 rows
     map: str | None = None  # names of other columns: response=tra_loi,prompt=cau_hoi
     strict: bool = False  # refuse any row that cannot be used; default: leave out a tenth at most
     too_long: str | None = None  # cut, split or drop long rows; default: split texts, cut answers
@@ -114,19 +114,20 @@ class Config:
             raise Refusal("--patience: counts evaluations; set --eval-every too")
 
     def warmup_of(self, steps: int) -> int:
-        """Steps of warm-up of a run of so many steps."""
+        """Warm-up steps of a run with this number of steps."""
         return min(WARMUP, steps // 10) if self.warmup is None else self.warmup
 
     def target_names(self) -> list[str]:
         return [name.strip() for name in self.targets.split(",") if name.strip()]
 
     def base_name(self) -> str:
-        """What the base is called elsewhere: its hub id, or a folder's name without its path."""
+        """The name of the base in published files: its hub id, or a folder's name without its
+        path."""
         return hub_id(self.model) or expanded(self.model).resolve().name
 
     def base_reference(self) -> str:
-        """What the adapter's files name as the base: a folder by its whole path, so that it is
-        found from any other."""
+        """The name of the base in the adapter's files. A folder has its whole path, so that it is
+        found from any other folder."""
         folder = expanded(self.model)
         return str(folder.absolute()) if self.model != "nano" and folder.is_dir() else self.model
 
@@ -139,7 +140,7 @@ class Config:
         return int(self.recompute)
 
 
-MANY = 10**9  # of what only counts: no run gets there
+MANY = 10**9  # upper limit of counts
 RANGES = dict(steps=(1, MANY), batch_size=(1, 10_000), batch_tokens=(1, 10_000_000),
               micro_batch=(1, 100_000), max_len=(8, 1_000_000), pack_len=(1, 1_000_000),
               warmup=(0, MANY), rank=(1, 65_536), loss_mib=(1, 1_000_000), eval_every=(0, MANY),
@@ -178,6 +179,6 @@ def flag(field: str) -> str:
 
 
 def save(config: Config, file: Path, **more) -> None:
-    """Write the settings of a run, and more that is known of it."""
+    """Write the settings of a run, and further facts about it."""
     text = json.dumps(dataclasses.asdict(config) | more, indent=2, ensure_ascii=False)
     write_text(file, text + "\n")

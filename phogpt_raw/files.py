@@ -1,8 +1,8 @@
-"""Files and folders that are whole, or not there.
+"""Files and folders that are written completely or not at all.
 
-What is written goes under another name first, is flushed to the disk, and is renamed at the end. A
-run that is killed leaves only the unfinished name behind; the next write of the same name removes
-it. A folder is written by one process at a time, which a lock decides that ends with its process.
+A file is written under a temporary name, flushed to the disk, and renamed at the end. A killed run
+leaves only the file with the temporary name. The next write of the same file removes it. A lock
+lets only one process at a time write a folder. The lock ends with the process.
 """
 
 import errno
@@ -22,7 +22,7 @@ LOCK = ".lock"  # in a folder that is being written; its content tells whose it 
 SIGN = b"a folder that phogpt-raw is writing\n"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_THERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's, which has no number
+CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's error, which has no errno
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -48,8 +48,8 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 def read_object(file: Path, remedy: str) -> dict:
-    """The JSON object in a file. Raises Refusal, which ends with `remedy`, where it holds something
-    else."""
+    """The JSON object in a file. Raises Refusal, which ends with `remedy`, if the file contains
+    something else."""
     try:
         content = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
@@ -60,14 +60,15 @@ def read_object(file: Path, remedy: str) -> dict:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file that is whole, the old one or the new one, whenever the program ends."""
+    """Write a text file so that it is always complete: the old one or the new one, even if the
+    program is killed."""
     with whole_file(file) as unfinished:
         unfinished.write_text(text, "utf-8")
 
 
 def save_tensors(file: Path, tensors: dict) -> None:
-    """Write a safetensors file that is whole, with the rights that other files get: safetensors
-    itself lets only its owner read it."""
+    """Write a safetensors file completely or not at all, with the permissions of other new files.
+    safetensors itself lets only the owner read it."""
     from safetensors.torch import save_file
 
     with whole_file(file) as unfinished:
@@ -83,15 +84,15 @@ def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
     the block ends without an error.
 
     Raises Refusal where `folder` exists at the start or at the end, another process is writing it,
-    or its unfinished name is taken by something that this program has not made; `ours` says that
-    none but this program writes there, and that the block itself removes an older `folder`.
+    or its temporary name belongs to something that this program has not created. `ours`: only this
+    program writes there, and the block itself removes an older `folder`.
     """
     unfinished = folder.with_name(folder.name + UNFINISHED)
     with in_words(unfinished):
         try:
             unfinished.mkdir(parents=True)
         except FileExistsError:
-            if not os.path.lexists(unfinished):  # a link that leads nowhere
+            if not os.path.lexists(unfinished):  # a broken link
                 raise Refusal(f"{unfinished.parent}: is not a folder; name another place") from None
             if not (ours or is_ours(unfinished)):
                 raise Refusal(f"{unfinished}: is in the way, because {folder} is written under "
@@ -113,8 +114,8 @@ def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
 
 
 def is_ours(unfinished: Path) -> bool:
-    """Whether a killed process of this program left that folder: its lock says so, or it is empty,
-    as it is before the lock is made."""
+    """Whether a killed process of this program left this folder: it has our lock, or it is
+    empty, as it is before the lock is created."""
     if not unfinished.is_dir() or unfinished.is_symlink():
         return False
     lock = unfinished / LOCK
@@ -124,13 +125,13 @@ def is_ours(unfinished: Path) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """Raise Refusal where something has that name."""
+    """Raise Refusal if a file or folder of this name exists."""
     if os.path.lexists(folder):
         raise Refusal(f"{folder}: exists already; name a folder that does not")
 
 
 def check_place(file: Path) -> None:
-    """Raise Refusal where no new file of that name can be written; its folder is made."""
+    """Raise Refusal if a new file of this name cannot be written. Its folder is created."""
     check_free(file)
     unfinished = file.with_name(file.name + UNFINISHED)
     try:
@@ -158,7 +159,7 @@ def locked(file: Path, busy: str) -> Iterator[None]:
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError):
             raise Refusal(busy) from None
-        except OSError as error:  # a drive in the cloud, mounted as a folder, may have no locks
+        except OSError as error:  # a cloud drive that is mounted as a folder may not support locks
             if error.errno not in NOT_THERE:
                 raise
         with in_words(file):
@@ -204,7 +205,7 @@ def in_words(path: Path) -> Iterator[None]:
 
 
 def error_number(error: BaseException) -> int | None:
-    """The system's number of an error; safetensors, written in Rust, has it in its text.
+    """The errno of an error; safetensors, which is written in Rust, has it only in the text.
 
     >>> error_number(ValueError("Error while serializing: I/O error: No space (os error 28)"))
     28
@@ -223,7 +224,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file's content, or a folder's names."""
+    """Flush a file's content, or a folder's list of names, to the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)

@@ -1,7 +1,7 @@
-"""Run a function in a forked process that may take so much time and so much memory, and no more.
+"""Run a function in a forked process with limits on its time and its memory.
 
-For the programs that come with other people's files: a chat template, a regular expression. Both
-can run for ever or fill the memory without doing anything that is forbidden.
+It is for code that is part of downloaded files: chat templates and regular expressions. They can
+run for ever or fill the memory, although each of their operations is allowed.
 """
 
 import multiprocessing
@@ -13,13 +13,14 @@ SECONDS, MIB = 10, 512
 
 
 class OverLimit(Exception):
-    """Which limit was not enough, as the end of a sentence: "takes more than 10 s"."""
+    """A limit was exceeded. The text is the end of a sentence: "takes more than 10 s"."""
 
 
 def limited(function: Callable, *args):
-    """What `function(*args)` returns, which must be small and picklable.
+    """The result of `function(*args)`, which must be small and picklable.
 
-    Raises OverLimit where it takes more than SECONDS or MIB, or an exception of the function's own.
+    Raises OverLimit if it takes more than SECONDS or MIB. Also raises the function's own
+    exceptions.
     """
     forking = multiprocessing.get_context("fork")
     receiver, sender = forking.Pipe(duplex=False)
@@ -30,7 +31,7 @@ def limited(function: Callable, *args):
         if not receiver.poll(SECONDS):
             raise OverLimit(f"takes more than {SECONDS} s")
         value, error = receiver.recv()
-    except EOFError:  # the process was ended from outside
+    except EOFError:  # the process was killed from outside
         error = MemoryError()
     finally:
         child.kill()
@@ -49,13 +50,14 @@ def send_result(sender, function: Callable, args: tuple) -> None:
         found = function(*args), None
     except MemoryError:
         found = None, MemoryError()
-    except Exception as error:  # of any class, also of one that cannot be pickled
+    except Exception as error:  # its class may not be picklable
         found = None, ValueError(str(error) or type(error).__name__)
     sender.send(found)
 
 
 def limit_memory() -> None:
-    """Let this process allocate MIB more and then fail. Only Linux says how much it has now."""
+    """Limit the memory of this process to its present size plus MIB. Only Linux tells the present
+    size."""
     pages = Path("/proc/self/statm")
     if pages.is_file():
         size = int(pages.read_text().split()[0]) * resource.getpagesize()

@@ -1,8 +1,8 @@
 """Every text that a run shows passes through `_`, as in gettext.
 
-The English text stays where it is said and is the key of the catalogue, so a second language is
-one dictionary and not a rewrite. Values are filled in after the key is found, by name. Not here:
-the text of a Refusal and the help of the flags, which stay English.
+The English text stays in the code that prints it, and is the key of the catalogue. So a second
+language needs only one dictionary. Values are filled in by name, after the text is looked up. The
+text of a Refusal and the help of the flags stay English.
 
 >>> _("{n:,} rows, median {median} tokens", n=1200, median=124)
 '1,200 rows, median 124 tokens'

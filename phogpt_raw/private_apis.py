@@ -36,7 +36,7 @@ def efficient_attention(q, k, v, bias, scale):
 
 
 def efficient_attention_backward(g, q, k, v, bias, out, lse, seed, offset, scale):
-    """(dq, dk, dv) of efficient_attention."""
+    """The gradients (dq, dk, dv) of efficient_attention."""
     bias = bias.expand(len(q), q.shape[1], -1, -1)
     return aten._scaled_dot_product_efficient_attention_backward(
         g, q, k, v, bias, out, lse, seed, offset, 0.0, [True, True, True, False], scale=scale)[:3]
@@ -49,7 +49,7 @@ def cudnn_attention(q, k, v, bias, scale):
 
 def cudnn_attention_backward(g, q, k, v, bias, out, lse, cum_q, cum_k, max_q, max_k, seed, offset,
                              scale):
-    """(dq, dk, dv) of cudnn_attention."""
+    """The gradients (dq, dk, dv) of cudnn_attention."""
     return aten._scaled_dot_product_cudnn_attention_backward(
         g, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, 0.0, False,
         scale=scale)
@@ -61,7 +61,7 @@ def cpu_attention(q, k, v, bias, scale):
 
 
 def cpu_attention_backward(g, q, k, v, bias, out, lse, scale):
-    """(dq, dk, dv) of cpu_attention."""
+    """The gradients (dq, dk, dv) of cpu_attention."""
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         g, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
 
@@ -78,7 +78,7 @@ def efficient_documents(q, k, v, starts, longest: int, scale):
 
 
 def efficient_documents_backward(g, q, k, v, out, lse, seed, offset, starts, longest: int, scale):
-    """(dq, dk, dv) of efficient_documents."""
+    """The gradients (dq, dk, dv) of efficient_documents."""
     # torch's version for the meta device lacks the argument `out` (to 2.13), so it cannot take the
     # scale as well, which changes no shape.
     more = {} if g.is_meta else {"scale": scale}
@@ -95,7 +95,7 @@ def flash_documents(q, k, v, starts, longest: int, scale):
 
 
 def flash_documents_backward(g, q, k, v, out, lse, state, unused, starts, longest: int, scale):
-    """(dq, dk, dv) of flash_documents."""
+    """The gradients (dq, dk, dv) of flash_documents."""
     return aten._flash_attention_backward(g, q, k, v, out, lse, starts, starts, longest, longest,
                                           0.0, True, state, unused, scale=scale)
 
@@ -198,7 +198,7 @@ def held_by(module: torch.nn.Module) -> list:
 class NF4Fields(NamedTuple):
     """All that is needed to decode an NF4 weight with double quantisation.
 
-    A block of 64 weights has one scale; a block of 256 scales has one scale of its own.
+    A block of 64 weights has one scale; a block of 256 scales has one scale for the scales.
     """
 
     scales: torch.Tensor  # [blocks] uint8: the scale of each block of weights, coded

@@ -14,7 +14,7 @@ import threading
 
 from phogpt_raw.messages import _
 
-# Of a file's place or of its disk; these are never faults of the program.
+# Errors of a path or of the disk. They are never bugs of the program.
 OF_THE_PLACE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EISDIR,
                 errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
@@ -33,7 +33,8 @@ def write_utf8(stream) -> None:
 
 
 def open_missing_streams() -> None:
-    """Where a program is started without an input or an output, Python has None in its place."""
+    """If a program is started without an input or an output stream, Python's sys has None in its
+    place."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

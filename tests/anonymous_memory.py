@@ -1,4 +1,4 @@
-"""Measure anonymous host memory during a load, for the measuring scripts of tests. Pages mapped
+"""Measure anonymous host memory during a load, for scripts of tests. Pages mapped
 from a file can be dropped at any time and are not counted."""
 
 import gc
@@ -13,7 +13,7 @@ def rss_anon() -> int:
 
 
 def growth(load):
-    """(what load() returns, by how many bytes memory was higher at most while it ran)."""
+    """(the result of load(), the largest increase of memory in bytes while it ran)."""
     gc.collect()  # what was loaded before may still wait for it
     before, highest, loading = rss_anon(), 0, True
 

@@ -15,7 +15,7 @@ from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import load_base, read_tokenizer
 from phogpt_raw.training.loss import summed_loss
 
-torch.set_num_threads(1)  # models this small: a second thread only waits, long when cores are taken
+torch.set_num_threads(1)  # with models this small a second thread only waits
 
 
 def pytest_collection_modifyitems(items):
@@ -69,7 +69,7 @@ def adapted(tiny):
 
 @pytest.fixture
 def lively(adapted):
-    """tiny with its blocks' weights made larger, so that what comes before decides what comes."""
+    """tiny with larger block weights, so that the next token depends on the tokens before it."""
     model, _ = adapted()
     with torch.no_grad():
         for p in model.parameters():
@@ -91,7 +91,7 @@ def batch_loss(model, batch, chunk=16, **forward) -> torch.Tensor:
 
 
 def ragged_examples(count: int, *, seed: int = 0, vocabulary: int = 4096, longest: int = 60):
-    """Examples of very different lengths, so that an average of averages would show."""
+    """Examples of very different lengths, so that a wrong average of averages is noticed."""
     dice = torch.Generator().manual_seed(seed)
     examples = []
     for n in range(count):
@@ -137,14 +137,15 @@ def train(tiny, rows, capsys, monkeypatch):
     import train as script
 
     def run(*flags, at=None):
-        """`at` = (step, exception) breaks off where that step's learning rate is asked for."""
+        """`at` = (step, exception): raises the exception when the learning rate of that step is
+        computed."""
         with monkeypatch.context() as patch:
             if at:
                 patch.setattr(script, "lr_at", breaking_off(script.lr_at, *at))
             status = 0
             try:
                 settings = {**SMALL, "--model": tiny, "--data": rows}
-                if "--adapter" in flags:  # which has a rank of its own
+                if "--adapter" in flags:  # an adapter keeps its own rank
                     del settings["--rank"]
                 script.main(command_line(settings, flags))
             except SystemExit as left:
@@ -161,7 +162,7 @@ SMALL = {"--steps": 7, "--batch-size": 4, "--micro-batch": 2, "--rank": 4, "--lr
 
 
 def command_line(settings: dict, flags) -> list[str]:
-    """`settings` as arguments, those that `flags` (--a 1 --b) name again left out."""
+    """`settings` as arguments, without those that `flags` (--a 1 --b) set again."""
     either = {"--epochs": "--steps", "--batch-tokens": "--batch-size"}
     named = {either.get(flag, flag) for flag in flags}
     kept = [(name, value) for name, value in settings.items() if name not in named]
@@ -169,7 +170,7 @@ def command_line(settings: dict, flags) -> list[str]:
 
 
 def breaking_off(lr_at, step, exception):
-    """lr_at, but for its call number `step` (0, 1, …), which raises."""
+    """lr_at, but call number `step` (0, 1, …) raises."""
     calls = iter(range(10_000))
 
     def rate(*args):

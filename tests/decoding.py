@@ -19,8 +19,8 @@ def filled(model, lengths=(7, 3, 12), rows=None, positions=20):
 
 
 def reads_as_the_models_forward(model, step_over) -> None:
-    """Assert that a prompt in two pieces gives the forward's hidden states, keys and values;
-    step_over(cache): the fast step."""
+    """Assert that a prompt that is read in two pieces gives the hidden states, keys and values of
+    the forward. step_over(cache): the fast step."""
     mine, other = model.new_cache(3, 30), model.new_cache(3, 30)
     fast = step_over(mine)
     ids_BL = torch.randint(4, 4096, (2, 25), generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Hub:
-    """What reached the server: (method, path, headers, body) of every request; files of commits."""
+    """The requests that reached the server, as (method, path, headers, body), and the files of
+    commits."""
 
     url: str = ""
     requests: list[tuple[str, str, dict, bytes]] = field(default_factory=list)

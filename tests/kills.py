@@ -1,11 +1,11 @@
-"""Kill runs of train.py, let them go on, and hold them against one that nobody killed.
+"""Kill runs of train.py, resume them, and compare them with an uninterrupted run.
 
     python tests/kills.py nf4 0 10      the setting nf4, kills number 0 to 9
 
 Every run is a forked copy of one process that has imported and read everything before. A run dies
 by SIGKILL before one of its file operations, or by SIGALRM, which nothing here handles, a few
 milliseconds after a step, an evaluation, a save or the restoring of a checkpoint has begun. It is
-killed once to three times, then goes on to its end.
+killed one to three times and is then resumed to its end.
 """
 
 import os
@@ -61,7 +61,7 @@ def plan(setting: str, number: int) -> list[Kill]:
 
 
 def arm(kill: Kill, folder: Path) -> None:
-    """Have this process die there."""
+    """Make this process die at the place of `kill`."""
     import train
     from phogpt_raw.training import checkpoint, setup
 
@@ -113,7 +113,7 @@ def run(arguments: list[str], folder: Path, kill: Kill | None = None) -> int:
 
 
 def killed_and_straight(setting: str, numbers: range, place: Path) -> None:
-    """Raise AssertionError where a killed run is not what the straight one is."""
+    """Raise AssertionError if a killed and resumed run differs from the uninterrupted one."""
     import bitsandbytes  # noqa: F401  imported once, for all copies of this process
     import checkpoints
     import matplotlib.pyplot  # noqa: F401

@@ -2,7 +2,7 @@
 
     python tests/llama.py MODEL.gguf [ADAPTER.gguf]    prints its address, serves until killed
 
-xllamacpp has no call for tokenising, and its threads make an orderly exit hang. So tests use the
+xllamacpp has no function for tokenising, and its threads block a normal exit. So tests use the
 server over HTTP and kill its process. The cache is fp32 and flash attention is off: the only
 difference left is llama.cpp's GELU, a table of the tanh approximation.
 """
@@ -18,7 +18,7 @@ FULL_STOP = 17  # in nano's vocabulary
 
 
 class Llama:
-    """A server over a model and, if given, an adapter; `log`: what it said, at the most verbose."""
+    """A server over a model and, if given, an adapter; `log`: its most verbose output."""
 
     def __init__(self, model, adapter=None):
         command = [sys.executable, __file__, str(model), *([str(adapter)] if adapter else [])]
@@ -54,10 +54,11 @@ class Llama:
                         return_tokens=True, cache_prompt=False)
 
     def log_probability(self, ids: list[int], token: int) -> float:
-        """Of `token` after `ids`; it must be among the likeliest 20.
+        """The log-probability of `token` after `ids`; it must be among the 20 most likely tokens.
 
-        The answer itself is forced to be a full stop, since a token that ends within a letter
-        comes without probabilities; these are the model's own, before that.
+        The answer is forced to be a full stop, because a token that ends inside a character is
+        given without probabilities. The probabilities are the model's own, from before the answer
+        is forced.
         """
         found = self.ask("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=20,
                          logit_bias=[[FULL_STOP, 1000]])

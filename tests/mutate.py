@@ -4,8 +4,8 @@
 
 Every mutation runs in a forked copy of one process that has imported everything, under a limit of
 20 s of CPU time and of 1 GiB more memory. It must end in one line of error and status 2, or in the
-result of the undamaged files; another result is right only where the mutation left a valid value
-or other weights in a file that has no checksum.
+result of the undamaged files; another result is allowed only if the mutation gave a valid value, or
+other weights in a file without a checksum.
 """
 
 import json
@@ -35,7 +35,7 @@ KINDS = {".json": ["json", "json", "json", "bytes", "text"],
 
 
 def mutate(folder: Path, names: list[str], dice: random.Random) -> tuple[str, bool]:
-    """Damage one file of a folder: (what was done, whether another result may be right)."""
+    """Damage one file of a folder; returns (a description, whether another result is allowed)."""
     file = folder / dice.choice(names)
     kind = dice.choice(KINDS.get(file.suffix, ["bytes"]))
     what, other = {"json": change_json, "text": change_text, "bytes": change_bytes,
@@ -192,8 +192,8 @@ class Adapter(Base):
 
 
 class Run:
-    """A run that goes on from its newest whole checkpoint. Its files have checksums or are
-    compared, so that no other result is right."""
+    """A run that is resumed from its newest undamaged checkpoint. Its files have checksums or are
+    compared, so no other result is allowed."""
 
     def __init__(self, place: Path):
         import checkpoints
@@ -254,7 +254,7 @@ def ran(use, said: Path) -> tuple[int, str]:
 
 
 def faults(what: str, numbers: range, place: Path) -> list[str]:
-    """What went wrong in mutations of these numbers, a text each."""
+    """The failures among the mutations with these numbers, one text for each."""
     import bitsandbytes  # noqa: F401  imported once, for all copies of this process
     import matplotlib.pyplot  # noqa: F401
     import peft  # noqa: F401

@@ -1,7 +1,7 @@
 """Deliberately bad or odd files of rows, and the exact line that each gets.
 
-odd_lines.txt has the line of each: what a Refusal says, or how many rows are read and what is said
-about them.
+odd_lines.txt has the line of each file: the text of its Refusal, or the number of rows read and the
+notes on them.
 """
 
 import gzip

@@ -15,7 +15,7 @@ from transformers import MptConfig, MptForCausalLM
 
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 
-torch.set_num_threads(1)  # models this small: a second thread only waits, long when cores are taken
+torch.set_num_threads(1)  # with models this small a second thread only waits
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
@@ -65,7 +65,8 @@ def small_config(heads=8, width=8, layers=2, **fields) -> dict:
 def lively_tensors(config: dict, seed=0, dtype=torch.float32) -> dict:
     """Random tensors with linear weights of deviation 0.1, so that attention prefers some keys.
 
-    With the 0.02 of an initialised model all scores are near zero, and a mistake in them hides.
+    With the 0.02 of an initialised model all scores are near zero, so a mistake in them would not
+    be noticed.
     """
     tensors = random_tensors(config, seed, torch.float32)
     return {name: (t * (5 if t.dim() == 2 and "wte" not in name else 1)).to(dtype)

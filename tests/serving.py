@@ -1,4 +1,4 @@
-"""A real server for tests, as a client and as its operator sees it."""
+"""A real server for tests: its answers to clients, and its output and memory."""
 
 import http.client
 import json

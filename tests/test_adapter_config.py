@@ -62,7 +62,7 @@ def test_what_peft_can_have_is_read(tmp_path, changed):
     ({"layers_to_transform": "all"}, "layers_to_transform 'all' is not the number of a block"),
     ({"layers_to_transform": [0, True]}, "layers_to_transform True is not the number of a block"),
     ({"layers_pattern": 3}, "layers_pattern 3 holds something else"),
-    ({"bias": 5}, "bias 5 is none of none, all, lora_only"), ({"bias": "zz"}, "bias 'zz'"),
+    ({"bias": 5}, "bias 5 must be one of none, all, lora_only"), ({"bias": "zz"}, "bias 'zz'"),
     ({"use_rslora": "false"}, "use_rslora 'false' is neither true nor false"),
     ({"use_dora": "no"}, "use_dora 'no' is neither"), ({"lora_bias": 1}, "lora_bias 1 is neither"),
     ({"lora_alpha": 1e300}, "lora_alpha 1e\\+300 is not a positive number up to"),

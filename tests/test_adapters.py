@@ -106,7 +106,8 @@ def test_adapters_are_fp32_and_all_that_trains_over_any_base(adapted, nf4, dtype
 
 
 def test_gradients_land_in_the_flat_buffer():
-    """They are the slices of it, add up over two backwards, and the gaps stay zero."""
+    """The gradients are slices of the flat buffer and add up over two backward passes; the gaps
+    between them stay zero."""
     model, adapters = trained()
     plain, _ = trained()
     for parameter in plain.parameters():
@@ -153,7 +154,8 @@ def step(model, ids_BL, recompute):
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 @pytest.mark.parametrize("recompute", [0, 2])
 def test_one_cast_an_update_gives_what_a_cast_a_layer_gives(adapted, nf4, recompute):
-    """To the bit, as two micro-batches add up, as the weights change, and without gradients."""
+    """Equal bit for bit: over two accumulated micro-batches, after the weights change, and without
+    gradients."""
     model, adapters, reference, theirs = bf16_pair(adapted, nf4=nf4)
     assert adapters.compute.dtype == torch.bfloat16 and adapters.flat.dtype == torch.float32
     dice = torch.Generator().manual_seed(7)
@@ -248,7 +250,7 @@ def loaded(adapted, tiny, tmp_path):
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 def test_decoding_in_bf16_casts_no_adapter(monkeypatch, loaded, nf4):
-    """Neither all at once, by `cast`, nor one by one: nothing reads the fp32 buffer."""
+    """No forward reads the fp32 buffer: neither `cast` nor a cast of a single weight runs."""
     model, adapters = loaded(torch.bfloat16, trainable=False, nf4=nf4)
     casts = []
     monkeypatch.setattr(FlatBuffer, "cast", casts.append)
@@ -392,7 +394,7 @@ def test_stock_peft_loads_what_we_save(tmp_path, targets, recwarn):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_injected_layers_are_in_the_models_mode(training):
-    """Dropout included: a model in eval mode must not drop out in its new layers."""
+    """Also dropout: in eval mode the new layers must not apply it."""
     model = base().train(training)
     new_adapters(model, rank=2, alpha=2, dropout=0.5)
     assert {module.training for module in model.modules()} == {training}
@@ -584,7 +586,7 @@ def test_targets_by_regular_expression_survive_saving(tmp_path):
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_an_adapter_that_trains_biases_is_refused_in_sixteen_bits(adapted, tmp_path, tiny, bias):
-    """There its biases would be trained in a copy that nobody reads."""
+    """In 16 bits the biases would be trained in a copy that no forward reads."""
     adapted()[1].save(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"bias": bias}))
@@ -614,7 +616,7 @@ def test_an_adapter_in_the_older_format_is_read_weights_only(saved, tmp_path):
 
 
 class Unpickled:
-    """A class of its own, which weights_only=True does not make."""
+    """A class outside torch, of which weights_only=True creates no object."""
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "gaussian", False])

@@ -85,8 +85,8 @@ def test_freed_neighbours_are_joined_and_used_again(order):
 def test_what_is_in_use_is_not_joined():
     allocator, (first, _, third) = filled(*[6 * MIB] * 3)
     allocator.give(first)
-    allocator.give(third)  # with the segment's last 2 MiB
-    allocator.take(9 * MIB)  # in neither: 6 and 8 MiB
+    allocator.give(third)  # merges with the last 2 MiB
+    allocator.take(9 * MIB)  # does not fit 6 or 8 MiB
     assert allocator.reserved == 40 * MIB
 
 
@@ -104,12 +104,12 @@ def test_peaks_stay_and_begin_again_from_what_is_there():
 
 def test_only_segments_that_nothing_is_in_are_given_back():
     allocator, (first, second, _, small) = filled(6 * MIB, 16 * MIB, 2 * MIB, 100)
-    for block in (first, second, small):  # the third stays, in the first one's segment
+    for block in (first, second, small):  # the third stays, in the segment of the first
         allocator.give(block)
     assert allocator.reserved == (20 + 16 + 2) * MIB
     allocator.empty_cache()
     assert (allocator.allocated, allocator.reserved) == (2 * MIB, 20 * MIB)
-    assert allocator.take(5 * MIB).start == first.start  # what stays is used again
+    assert allocator.take(5 * MIB).start == first.start  # from the segment that stays
     assert allocator.reserved == 20 * MIB
 
 
@@ -118,7 +118,7 @@ def test_at_the_limit_what_is_cached_goes_first_and_then_it_fails():
     allocator.give(allocator.take(5 * MIB))
     allocator.take(MIB)
     assert allocator.reserved == 22 * MIB
-    allocator.take(22 * MIB)  # fits beside the MiB, but only in place of the empty 20
+    allocator.take(22 * MIB)  # fits only after the empty segment of 20 is freed
     assert allocator.reserved == 24 * MIB
     allocator.take(MIB)  # needs nothing new
     with pytest.raises(MemoryError):
@@ -127,7 +127,7 @@ def test_at_the_limit_what_is_cached_goes_first_and_then_it_fails():
 
 
 def random_series(count, seed=0):
-    """(bytes to take, None) or (None, which of those taken to give back), in turns by chance."""
+    """A random sequence of (bytes to allocate, None) and (None, index of an allocation to free)."""
     dice, taken = random.Random(seed), 0
     for _ in range(count):
         if taken and dice.random() < 0.48:
@@ -163,8 +163,8 @@ def test_after_any_series_segments_are_whole_and_no_two_free_neighbours_are_left
 @pytest.mark.gpu
 def test_torchs_own_allocator_counts_the_same_at_every_point():
     allocator, taken = Allocator(), []
-    gc.collect()  # what other tests have left would go meanwhile
-    pool = torch.cuda.MemPool()  # the default one has what other tests have left there
+    gc.collect()  # objects of other tests must not be freed later
+    pool = torch.cuda.MemPool()  # the default pool has memory of other tests
     torch.cuda.empty_cache()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     with torch.cuda.use_mem_pool(pool):

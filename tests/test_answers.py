@@ -1,4 +1,5 @@
-"""generate.py --input: what is asked, in which order it is written, and how it goes on."""
+"""generate.py --input: the questions, the order of the output, and how an interrupted file is
+continued."""
 
 import json
 import os
@@ -85,7 +86,8 @@ def test_killed_and_gone_on_it_is_the_straight_run(run, asked, tmp_path, tiny):
 
 
 def test_every_letter_that_ends_a_line_somewhere_is_kept_in_the_progress(tmp_path):
-    """Unicode has more ends of a line than files have: U+2028 comes with text copied from pages."""
+    """Unicode has more line separators than files use: U+2028 occurs in text copied from web
+    pages."""
     for n, letter in enumerate("\x0b\x0c\x1c\x85\u2028\u2029\r}"):
         line = module.Line(f"a{letter}b", f"c{letter}", True, 0, "q:1")
         progress = module.Progress(tmp_path / str(n), "key")
@@ -95,7 +97,7 @@ def test_every_letter_that_ends_a_line_somewhere_is_kept_in_the_progress(tmp_pat
 
 @pytest.mark.parametrize("cut", range(1, 25))
 def test_a_line_that_is_cut_anywhere_is_answered_again(tmp_path, cut):
-    """A full disk cuts within a letter too."""
+    """A full disk can also cut a file inside a character."""
     progress = module.Progress(tmp_path / "a", "key")
     for n in range(2):
         progress.add(n, module.Line("ở {}", "}ạ}", True, 0, "ở:1}"))

@@ -27,7 +27,7 @@ from phogpt_raw.decode.history import Turn, encode_history  # noqa: E402
 from phogpt_raw.model.weights import load_base  # noqa: E402
 
 TEMPLATE = TEMPLATES["4b-chat"]
-ENDLESS = 1000  # tokens of nano's context; without an adapter it writes on and on
+ENDLESS = 1000  # tokens; nano without an adapter does not end its answers
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_completions_continue_plain_text(client, nano):
 
 
 def test_an_answer_ends_where_the_model_ends(client, nano):
-    """With fewer tokens than asked for."""
+    """At the end of the context the answer ends, with fewer tokens than the request asked for."""
     ids = encode_text(nano[1], "Phở " * 600)
     reply = client.completions.create(model="nano", prompt=ids[:1015], max_tokens=100)
     assert reply.usage.completion_tokens == nano[0].config.max_seq_len - 1015
@@ -317,8 +317,8 @@ def test_the_page_loads_nothing_from_elsewhere(server):
 
 
 def test_32_clients_at_once_get_what_each_gets_alone(server, nano):
-    """Greedy, streamed and not, more than there are slots; some leave early. SOAK_S=120 in the
-    environment goes on for two minutes and says what it saw."""
+    """Greedy, streamed and not, more than there are slots; some leave early. With SOAK_S=120 in the
+    environment the test runs for two minutes and prints what it measured."""
     questions = [f"Câu {n}: {'phở ' * (n % 7)}là gì?" for n in range(32)]
     tokens = [8 + n % 5 for n in range(32)]
     wanted = [alone(nano, encode_history(nano[1], TEMPLATE, [Turn(question)]), most).lstrip()
@@ -361,7 +361,7 @@ def test_32_clients_at_once_get_what_each_gets_alone(server, nano):
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_leaves_frees_its_slots(server, stream):
-    """Also slots of choices that still wait."""
+    """The waiting choices of the request are dropped too."""
     body = {"messages": asked("Kể chuyện"), "max_tokens": ENDLESS, "stream": stream, "n": 6}
     link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     link.request("POST", "/v1/chat/completions", json.dumps(body).encode())

@@ -258,7 +258,8 @@ def test_blocks_need_no_gradient():
 @pytest.mark.parametrize("around", ["checkpoint", "recomputed", "both"])
 @PACKED
 def test_blocks_give_the_same_gradients_recomputed_and_under_hooks(around, packed):
-    """To the bit: the same operations on the same values, only saved elsewhere."""
+    """Bit for bit: the operations and values are the same, only the memory of the results
+    differs."""
     (q, k, v), doc_BS = problem(11, 11, packed)
     bias = Bias(alibi_slopes(3), 11, 11, q.dtype, doc_BS, 4)
 
@@ -417,7 +418,7 @@ def test_one_bias_serves_all_layers(monkeypatch):
 
 
 def heads_of(shape, *, heads, dtype=torch.float32, scale=1.0, width=8):
-    """Random queries, keys and values [B, H, L, K] that want gradients."""
+    """Random queries, keys and values [B, H, L, K] that require gradients."""
     dice = torch.Generator().manual_seed(3)
     qkv = scale * torch.randn(*shape, 3 * heads * width, generator=dice)
     q, k, v = rearrange(qkv, "b l (three h k) -> three b h l k", three=3, h=heads)
@@ -425,7 +426,8 @@ def heads_of(shape, *, heads, dtype=torch.float32, scale=1.0, width=8):
 
 
 def test_documents_are_masked_once_a_block_and_pass(monkeypatch):
-    """Each masking writes a bias of a block; choosing the kernel needs none."""
+    """The bias of a block is written once in forward and once in backward. Choosing the kernel
+    writes none."""
     doc_BS = torch.tensor([[0] * 20 + [1] * 20])
     bias = Bias(alibi_slopes(3), 40, 40, torch.float32, doc_BS, block=16)
     q, k, v = heads_of((1, 40), heads=3)

@@ -83,7 +83,7 @@ def test_a_batch_goes_to_a_device_with_or_without_documents(documents):
 
 
 def test_a_padded_row_gives_the_hidden_states_that_it_gives_alone(adapted):
-    """Also where the padding's id occurs in it, as the end of a chat's turn does.
+    """This also holds for a row that contains the padding's id.
 
     fp32 and another length of the sums: a few units in the last place of values around 1."""
     model, _ = adapted()
@@ -166,7 +166,7 @@ def test_a_window_without_supervised_tokens_has_no_loss_and_is_never_made():
 
 
 def test_a_fully_supervised_row_predicts_all_but_its_first_token():
-    """Not the token before the row, nor the last of the row before."""
+    """No loss is on the first token of a row, also not from the last position of the row before."""
     text = Example([5, 6, 7], next_tokens([5, 6, 7], start=0))
     batch = collate([[text], [text]], 4, PAD, rows_multiple=4)
     assert batch.rows_T.tolist() == [0, 1, 4, 5]
@@ -256,15 +256,17 @@ def test_windows_by_tokens_are_neither_empty_nor_too_full(sizes, tokens):
 
 
 def test_lengths_that_fill_a_window_exactly_take_no_more_windows():
-    """Answers cut at --max-len: the room that chance would like is not worth half as many again."""
+    """Answers cut at --max-len have equal lengths: the room left for shuffling must not cost half
+    as many windows again."""
     order = token_stream([example([7] * 100, 50, f"row:{i}") for i in range(99)], 300)
     assert order.windows == 33
 
 
 @pytest.mark.parametrize("tokens", [1024, 2048, 4096])
 def test_which_examples_share_a_window_is_random(tokens):
-    """Two that met meet again as often as any two; 1,000 examples of even lengths are the hard
-    case, since nothing small is left to fill windows with."""
+    """Two examples of one window meet again as often as any other two. The lengths from 21 to
+    1,000, each once, are the hard case, because they have few short examples to fill the
+    windows."""
     order = token_stream([example([7] * n, n // 2, f"row:{n}") for n in range(21, 1001)], tokens)
     epochs = [{pair for w in order.order(epoch) for pair in combinations(sorted(w), 2)}
               for epoch in range(4)]

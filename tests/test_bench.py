@@ -93,7 +93,8 @@ def test_the_bench_changes_the_adapters_as_training_does():
 
 @pytest.mark.gpu
 def test_each_kind_of_kernel_is_found_in_a_step():
-    """The kinds are found by the kernels' names: one that is renamed falls among the others."""
+    """The kinds are found by the names of kernels. A renamed kernel would be counted among the
+    others."""
     bench = measure.Bench(command_line.parse(command_line.parser(""), [*HERE, "--dtype", "fp16"]))
     setting = Setting(seq_len=512, micro_batch=1, accumulate=1, recompute="none")
     bench.begin(setting, capture=False)
@@ -107,7 +108,8 @@ def test_each_kind_of_kernel_is_found_in_a_step():
 
 @pytest.mark.parametrize("recompute, blocks", [("none", 0), ("3", 3), ("all", 8)])
 def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, blocks):
-    """Its FLOPs are the trace's, less what adapters and attention do: little in so short a row."""
+    """The counted FLOPs are those of the trace without adapters and attention, which are few in
+    such a short row."""
     options = command_line.parse(command_line.parser(""), [*HERE, "--rank", "1"])
     bench = measure.Bench(options)
     setting = Setting(seq_len=32, micro_batch=2, accumulate=1, recompute=recompute)

@@ -1,4 +1,5 @@
-"""The bench of the rows: anew and from the cache the same rows; one endless row costs little."""
+"""The bench of reading rows: rows from the cache equal those from the file; an endless row costs
+little."""
 
 import json
 
@@ -21,7 +22,7 @@ def test_a_row_of_40_million_letters_is_refused_before_it_takes_memory(tmp_path)
     row = {"prompt": "a", "response": "ạ" * LONG}
     file.write_text(json.dumps(row, ensure_ascii=False), "utf-8")
     found, grown = growth(lambda: measured(str(file), str(tmp_path / "cache"), "nano"))
-    assert "long.jsonl:1: a row of more than 10,000,000 letters" in found["refused"]
+    assert "long.jsonl:1: a row of more than 10,000,000 characters" in found["refused"]
     assert grown < 250e6  # bytes; the file has 120 million, its text would have 80 million more
 
 

@@ -107,7 +107,7 @@ def test_every_known_card_has_rates_from_low_to_high_and_says_where_from(name):
 
 
 def test_the_known_cards_are_those_that_a_run_would_see():
-    """This file's are written down a second time, from the cards themselves."""
+    """This file states the values a second time, taken from the cards themselves."""
     assert [known.card for known in KNOWN.values()] == [T4, V100, L4, A100, H200]
 
 

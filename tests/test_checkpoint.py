@@ -1,4 +1,4 @@
-"""An interrupted and resumed run ends as an uninterrupted one does, to the bit."""
+"""An interrupted and resumed run ends as an uninterrupted one does, bit for bit."""
 
 import errno
 import io
@@ -32,7 +32,7 @@ def without_speed(rows):
 
 
 def same(mine, reference):
-    """Whether two nests of dicts and lists with tensors in them are equal to the bit."""
+    """Whether two nests of dicts and lists with tensors in them are equal bit for bit."""
     if isinstance(reference, torch.Tensor):
         return torch.equal(mine, reference)
     if isinstance(reference, dict):
@@ -43,7 +43,8 @@ def same(mine, reference):
 
 
 def assert_same_run(mine, reference):
-    """Two folders of one name, which the card and the curves bear as their title."""
+    """Two folders with the same name, because the model card and the curves have it as their
+    title."""
     assert without_speed(metrics(mine)) == without_speed(metrics(reference))
     names = sorted(p.relative_to(reference) for p in reference.rglob("*") if p.is_file())
     assert sorted(p.relative_to(mine) for p in mine.rglob("*") if p.is_file()) == names
@@ -59,7 +60,7 @@ def assert_same_run(mine, reference):
 
 @pytest.mark.parametrize("how", [
     ["--no-nf4"],
-    ["--dropout", 0.3],  # NF4, and random numbers in every step
+    ["--dropout", 0.3],  # NF4, and random values in every step
     ["--dropout", 0.3, "--optimizer", "adamw", "--recompute", "none", "--micro-batch", 4],
 ], ids=["plain", "nf4-dropout", "adamw-dropout"])
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_bit(train, tmp_path, how):
@@ -71,7 +72,7 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_bit(trai
                     f"checkpoint-4\n")
     assert [row["step"] for row in metrics(broken) if "loss" in row] == [1, 2, 3, 4, 5]
     assert not (broken / "checkpoint-7").exists()
-    torch.manual_seed(12345)  # whatever went on in between
+    torch.manual_seed(12345)  # other work between the two parts of the run
     status, out, _ = train("--out", broken, *how)
     assert status == 0
     assert "step 5/7" in out  # from the checkpoint of the evaluation after step 4
@@ -90,7 +91,7 @@ def test_a_run_may_be_interrupted_several_times(train, tmp_path):
 
 
 def test_dropout_differs_without_the_saved_generators(train, tmp_path, monkeypatch):
-    """The test above would notice: here the generators are not restored."""
+    """If the random generators are not restored, the test above fails: here they are not."""
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     train("--out", straight, "--dropout", 0.3)
     train("--out", broken, "--dropout", 0.3, at=(5, STOPPED))
@@ -113,7 +114,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_there(train, tmp_path):
 
 @pytest.mark.parametrize("size", [0, 100, 600, 1_100, 10_000, 30_000, 34_500])
 def test_a_disk_that_is_full_at_any_file_is_one_line_and_loses_nothing(train, tmp_path, size):
-    """No file may grow beyond `size` bytes, which fails as a full disk does."""
+    """Limit every file to `size` bytes; a longer write fails as on a full disk."""
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     assert train("--out", straight)[0] == 0
     assert train("--out", broken, at=(4, STOPPED))[0] == 130  # from step 3 it goes on
@@ -132,13 +133,14 @@ def test_a_disk_that_is_full_at_any_file_is_one_line_and_loses_nothing(train, tm
 
 
 def whole_files(run):
-    """The files of a run that must outlive anything, with their bytes."""
+    """The files of a run that must never be lost, with their bytes."""
     return {file.relative_to(run): file.read_bytes() for file in run.rglob("*")
             if file.is_file() and file.parent != run}
 
 
 class AlmostFull(io.BytesIO):
-    """A file that fails once, as a disk does whose last block is too small for one write only."""
+    """A file of which one write fails, as on a disk that has no room for this write, but room for
+    the next."""
 
     def __init__(self, call):
         super().__init__()
@@ -273,7 +275,7 @@ def test_a_run_that_goes_on_does_not_write_its_checkpoint_again(train, tmp_path)
 def test_what_is_saved_is_what_is_loaded(adapted, tmp_path):
     """Adapter, optimizer, loss scale and generators, without a run around them."""
     training = trained_in_fp16(adapted)
-    training.scaler.scale(torch.ones(()))  # GradScaler makes its tensors on the first use
+    training.scaler.scale(torch.ones(()))  # GradScaler creates its tensors at the first use
     training.adapters.flat.grad.normal_()
     training.optimizer.step()
     training.scaler.update(512.0)

@@ -85,7 +85,8 @@ def test_safetensors_name_their_format_as_transformers_asks(tmp_path):
 
 
 def test_at_most_one_shard_is_in_memory(tmp_path):
-    """Counted each time a tensor is asked for; fp64 marks this test's tensors among all others."""
+    """Memory is counted each time a tensor is requested. This test's tensors are in fp64, which no
+    other tensor is."""
     peak = 0
 
     def watched():

@@ -108,7 +108,7 @@ def test_a_simulation_that_fails_is_one_line_and_the_old_ones_stay(results, tmp_
                                                                    capsys):
     results("memory", "simulated", T4, [row(512, 7.77)])
     before = list((tmp_path / "results").iterdir())
-    with pytest.raises(SystemExit) as stopped:  # in that folder there are no benches
+    with pytest.raises(SystemExit) as stopped:  # that folder has no benches to run
         compare.main(["--simulate"])
     assert stopped.value.code == 2
     assert "failed; see its error above" in " ".join(capsys.readouterr().err.split())
@@ -161,7 +161,8 @@ def test_the_readme_is_as_the_results_have_it(capsys):
 
 
 def test_the_saved_simulation_is_what_the_code_says_today():
-    """Else `python bench/compare.py --simulate`; 1 % is for other versions of torch."""
+    """If this fails, run `python bench/compare.py --simulate`. The tolerance of 1 % is for other
+    versions of torch."""
     asked = command_line.parse(command_line.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, rates, traces)] = simulated.cards(asked)
     found = traces.on(card, Setting(512, 1, 1, "auto"))

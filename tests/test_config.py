@@ -65,7 +65,7 @@ def test_nano_brings_its_own_preset_and_another_model_none():
     values = tomllib.loads((PRESETS / "nano.toml").read_text("utf-8"))
     assert read().lr == read("--model", "nano").lr == values["lr"]
     assert read("--model", "x/y") == Config(model="x/y")
-    assert read("--preset", "t4").lr == Config.lr  # nano with t4's numbers, because asked for
+    assert read("--preset", "t4").lr == Config.lr  # nano with t4's values
 
 
 def test_a_flag_takes_the_place_of_its_other_in_a_preset(tmp_path):
@@ -158,7 +158,7 @@ def test_there_are_presets_for_nano_and_both_cards():
 
 @pytest.mark.parametrize("arguments, said", [
     (["--learning-rate", "1"], "--learning-rate"),
-    (["--micro", "2"], "--micro"),  # an abbreviation today is another flag tomorrow
+    (["--micro", "2"], "--micro"),  # an abbreviation could name another flag in a later version
     (["--epoch", "3"], "did you mean --epochs?"),
     (["--batchsize=3"], "did you mean --batch-size?"),
     (["--no_pack"], "did you mean --no-packing?"),

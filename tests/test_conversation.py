@@ -59,7 +59,7 @@ def chat(capsys, monkeypatch):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_prompt_is_the_history_of_the_base(tokenizer, template):
-    """Where the model writes its answers as the tokenizer would, as it nearly always does."""
+    """If the model's answers have the same tokens as their text, which is nearly always true."""
     talk, said = conversation(tokenizer, template=template), []
     for question, written in (("Phở bò là gì?", "Dạ, món ăn ạ."), ("Còn mèo?", "Con vật ạ."),
                               ("Cảm ơn", None)):
@@ -73,7 +73,8 @@ def test_the_prompt_is_the_history_of_the_base(tokenizer, template):
 
 
 def test_each_prompt_begins_with_all_that_was_said(tokenizer):
-    """So that the engine reads only what is new."""
+    """If a prompt begins with the previous one and its answer, the engine reads only the new
+    tokens."""
     talk, before = conversation(tokenizer), []
     for question, ids in (("a", [50, 60]), ("b", [70]), ("c", [])):
         prompt, _, _ = talk.ask(question)
@@ -179,7 +180,7 @@ def test_lines_that_are_no_questions_are_said_and_the_next_is_answered(chat, tin
                             "--model", tiny, "--max-new-tokens", 9)
     assert status == 0 and out == chat("a\n", "--model", tiny, "--max-new-tokens", 9)[1]
     for said in ("(the question is not UTF-8", "(/foo is no command", "(the question is too long",
-                 "/xoá (/reset) begins anew"):
+                 "/xoá (/reset) begins a new conversation"):
         assert said in err
 
 
@@ -219,7 +220,7 @@ def test_a_question_or_a_conversation(flags, line, capsys):
 
 
 class Terminal:
-    """generate.py --chat in a real terminal of its own."""
+    """generate.py --chat in a separate real terminal."""
 
     def __init__(self, *flags, output=None, **environment):
         self.ours, theirs = pty.openpty()

@@ -146,7 +146,7 @@ def test_a_last_question_without_an_answer_is_left_out_and_noted():
     ({"instruction": "a", "output": "b", "history": [["a"]]}, "history is not a list of ["),
     ({"instruction": "a", "output": "b", "history": [["a", 3]]}, "answer 1 of history is not text"),
     ({"prompt": "USER: hi ASSISTANT:", "response": "b"}, "template of another model (USER:)"),
-    ({"prompt": "a" * 10_000_001, "response": "b"}, "prompt has 10,000,001 letters"),
+    ({"prompt": "a" * 10_000_001, "response": "b"}, "prompt has 10,000,001 characters"),
 ])
 def test_a_record_that_cannot_be_used_says_why(record, said):
     assert said in fault(record)

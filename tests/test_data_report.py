@@ -1,4 +1,4 @@
-"""What a person is told about the rows, before the first step."""
+"""The report on the rows that is printed before the first step."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_held_out_files_have_lines_of_their_own(rows, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", [
     "turns", "text", "template", "system", "open question", "template inside", "no diacritics",
-    "mojibake", "lost letters", "control", "cp1258", "like rows", "formula", "number", "sheet",
+    "mojibake", "lost characters", "control", "cp1258", "like rows", "formula", "number", "sheet",
     "hidden sheet", "file", "beside the list"])
 def test_every_kind_of_note_has_a_sentence(kind):
     text = note_text(kind, Note(3, "f:7", "tên"))

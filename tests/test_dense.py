@@ -1,4 +1,4 @@
-"""Decoding on a CPU with dequantised weights: same function, and the 4 bits stay unchanged."""
+"""Decoding on a CPU with dequantised weights: same results, and the 4-bit weights do not change."""
 
 import pytest
 import torch

@@ -37,7 +37,7 @@ def test_it_is_that_of_the_two_models_loaded(first_command, tmp_path, monkeypatc
 
 
 def test_a_checkpoint_of_the_rounded_weights_has_none(first_command, monkeypatch):
-    """So that what is stated is the rounding's alone."""
+    """With the same weights on both sides, the stated difference comes only from rounding."""
     from phogpt_raw.export import distance as module
 
     merger = Merger(NANO, first_command)

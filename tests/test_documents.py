@@ -110,7 +110,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """With it `visible` takes variable-length attention on the CPU too."""
+    """A stand-in for a kernel, so that `visible` uses variable-length attention on the CPU too."""
     monkeypatch.setitem(module.KERNELS, FLASH, StandIn)
     monkeypatch.setattr(module, "choose_kernel", lambda *_: FLASH)
 
@@ -119,8 +119,8 @@ def stand_in(monkeypatch):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_documents_with_columns_are_each_document_alone(stand_in, lengths, dtype):
     """Output and gradients of two rows. In fp32 sums in another order. In 16 bits the result is
-    rounded once, which in the norm is at most eps / sqrt(12). Neither all slopes nor the scale are
-    powers of two, so with one part instead of three it would be more.
+    rounded once, which is at most eps / sqrt(12) in the norm. The slopes and the scale are not all
+    powers of two, so with one part instead of three the error would be larger.
     """
     torch.manual_seed(0)
     length, heads, width = sum(lengths), 12, 24
@@ -183,7 +183,7 @@ def test_heads_that_the_kernels_cannot_read_in_vectors_have_the_masked_bias(monk
     found = choose_kernel(torch.empty(2, device="meta"), width, 1024, torch.float16,
                           DocumentBounds(8, 100))
     assert found == (FLASH if taken else None)
-    assert not taken or asked == [width + 8]  # torch is asked for the heads that the kernel gets
+    assert not taken or asked == [width + 8]  # the width that the kernel gets
 
 
 def test_without_bounds_or_on_a_cpu_it_is_the_masked_bias():
@@ -206,7 +206,7 @@ def test_a_simulated_step_takes_the_kernel_of_documents_and_no_bias(causal, name
     window = Window(examples, 3, Packing((320,), longest=112, most=16))
     found = trace_step(training, window, Kernels(EFFICIENT, causal))
     attention = [op for op in found.ops if "attention" in op.name]
-    # two blocks, there and back; and once more there for each that is recomputed
+    # two blocks, forward and backward; and one more forward for each recomputed block
     assert [names in op.name for op in attention] == (4 + recompute) * [True]
     assert attention[0].flops == 2 * 2 * 2 * 320 * 112 * 6 * (32 + 8)
     assert attention[-1].flops == 5 / 2 * attention[0].flops
@@ -285,7 +285,7 @@ def nano_step(packing, dtype, graphs=False, steps=1, recompute=0):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("forced", [None, EFFICIENT], ids=["torch's choice", "a T4's kernel"])
 def test_a_packed_step_of_nano_is_the_step_over_single_rows(dtype, forced):
-    """Within 16 bits' rounding: as near to single rows as those in other micro-batches are."""
+    """Equal within the rounding of 16 bits, as single rows in other micro-batches are."""
     packing = Packing((272,), longest=96, most=16)
     with sdpa_kernel(forced) if forced else nullcontext():
         [loss], gradient, _ = nano_step(None, dtype)
@@ -309,7 +309,7 @@ def test_a_packed_step_of_nano_is_the_step_with_the_masked_bias(monkeypatch, dty
     monkeypatch.setattr(module, "choose_kernel", noted)
     with sdpa_kernel(forced) if forced else nullcontext():
         [loss], gradient, _ = nano_step(packing, dtype)
-        assert chosen and None not in chosen  # else this compares the bias with itself
+        assert chosen and None not in chosen  # otherwise this would compare the bias with itself
         monkeypatch.setattr(module, "choose_kernel", lambda *_: None)
         [masked_loss], masked, _ = nano_step(packing, dtype)
     rounding = 2.0**-10 if dtype == torch.float16 else 2.0**-7

@@ -1,4 +1,4 @@
-"""Which encoding a file has: real Vietnamese in each, and what is no Vietnamese at all."""
+"""The encoding of a file: Vietnamese text in each encoding, and text in other languages."""
 
 import doctest
 import unicodedata

@@ -12,7 +12,7 @@ from phogpt_raw.model.cache import Cache
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import load_base
 
-NEVER, PAD = -1, 3  # an end that no argmax can be, where a test wants full length
+NEVER, PAD = -1, 3  # an end token that is never chosen, for answers of full length
 
 
 def prompts(*lengths):
@@ -37,7 +37,7 @@ def test_the_cache_changes_no_token(lively):
     for prompt in prompts(1, 2, 9, 33):
         [written] = write(lively, [prompt])
         assert written.ids == without_cache(lively, prompt, 12)
-        assert len(set(written.ids)) > 3  # not one token over and over, which anything could give
+        assert len(set(written.ids)) > 3  # a repeated token would prove nothing
         assert not written.stopped
 
 
@@ -56,7 +56,7 @@ def test_an_answer_ends_at_the_end_token_and_says_so(lively):
     first, second = write(lively, asked, eos_id=end)
     assert first.ids == whole[0].ids[: whole[0].ids.index(end)]
     assert first.stopped
-    assert second == whole[1]  # a neighbour that ends disturbs no one
+    assert second == whole[1]  # a row that ends does not change the others
 
 
 def test_nothing_is_computed_after_the_last_answer_has_ended(lively, monkeypatch):
@@ -132,7 +132,7 @@ def test_200_tokens_are_those_of_the_full_forward_whatever_comes_and_goes(long_m
         for token in engine.run():
             if token.id is not None:
                 written[token.key].append(token.id)
-        assert engine.steps <= 280  # in turns it would be 432
+        assert engine.steps <= 280  # without batching 432
     for prompt, count, ids in zip(asked, most, written, strict=True):
         assert ids == without_cache(long_model, prompt, count)
 
@@ -200,12 +200,13 @@ def test_requests_may_come_while_others_are_answered(lively):
 
 
 def test_a_row_that_has_ended_stays_where_it_is(lively):
-    """On a GPU it goes along for a step, since the host reads one behind."""
+    """On a GPU the ended row takes part in one more step, because the host reads the tokens of a
+    step one step later."""
     with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=2) as engine:
         engine.add(0, *prompts(4), 1)
         engine.add(1, *prompts(4), 9)
         engine.admit()
-        engine.rows.append(engine.rows[0])  # its place, with the row that has ended
+        engine.rows.append(engine.rows[0])  # row 1 has ended; row 0 is in its place too
         places = []
         for _ in range(3):
             engine.step(2, Needs.of([]))
@@ -222,7 +223,7 @@ def test_who_stops_taking_tokens_may_take_the_rest_later(lively):
         for key, prompt in enumerate(asked):
             engine.add(key, prompt, 11)
         taken = True
-        while taken:  # three tokens of each run
+        while taken:  # each run stops after three tokens
             taken = list(islice(engine.run(), 3))
             for token in taken:
                 if token.id is not None:
@@ -244,7 +245,7 @@ def test_after_a_consumer_has_raised_the_next_answer_is_right(lively):
         engine.add(7, first, 3)
         with pytest.raises(ValueError, match="other requests are open"):
             engine.answers([second], 6)
-    with engine:  # entered anew it has forgotten them
+    with engine:  # entered again, the engine has no requests
         assert engine.answers([second], 6) == wanted
 
 
@@ -286,7 +287,7 @@ def test_requests_that_cannot_be_are_errors(lively):
         with pytest.raises(ValueError, match="request 0: there is one of this key already"):
             engine.add(0, [6], 5)
         assert [token.key for token in engine.run()] == [0] * 6
-        engine.add(0, [6], 1)  # the first has ended
+        engine.add(0, [6], 1)  # the key is free again
 
 
 DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
@@ -308,8 +309,8 @@ def test_drawn_answers_repeat_and_are_the_same_alone_and_in_a_batch(lively):
 
 
 def test_drawn_answers_of_any_lengths_and_seeds_are_those_alone(lively, monkeypatch):
-    """Rows that leave at different times take their history and their seed along; both survive a
-    cache that grows."""
+    """Rows end at different times; the moved rows keep their history and their seed, also when the
+    cache grows."""
     monkeypatch.setattr(module, "STEP", 8)
     monkeypatch.setattr(module, "AHEAD", 5)
     asked, most = prompts(3, 17, 1, 8, 8), [30, 4, 22, 9, 40]
@@ -330,7 +331,7 @@ def test_drawn_answers_of_any_lengths_and_seeds_are_those_alone(lively, monkeypa
 
 
 def test_rows_with_other_sampling_do_not_influence_each_other(lively, monkeypatch):
-    """They come and go at different times; the cache and the history grow meanwhile."""
+    """Rows begin and end at different times, while the cache and the history grow."""
     monkeypatch.setattr(module, "STEP", 8)
     monkeypatch.setattr(module, "AHEAD", 5)
     hows = [Sampling(), DRAWN, Sampling(0.7), Sampling(repetition_penalty=1.5),
@@ -352,7 +353,8 @@ def test_rows_with_other_sampling_do_not_influence_each_other(lively, monkeypatc
 
 
 def test_a_conversation_reads_only_what_is_new(lively):
-    """Each turn's prompt begins with all that was said; its answer is that of the whole prompt."""
+    """The prompt of each turn begins with the conversation so far; its answer is the one to the
+    whole prompt."""
     turns = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
     read = []
     with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=1) as engine:
@@ -415,7 +417,7 @@ def test_a_dropped_answer_leaves_what_it_had_read(lively):
 
 
 def test_what_was_written_is_penalised_and_what_stands_behind_a_row_is_not(lively):
-    """Against transformers' processor over exactly the tokens so far."""
+    """Compared with transformers' processor over exactly the tokens so far."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
     penalty = RepetitionPenaltyLogitsProcessor(5.0)

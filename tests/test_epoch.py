@@ -366,7 +366,7 @@ def test_a_tokenizer_of_another_model_is_refused(rows, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-@pytest.mark.parametrize("model, line", [("7b5", "needs a GPU"), ("nano", "measured is 7b5 or 4b")])
+@pytest.mark.parametrize("model, line", [("7b5", "needs a GPU"), ("nano", "only 7b5 and 4b")])
 def test_measuring_needs_a_gpu_and_a_published_shape(model, line, monkeypatch, capsys):
     options = epoch.parse(["--model", model, "--card", "t4"])
     with pytest.raises(epoch.Refusal, match=line):

@@ -72,7 +72,7 @@ def test_stops_counts_the_answers_that_end_by_themselves(lively, tokenizer):
     def alone():
         return [answer(model, [p], eos_id=2, pad_id=PAD, max_new_tokens=5)[0] for p in asked]
 
-    with torch.no_grad():  # </s> takes the place of a token that one of the answers holds
+    with torch.no_grad():  # </s> replaces a token of an answer
         token = alone()[0].ids[3]
         model.head[[2, token]] = model.head[[token, 2]]
     alone = alone()
@@ -111,7 +111,7 @@ def test_perplexity_is_the_exponential_and_never_overflows():
 
 
 def test_texts_have_a_loss_and_no_question_to_answer(adapted, tokenizer):
-    """A {text} row carries loss from its second token on; nothing is asked in it."""
+    """A {text} row carries loss from its second token on, and has no question."""
     model, _ = adapted()
     asking = ragged_examples(2)
     text = Example(asking[0].ids, next_tokens(asking[0].ids, start=0), where="notes.txt:1")

@@ -42,7 +42,7 @@ def test_the_default_holds_out_a_few_rows_at_least(tmp_path):
     for count in (40, 60, 80):
         assert 4 <= len(loaded(tmp_path, count).held_out) <= 10
     assert len(loaded(tmp_path, 45).held_out) == 4
-    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # a share is what was asked for
+    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # no minimum
 
 
 def test_few_rows_move_when_a_file_with_the_least_held_out_rows_grows(tmp_path):
@@ -65,7 +65,7 @@ def test_rows_that_differ_only_in_spaces_and_capitals_are_on_one_side():
         same = [{" ".join(prompt.casefold().split()) for prompt in asked(part)}
                 for part in (train, held_out)]
         assert same[0].isdisjoint(same[1])
-    assert len(held_out) == 12  # as few more than 11 as pairs allow
+    assert len(held_out) == 12  # 11 would separate two equal rows
 
 
 @pytest.mark.parametrize("numbers, hold_out", [(range(12), 12), (range(12), 40), ([3] * 12, 1),
@@ -200,14 +200,14 @@ def test_held_out_rows_have_no_weight(tmp_path):
 
 
 def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path):
-    """As `--data "$FILE"` gives it where FILE is not set."""
+    """The shell passes an empty name for `--data "$FILE"` if FILE is not set."""
     for name in ("", " "):
         with pytest.raises(Refusal, match=r"names no file|--data: is empty"):
             loaded(tmp_path, 5, data=name)
 
 
 def test_a_part_of_the_rows_is_a_part_of_those_that_are_not_held_out(tmp_path):
-    """So the two are decided by different bits."""
+    """The weight and the choice of held-out rows must use different bits of the hash."""
     loaded(tmp_path, 400)
     found = loaded(tmp_path, 400, data=f"{tmp_path}/rows.jsonl=0.5", hold_out=0.3)
     assert 80 < len(found.held_out) < 160

@@ -40,7 +40,7 @@ def test_all_kinds_in_one_folder(first_command, tmp_path, capsys):
 
 
 def test_the_merged_folder_answers(first_command, tmp_path, capsys):
-    """As the adapter over the base's plain weights does."""
+    """It gives the answer that the adapter gives over the base's plain weights."""
     import generate
 
     export(first_command, tmp_path / "out", "--merged", "--dtype", "fp32")
@@ -56,7 +56,7 @@ def test_the_merged_folder_answers(first_command, tmp_path, capsys):
 
 def test_the_printed_command_asks_the_checkpoint_that_was_compared(first_command, tmp_path, capsys,
                                                                    monkeypatch):
-    """Its folder may have the name of the base that comes along, or begin like a flag."""
+    """The exported folder may be named like the built-in base, or begin like a flag."""
     import shlex
 
     import generate
@@ -99,7 +99,7 @@ def test_a_base_is_exported_without_an_adapter(tiny, tmp_path, capsys):
     export(tiny, tmp_path / "out", "--gguf", "q4_0")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "model.gguf", "Modelfile", "README.md"}
-    assert "llama-quantize" not in capsys.readouterr().out  # not from 4 bits
+    assert "llama-quantize" not in capsys.readouterr().out  # not merged from 4 bits
 
 
 def test_a_base_in_nf4_is_what_later_starts_read(tiny, tmp_path, capsys, monkeypatch):
@@ -137,12 +137,12 @@ def test_of_a_checkpoint_the_template_is_its_runs(first_command, tmp_path, capsy
 
 
 def oldest(run):
-    """The first checkpoint of a run that it still has."""
+    """The oldest remaining checkpoint of a run."""
     return min(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def test_a_merged_folder_knows_its_template(first_command, tmp_path):
-    """Though its base has another in a file of its own."""
+    """The base has another template, in a separate file."""
     from phogpt_raw.data.chat_template import choose_template
     from phogpt_raw.model.weights import read_config, read_tokenizer
 
@@ -316,7 +316,7 @@ def test_what_was_merged_stays_known_over_a_second_merge(first_command, tmp_path
 
 
 def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
-    """Of a hub's base only the config and the tokenizer are fetched for it."""
+    """If the base is on the hub, only its config and tokenizer are downloaded."""
     base = tmp_path / "base"
     shutil.copytree(ROOT / "phogpt_raw" / "nano" / "base", base)
     (base / "pytorch_model.bin").unlink()

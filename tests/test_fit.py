@@ -43,7 +43,8 @@ def traces():
 
 @pytest.fixture
 def no_answers(monkeypatch):
-    """Without room for an evaluation, beside which a tiny model's step is nothing."""
+    """No memory is reserved for an evaluation, which needs much more than a step of a tiny
+    model."""
     monkeypatch.setattr(module, "CACHE_MIB", 0)
 
 
@@ -99,7 +100,8 @@ def test_a_model_of_one_block_recomputes_it_or_nothing():
 
 
 def test_where_an_evaluation_needs_most_what_is_chosen_fits_too(traces, monkeypatch):
-    """There the line ends level: more blocks than must be may be recomputed, but never too few."""
+    """If an evaluation needs the most memory, recomputing more blocks does not lower the peak any
+    more. So more blocks than necessary may be recomputed, but never too few."""
     third = traces[2].replay(workspace=matmul_workspace(CARD)).peak_allocated
     monkeypatch.setattr(module, "CACHE_MIB", (third - traces[2].resident) / 2**20)
     need = [needed(trace, CARD) for trace in traces]
@@ -221,7 +223,8 @@ def test_choosing_changes_neither_the_model_nor_random_generators(adapted):
 
 @pytest.mark.parametrize("settings", [dict(rank=32), dict(dropout=0.1)], ids=str)
 def test_the_adapters_are_those_of_the_model(adapted, no_answers, settings):
-    """Its own, not those that the command line names: they may come from a folder."""
+    """The targets are those of the adapter, not those of the command line: the adapter may come
+    from a folder."""
     plain, other = (asked_for(adapted(nf4=True, **lora)[0], LARGE).gib for lora in ({}, settings))
     assert other > plain
 
@@ -287,7 +290,8 @@ def test_a_row_length_is_rounded_down_where_the_longest_example_allows(adapted, 
 
 
 def test_a_longer_example_of_a_later_step_is_counted_too(adapted, no_answers):
-    """It stands in none of the steps that are looked at, and the run must not end there."""
+    """The longest example is in none of the steps that are considered; the run must still have
+    memory for it."""
     model, _ = adapted(nf4=True)
     short = [example([5] * 20, 4, f"row:{n}") for n in range(40)]
     order = Stream(short, batch_size=1, pad_id=3).order(0)

@@ -94,7 +94,7 @@ def test_on_a_cpu_and_for_more_than_lora_it_is_not_for_use(adapted):
 
 
 def close(found, wanted, dtype, times=4):
-    """Within so many roundings of the largest value."""
+    """Equal within `times` roundings of the largest value."""
     error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
     return bool(error < times * torch.finfo(dtype).eps)
 
@@ -211,8 +211,8 @@ def test_captured_answers_are_the_eager_ones(on_gpu, samplings, fast, monkeypatc
 
 @pytest.mark.gpu
 def test_a_row_whose_end_is_read_late_takes_no_other_rows_token():
-    """The host is a step behind: the row that has ended is in the next step too, and another row
-    then moves to its place. In fp32, so that a batch is the same as each alone."""
+    """The host reads one step later: a row that has ended is in the next step too; then another row
+    moves to its place. In fp32, so that a batch is the same as each alone."""
     model, _ = load_base("nano", dtype=torch.float32, device="cuda", nf4=False)
     asked = prompts(5, 90, 33, 1, 60, 2, 7, 21)
     most = [3, 40, 1, 17, 2, 29, 8, 40]

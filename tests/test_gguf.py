@@ -144,7 +144,7 @@ def test_what_llama_would_compute_otherwise_is_refused(tmp_path):
     config = checkpoints.vinai_config(d_model=64, n_heads=4, n_layers=1, vocab_size=4096,
                                       max_seq_len=64, attn_config={"softmax_scale": 0.5})
     checkpoints.write_checkpoint(tmp_path / "base", config)
-    with pytest.raises(Refusal, match=r"softmax_scale 0\.5: llama\.cpp always takes 1 / sqrt"):
+    with pytest.raises(Refusal, match=r"softmax_scale 0\.5: llama\.cpp always uses 1 / sqrt"):
         write_model(Merger(tmp_path / "base"), tmp_path / "m", "f16", name="x", chat_template="")
 
 

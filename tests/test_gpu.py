@@ -61,7 +61,7 @@ def gradient(training, *batches, supervised=50.0):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_attention_in_sixteen_bits_equals_the_formula_in_fp32(dtype):
-    """By the memory-efficient kernel: it is what a T4 and a V100 have."""
+    """The memory-efficient kernel is used, because a T4 and a V100 have no other."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 24, 256, 128, device="cuda", dtype=dtype) for _ in range(3))
     doc = (torch.arange(256, device="cuda") >= 200).long().expand(2, 256)
@@ -206,7 +206,8 @@ def test_nf4_made_on_the_gpu_stays_what_it_is_through_training():
 
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
 def test_an_update_allocates_nothing_on_the_gpu(kind):
-    """So it cannot run out of memory half-way; the step before it can be done again."""
+    """So an update cannot run out of memory half-way, and the computation before it can be
+    repeated."""
     training = nano_training(torch.float16)
     training.optimizer = make_optimizer(training.adapters.flat, kind, 1e-3, 0.0)
     peaks = {}
@@ -220,7 +221,7 @@ def test_an_update_allocates_nothing_on_the_gpu(kind):
     for _ in range(2):
         train_step(training, random_window(4096), mark)
         torch.cuda.synchronize()
-        few = 8 * 512  # scalars: the sum of GradScaler's flags
+        few = 8 * 512  # only scalars, for the sum of GradScaler's flags
         assert torch.cuda.max_memory_allocated() <= peaks["before"] + few
 
 
@@ -292,7 +293,8 @@ def test_two_shapes_in_turn_do_not_disturb_each_other(dtype, recompute):
 
 @with_twins
 def test_micro_batches_of_one_shape_add_up(dtype, recompute):
-    """Also while the second is the one that is captured: writing a graph down runs nothing."""
+    """Also if the second micro-batch is the one that is captured: capturing a graph does not run
+    it."""
     twins = Twins(dtype, recompute)
     for n in range(3):
         batches = [batch_of(64, seed=2 * n + m) for m in range(2)]
@@ -370,7 +372,7 @@ def test_no_more_shapes_are_captured_than_may_be(monkeypatch):
 
 @pytest.mark.parametrize("where", ["start", "forward", "backward"])
 def test_memory_too_full_for_a_graph_stays_eager(monkeypatch, where):
-    """For that shape, without another try; the gradients are right in that very step."""
+    """That shape stays eager, without another try; the gradients of that step are right."""
     twins, tries = Twins(torch.float16), []
 
     def full(*_, **__):
@@ -390,7 +392,7 @@ def test_memory_too_full_for_a_graph_stays_eager(monkeypatch, where):
         elif where == "forward":
             last = twins.model.transformer.norm_f
             patch.setattr(last, "forward", full_while_capturing(last.forward))
-        else:  # what only backward asks for
+        else:  # the memory that only backward needs
             patch.setattr(lora, "matmul_to", full_while_capturing(lora.matmul_to))
         for n in range(4):
             twins.check(batch_of(64, seed=n))
@@ -419,8 +421,9 @@ def test_graphs_that_are_released_give_their_memory_back(dtype, recompute):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_the_peak_of_a_captured_step_is_that_of_the_eager_one(dtype):
-    """Each step's own: a small step after a large one has a small peak. The loss decides here, as
-    it does for PhoGPT-7B5, so a tenth covers what backward keeps besides."""
+    """The peak is that of one step: a small step after a large one has a small peak. The loss
+    decides the peak here, as for PhoGPT-7B5, so a tolerance of a tenth covers the other tensors of
+    backward."""
     peaks = {}
     for graphs_on in (False, True):
         training = nano_training(dtype, graphs=graphs_on)

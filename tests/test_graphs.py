@@ -19,7 +19,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory")
 
 
 class Twin(GraphedModel):
-    """Shapes that are captured, noted; one longer than `room` finds memory too full for it."""
+    """A stand-in that records captured shapes; for shapes longer than `room` memory is too full."""
 
     def __init__(self, model, flat, room=10**9):
         super().__init__(model, flat, Limits(1, 16, graphs=True))
@@ -131,10 +131,10 @@ def test_the_peak_of_a_step_counts_the_activations_of_its_replays(twin, monkeypa
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70)
     made.replayed = {graphs.Graphs(*[None] * 6, size) for size in saved}
     assert made.peak_bytes() == peak
-    assert made.peak_bytes() == 70  # the next step begins anew
+    assert made.peak_bytes() == 70  # the next step begins again at zero
     captured = graphs.Graphs(*[None] * 6, 30)
     made.replayed, made.new = {captured}, {captured}
-    assert made.peak_bytes() == 70  # torch saw its activations while it was captured
+    assert made.peak_bytes() == 70  # torch counted its activations while it was captured
     made.replayed = {captured}
     assert made.peak_bytes() == 100
 
@@ -205,7 +205,7 @@ def test_there_are_no_graphs_on_the_cpu(adapted, dropout):
 
 
 def test_dropout_is_not_captured(adapted):
-    """PEFT puts an nn.Dropout into each layer; with probability 0 an Identity stands there."""
+    """PEFT puts an nn.Dropout into each layer; with probability 0 it is an Identity."""
     model, _ = adapted(dropout=0.1)
     assert "dropout" in why_not(model, "cuda", True)
     assert "dropout" in why_not(model.eval(), "cuda", True)  # it is trained later

@@ -17,8 +17,8 @@ def reading_order() -> list[str]:
     return [link.replace("/", ".") for link in links]
 
 
-ROOMS = reading_order()
-ABOVE_NANO = ROOMS[: ROOMS.index("training.loss")]
+MODULES = reading_order()
+ABOVE_NANO = MODULES[: MODULES.index("training.loss")]
 
 
 def modules() -> dict[str, Path]:
@@ -40,25 +40,26 @@ def imported(file: Path) -> set[str]:
     return names
 
 
-def rooms_used(file: Path) -> set[str]:
+def modules_used(file: Path) -> set[str]:
     inside = {name.removeprefix("phogpt_raw.") for name in imported(file)}
     return inside & modules().keys()
 
 
 def test_every_module_stands_once_in_the_reading_list():
-    assert sorted(name for name in modules() if not name.startswith("nano.")) == sorted(ROOMS)
+    assert sorted(name for name in modules() if not name.startswith("nano.")) == sorted(MODULES)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_uses_only_those_above_it(room):
-    assert rooms_used(PACKAGE / f"{room.replace('.', '/')}.py") <= set(ROOMS[: ROOMS.index(room)])
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_uses_only_those_above_it(module):
+    used = modules_used(PACKAGE / f"{module.replace('.', '/')}.py")
+    assert used <= set(MODULES[: MODULES.index(module)])
 
 
 def test_the_recipe_of_nano_uses_of_training_only_the_learning_rate():
     recipe = {name for name in modules() if name.startswith("nano.")}
     assert recipe
     for name in recipe:
-        assert rooms_used(modules()[name]) <= {*ABOVE_NANO, "training.optim", *recipe}, name
+        assert modules_used(modules()[name]) <= {*ABOVE_NANO, "training.optim", *recipe}, name
 
 
 def test_nothing_else_uses_the_recipe_of_nano():
@@ -79,7 +80,7 @@ def test_the_package_itself_offers_load_base_alone():
     import phogpt_raw
 
     assert phogpt_raw.__all__ == ["load_base"]
-    assert rooms_used(PACKAGE / "__init__.py") == {"model.weights"}
+    assert modules_used(PACKAGE / "__init__.py") == {"model.weights"}
 
 
 def test_this_test_sees_an_import_wherever_it_stands(tmp_path):
@@ -87,4 +88,4 @@ def test_this_test_sees_an_import_wherever_it_stands(tmp_path):
     file.write_text("def f():\n    from phogpt_raw.show import console\n"
                     "    import phogpt_raw.model.cache\n"
                     "from phogpt_raw.training.step import train_step\n")
-    assert rooms_used(file) == {"show.console", "model.cache", "training.step"}
+    assert modules_used(file) == {"show.console", "model.cache", "training.step"}

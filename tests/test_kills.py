@@ -1,6 +1,7 @@
-"""A run that is killed at any moment goes on to what the straight run is (tests/kills.py kills it).
+"""A run that is killed and resumed ends as an uninterrupted run does (tests/kills.py kills it).
 
-`pytest tests/test_kills.py` kills ten runs, two of each setting; `pytest -m slow` fifty more.
+`pytest tests/test_kills.py` kills ten runs, two with each setting; `pytest -m slow` kills fifty
+more.
 """
 
 import subprocess

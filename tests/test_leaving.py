@@ -1,4 +1,5 @@
-"""A run that is asked to end saves and goes on later, to the bit."""
+"""A signal or a time limit ends a run: it saves, and can be resumed with the same result, bit for
+bit."""
 
 import os
 import signal
@@ -66,7 +67,7 @@ def test_the_time_is_over_without_an_error():
 
 @pytest.fixture
 def command(tiny, rows):
-    """train.py on tiny as a process of its own."""
+    """train.py on tiny in a separate process."""
     return [sys.executable, "train.py", "--model", str(tiny), "--data", str(rows),
             *(str(part) for pair in SMALL.items() for part in pair)]
 

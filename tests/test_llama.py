@@ -24,9 +24,9 @@ from llama import Llama
 PHOGPT_4B = Path(__file__).parents[2] / "shared" / "data" / "phogpt4b_tokenizer"
 QUESTIONS = [json.loads(line)["prompt"] for line in
              (NANO.parent / "pairs" / "heldout.jsonl").read_text("utf-8").splitlines()[:20]]
-NEAR_TIE = 0.02  # between the two largest logits: llama.cpp's GELU may turn it round
+NEAR_TIE = 0.02  # between the two largest logits; llama.cpp's other GELU may swap them
 CLOSE = 0.02  # in log-probability, for the same reason
-EXPECTED = "no API key is set"  # of the server, which this machine alone can ask
+EXPECTED = "no API key is set"  # a warning of the server; only this computer can reach it
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def test_a_chat_gives_the_text_that_the_model_was_trained_on(exported):
                                                    ("q4_0", 0.1, 2)])
 def test_fewer_bits_stay_within_a_stated_distance(first_command, trained, tmp_path, kind, mean_nats,
                                                   most):
-    """By how much our tokens become less likely: 0.0001, 0.001 and 0.004 nats were measured on
-    average, 0.009, 0.07 and 0.5 at most."""
+    """Quantising makes this engine's tokens less likely: by 0.0001, 0.001 and 0.004 nats on
+    average, and by 0.009, 0.07 and 0.5 at most."""
     model, tokenizer = trained
     write_model(Merger(NANO, first_command), tmp_path / "model.gguf", kind, name="nano",
                 chat_template="")
@@ -132,8 +132,7 @@ def test_fewer_bits_stay_within_a_stated_distance(first_command, trained, tmp_pa
 
 @pytest.mark.parametrize("heads", [24, 6])
 def test_heads_that_are_no_power_of_two_have_mpts_slopes(tmp_path, heads):
-    """The shape of 4B: its slopes are interleaved. And an adapter with rsLoRA and ranks of its
-    own."""
+    """The shape of 4B: its slopes are interleaved. The adapter has rsLoRA and different ranks."""
     from peft import LoraConfig
 
     from phogpt_raw.model.adapters import inject
@@ -160,7 +159,7 @@ def test_heads_that_are_no_power_of_two_have_mpts_slopes(tmp_path, heads):
     dice = torch.Generator().manual_seed(0)
     asked = [torch.randint(4, 4096, (n,), generator=dice).tolist() for n in (3, 40, 90)]
     with Llama(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as llama:
-        # near ties abound with random weights, so the probabilities decide
+        # with random weights near ties are frequent, so probabilities are compared
         assert answers_are_ours(llama, model.eval(), asked, probed=3, count=8) > 0
 
 

@@ -26,7 +26,7 @@ def problem(rows=23, width=16, vocabulary=101, ignored=(0, 5, 22), dtype=torch.f
 
 
 def plain(hidden_TD, head_VD, targets_T):
-    """Value and gradient by cross_entropy over the full logits, in fp32 from the same numbers."""
+    """Loss and gradient by cross_entropy over the full logits, in fp32 from the same values."""
     hidden_TD = hidden_TD.detach().float().requires_grad_()
     loss = F.cross_entropy(hidden_TD @ head_VD.float().T, targets_T, reduction="sum",
                            ignore_index=-100)
@@ -143,10 +143,10 @@ def test_no_more_than_a_chunk_of_logits_is_ever_alive(dtype):
         with Peak(head_VD) as peak:
             summed_loss(hidden_TD, head_VD, targets_T, chunk).backward()
         peaks.append(peak.bytes)
-        assert not peak.alive  # nothing of it waits for backward, or survives it
+        assert not peak.alive  # no logits are kept for backward
     assert peaks[0] == peaks[1]
     assert chunk * vocabulary * 4 <= peaks[0] <= chunk * vocabulary * BYTES_A_LOGIT
-    with Peak(head_VD) as peak:  # the measure itself: cross_entropy holds them all
+    with Peak(head_VD) as peak:  # checks Peak itself: cross_entropy keeps all logits
         F.cross_entropy((hidden_TD @ head_VD.T).float(), targets_T).backward()
     assert peak.bytes >= 256 * vocabulary * 4
 
@@ -160,7 +160,7 @@ def test_chunk_rows_keeps_a_chunk_within_its_limit():
             step = 1 if rows < 8 else 8
             assert (rows + step) * vocabulary * BYTES_A_LOGIT > mib * 2**20
             assert rows % step == 0
-    assert chunk_rows(250_880, 1) == 1  # one row has to go through
+    assert chunk_rows(250_880, 1) == 1  # at least one row
 
 
 def test_a_vocabulary_of_7b5s_size_runs():
@@ -168,8 +168,8 @@ def test_a_vocabulary_of_7b5s_size_runs():
     loss = summed_loss(hidden_TD, head_VD, targets_T, 2)
     loss.backward()
     value, gradient = plain(hidden_TD, head_VD, targets_T)
-    # Sums of 250,880 fp32 numbers; the gradient's hold the target's own row from where it comes on,
-    # and beside that each addition rounds by up to 2^-24 of it: a random walk of 3e-5.
+    # Sums of 250,880 fp32 values. From the row of the target on, the gradient's sum contains this
+    # large value, and each further addition rounds by up to 2^-24 of it: a random walk of 3e-5.
     assert error(loss.detach(), value) < 1e-5
     assert error(hidden_TD.grad, gradient) < 5e-5
 

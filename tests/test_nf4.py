@@ -1,4 +1,4 @@
-"""Dequantising NF4: plain PyTorch, bitsandbytes and the fused kernel agree to the bit.
+"""Dequantising NF4: plain PyTorch, bitsandbytes and the fused kernel agree bit for bit.
 
 All three round in the same places: in fp32 after the product and after the sum that give a scale
 and after value times scale, then to the weight's dtype.

@@ -1,4 +1,4 @@
-"""The NF4 cache: equal to a fresh load to the bit, never half-written, never used for another
+"""The NF4 cache: equal to a fresh load bit for bit, never half-written, never used for another
 base."""
 
 import errno
@@ -135,7 +135,7 @@ def test_training_over_a_cached_base_gives_the_same_adapter(load, base, caches, 
     found = trained(model)
     assert "read from" in said and torch.equal(found, fresh)
     assert not torch.equal(found, start.flat)
-    assert only(caches).read_bytes() == before  # nothing was written through the map
+    assert only(caches).read_bytes() == before  # nothing was written through the memory map
 
 
 def test_a_model_without_biases_is_cached_too(load, tmp_path):
@@ -169,7 +169,7 @@ def test_the_file_is_a_safetensors_file_smaller_than_a_16_bit_base(load, caches,
 
 
 def test_caches_of_several_bases_and_dtypes_share_a_folder(load, base, caches, tmp_path):
-    """Of one name, too: neither is the other's stale cache."""
+    """Two bases of the same name: neither treats the other's cache as its own stale one."""
     other = tmp_path / "elsewhere" / base.name
     write_checkpoint(other, tensors=random_tensors(TINY, seed=1))
     asked = [(base, torch.float32), (base, torch.bfloat16), (other, torch.float32)]
@@ -200,7 +200,8 @@ def test_what_the_bits_depend_on_is_in_the_key(base):
 
 
 def test_a_file_of_the_hub_is_known_by_its_blob(tmp_path):
-    """Links into the hub's cache: neither times nor content are looked at."""
+    """A file of the hub's cache is a link whose target names its content, so its time and content
+    are not read."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -214,7 +215,7 @@ def test_a_file_of_the_hub_is_known_by_its_blob(tmp_path):
 def test_an_identity_reads_no_more_than_the_head(tmp_path):
     large = tmp_path / "large.bin"
     large.write_bytes(b"head")
-    os.truncate(large, 2**40)  # with a hole of a terabyte
+    os.truncate(large, 2**40)  # a sparse file of a terabyte
     assert nf4_cache.identity(large)[1] == 2**40
 
 
@@ -451,7 +452,7 @@ load_base(sys.argv[1], device="cpu", nf4_cache=sys.argv[2])
 
 
 def test_a_write_that_the_system_breaks_off_leaves_nothing(base, caches):
-    """A real one, after 300,000 bytes of a million."""
+    """A real write error, after 300,000 bytes of a million."""
     run = subprocess.run([sys.executable, "-c", LIMITED, base, caches], cwd=ROOT, text=True,
                          capture_output=True, check=True)
     assert "the disk is full" in run.stderr and "the run continues without it" in run.stderr
@@ -510,7 +511,7 @@ def test_a_refused_base_leaves_no_cache(base, caches):
 
 
 def test_a_cache_can_be_written_for_someone_else(base, caches, load):
-    """As an export does: the file under its own name in a folder of its own."""
+    """As an export does: the cache file keeps its name and lies in a separate folder."""
     model, _ = load_base(str(base), device="cpu")
     cache = weights.find_cache(base, caches, dtype=torch.float32, device=torch.device("cpu"))
     size = nf4_file.write(model, cache.file, cache.key, cache.base)
@@ -522,7 +523,7 @@ def test_a_cache_can_be_written_for_someone_else(base, caches, load):
 
 
 def test_a_run_over_the_cache_is_the_same_run(train, base, caches, tmp_path):
-    """And goes on with or without it."""
+    """The run continues with or without it."""
     outs = [tmp_path / name for name in ("plain", "first", "second")]
     said = [train("--model", base, "--out", out, *flags) for out, flags in zip(
         outs, ([], *[["--nf4-cache", caches]] * 2), strict=True)]

@@ -137,9 +137,9 @@ def test_the_programs_cover_each_matrix_once(out, width, some):
 
 
 def is_plain(out, width, dtype, rows, low, how):
-    """Whether the kernels' product is the plain one: within the rounding of W, of sums in another
-    order and of the result, 3 eps of the largest; twice, since programs that share a row leave
-    counters behind."""
+    """Whether the kernels' product equals the plain one within 3 eps of the largest value: the
+    rounding of W, of sums in another order and of the result. It is computed twice, because
+    programs that share a row use counters that must be reset."""
     _, linear, normal = made(out, width, rank=16, dtype=dtype, device="cuda")
     scratch = Scratch(out, "cuda")
     x_N2, low_NR, add_NO = halves(normal(rows, width)), normal(rows, 16), normal(rows, out)
@@ -181,7 +181,7 @@ def test_a_gpu_without_tensor_cores_for_triton_takes_row_by_row(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_product_repeats_to_the_bit():
-    """Though programs that share a row end in any order."""
+    """Programs that share a row finish in any order, but the sum must not depend on it."""
     _, linear, normal = made(4096, 16384, rank=16, dtype=torch.float16, device="cuda")
     x_N2, low_NR, scratch = halves(normal(8, 16384)), normal(8, 16), Scratch(4096, "cuda")
     first = product(x_N2, linear, scratch, low_NR)

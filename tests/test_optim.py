@@ -33,7 +33,8 @@ def test_every_step_has_a_learning_rate_above_zero_even_in_runs_shorter_than_the
 
 
 def walk(optimizer, flat, steps, first=0):
-    """Steps down a bowl whose walls are steep in some directions and noisy in all."""
+    """Steps of an optimizer on a quadratic function that is steep in some directions, with noisy
+    gradients."""
     steep = torch.logspace(-2, 0, len(flat), device=flat.device)
     for step in range(first, first + steps):
         dice = torch.Generator().manual_seed(step)
@@ -101,7 +102,7 @@ def test_state_goes_through_a_file_and_on_to_the_bit(kind):
 
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
 def test_an_update_allocates_no_state(kind):
-    """It is there from the start, so that an update cannot run out of memory half-way."""
+    """The state is allocated at the start, so that an update cannot run out of memory half-way."""
     flat, optimizer = start(kind)
     before = {name: value.data_ptr() for name, value in optimizer.state[flat].items()
               if isinstance(value, torch.Tensor)}

@@ -71,7 +71,7 @@ def test_a_row_costs_the_time_of_whole_tiles_and_of_its_tokens():
 @given(st.lists(st.integers(1, 160), min_size=1, max_size=12))
 @settings(max_examples=60)
 def test_the_lengths_are_the_best_but_for_a_hundredth(totals):
-    """Against every choice of at most four multiples."""
+    """Compared with every choice of at most four multiples."""
     from itertools import combinations
 
     multiples = range(ALIGNED, max(totals) + ALIGNED, ALIGNED)
@@ -100,7 +100,7 @@ def test_no_example_is_lost_or_doubled_in_rows(lengths, capacity, window):
 
 @given(SIZES, st.integers(1, 200))
 def test_an_example_longer_than_all_that_were_looked_at_has_a_row(lengths, longest):
-    """A held-out one, or one of a step too far ahead."""
+    """The longest example may be held out, or in a step that the plan does not consider."""
     packing = choose_packing([examples_of(lengths)], max(longest, *lengths), 200)
     [(row, length)] = packing.rows(examples_of([max(longest, *lengths)]))
     assert len(row) == 1 and max(longest, *lengths) <= length in packing.lengths
@@ -116,7 +116,8 @@ def test_one_long_example_leaves_other_rows_full(shorts):
 
 
 def test_rows_are_bounded_by_the_examples_that_they_have(capacity=2048):
-    """The kernels' statistics of a row of 8 are not those of a row of 64."""
+    """The memory of the kernels' statistics grows with the most examples in a row, which is 8
+    here."""
     made = examples_of([100] * 24)
     packing = choose_packing([made[:8], made[8:16], made[16:]], 100, capacity)
     assert packing.most == 8 and len(packing.rows(made)) == 3

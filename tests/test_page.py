@@ -19,14 +19,14 @@ WIDTHS = {"phone": (390, 844), "desktop": (1280, 800)}
 
 @pytest.fixture(scope="module")
 def server():
-    """nano, which without an adapter writes on and on."""
+    """A server of nano without an adapter, whose answers do not end by themselves."""
     with served("--model", "nano", "--slots", 2, "--max-new-tokens", 900) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def locked(tiny, tmp_path_factory):
-    """Two adapters behind a key."""
+    """A server of two adapters with an API key."""
     folder = tmp_path_factory.mktemp("adapters")
     new_adapters(load_base(str(tiny))[0], rank=2, alpha=4).save(folder)
     flags = [flag for name in ("mot", "mot-cai-ten-dai-hon-man-hinh-cua-dien-thoai")
@@ -98,7 +98,7 @@ def fits(browser) -> bool:
 
 
 def contrast(browser, selector) -> float:
-    """WCAG's contrast of an element's text with what lies behind it."""
+    """WCAG's contrast between an element's text and its background."""
     return browser.execute_script("""
         let e = document.querySelector(arguments[0]);
         const rgb = c => c.match(/[\\d.]+/g).map(Number);

@@ -76,7 +76,7 @@ def test_a_side_out_of_memory_has_no_figure():
 
 
 class Answering:
-    """A side that notes its orders; short of memory under a cap where `full`."""
+    """A side that records its orders. `full`: it runs out of memory under a cap."""
 
     def __init__(self, full=False):
         self.full, self.orders = full, []
@@ -96,8 +96,8 @@ def test_sides_take_turns_and_each_path_is_what_its_name_says(full):
     row = peer.compare("2x64", {"ours": ours, "peer": theirs}, options, cap_gib=13.0)
     assert [(o["path"], o["count"]) for o in ours.orders] == [
         ("captured", 5), ("eager", 5), *[("captured", 4), ("eager", 4)] * 2]
-    assert {o["cap_gib"] for o in ours.orders} == {13.0}  # ours is never without
-    # theirs is tried under the cap, and goes without where that is too little
+    assert {o["cap_gib"] for o in ours.orders} == {13.0}  # our side always has the cap
+    # the Trainer is tried under the cap; if that is too little, it runs without a cap
     assert [(o["count"], o["cap_gib"]) for o in theirs.orders] == [
         (2, 13.0), *[(n, 0 if full else 13.0) for n in (5, 4, 4)]]
     assert row["peer_fits"] != full

@@ -46,7 +46,7 @@ def test_logits_are_the_oracles(heads, width, layers):
     model, other = twins(config)
     ids_BL = random_ids(config, 3, 40)
     logits_BLV = model.logits(model(ids_BL))
-    assert logits_BLV.std() > 0.1  # or the tolerance would mean nothing
+    assert logits_BLV.std() > 0.1  # else the tolerance would prove nothing
     torch.testing.assert_close(logits_BLV, other(ids_BL).logits, **FP32)
 
 
@@ -102,7 +102,8 @@ def test_packed_documents_are_the_oracles_alone():
 @pytest.mark.parametrize("heads", [6, 8])
 @torch.no_grad()
 def test_tokens_through_the_cache_are_the_oracles(heads, prompt):
-    """A prompt at once, then one token at a time; and more positions reserved than are used."""
+    """A prompt in one pass, then one token at a time, with more positions in the cache than are
+    used."""
     config = small_config(heads)
     model, other = twins(config)
     ids_BL = random_ids(config, 2, 17)

@@ -144,7 +144,7 @@ def test_a_row_torn_by_a_power_cut_is_left_out(tmp_path):
 
 
 def test_the_same_metrics_give_the_same_bytes(tmp_path):
-    """In another process too, whose hashes are others."""
+    """Also in another process, where Python's hashes differ."""
     metrics = [score(0, 5.0), *rows(40), score(40, 2.0)]
     one, two = (run_of(tmp_path / n, metrics) for n in ("a", "b") if not (tmp_path / n).mkdir())
     plots.draw(one, "nano")

@@ -269,7 +269,8 @@ def test_a_4_bit_weight_has_a_state_with_the_fields_that_decode_it():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_state_made_of_its_fields_is_the_one_they_came_from(device):
-    """Down to the list of its attributes: a new one that we do not set would be lost in a cache."""
+    """The lists of attributes are compared too: a new attribute that we do not set would be lost in
+    a cache."""
     with without_it(f"make it with QuantState.from_dict, whose keys are a file format; else {PIN}"):
         weight = nf4_linear(torch.randn(700, 96, device=device), torch.bfloat16, device).weight
         old = nf4_state(weight)
@@ -335,7 +336,7 @@ def test_state_of_an_8_bit_optimizer_is_made_before_its_first_step(device):
 @pytest.mark.parametrize("value, flag", [(1.0, 0.0), (1e20, 0.0), (float("inf"), 1.0),
                                          (float("nan"), 1.0)])
 def test_the_flag_is_that_by_which_the_update_is_skipped(value, flag):
-    """Also where each gradient is finite and only their norm is not (1e20 squared)."""
+    """The update also runs if each gradient is finite and only the norm is not (1e20 squared)."""
     with without_it("compare scaler.get_scale() before and after scaler.update() in "
                     f"training/step.py, which waits for the GPU; else {PIN}"):
         flat = torch.nn.Parameter(torch.zeros(8))

@@ -164,7 +164,8 @@ def test_a_question_without_room_for_an_answer_is_refused_with_its_line(tokenize
     "ạ", "Ở đây", "|x|", "?", "https://a.vn", "của", "🍜",
 ])
 def test_the_border_of_the_prompt_is_a_border_of_tokens(tokenizer, name, response):
-    """Question and answer are encoded apart; together they must be what the whole text would be."""
+    """Question and answer are tokenised separately. Joined, their ids must equal those of the whole
+    text."""
     template = TEMPLATES[name]
     example = encode_row(tokenizer, template, row(response=response), 1024)
     text = template.question.format("Phở bò là gì?") + template.gap + response

@@ -26,7 +26,7 @@ def hub():
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A run's folder, with all that may lie there."""
+    """A run's folder with all files that it can have."""
     folder = tmp_path / "thơ-001"
     (folder / "checkpoint-7").mkdir(parents=True)
     for name, content in {
@@ -48,7 +48,7 @@ KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
 
 
 def push(hub, folder, repo="lan/tho", token=TOKEN, code=PUSH, **environment):
-    """push(folder, repo) in a process of its own whose hub is this one: its (status, out, err)."""
+    """push(folder, repo) in a separate process that uses this hub: its (status, out, err)."""
     script = ("import sys; from pathlib import Path\n"
               "from phogpt_raw.export.push import push\n"
               "from phogpt_raw.refusal import exits_cleanly\n"
@@ -92,7 +92,7 @@ def test_the_path_of_a_base_in_a_folder_stays_at_home(hub, run_folder):
     config = json.loads(hub.files["adapter_config.json"])
     assert config == {"peft_type": "LORA", "base_model_name_or_path": "PhoGPT-4B"}
     assert not any(HOME.encode() in body for _, _, _, body in hub.requests)
-    assert HOME in (run_folder / "adapter_config.json").read_text()  # here it still leads there
+    assert HOME in (run_folder / "adapter_config.json").read_text()  # the local file has it
 
 
 @pytest.mark.parametrize("base, told", [
@@ -116,7 +116,7 @@ def test_the_token_is_in_the_header_alone(hub, run_folder):
         assert TOKEN not in str(elsewhere), path
         known = headers.get("authorization", headers.get("Authorization"))
         assert known in (None, f"Bearer {TOKEN}"), path
-        if path.startswith(("/api/repos", "/api/models", "/lan")):  # a store of large files: none
+        if path.startswith(("/api/repos", "/api/models", "/lan")):  # not to the file store
             assert known, (method, path)
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
     written = [p for p in run_folder.parent.rglob("*") if p.is_file()]

@@ -1,4 +1,4 @@
-"""Norms and GELU recomputed in backward: the same gradients to the bit, from fewer saved bytes.
+"""Norms and GELU recomputed in backward: the same gradients bit for bit, from fewer saved bytes.
 
 The reference is the same model with `recomputed` replaced by a plain call, whose output autograd
 saves.
@@ -54,7 +54,7 @@ def nano(nf4, dtype):
 
 
 def lively_adapters(model, **lora):
-    """New adapters whose B is not zero, so that all that is below them has a gradient too."""
+    """New adapters whose B is not zero, so that the layers below them have a gradient too."""
     adapters = new_adapters(model, **{"rank": 4, "alpha": 8, **lora})
     dice = torch.Generator().manual_seed(1)
     for name, view in adapters.views:
@@ -79,7 +79,7 @@ def window_gradient(model, adapters, window, recompute=0):
     return adapters.flat.grad.clone()
 
 
-# -- gradients of the model, to the bit
+# -- gradients of the model, bit for bit
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 99], ids=lambda n: f"recompute-{n}")
@@ -168,7 +168,8 @@ def test_backward_twice_over_one_graph(with_all_saved, recompute):
     lambda f, x: f(x) if f is F.gelu else F.layer_norm(x, x.shape[-1:], f.weight, None, f.eps),
 ], ids=["tanh's GELU", "another epsilon", "no bias"])
 def test_a_wrong_recomputation_would_be_noticed(with_all_saved, wrong):
-    """The comparison to the bit is not of two gradients in which recomputation has no part."""
+    """Check that the compared gradients depend on recomputation: a wrong recomputation changes
+    them."""
     model, adapters = small()
     window = Window(ragged_examples(2, longest=20, vocabulary=256), pad_id=3)
     expected = window_gradient(model, adapters, window)
@@ -226,7 +227,8 @@ BESIDES = 4 * (2 * 2 * TOKENS + HEADS * TOKENS + 4 * RANK * TOKENS)
 
 def test_a_block_saves_ten_activations_instead_of_sixteen(with_all_saved):
     """Both: two norms' inputs 2, qkv 3, attention's output 1, up-projection's output 4. A plain
-    block as well: two norms' outputs 2, GELU's output 4. Counted as what one more block saves."""
+    block also saves these: two norms' outputs 2, GELU's output 4. Counted as the bytes that one
+    more block saves."""
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
 
     def block_bytes():
@@ -238,8 +240,8 @@ def test_a_block_saves_ten_activations_instead_of_sixteen(with_all_saved):
 
 
 def test_the_first_block_saves_its_norms_output_and_not_the_embedding(with_all_saved):
-    """A frozen embedding's rows are saved by nothing else: one activation for the other, and no
-    gain. So three blocks save 17 activations less, not 18."""
+    """The rows of a frozen embedding are saved by nothing else: one activation replaces another, so
+    nothing is gained. So three blocks save 17 activations less, not 18."""
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
     model, _ = small(3)
     plain = with_all_saved(bytes_saved, model, ids_BL)
@@ -261,7 +263,7 @@ def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, g
     """The GELU's input, four activations, goes before the down-projection, as in a plain call."""
     config = small_config(HEADS, WIDTH)
     ids_BL = random_ids(config, ROWS, LENGTH)
-    model = ours(config, lively_tensors(config)).train()  # PEFT's own layers would need still more
+    model = ours(config, lively_tensors(config)).train()  # PEFT's own layers would save even more
 
     def peak():
         with torch.set_grad_enabled(gradients), Alive() as alive:
@@ -273,7 +275,7 @@ def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, g
 
 
 def test_it_runs_on_fake_tensors(with_all_saved, monkeypatch):
-    """So nothing in it reads a value or depends on one: it can be captured as a CUDA graph."""
+    """Fake tensors have no values. So the code reads none, and can be captured as a CUDA graph."""
     # For fake tensors torch names no fused kernel; which one it is depends on no value either.
     monkeypatch.setattr(attention, "choose_kernel", lambda *_: SDPBackend.FLASH_ATTENTION)
     config = small_config(6)
@@ -382,7 +384,7 @@ def test_users_of_the_output_and_its_views_share_one_call_a_backward(x_BLD, w_DK
 
 
 def test_a_partial_backward_leaves_the_next_one_right(x_BLD, w_DK):
-    """One user of two asks, so the output waits for the other; then both ask."""
+    """Two operations saved the output. First only one of them runs its backward, then both do."""
     double = Double()
     with recomputed(double, x_BLD) as y:
         one, two = (y @ w_DK).sum(), (y * y).sum()
@@ -446,7 +448,8 @@ def test_a_change_in_place_before_backward_raises(x_BLD, w_DK, what):
 
 
 def test_hooks_outside_see_what_is_passed_on(x_BLD, w_DK):
-    """A checkpoint's are such; here some that count, and give everything back negated twice."""
+    """Hooks outside, as a checkpoint has them. These count their calls, and negate each tensor
+    twice."""
     seen = []
 
     def pack(tensor):

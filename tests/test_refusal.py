@@ -1,4 +1,4 @@
-"""How a command ends: one line and an exit status for what a person can mend."""
+"""How a command ends: one line and an exit status for errors that the user can correct."""
 
 import signal
 import subprocess

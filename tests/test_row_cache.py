@@ -85,7 +85,7 @@ def test_a_changed_file_is_noticed_however_small_the_change(file, tmp_path, enco
     file.write_text(file.read_text("utf-8").replace("M\\u00f3n", "M\\u00f2n", 1), "utf-8")
 
 
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # neither size nor time tells
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # size and time do not change
     after = load(file, data_cache=cache)
     assert len(encodings) == 2 and after != before and after == load(file)
 

@@ -27,7 +27,7 @@ SCORE_KEYS = ["step", "val_loss", "val_ppl", "stops"]
 
 
 def strict(line):
-    """JSON as everyone else reads it, without NaN and Infinity."""
+    """JSON by the standard, without NaN and Infinity."""
     def refuse(name):
         raise AssertionError(f"{name} is not JSON: {line}")
 
@@ -60,7 +60,7 @@ def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path
     config = strict((out / "config.json").read_text())
     assert (config["model"], config["data"], config["rank"], config["steps"]) == (
         str(tiny), str(rows), 4, 7)
-    assert steps[0]["loss"] == pytest.approx(math.log(4096), abs=0.5)  # it knows nothing yet
+    assert steps[0]["loss"] == pytest.approx(math.log(4096), abs=0.5)  # it is not trained yet
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert [row["lr"] for row in steps[:3]] == pytest.approx([0.005, 0.01, 0.01])
     assert all(row["tokens"] > 0 and row["tokens_per_s"] > 0 for row in steps)
@@ -313,7 +313,7 @@ def test_dry_run_shows_where_the_loss_is(train, rows):
 
 
 def test_a_window_that_is_too_short_for_an_example_is_refused(train, monkeypatch):
-    monkeypatch.setattr("phogpt_raw.training.setup.read_model", None)  # not even the weights
+    monkeypatch.setattr("phogpt_raw.training.setup.read_model", None)  # weights are not read
     status, _, error = train("--batch-tokens", 20)
     assert status == 2 and "more than --batch-tokens 20" in error
     assert len(error.splitlines()) == 1
@@ -462,7 +462,7 @@ def test_a_run_of_skipped_steps_alone_ends_as_a_failure(train, tmp_path, monkeyp
 
 
 def test_a_run_that_skips_most_of_its_steps_is_no_success(train, tmp_path, monkeypatch):
-    """Its loss may be finite all the same."""
+    """The loss of such a run may still be finite."""
     overflowing_at(monkeypatch, {2, 4, 5, 7})
     status, said, error = train("--out", tmp_path / "run")
     assert status == 1 and "generate.py" not in said and "4 of 7 steps were skipped" in error
@@ -477,8 +477,8 @@ def test_a_base_that_gives_nan_before_the_first_step_is_to_blame(train, tmp_path
 
 @pytest.mark.parametrize("hold_out", [0, 3])
 def test_a_diverging_run_ends_as_a_failure_that_says_so(train, tmp_path, hold_out):
-    """No adapter is named that is not there, nor a checkpoint whose weights did the harm; and the
-    same command again does not call the run complete."""
+    """The message names no adapter that does not exist, and no checkpoint with the harmful weights.
+    The same command again does not say that the run is complete."""
     out = tmp_path / "run"
     flags = ["--out", out, "--lr", 1e25, "--hold-out", hold_out, "--save-every", 1]
     status, said, error = train(*flags)
@@ -510,7 +510,7 @@ def test_a_full_gpu_is_one_line_that_says_what_to_turn(train, tmp_path):
 
 
 class FullAtTheThird:
-    """In place of the graphs: the model's third call in a mode runs out of memory."""
+    """A stand-in for the graphs: the third call of the model in each mode runs out of memory."""
 
     def __init__(self, mode, model, limits):
         self.mode, self.model, self.limits, self.head = mode, model, limits, model.head
@@ -536,7 +536,7 @@ class FullAtTheThird:
 @pytest.mark.parametrize("mode", ["training", "evaluating"])
 def test_memory_too_full_for_graphs_trains_the_same_without_them(train, tmp_path, monkeypatch,
                                                                  mode):
-    """In the middle of a window or of an evaluation, which is begun again."""
+    """Memory runs out in the middle of a window or of an evaluation, which is then repeated."""
     train("--out", tmp_path / "plain")
     monkeypatch.setattr(setup, "why_not", lambda *_: None)
     made = []
@@ -567,7 +567,8 @@ def test_as_many_blocks_are_recomputed_as_asked_for(train, tmp_path, monkeypatch
 
 
 def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path):
-    """What a full GPU advises: less at once, and the same steps."""
+    """A run that follows the advice for a full GPU takes the same steps with smaller
+    micro-batches."""
     out = tmp_path / "run"
     train("--out", out, "--steps", 3)
     status, _, said = train("--out", out, "--micro-batch", 1, "--recompute", 1)
@@ -575,7 +576,7 @@ def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path
 
 
 def test_a_run_goes_on_packed_or_not_and_in_rows_of_another_length(train, tmp_path):
-    """The losses are those of the straight run, to fp32's rounding."""
+    """The losses are those of the uninterrupted run, up to fp32's rounding."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert train("--out", straight, "--steps", 6, "--optimizer", "adamw")[0] == 0
     for steps, how in ((2, ["--no-packing"]), (4, ["--pack-len", 100]), (6, [])):
@@ -640,7 +641,7 @@ def test_going_on_from_an_adapter_names_the_base_it_was_put_on(train, tmp_path, 
 
 
 def scores_of(monkeypatch, *losses):
-    """Evaluations that give these losses, and answers that name them."""
+    """A stand-in for evaluations: it gives these losses, and answers that contain them."""
     left = list(losses)
 
     def next_score(*_, **__):
@@ -739,7 +740,7 @@ def test_a_plan_for_a_cpu_reads_no_weights_either(train, tmp_path, tiny, monkeyp
 
 @pytest.fixture
 def tiny_published(tiny, monkeypatch):
-    """tiny's shape under the name 7b5."""
+    """Let --model 7b5 name the shape of the test model tiny."""
     shape = read_config(tiny)
     monkeypatch.setitem(phogpt.PUBLISHED, "7b5", shape)
     return shape

@@ -79,7 +79,8 @@ HOWS = [dict(top_k=7), dict(top_p=0.6), dict(min_p=0.2), dict(top_k=7, top_p=0.6
 
 @pytest.mark.parametrize("how", HOWS, ids=str)
 def test_a_row_keeps_what_transformers_processors_keep(how):
-    """In their order: penalty, temperature, top-k, top-p, min-p; each over what is left."""
+    """The processors run in this order: penalty, temperature, top-k, top-p, min-p. Each one sees
+    only the tokens that are left."""
     from transformers.generation import logits_process as hf
 
     dice = torch.Generator().manual_seed(1)

@@ -29,7 +29,8 @@ def test_both_sides_are_measured_and_saved_when_asked(tmp_path, monkeypatch, cap
 
 
 def test_every_token_of_a_wider_vocabulary_is_text(tmp_path):
-    """Else the server would have nothing to send for most tokens of random weights."""
+    """Without added tokens, most tokens of random weights would have no text that the server could
+    send."""
     shape = ModelConfig(64, 2, 1, vocab_size=9000, max_seq_len=64)
     write_random_checkpoint(tmp_path, shape)
     serve.widen(tmp_path / "tokenizer.json", shape.vocab_size)

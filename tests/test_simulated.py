@@ -24,7 +24,7 @@ NANO = ["--model", "nano", "--seq-len", "64,512"]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """What a bench writes lands here."""
+    """The folder into which a bench writes its results."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
@@ -151,7 +151,7 @@ def test_a_file_is_fitted_with_as_many_rows_at_once_as_asked_for():
 
 
 def chosen(examples, card, traces, **more):
-    """What a run over these examples chooses on a card."""
+    """The choice of a run over these examples on a card."""
     config = Config(**{"batch_size": len(examples), "epochs": 1, "max_len": 16_384, **more})
     return windows.plan(examples, config, card, traces.shape.n_layers, traces).choice
 

@@ -1,4 +1,5 @@
-"""Files of every kind hold the same records; folders, weights and the hub are named as they are."""
+"""Files of every kind hold the same records; folders, weights of files and hub datasets are
+understood."""
 
 import csv
 import gzip
@@ -74,7 +75,7 @@ def test_every_record_knows_the_line_on_which_it_begins(tmp_path, name, lines):
 
 
 def test_a_json_file_longer_than_a_piece_is_read_whole(tmp_path):
-    """Records over the border of a piece, and one longer than a piece."""
+    """Records that cross the border of a piece, and one that is longer than a piece."""
     records = [{"prompt": f"câu {n}", "response": "đáp " * (400_000 if n == 50 else 4_000)}
                for n in range(100)]
     file = tmp_path / "rows.json"
@@ -96,7 +97,7 @@ def test_a_record_over_the_limit_is_bad_and_the_next_is_read(tmp_path):
 def test_a_row_over_the_limit_in_parquet_is_refused_unread(tmp_path):
     long = [{"prompt": "a", "response": "ạ" * 20_000_000}]
     (tmp_path / "rows.parquet").write_bytes(parquet(long))
-    with pytest.raises(Refusal, match=r"rows\.parquet: a row of more than 10,000,000 letters"):
+    with pytest.raises(Refusal, match=r"rows\.parquet: a row of more than 10,000,000 characters"):
         read(tmp_path / "rows.parquet")
 
 

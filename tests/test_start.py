@@ -1,4 +1,4 @@
-"""`generate.py --serve`: flags that cannot be are refused before anything is loaded."""
+"""`generate.py --serve`: wrong flags are refused before anything is loaded."""
 
 import asyncio
 import doctest
@@ -80,7 +80,7 @@ def plain(monkeypatch):
     from phogpt_raw.serve import connection
 
     async def app(scope, receive, send):
-        await asyncio.sleep(0.6)  # an answer may take longer than a head
+        await asyncio.sleep(0.6)  # an answer may take longer than the limit for headers
         await send({"type": "http.response.start", "status": 200,
                     "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})

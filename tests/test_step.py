@@ -26,7 +26,8 @@ NO_CLIP = 1e9
 
 
 def parts(model, adapters, *, descent=True, **settings):
-    """The parts of a step; plain gradient descent of rate 1 without clipping unless told else."""
+    """The parts of a step; plain gradient descent of rate 1 without clipping, unless arguments
+    change it."""
     training = wire(model, adapters, **{"clip": NO_CLIP, "loss_mib": 1, **settings})
     training.limits.chunk_rows = 16
     if descent:
@@ -148,7 +149,7 @@ def test_the_phases_come_in_order_and_each_has_its_name(adapted):
 
 
 def test_the_limits_are_read_anew_by_each_step(adapted, monkeypatch):
-    """A run that has run out of memory goes on with less, from the very next step."""
+    """A run that ran out of memory continues with lower limits, from the next step on."""
     model, adapters = adapted()
     training, window = parts(model, adapters, micro_batch=4), window_of(ragged_examples(4))
     seen, forward, loss = [], model.forward, module.summed_loss
@@ -224,7 +225,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_the_stats_say_so(adapted,
     training.forward = model
     stats = train_step(training, window)
     assert not stats.skipped and float(stats.scale) == 2.0**11
-    assert torch.isfinite(adapters.flat).all()  # the poison is gone with the next zero
+    assert torch.isfinite(adapters.flat).all()  # the next zeroing of gradients removes the poison
     assert not torch.equal(adapters.flat, weights)
 
 
@@ -267,7 +268,7 @@ class Full:
 
 
 class Graphless:
-    """In place of the graphs: called like the model, and gives back nothing."""
+    """A stand-in for the graphs: called like the model; `release` does nothing."""
 
     def __init__(self, model):
         self.model, self.head = model, model.head
@@ -286,8 +287,8 @@ class Graphless:
 @pytest.mark.parametrize("earlier", [0, 2])
 def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monkeypatch, kind,
                                                                    phase, at, earlier):
-    """In the first step and in a later one: the second try ends where an undisturbed step does,
-    to the bit. (Once the update has begun nothing is allocated: test_optim.py.)"""
+    """In the first step and in a later one: the second try gives the result of an undisturbed step,
+    bit for bit. (Once the update has begun nothing is allocated: test_optim.py.)"""
     ends = []
     for disturbed in (False, True):
         model, adapters = adapted()
@@ -307,7 +308,7 @@ def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monk
                     "unscale": (training.scaler, "unscale_"), "clip": (module, "clip_grad_norm_"),
                     "update": (training.scaler, "step")}[phase]
                 full = Full(getattr(place, name), at)
-                # as a function, so that it binds as a method
+                # a function, because it must be bound as a method
                 patch.setattr(place, name, lambda *a, **k: full(*a, **k))  # noqa: B023
             for n in range(earlier, 3):
                 stats = step(training, stream.window(n))
@@ -322,7 +323,7 @@ def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monk
 
 
 def same_state(mine, reference):
-    """Two state_dicts, bitsandbytes' nested ones too, equal to the bit."""
+    """Two state_dicts, bitsandbytes' nested ones too, are equal bit for bit."""
     if isinstance(reference, dict):
         assert mine.keys() == reference.keys()
         for name in reference:
@@ -337,7 +338,7 @@ def same_state(mine, reference):
 
 
 def frozen_tensors(model):
-    """Every frozen tensor, the quantisation's own among them, under its name."""
+    """Every frozen tensor under its name, including those of the quantisation."""
     tensors = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     tensors |= dict(model.named_buffers())
     for name, p in list(tensors.items()):
@@ -363,7 +364,7 @@ def test_only_adapters_change(adapted, nf4):
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     assert not torch.equal(adapters.flat, flat)
-    for name, view in adapters.views:  # and every one of them does
+    for name, view in adapters.views:  # every adapter weight has changed
         assert not torch.equal(view, views[name]), name
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
@@ -454,14 +455,15 @@ def flattened(weights, order):
 def test_thirty_steps_are_those_of_stock_parts(reference):
     """fp32 on both sides: 1e-4 is a fortieth of one step at this learning rate.
 
-    Where a gradient is near AdamW's eps its rounding alone decides the step, so a few of the half a
-    million weights end elsewhere in every program: against the same loop in fp64, 11 of stock's own
-    are more than 1e-4 off (the farthest 1.7e-3) and 7 of ours (4.2e-4). Hence one in a thousand may
-    be, and all together stay within a thousandth of their norm.
+    If a gradient is near AdamW's eps, only its rounding decides the step. So in every program a few
+    of the half a million weights differ. Compared with the same loop in fp64, 11 weights of the
+    stock loop are more than 1e-4 off (at most 1.7e-3), and 7 of ours (at most 4.2e-4). Hence one
+    weight in a thousand may differ by more, and all together must stay within a thousandth of their
+    norm.
     """
     stream, losses, weights = reference
     my_losses, my_weights = by_us(stream, nf4=False, kind="adamw")
-    assert losses[-1] < losses[0] - 0.5  # it learns, or nothing is compared
+    assert losses[-1] < losses[0] - 0.5  # the loss falls
     gap = max(abs(a - b) for a, b in zip(my_losses, losses, strict=True))
     assert my_weights.keys() == weights.keys()
     mine, stock = flattened(my_weights, weights), flattened(weights, weights)
@@ -495,8 +497,8 @@ def test_thirty_steps_over_packed_rows_are_those_over_single_ones(reference, kin
 
 
 def test_nf4_and_8_bit_adamw_stay_near_the_stock_parts(reference):
-    """NF4 changes the model itself, so only the course of the loss can be near: measured, and held
-    within a tenth of what is learned in these steps."""
+    """NF4 changes the model itself, so only the loss curves can be similar: they must agree within
+    a tenth of the decrease of the loss in these steps."""
     stream, losses, weights = reference
     my_losses, my_weights = by_us(stream, nf4=True, kind="paged_adamw_8bit")
     gaps = [abs(a - b) for a, b in zip(my_losses, losses, strict=True)]

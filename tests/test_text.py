@@ -1,4 +1,4 @@
-"""Tokens become text: whole letters, unchanged text, stop strings, loops."""
+"""Tokens become text: complete characters, unchanged text, stop strings, loops."""
 
 import doctest
 import random
@@ -35,7 +35,7 @@ def test_doctest():
 
 
 def test_pieces_joined_are_the_text_decoded_at_once_and_hold_no_half_letter(tokenizer):
-    """1,000 random strings, each byte of a letter a token of its own in half of them."""
+    """1,000 random strings; in half of them each byte of a character is a separate token."""
     half = 0
     for n, text in enumerate(strings(1000)):
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -46,7 +46,7 @@ def test_pieces_joined_are_the_text_decoded_at_once_and_hold_no_half_letter(toke
         assert "".join(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         assert HALF not in "".join(pieces)
         half += sum(HALF in tokenizer.decode(ids[: k + 1]) for k in range(len(ids)))
-    assert half > 5000  # decoded token by token, that many would have shown a half letter
+    assert half > 5000  # these would be wrong if decoded token by token
 
 
 def byte_tokens(tokenizer, letter):
@@ -92,7 +92,7 @@ def test_of_what_may_begin_a_stop_string_the_longest_waits(tokenizer):
 
 
 def test_a_token_may_depend_on_the_one_before_it():
-    """As in tokenizers that put the space before a word where another word stands before it."""
+    """As in tokenizers that put the space of a word before it only if another word precedes it."""
 
     class Words:
         def decode(self, ids, **_):

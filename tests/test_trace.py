@@ -109,7 +109,7 @@ def test_saved_activations_are_what_arithmetic_says(rank, rows, length):
     # qkv 3, attention's output, the sum after it, up_proj's output 4, the sum after the block
     block = 10 * size["x"] + 4 * size["narrow"] + size["attention"]
     assert saved == {
-        # Nothing below the first norm has a gradient: it keeps its output, not what makes it again.
+        # Nothing below the first norm has a gradient: its output is saved, and not recomputed.
         "block 0": block + size["x"] + size["statistics"],
         "block 1": block + 2 * size["statistics"],
         "last norm": size["statistics"],
@@ -145,7 +145,7 @@ def test_a_block_is_recomputed_in_backward_alone():
 ])
 def test_memory_grows_with_every_setting(setting, values):
     """Without what the allocator rounds up, which depends on the order of allocations."""
-    large = dict(vocabulary=8192) if setting == "chunk" else {}  # else blocks make the peak
+    large = dict(vocabulary=8192) if setting == "chunk" else {}  # else the blocks are the peak
     peaks = [max(m.allocated - m.kinds["rounding"] for m in traced(
         **large, **{setting: value}).moments()) for value in values]
     assert all(a <= b for a, b in pairwise(peaks))
@@ -194,7 +194,7 @@ def test_a_step_gives_back_what_it_takes():
 
 
 def test_a_plan_stays_as_it_is_when_its_model_goes():
-    gc.disable()  # the recorder that would note it is garbage in a cycle
+    gc.disable()  # else a garbage collection could free the recorder first
     try:
         model, adapters = on_meta()
         found = step_of(model, adapters)
@@ -222,7 +222,8 @@ def test_too_little_memory_is_an_error():
 
 
 def test_a_trace_leaves_nothing_behind_for_models_that_have_values(monkeypatch):
-    """bitsandbytes keeps the map of the first device on which it quantises, for all others."""
+    """bitsandbytes keeps the code table of the first device on which it quantises, for all
+    devices."""
     monkeypatch.setattr(bitsandbytes.functional, "name2qmap", {})
     traced()
     weight = torch.randn(64, 64)
@@ -238,8 +239,8 @@ def test_what_is_no_longer_recomputed_shows(monkeypatch):
     monkeypatch.setattr(phogpt, "recomputed", lambda f, x: contextlib.nullcontext(f(x)))
     after = on_arrival(traced())[1]
     x = saved_sizes(8, 1, 96)["x"]
-    assert after["block 1"] - before["block 1"] == 6 * x  # two norms' outputs, four of the GELU
-    assert after["block 0"] - before["block 0"] == 5 * x  # its first norm's was there
+    assert after["block 1"] - before["block 1"] == 6 * x  # outputs: 2 of the norms, 4 of the GELU
+    assert after["block 0"] - before["block 0"] == 5 * x  # the first norm's is saved anyway
 
 
 def test_one_more_tensor_kept_is_that_much_more_at_the_peak(monkeypatch):
@@ -261,8 +262,8 @@ def test_one_more_tensor_kept_is_that_much_more_at_the_peak(monkeypatch):
 def test_a_larger_chunk_of_logits_is_that_much_more_of_the_loss():
     most = [max(m.kinds.get("loss", 0) for m in traced(chunk=chunk, vocabulary=8192).moments())
             for chunk in (16, 32)]
-    # two numbers of 32 bits a logit; for each row its target, whether it counts, and log p of the
-    # target in the chunk before
+    # 8 bytes for each logit (two fp32 values). For each row: its target, whether the target counts,
+    # and the log-probability of the target in the previous chunk.
     assert most[1] - most[0] == 16 * (8 * 8192 + 8 + 1 + 4)
 
 
@@ -275,11 +276,12 @@ def test_the_attention_kernel_is_the_one_given():
 @pytest.mark.parametrize("recompute", [0, 1])
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, recompute):
-    """The same recorder over real numbers: each operation, and each storage's size and life."""
+    """The same recorder over real values: each operation, and the size and lifetime of each
+    storage."""
     model, adapters = adapted(nf4=nf4)
     twin, its = adapted_on_meta(model.config, rank=4, dtype=torch.float32, nf4=nf4)
     window = Window(ragged_examples(3), pad_id=3)
-    # To the card a batch is copied, on the CPU it is there.
+    # On a GPU a batch is copied to the card. On the CPU there is no copy, so the test makes one.
     monkeypatch.setattr(MicroBatch, "to", lambda batch, device: MicroBatch(
         *(t if t is None else t.to(device, copy=True) for t in vars(batch).values())))
     seen = []
@@ -289,7 +291,7 @@ def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, 
         training.limits.chunk_rows = 16
         cpu = SDPBackend.FLASH_ATTENTION
         found = trace_step(training, window, Kernels(cpu, cpu))
-        # but the clipping, for which torch has other operations on a CPU
+        # without clipping, for which torch has other operations on a CPU
         ops = [op for op in found.ops if op.phase != "clip"]
         lives = [(s.nbytes, s.born, s.died, s.scope, kind_of(s), taken)
                  for s, taken in found.events[found.begun:]]
@@ -333,9 +335,9 @@ def test_flops_of_attention(kernel, block):
     out = []
     forward = recorded(lambda: out.append(attend(q, k, v, bias, None)), kernel)
     backward = recorded(lambda: out[0].backward(torch.empty_like(out[0])), kernel)
-    scores = B * H * (L * L if block is None else 32 * (32 + 64 + 96))  # each over keys it is given
+    scores = B * H * (L * L if block is None else 32 * (32 + 64 + 96))  # a block sees these keys
     assert sum(op.flops for op in forward) == 4 * K * scores
-    assert sum(op.flops for op in backward) == 10 * K * scores  # and the scores once more
+    assert sum(op.flops for op in backward) == 10 * K * scores  # computes the scores again
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])
@@ -346,7 +348,7 @@ def test_flops_of_a_step(recompute):
     adapters = sum(rank * (d + o) for d, o in LINEARS)
     attention = 4 * H * length * length * (D // H) * rows
     block = 2 * n * WEIGHTS + 2 * n * adapters + attention
-    forward = 2 * block + 4 * supervised * V * D  # the loss makes its gradient in passing
+    forward = 2 * block + 4 * supervised * V * D  # the loss computes its gradient
     backward = 2 * (2 * n * WEIGHTS + 4 * n * adapters + 2.5 * attention)
     backward -= 2 * n * 3 * D * D + 2 * n * rank * D  # the first linear's x has no gradient
     by_phase = {phase: sum(op.flops for op in found.ops if op.phase == phase)

@@ -25,7 +25,7 @@ from phogpt_raw.model.weights import list_files
 from phogpt_raw.refusal import Refusal
 
 TINY = vinai_config(**SHAPES["tiny"])
-DEEP = TINY | dict(n_layers=16)  # three quarters in blocks: every shard gets some
+DEEP = TINY | dict(n_layers=16)  # 3/4 of the weights are in blocks, so every shard has some
 BIAS = "transformer.blocks.1.attn.Wqkv.bias"
 WEIGHT = "transformer.blocks.0.ffn.up_proj.weight"
 DTYPES = pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_the_cpu_computes_in_fp32_by_default(tiny):
 
 
 def test_parameters_outlive_the_file(tmp_path):
-    """They are copies, not views of a mapped file that someone may overwrite."""
+    """The weights are copies, not views of a mapped file, which could be overwritten."""
     tensors = write_checkpoint(tmp_path, kind="safetensors", dtype=torch.float32)
     model, _ = load(tmp_path, nf4=False, dtype=torch.float32)
     with open(tmp_path / "model.safetensors", "r+b") as file:
@@ -332,7 +332,7 @@ def test_weights_that_are_not_floating_point_are_refused(tmp_path, tiny, dtype):
 
 
 class Burglar:
-    """Unpickled, it leaves a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, trace):
         self.trace = str(trace)
@@ -349,7 +349,7 @@ def test_code_in_a_bin_is_refused_and_does_not_run(tmp_path):
         load(tmp_path)
     assert not trace.exists()
     assert "pytorch_model.bin: holds more than tensors" in str(refusal.value)
-    assert "weights_only" not in str(refusal.value)  # torch's advice is to let it run
+    assert "weights_only" not in str(refusal.value)  # torch's message advises to run the code
     torch.load(tmp_path / "pytorch_model.bin", weights_only=False)["note"].close()
     assert trace.exists()  # it would have
 
@@ -377,7 +377,7 @@ def frozen_bits(model):
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_frozen_weights_stay_bit_equal(adapted, nf4, dtype):
-    """Through evaluation, decoding and backward.
+    """The frozen tensors do not change in evaluation, decoding and backward.
 
     On a CPU with avx512_bf16, bitsandbytes repacks NF4 weights in place on the first forward in
     eval mode without gradients, and not exactly; backward would then fail.
@@ -460,7 +460,7 @@ def test_neither_a_folder_nor_a_hub_id_is_refused(model):
 
 
 def test_a_hub_id_while_offline_is_refused(tmp_path, monkeypatch):
-    """Without replacing anything: conftest has switched the network off."""
+    """No function is replaced here, because conftest has switched the network off."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(Refusal, match="the hub does not answer"):
         load_base("vinai/PhoGPT-4B")
@@ -496,7 +496,8 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path, tiny):
     105 million parameters in four shards of 50 MB, the largest tensor of 2 million. Beside the
     model, bitsandbytes on the CPU needs a linear's weight in fp32 some six times over (a copy,
     absolute value, scaled, clamped, 32-bit codes): 24 bytes for each of a million elements; 12 MB
-    of slack are for the tokenizer and the allocator. A shard more in memory would not fit in.
+    of slack are for the tokenizer and the allocator. One more shard in memory would exceed this
+    limit.
 
     glibc's threshold for mapping an allocation is fixed at its initial 128 KiB: it would else grow
     with what is freed, and the NF4 weights come to lie between holes (up to 480 MB of them, here;
@@ -514,7 +515,7 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path, tiny):
     nf4, plain = (json.loads(line) for line in run.stdout.splitlines()[-2:])
     assert stored > 200e6 and plain["resident"] == stored
     for got, workspace in ((nf4, 24 * linear), (plain, 0)):
-        assert got["growth"] > 0.9 * got["resident"]  # the watcher has seen the model
+        assert got["growth"] > 0.9 * got["resident"]  # the measurement includes the model
         assert got["growth"] < got["resident"] + workspace + 12e6, got
     assert nf4["growth"] < 0.5 * stored
 

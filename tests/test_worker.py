@@ -17,7 +17,7 @@ LONG = 100_000  # tokens; the cache grows to it only in steps
 
 
 class Inbox:
-    """What a worker delivers, by job."""
+    """The pieces that a worker delivers, by job."""
 
     def __init__(self):
         self.pieces, self.changed = [], threading.Condition()

@@ -1,4 +1,5 @@
-"""Examples become windows of micro-batches; the window of any step needs no earlier ones.
+"""Group examples into windows of micro-batches. The window of a step can be computed without those
+of earlier steps.
 
 A window is the accumulation window: the examples of one optimizer step. They follow from the step's
 number alone (each epoch has an order seeded by seed and epoch), so a resumed run continues with the

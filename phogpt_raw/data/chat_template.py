@@ -1,7 +1,7 @@
-"""Which of PhoGPT's templates a base asks for.
+"""Choose the template of PhoGPT that a base uses.
 
-A chat template is a program in Jinja that comes with a base. Its sandbox keeps it from files and
-from Python, but not from running for ever or from filling the memory: it runs with limits.
+A chat template is a program in Jinja that comes with a base. Jinja's sandbox gives it no access to
+files and to Python. But it could run for ever or fill the memory, so it runs with limits.
 """
 
 from phogpt_raw.data.prompt import TEMPLATES
@@ -15,8 +15,8 @@ NAME_ONE = "name one of PhoGPT's with --template"
 
 
 def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
-    """(name, reason): the first of those asked for that is not auto, else by the tokenizer's chat
-    template, else by its vocabulary."""
+    """(name, reason): the first name in `asked` that is not auto. If there is none, the tokenizer's
+    chat template decides, or without one the size of its vocabulary."""
     for name in asked:
         if name != "auto":
             return name, _("asked for by --template")
@@ -25,7 +25,7 @@ def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
         for name, template in TEMPLATES.items():
             if shown == template.question.format("?"):
                 return name, _("the tokenizer's chat template")
-        raise Refusal(f"the tokenizer's chat template is none of PhoGPT's (it gives {shown!r}); "
+        raise Refusal(f"the tokenizer's chat template is not PhoGPT's (it gives {shown!r}); "
                       f"{NAME_ONE}")
     if len(tokenizer) > BLOOM_SIZED:
         return "7b5-instruct", _("a vocabulary of {n:,} is 7B5's", n=len(tokenizer))
@@ -33,7 +33,7 @@ def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
 
 
 def rendered(tokenizer) -> str:
-    """The first letters of what the chat template makes of the question "?"."""
+    """The first characters of the text that the chat template gives for the question "?"."""
     def render() -> str:
         return tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False,
                                              add_generation_prompt=True)[:LETTERS]

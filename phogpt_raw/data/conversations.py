@@ -9,8 +9,8 @@ The fields decide which format it is; fields.py has their names. What a row may 
 - {text}, which is learned as it is.
 
 Text is normalised to NFC: Vietnamese typed on a Mac often arrives as NFD, looks the same, and
-becomes other tokens. A text that wears PhoGPT's template is taken out of it. Nothing is guessed:
-a number, a list or a half letter where a text should be makes a bad row.
+becomes other tokens. If a text already contains PhoGPT's template, the template is removed. Nothing
+is guessed: a row with a number, a list or an incomplete character in the place of a text is bad.
 """
 
 import hashlib
@@ -41,15 +41,15 @@ WHO, SAID = ("role", "from", "vaitro"), ("content", "value", "text", "noidung") 
 NEEDS = ("a row needs prompt and response, or instruction and output, or messages, or text; "
          "--map response=NAME,prompt=NAME names others")
 WORN = re.compile(r"^### (Câu hỏi|Trả lời):", re.MULTILINE)
-# How texts of other models' templates begin.
+# The beginnings of texts in other models' templates.
 FOREIGN = re.compile(r"\s*(<\|im_start\|>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>|"
                      r"<\|start_header_id\|>|<s>\s*\[INST\]|\[INST\]|<start_of_turn>|<bos>|"
                      r"### ?Instruction:|### ?Human:|### ?User:|USER:|Human:|"
                      r"Below is an instruction that describes a task)")
-# How their answers end, and where they change the speaker.
+# The special tokens at the end of their answers and between speakers.
 FOREIGN_INSIDE = re.compile(r"<\|(?:im_start|im_end|eot_id|endoftext|end_of_text|end|"
                             r"start_header_id)\|>|\[/INST\]|<(?:start|end)_of_turn>")
-# What can be seen; a text of spaces, control characters and letters without width is empty.
+# A visible character. A text of spaces, control characters and zero-width characters is empty.
 VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2060\ufeff]")
 SAMPLE = 50  # conversations of a file that decide whether it is in TCVN3 or VNI
 
@@ -69,7 +69,7 @@ class Conversation:
 
     @property
     def hash(self) -> int:
-        """A number below 2^64 from the texts, in which capitals and spaces do not count."""
+        """A hash of the texts, below 2^64; capitals and spaces do not change it."""
         text = "\0".join(" ".join(text.casefold().split()) for _role, text in self.turns)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
@@ -121,12 +121,12 @@ def check_font(sample: list[Conversation]) -> None:
     if MOJIBAKE.search(text):
         return
     if name := font_encoding(text):
-        raise Refusal(f"{sample[0].where}: the text is in {name}, letters of an old font; "
+        raise Refusal(f"{sample[0].where}: the text is in {name}, an old Vietnamese encoding; "
                       f"{CONVERT}")
 
 
 class Reader:
-    """Records as conversations. It says what it found to `findings`."""
+    """Records as conversations. Notes on the record go into `findings`."""
 
     def __init__(self, findings: Findings, mapped: dict[str, str]):
         self.findings = findings
@@ -185,7 +185,7 @@ class Reader:
         if not isinstance(record.value, dict):
             raise Unusable(f"a row is an object with fields, not {kind_of(record.value)}")
         if isinstance(record.value, Twice):
-            raise Unusable(f"{record.value.key} stands twice; remove one")
+            raise Unusable(f"{record.value.key} appears twice; remove one")
         found: dict[str, tuple[str, object]] = {}
         for name, value in record.value.items():
             if isinstance(value, float) and value != value:
@@ -220,7 +220,7 @@ class Reader:
         return [*before, *asked, (ASSISTANT, answered)]
 
     def unworn(self, name: str, value) -> list[tuple[str, str]]:
-        """A prompt's turns: itself, or those of the template that it wears."""
+        """The turns of a prompt: one, or those of the template that it contains."""
         prompt = text(name, value)
         if not prompt.startswith("### Câu hỏi:"):
             refuse_foreign(name, prompt)
@@ -230,7 +230,7 @@ class Reader:
         if turns[-1] == (ASSISTANT, ""):
             turns.pop()
         if not turns or turns[-1][0] != USER:
-            raise Unusable(f"{name} wears PhoGPT's template and holds an answer too; a prompt "
+            raise Unusable(f"{name} contains PhoGPT's template with an answer; a prompt "
                            f"ends with ### Trả lời:")
         return turns
 
@@ -335,12 +335,13 @@ def worn(whole: str) -> list[tuple[str, str]]:
 
 def refuse_foreign(name: str, value: str) -> None:
     if found := FOREIGN.match(value):
-        raise Unusable(f"{name} wears the template of another model ({found[1]}); give the plain "
-                       f"text")
+        raise Unusable(f"{name} contains the template of another model ({found[1]}); give "
+                       f"the plain text")
 
 
 def text(name: str, value) -> str:
-    """A field's text, in NFC and without white space around it; Unusable if it is none."""
+    """A field's text, in NFC and without white space around it; raises Unusable if the value is not
+    text."""
     if isinstance(value, NoText):
         raise Unusable(f"{name} {value.why}")
     if not isinstance(value, str):
@@ -348,7 +349,7 @@ def text(name: str, value) -> str:
             "write a text in quotes")
         raise Unusable(f"{name} is not text but {kind_of(value)}; {right}")
     if len(value) > LONGEST:
-        raise Unusable(f"{name} has {len(value):,} letters; cut it into rows of at most "
+        raise Unusable(f"{name} has {len(value):,} characters; cut it into rows of at most "
                        f"{LONGEST:,}")
     if not value.isascii():
         if HALF.search(value):

@@ -1,7 +1,7 @@
-"""All rows of the sources as documents of token ids, with what was found on the way.
+"""All rows of the sources as documents of token ids, and the findings in their files.
 
-This is the chain from files to ids: records, conversations, documents. A file of which too many
-rows are bad is refused here.
+This is the chain from files to ids: records, conversations, documents. A file with too many bad
+rows is refused here.
 """
 
 import re
@@ -107,7 +107,7 @@ def units(source: Source) -> Iterator[tuple[Iterable, Findings]]:
 
 
 def seen(talks: Iterable[Conversation], findings: Findings) -> Iterator[Conversation]:
-    """The conversations; what is odd in their texts is counted."""
+    """The conversations; odd properties of their texts are counted."""
     for talk in talks:
         texts = [text for _role, text in talk.turns]
         if not any(map(VIETNAMESE.search, texts)) and \
@@ -119,7 +119,7 @@ def seen(talks: Iterable[Conversation], findings: Findings) -> Iterator[Conversa
                     findings.note("mojibake", talk.where)
                     break
             if any("\ufffd" in text for text in texts):
-                findings.note("lost letters", talk.where)
+                findings.note("lost characters", talk.where)
             if any(TEMPLATE_INSIDE.search(text) for text in texts):
                 findings.note("template inside", talk.where)
         if any(map(CONTROL.search, texts)):

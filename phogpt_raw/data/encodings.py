@@ -2,9 +2,10 @@
 
 UTF-8 and UTF-16 are read, with or without a byte order mark. Windows-1258 is read too: its files
 hold ê and a combining accent where Unicode has ế, so what is read must be normalised to NFC. TCVN3
-(ABC) and VNI are encodings of fonts. They are recognised by what a file's words become when its
-bytes are taken as such: Vietnamese has few kinds of syllables, and a wrong table gives none of
-them. They are refused, because TCVN3 keeps capitals only in its fonts.
+(ABC) and VNI are old encodings that need special fonts. They are recognised by decoding the file's
+bytes with their tables: Vietnamese has few possible syllables, and text that is decoded with the
+wrong table has almost none of them. They are refused, because TCVN3 keeps capitals only in its
+fonts.
 
 >>> detect("Phở là gì?".encode("utf-16")), detect(b"Ti\\xaa\\xecng Vi\\xea\\xf2t")
 ('utf-16', None)
@@ -23,7 +24,7 @@ CONVERT = "convert it to Unicode first, for example with UniKey (Ctrl+Shift+F6)"
 TCVN3 = dict(zip(range(0xA1, 0x100), (
     "ĂÂÊÔƠƯĐăâêôơưđ......àảãáạ.ằẳẵắ.......ặầẩẫấậè.ẻẽéẹềểễếệìỉ...ĩíịò.ỏõóọồổỗốộờởỡớợù.ủũ"
     "úụừửữứựỳỷỹýỵ."), strict=True))
-# VNI for Windows: a letter's marks are a byte of their own behind it.
+# VNI for Windows: the marks of a letter are a separate byte after it.
 VNI = {0xF4: "ơ", 0xF6: "ư", 0xF1: "đ", 0xED: "í", 0xEC: "ì", 0xE6: "ỉ", 0xF3: "ĩ", 0xF2: "ị",
        0xEE: "ỵ", 0xD4: "Ơ", 0xD6: "Ư", 0xD1: "Đ", 0xCD: "Í", 0xCC: "Ì", 0xC6: "Ỉ", 0xD3: "Ĩ",
        0xD2: "Ị", 0xCE: "Ỵ"}
@@ -46,9 +47,9 @@ MOJIBAKE = re.compile("á[»º][\u0080-ÿŒœŠšŸŽžƒˆ˜–—‘’‚“�
 
 
 def detect(head: bytes) -> str | None:
-    """The codec of a file that begins so, or "TCVN3" or "VNI"; None for what is none of them.
+    """The codec of a file with this beginning, or "TCVN3" or "VNI"; None if it is none of these.
 
-    Lines that are not UTF-8 among those that are do not make another encoding of it.
+    A file in UTF-8 stays one even if a few of its lines are not UTF-8.
     """
     if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
         return "utf-32"
@@ -60,7 +61,7 @@ def detect(head: bytes) -> str | None:
     if 3 * max(even, odd) > len(head) // 2 > 0 and 20 * min(even, odd) < len(head):
         return "utf-16-le" if odd > even else "utf-16-be"
     if len(head) == HEAD:
-        head = head[: head.rfind(b"\n") + 1] or head[:-4]  # no half letter at the end
+        head = head[: head.rfind(b"\n") + 1] or head[:-4]  # no incomplete character at the end
     text = head.decode("utf-8", "surrogateescape")
     wrong = len(UNDECODED.findall(text))
     if not wrong or 2 * wrong < len(re.findall("[^\x00-\x7f]", text)):

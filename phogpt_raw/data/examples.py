@@ -16,8 +16,8 @@ from phogpt_raw.data.sources import Source, find_source
 from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
-# Without --hold-out: this share is held out, and so many rows at least, of files with ENOUGH rows.
-# One or two held-out rows would decide by chance which adapter is the best.
+# Without --hold-out, this share of a file with ENOUGH rows is held out, and at least LEAST rows.
+# With only one or two held-out rows, chance would decide which adapter is the best.
 DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
 PAD = 3  # any token: a plan has no values
 STEPS = 50  # of a plan without rows, so that its warm-up is that of most runs
@@ -26,8 +26,7 @@ PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 @dataclass(frozen=True)
 class DataFile:
-    """What was read: its name without the path, and the SHA-256 of its bytes; of several, both of
-    each."""
+    """Names (without paths) and SHA-256 hashes of the files that were read."""
 
     name: str
     sha256: str
@@ -117,7 +116,7 @@ def names(sources: list[Source]) -> str:
 
 
 def file_names(sources: list[Source]) -> str:
-    """Without their paths."""
+    """The names of the files, without their paths."""
     return ", ".join(Path(source.name).name for source in sources)
 
 
@@ -141,9 +140,9 @@ def check_map(spec: str | None, *found: Rows) -> None:
 
 
 def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
-    """The rows' documents, each as often as the weight of its source says. Of a part of a time it
-    is decided by a hash of the row's text (by other bits of it than what is held out), so that it
-    is the same in every run."""
+    """The rows' documents, each as often as the weight of its source says. For a weight such as
+    2.5, a hash of the row's text decides whether the row is repeated a third time, so that this is
+    the same in every run. It uses other bits of the hash than the choice of held-out rows."""
     return [document for row in rows
             for _ in range(int(weights[row.source])
                            + (row.hash % 2**32 < weights[row.source] % 1 * 2**32))
@@ -151,7 +150,7 @@ def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
 
 
 def questions(tokenizer, template: Template, examples: Iterable[Example]) -> list[str]:
-    """What is asked by each example that asks, as typed."""
+    """The questions of the examples that have one, as typed."""
     before, after = template.question.split("{}")
     return [tokenizer.decode(example.prompt).removeprefix(before).removesuffix(after)
             for example in examples if example.asks]
@@ -170,7 +169,7 @@ def divide(rows: list[Encoded] | list[Conversation], hold_out: float, least: int
 
     The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
     share: rows that are added later move none of the others, unless the share is fewer than `least`
-    rows. From 1 on it is a count, reached or passed by as few as equal rows force.
+    rows. From 1 on it is a count. It is exceeded only if equal rows must stay together.
     """
     if not hold_out:
         return rows, []
@@ -186,14 +185,14 @@ def divide(rows: list[Encoded] | list[Conversation], hold_out: float, least: int
 
 
 def shared(train: list[Encoded], held_out: list[Encoded]) -> tuple[str, ...]:
-    """Where the held-out rows are that are training rows too: a file that --val names may repeat
-    rows of --data."""
+    """The places of held-out rows that are also training rows: a --val file may repeat rows of
+    --data."""
     trained = {row.hash for row in train}
     return tuple(row.where for row in held_out if row.hash in trained)
 
 
 def fingerprint(example: Example) -> str:
-    """12 hexadecimal digits that tell an encoded row from others."""
+    """A hash of an encoded row, 12 hexadecimal digits."""
     return hashlib.sha256(repr((example.ids, example.targets)).encode()).hexdigest()[:12]
 
 

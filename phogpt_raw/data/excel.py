@@ -1,7 +1,8 @@
-"""Sheets of Excel become records. A cell is text or it is said: a formula, a number that Excel
-shows in its own way, a date, an error. What cannot be text matters only where its column is used.
+"""Sheets of Excel become records. Cells that are not text are named in the error: a formula, a
+number that Excel shows in another format, a date, an error. Such a cell is an error only if its
+column is used.
 
-A file names the range of its cells, and some programs write a wrong one, so it is not believed.
+A file states the range of its cells. Some programs write a wrong range, so it is not used.
 """
 
 import re
@@ -17,8 +18,8 @@ WHOLE = 2**53  # integers above are not exact in Excel
 
 
 def sheets(path: Path, name: str, findings: Findings) -> Iterator[Record]:
-    """The rows of an .xlsx file: of its first visible sheet that holds any, and of those like it;
-    a row of another than the first names its sheet."""
+    """The rows of an .xlsx file: those of its first visible sheet with rows, and those of sheets
+    with the same columns. The place of a row in a later sheet includes the sheet's name."""
     try:
         from openpyxl import load_workbook
     except ImportError:

@@ -28,7 +28,7 @@ NAMES = {
 
 
 def plain(name: str) -> str:
-    """A name without what does not count.
+    """A name without case, spaces, marks and punctuation.
 
     >>> plain("Câu trả lời (đã sửa)")
     'cautraloidasua'

@@ -16,9 +16,9 @@ from phogpt_raw.data.fields import field_of
 from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
 from phogpt_raw.refusal import Refusal
 
-PIECE = 1 << 20  # letters read at once
+PIECE = 1 << 20  # characters read at once
 FIRST = re.compile(r"\s*(\S)")
-TOO_LONG = f"a row of more than {LONGEST:,} letters; is it one row? Cut it into several"
+TOO_LONG = f"a row of more than {LONGEST:,} characters; is it one row? Cut it into several"
 NOT_UTF8 = "is not UTF-8 at column {}; save the file as UTF-8"
 
 
@@ -33,7 +33,7 @@ class Number:
 
 
 class Twice(dict):
-    """An object in which `key` stands twice."""
+    """An object in which `key` appears twice."""
 
     key: str
 
@@ -48,7 +48,7 @@ def members(pairs: list[tuple[str, object]]) -> dict:
 
 
 def constant(text: str) -> Number | None:
-    """NaN, which pandas writes for a missing text, is null; Infinity is a number."""
+    """NaN becomes null, because pandas writes NaN for a missing text; Infinity stays a number."""
     return None if text == "NaN" else Number(text)
 
 
@@ -95,14 +95,14 @@ def json_lines(stream: TextIOBase, name: str) -> Iterator[Record | Bad]:
 
 
 class Walk:
-    """A place in JSON text that is read as far as it is needed."""
+    """A position in JSON text; more of the text is read when it is needed."""
 
     def __init__(self, stream: TextIOBase, name: str):
         self.stream, self.name = stream, name
         self.text, self.at, self.line, self.counted = "", 0, 1, 0
 
     def more(self) -> bool:
-        """Read on, twice as much as is there; forget what lies behind."""
+        """Drop the text before the position, and read until the text is twice as long."""
         self.line += self.text.count("\n", self.counted, self.at)
         self.text = self.text[self.at :]
         self.at = self.counted = 0
@@ -116,7 +116,7 @@ class Walk:
         return f"{self.name}:{self.line}"
 
     def peek(self) -> str:
-        """The next letter that is not white space, "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\n\r":
                 self.at += 1
@@ -133,7 +133,7 @@ class Walk:
                 return inside is not None and inside[1] == "{"
 
     def take(self, letters: str, what: str) -> str:
-        """The next letter, which must be one of `letters`."""
+        """The next character, which must be one of `letters`."""
         found = self.peek()
         if not found or found not in letters:
             ends = "the file ends" if not found else f"there is {found!r}"
@@ -147,7 +147,7 @@ class Walk:
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or not self.more_of(end):  # a number may go on
+                if end < len(self.text) or not self.more_of(end):  # a number may continue
                     self.at = end
                     return value
             except RecursionError:
@@ -166,7 +166,7 @@ class Walk:
                 raise Refusal(f"{self.where()}: {TOO_LONG}")
 
     def more_of(self, end: int) -> bool:
-        """Whether there is more text behind a value that ends where the text read so far does."""
+        """Whether more text follows a value that ends at the end of the text read so far."""
         return self.text[end - 1] not in '"}]' and self.more()
 
 
@@ -191,7 +191,7 @@ def json_values(stream: TextIOBase, name: str, findings: Findings) -> Iterator[R
 
 
 def list_members(walk: Walk) -> Iterator[Record]:
-    """What follows the [ of a list."""
+    """The members of a list, after its [."""
     if walk.peek() == "]":
         walk.at += 1
         return

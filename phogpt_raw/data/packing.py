@@ -5,8 +5,9 @@ answer has about a hundred tokens; a row with all examples of a window has a tho
 row do not see each other (model/documents.py), so packing changes only the speed of a step.
 
 Best fit decides which examples share a row: the longest example first, each into the fullest row
-that has room for it. The rows of a run have few different lengths, since each length is compiled
-and captured once. The lengths are chosen before the first step, from the run's own rows.
+that has room for it. The rows of a run have few different lengths, because compiling and capturing
+take time for each new length. The lengths are chosen before the first step, from the run's own
+rows.
 
 >>> best_fit([50, 60, 40, 30, 20], capacity=100)
 [[1, 2], [0, 3, 4]]

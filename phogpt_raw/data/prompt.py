@@ -1,9 +1,9 @@
-"""A conversation becomes token ids, and the token that each position must predict.
+"""A conversation becomes token ids and targets: the token that each position must predict.
 
 The loss is on every answer and its `</s>`, never on a question; on a `{text}` it is on all of it.
 PhoGPT's tokenizer adds neither `<s>` nor `</s>` by itself, so `</s>` is appended here; padding is
-another token (`<pad>`, 3), so that no mask made from padding can swallow it. A model whose `</s>`
-was masked never stops.
+another token (`<pad>`, 3), so that a mask of the padding never masks `</s>` too. A model whose
+`</s>` was masked never stops.
 
 A conversation of several turns is what PhoGPT-4B-Chat's own chat template makes of it: each answer
 ends with `</s>`, and the next question follows. Neither template has a place for a system text; it
@@ -25,12 +25,12 @@ from phogpt_raw.refusal import Refusal
 IGNORED = -100  # the target of a position that carries no loss, as in torch
 AT_ONCE = 512  # conversations that are tokenized together
 LETTERS = 256  # no token has more, so a text of more letters for each token does not fit
-PART = 1 << 16  # letters of a long text that are tokenized at once
+PART = 1 << 16  # characters of a long text that are tokenized at once
 
 
 @dataclass(frozen=True)
 class Template:
-    """VinAI's text around a question, what stands between it and the answer, and what between an
+    """VinAI's text around a question, the text between question and answer, and the text between an
     answer and the next question."""
 
     question: str
@@ -92,7 +92,8 @@ def encode_text(tokenizer, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer, template: Template, prompt: str) -> list[int]:
-    """Ids of the question in its template; a prompt that already wears one is left as it is."""
+    """Ids of the question in its template; a prompt that already contains a template does not
+    change."""
     prompt = unicodedata.normalize("NFC", prompt).strip()
     if prompt.startswith("### Câu hỏi:") and prompt.endswith("### Trả lời:"):
         return encode_text(tokenizer, prompt)
@@ -148,7 +149,7 @@ def encode(tokenizer, template: Template, rows: Iterable[Conversation], max_len:
 
 
 class TooLong(Exception):
-    """Why a conversation cannot be made to fit."""
+    """The reason why a conversation cannot be shortened to fit."""
 
 
 def spoken(template: Template, row: Conversation, end: str, findings: Findings) -> Iterator[str]:

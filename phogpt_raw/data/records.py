@@ -1,5 +1,5 @@
-"""What is read from files before it is understood: records, each with file and line; bad ones; and
-what was found on the way, counted."""
+"""Records as they are read from files, each with file and line, before their format is known; bad
+records; and counted notes on records."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from phogpt_raw.refusal import Refusal
 
-LONGEST = 10_000_000  # letters of a record; more is a broken file and would fill the memory
+LONGEST = 10_000_000  # characters of a record; a longer one means a broken file
 ENOUGH, NAMED = 0.9, 10  # share of good rows below which none is left out; bad rows that are named
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 MANY = 100_000  # bad rows, more than good ones: the rest of the file is not read
@@ -23,7 +23,7 @@ class Record:
 
 @dataclass(frozen=True)
 class NoText:
-    """What a file has in place of a text: `why` it cannot be used as one, and what would be
+    """A value in the place of a text: `why` it cannot be used as one, and what would be
     right."""
 
     why: str
@@ -42,7 +42,7 @@ class Bad:
 
 @dataclass(frozen=True)
 class Note:
-    """How often something was found, where first, and what there (a name or an example)."""
+    """A note: how often something was found, where it was found first, and a name or an example."""
 
     count: int
     where: str
@@ -69,14 +69,15 @@ class Findings:
             self.note(kind, note.where, note.example, note.count)
 
     def reject(self, bad: Bad) -> None:
-        """Count a bad row; Refusal where so many are bad that reading on would take long."""
+        """Count a bad row. Raises Refusal if more than MANY rows are bad and these are more than
+        the good ones: then the rest of the file is not read."""
         self.bad.append(Bad(printable(bad.where), printable(bad.what)))
         if len(self.bad) > max(MANY, self.good):
             raise Refusal(f"{named(self.bad)} ({len(self.bad):,} rows cannot be used so far, and "
                           f"{self.good:,} can)")
 
     def sift(self, found: Iterable) -> Iterator:
-        """What is not bad; the bad is kept here."""
+        """Yields the good records; the bad ones are stored here."""
         for one in found:
             if isinstance(one, Bad):
                 self.reject(one)
@@ -84,7 +85,7 @@ class Findings:
                 yield one
 
     def check(self, strict: bool) -> None:
-        """Raise Refusal where rows are bad that may not be left out."""
+        """Raise Refusal if more rows are bad than may be left out."""
         total = self.good + len(self.bad)
         if not self.bad or (not strict and self.good >= ENOUGH * total):
             return
@@ -104,8 +105,8 @@ def check_all(findings: Findings) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that any UTF-8 output takes and no terminal obeys: half a character and a control
-    character are written as their codes.
+    """Text that is safe to print: incomplete characters and control characters are written as their
+    codes.
 
     >>> printable("a\\ud83db\\x1b[2J")
     'a\\\\ud83db\\\\x1b[2J'

@@ -40,7 +40,7 @@ class Report:
 
 
 def report(rows: list[Encoded], findings: Findings) -> Report:
-    """Of the rows that are trained on; at least one."""
+    """The report of the rows that are trained on; there must be at least one."""
     documents = [document for row in rows for document in row.documents]
     changed = sum(findings.notes[kind].count for kind in ("cut", "split", "dropped")
                   if kind in findings.notes)

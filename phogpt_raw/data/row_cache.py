@@ -1,7 +1,7 @@
 """`--data-cache DIR`: the encoded rows of the sources in one file, so that a later start is faster.
 
 A file's name is a hash of all that decides what is in it: the bytes and names of the sources, the
-tokenizer, and the settings of reading and encoding. What has changed has another name.
+tokenizer, and the settings of reading and encoding. If one of these changes, the name changes.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def through_cache(folder: str | None, sources: list[Source], tokenizer, template
                   settings: dict, encode: Callable[[], Rows]) -> Rows:
     """The rows from the folder's file, else from `encode`, whose result is written there.
 
-    A hub dataset may change under its name and is never taken from a file.
+    A hub dataset may change while its name stays the same, so it is never read from the cache.
     """
     if folder is None or any(source.hub for source in sources):
         return encode()

@@ -1,7 +1,7 @@
 """Files of any kind, folders and hub datasets become records, each with file and line.
 
 Text is read by the standard library: `datasets` and pandas guess types column by column and lose
-the line. Nothing is looked up on a network unless `owner/name` is named that is no path here.
+the line. The network is used only for a name `owner/name` that is not a path on this computer.
 """
 
 import gzip
@@ -27,7 +27,7 @@ from phogpt_raw.refusal import Refusal
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "table", ".tsv": "table",
          ".txt": "text", ".md": "text", ".markdown": "text", ".xlsx": "xlsx",
          ".parquet": "parquet"}
-# How files begin that are no text, whatever their names.
+# The first bytes of files that are not text. The name of the file does not matter.
 OTHER = {b"PK\x03\x04": "a .zip, .xlsx or .docx file; unpack it, or name it as what it is",
          b"\x1f\x8b": "a .gz file within a .gz file; unpack it once",
          b"\xd0\xcf\x11\xe0": "an old .xls or .doc file; save it as .xlsx or as text",
@@ -160,8 +160,8 @@ def refused(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path, findings: Findings) -> Iterator[TextIOWrapper]:
-    """The text of a file, unpacked where it is gzip; a byte that is not of its encoding becomes
-    half a character, and every line end \\n."""
+    """The text of a file, unpacked where it is gzip; a byte that is not valid in the encoding
+    becomes a lone surrogate, and every line end becomes \\n."""
     with path.open("rb") as content:
         if content.read(2) == b"\x1f\x8b":
             content.seek(0)
@@ -183,7 +183,7 @@ def opened(path: Path, findings: Findings) -> Iterator[TextIOWrapper]:
 
 
 def either_json(stream: TextIOWrapper, name: str, findings: Findings) -> Iterator[Record | Bad]:
-    """JSON lines; or a list, or objects over several lines, under the same name."""
+    """JSON lines; also a list, or objects over several lines, in a file with the ending .jsonl."""
     while (start := stream.readline(LONGEST)).isspace():
         pass
     if start.lstrip().startswith("[") or start.strip() == "{":
@@ -210,7 +210,7 @@ def documents(stream: TextIOWrapper, name: str) -> Iterator[Record | Bad]:
             first, lines, size = number, [], 0
         before, size = size, size + (LONGEST + 1 if line is None else len(line))
         if before <= LONGEST < size:
-            yield Bad(f"{name}:{first}", f"a text of more than {LONGEST:,} letters; cut it into "
+            yield Bad(f"{name}:{first}", f"a text of more than {LONGEST:,} characters; cut it into "
                                          f"several files")
             lines = []
         elif size <= LONGEST:
@@ -227,6 +227,6 @@ def read_hub(repository: str, split: str, revision: str | None) -> Iterator[Reco
         rows = datasets.load_dataset(repository, split=split, revision=revision, streaming=True)
         for number, row in enumerate(rows, 1):
             yield Record(row, f"{name}:{number}")
-    except Exception as error:  # of the network, the hub, a loading script, a file's format
+    except Exception as error:  # of the network, the hub, or the files
         raise Refusal(f"{name}: is no file here, and cannot be read from the hub "
                       f"({one_line(error)})") from None

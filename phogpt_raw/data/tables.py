@@ -1,8 +1,9 @@
 """Tables become records: text with any delimiter, and parquet.
 
-The first row names the columns. A quote or a comma too much moves texts into other columns or
-swallows rows, so every row must have as many cells as there are names, and a quoted cell must end
-where a cell may end. A row that does not is bad, and reading goes on with the line after its first.
+The first row names the columns. An extra quote or comma moves texts into other columns, or joins
+rows. So every row must have as many cells as there are names, and a closing quote must be followed
+by a delimiter or a line end. Other rows are bad. After a bad row, reading continues with the line
+after its first line.
 """
 
 import csv
@@ -18,12 +19,12 @@ from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
 from phogpt_raw.refusal import Refusal
 
 DELIMITERS = ",;\t|"
-MOST_LINES = 1000  # of a quoted cell; one that is longer has lost its end
+MOST_LINES = 1000  # lines of a quoted cell; in a longer one the closing quote is missing
 LIKE_ROWS = 10  # lines within a cell that look like rows: so many are not a text
 
 
 class Text:
-    """The lines of a table, which can be taken back."""
+    """The lines of a table; lines can be put back and read again."""
 
     def __init__(self, lines: Iterable[str | None]):
         self.lines, self.back = iter(lines), deque()
@@ -45,7 +46,7 @@ class Text:
             yield line
 
     def done(self, lines: int) -> None:
-        """The record had so many lines; the others are read again."""
+        """The record had this number of lines; the lines after it are read again."""
         self.back.extendleft(reversed(self.taken[lines:]))
         self.number += lines
         self.taken = []
@@ -78,8 +79,8 @@ def in_words(error: str) -> str:
 
 
 def delimiter_of(head: str) -> str:
-    """The delimiter of a table that begins so: it separates the names, and the most rows have as
-    many cells as there are names.
+    """The delimiter of a table with this beginning: it occurs between the names, and with it the
+    most rows have as many cells as there are names.
 
     >>> delimiter_of("Câu hỏi;Trả lời\\nSao, vậy?;Dạ, vâng\\n"), delimiter_of("a\\tb\\n1\\t2")
     (';', '\\t')
@@ -129,12 +130,12 @@ def text_table(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Re
 
 
 def columns(cells: list, where: str) -> list[str]:
-    """The names of columns; raises Refusal where one stands twice."""
+    """The names of columns; raises Refusal where one appears twice."""
     names = [cell.strip() or f"column {n}" for n, cell in enumerate(cells, 1)]
     folded = [name.casefold() for name in names]
     for name in names:
         if folded.count(name.casefold()) > 1:
-            raise Refusal(f"{where}: the column {name} stands twice; which one is meant? Rename "
+            raise Refusal(f"{where}: the column {name} appears twice; which one is meant? Rename "
                           f"or remove one")
         if (column := undecoded(name)) is not None:
             raise Refusal(f"{where}: {NOT_UTF8.format(column)}")
@@ -166,7 +167,7 @@ def rows_within(cell: str, names: list[str], delimiter: str) -> int:
 
 
 def parquet(path: Path, name: str) -> Iterator[Record]:
-    """The rows of a .parquet file; their numbers stand for lines."""
+    """The rows of a .parquet file; row numbers are used in place of line numbers."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -192,8 +193,8 @@ def parquet(path: Path, name: str) -> Iterator[Record]:
 
 
 def check_sizes(metadata, name: str) -> None:
-    """Raise Refusal where the rows of a group have more bytes on average than a record may have
-    letters of four bytes; nothing is read for it."""
+    """Raise Refusal if the rows of a group are too long on average: more than LONGEST characters of
+    four bytes. This reads only the file's metadata."""
     for n in range(metadata.num_row_groups):
         group = metadata.row_group(n)
         if group.total_byte_size > 4 * LONGEST * max(1, group.num_rows):

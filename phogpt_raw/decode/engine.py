@@ -93,9 +93,9 @@ def evaluating(model: PhoGPT):
 class Engine:
     """Answers of one model, at most `rows` at once; use it as a context manager.
 
-    It gathers weights and adapters at the first prompt. Later changes to them need a new engine.
-    An engine of one row does not read again what the prompt before and its answer begin with: in a
-    conversation each turn costs its own tokens only.
+    It gathers weights and adapters at the first prompt. Later changes to them need a new engine. An
+    engine of one row keeps the cache of the last prompt and its answer. It does not read a common
+    beginning again: in a conversation each turn costs its own tokens only.
 
     eos_id: the token that ends an answer. capture: run steps as CUDA graphs on a GPU. memory: a
     context in which large tensors are allocated.
@@ -225,7 +225,7 @@ class Engine:
         if self.cache is None:
             self.begin(positions)
         elif positions > self.cache.positions:
-            self.graphs.clear()  # they use the old tensors
+            self.graphs.clear()  # the graphs use the old tensors
             with self.memory():
                 self.cache.grow(positions)
             if self.history_BS is not None:
@@ -256,7 +256,7 @@ class Engine:
         """Read these prompts, given shortest first, and choose the first token of each answer."""
         first, lengths = len(self.rows), [len(row.prompt) for row in group]
         known = self.known(group[0].prompt)
-        self.kept = self.kept[:known]  # what follows is overwritten, also if reading breaks off
+        self.kept = self.kept[:known]  # the rest is overwritten, even if reading is interrupted
         place = slice(first, first + len(group))
         ids_BL = torch.full((len(group), lengths[-1]), self.pad_id)
         for n, row in enumerate(group):
@@ -308,7 +308,7 @@ class Engine:
         if n is None:
             return
         last = len(self.rows) - 1
-        self.kept = self.rows[n].prompt + self.rows[n].ids[:-1]  # the last was not read any more
+        self.kept = self.rows[n].prompt + self.rows[n].ids[:-1]  # the last is not in the cache
         if n != last:
             self.cache.move(last, n)
             self.values_PB[:, n] = self.values_PB[:, last]
@@ -336,7 +336,7 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.step(*kind)
-            self.graphs[kind] = graph  # not before: Ctrl-C may break the capture off
+            self.graphs[kind] = graph  # not before: Ctrl-C may interrupt the capture
             graph.replay()
         else:
             self.seen.add(kind)

@@ -3,7 +3,7 @@
 For one token the model's own forward launches some thirty kernels a block, most of them tiny. The
 time then goes to launches and to small tensors that are written to memory and read back.
 `one_token` here is the whole step. Its matrix products are those of model/nf4_product.py. Three
-more functions do everything between the products; each stands below its plain version:
+more functions do everything between the products; each is below its plain version:
 
     norm_low     layer norm, and x Aᵀ for the linear that follows
     attend_low   attention in parts of the cache, which are then combined, and x Aᵀ
@@ -81,7 +81,8 @@ def one_token(x_BD, blocks: list[Block], cache: Cache, slopes_H, scale: float,
 
 
 def many_rows(x_BLD: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """x through a linear and its adapter, for so many rows that dequantising W first is faster."""
+    """x through a linear and its adapter, for a number of rows with which dequantising W first is
+    faster."""
     x_ND = x_BLD.flatten(0, 1)
     weight = dequantise_fused(linear.packed, linear.fields, linear.offset)
     y_NO = torch.addmm(linear.bias_O, x_ND, weight.t())
@@ -175,7 +176,7 @@ def low_rank(x_B2, linear: Linear) -> torch.Tensor | None:
 
 
 def norm_low_plain(x_BD, norm: Norm, linear: Linear):
-    """(layer norm of x, in halves; its low_rank)."""
+    """(the layer norm of x, in halves; low_rank of this norm)."""
     y_B2 = halves(norm(x_BD))
     return y_B2, low_rank_plain(y_B2, linear)
 
@@ -201,7 +202,8 @@ def pointer(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
 
 
 def attend_low_plain(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear):
-    """(attention of each row's token to its cache and itself, in halves; its low_rank).
+    """(the attention output of each row's token over its cache and itself, in halves; low_rank of
+    this output).
 
     qkv_BF [B, 3 D]; kv [2, rows, H, S, K]: the token's key and value are written into it.
     """

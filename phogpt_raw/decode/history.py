@@ -1,7 +1,7 @@
 """A conversation as token ids, in the history format of PhoGPT-4B-Chat.
 
-Its turns follow each other as in the tokenizer's chat template: after each answer stands `</s>`,
-and each later question begins on a new line. PhoGPT-7B5-Instruct was published without a history
+Its turns follow each other as in the tokenizer's chat template: each answer ends with `</s>`, and
+each later question begins on a new line. PhoGPT-7B5-Instruct was published without a history
 format; its turns are put together in the same way, with an empty line between them.
 """
 
@@ -23,8 +23,7 @@ def encode_history(tokenizer, template: Template, turns: list[Turn],
                    system: str = "") -> list[int]:
     """Ids of a conversation, up to where the answer of its last turn begins.
 
-    system: what the model is told beforehand; PhoGPT has no place for it, so it stands before the
-    first question.
+    system: the system text. PhoGPT has no place for it, so it is put before the first question.
     """
     ids = []
     for n, turn in enumerate(turns):

@@ -31,7 +31,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """The weights of a block; each linear is what fused.py or dense.py gathers of it."""
+    """The weights of a block; each linear in the form that fused.py or dense.py uses."""
 
     norm_1: Norm
     Wqkv: object

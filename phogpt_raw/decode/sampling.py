@@ -1,9 +1,9 @@
 """Choose the next token: the most likely one, or one drawn at random.
 
 Temperature, top-k, top-p, min-p and the repetition penalty compute what transformers' processors
-do, but each row of a batch has its own values, which stand in tensors on the device: rows with
-other values come and go while a CUDA graph stays. A token is drawn as the argmax of the scores plus
-Gumbel noise, which picks each token with its probability (Gumbel 1954; Maddison et al. 2014,
+do, but each row of a batch has its own values. These are in tensors on the device, so one CUDA
+graph serves rows with different values. A token is drawn as the argmax of the scores plus Gumbel
+noise, which picks each token with its probability (Gumbel 1954; Maddison et al. 2014,
 arXiv:1411.0030).
 
 The noise is a hash of the row's seed, the token's position and its id, so no generator state must

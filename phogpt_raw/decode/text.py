@@ -1,7 +1,8 @@
 """Turn tokens into text as they are written, and stop before a stop string.
 
-A Vietnamese letter takes two or three bytes, and a token may end inside one. An incomplete letter
-waits for the next token. So does text that may be the beginning of a stop string.
+A Vietnamese character takes two or three bytes, and a token may end inside a character. An
+incomplete character is held back until the next token. So is text that may be the beginning of a
+stop string.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ class TextStream:
 
 
 def begun(text: str, stop: str) -> int:
-    """How many letters at the end of `text` may be the beginning of `stop`.
+    """How many characters at the end of `text` may be the beginning of `stop`.
 
     >>> begun("một câu\\n#", "\\n###"), begun("một câu", "\\n###")
     (2, 0)

@@ -1,12 +1,12 @@
-"""Take a fine-tuned PhoGPT elsewhere: files for transformers, llama.cpp and Ollama.
+"""Export a fine-tuned PhoGPT: files for transformers, llama.cpp and Ollama.
 
     python -m phogpt_raw.export runs/nano-001 out --merged       a checkpoint for transformers
     python -m phogpt_raw.export runs/nano-001 out --gguf q8_0    for llama.cpp and Ollama
     python -m phogpt_raw.export runs/nano-001 out --lora-gguf    for llama.cpp, over a base's GGUF
-    python -m phogpt_raw.export runs/nano-001 --push ME/NAME     adapter and card, to the hub
+    python -m phogpt_raw.export runs/nano-001 --push ME/NAME     adapter and model card, to the hub
 
-The adapter's base is read as it is stored and never quantised on the way. The folder is written
-whole or not at all.
+An adapter is merged into the base's stored weights, which are not quantised first. The folder is
+written completely or not at all.
 """
 
 import argparse
@@ -45,25 +45,26 @@ def parse(arguments):
                         help="the folder to write; must not exist")
     parser.add_argument("--merged", action="store_true", help="a checkpoint in PhoGPT's format, "
                         "the adapter merged into the base's weights")
-    parser.add_argument("--gguf", choices=gguf.KINDS, help="model.gguf for llama.cpp, merged, and "
-                        "a Modelfile for Ollama")
-    parser.add_argument("--lora-gguf", "--lora_gguf", action="store_true", help="adapter.gguf: the "
-                        "adapter alone, for llama.cpp over a GGUF of the same base")
-    parser.add_argument("--nf4", action="store_true", help="the base's weights in NF4, as this "
-                        "computer quantises them, without an adapter; train.py and generate.py "
-                        "read them with --nf4-cache OUT/nf4")
+    parser.add_argument("--gguf", choices=gguf.KINDS, help="the merged model as model.gguf for "
+                        "llama.cpp, and a Modelfile for Ollama")
+    parser.add_argument("--lora-gguf", "--lora_gguf", action="store_true", help="the adapter alone "
+                        "as adapter.gguf, for llama.cpp with a GGUF of the same base")
+    parser.add_argument("--nf4", action="store_true", help="the base's weights in NF4, without an "
+                        "adapter, for this computer; train.py and generate.py read them with "
+                        "--nf4-cache OUT/nf4")
     parser.add_argument("--no-nf4", dest="base_nf4", action="store_false", default=None,
-                        help="compare --merged with the adapter over a base that is not in NF4 "
-                        "(default: as the run had it, else in NF4)")
+                        help="compare the --merged checkpoint with the adapter over a base that is "
+                        "not in NF4 (default: as in the run; if that is not known, in NF4)")
     parser.add_argument("--model", help="the base (default: the one that the adapter names)")
-    parser.add_argument("--revision", help="the hub repository's branch, tag or commit")
+    parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
     parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES],
-                        help="default: the run's, else by the tokenizer")
+                        help="prompt template (default: the run's; without a run the tokenizer's)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES],
-                        help="of --merged (auto: the base's own) and of --nf4 (auto: the card's)")
+                        help="data type of the files of --merged (auto: the base's 16-bit type) "
+                        "and of --nf4 (auto: the run's, or by GPU)")
     parser.add_argument("--push", metavar="USER/NAME", help="upload OUT to this repository of the "
-                        "hub (a new one is private); without OUT, the run's adapter and card. The "
-                        "token is HF_TOKEN's, or that of hf auth login")
+                        "hub (a new one is private); without OUT, upload the run's adapter and "
+                        "model card. The access token is that of HF_TOKEN or of hf auth login")
     options = parser.parse_args(arguments)
     check(options)
     return options
@@ -93,8 +94,8 @@ def check(options) -> None:
 
 
 def find_adapter(options) -> None:
-    """Set options.adapter, None where RUN is a base; Refusal where it should have one and has
-    none."""
+    """Set options.adapter: RUN's folder, or None if RUN is a base. Raises Refusal if an adapter is
+    needed and RUN has none."""
     options.adapter = expanded(options.run)
     if (options.adapter / "adapter_config.json").is_file():
         return
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write(options) -> None:
-    """Make OUT, and say what is in it."""
+    """Write OUT, and print what is in it."""
     if options.gguf or options.lora_gguf:
         gguf.import_gguf()
     source = find_source(options)

@@ -1,8 +1,9 @@
-"""PhoGPT's template as other programs want it: as a chat template in Jinja, as Ollama's Modelfile.
+"""PhoGPT's template in the formats of other programs: a chat template in Jinja, and Ollama's
+Modelfile.
 
-Both give exactly the text that the model was trained on. There is no space between the end of the
-question and the answer, also where the template has one: it is the first letter of the answer's
-first token, and the model writes it.
+Both give exactly the text that the model was trained on. They put no space between the question and
+the answer, even if the template has one: this space is the first character of the answer's first
+token, so the model writes it.
 """
 
 import json
@@ -13,8 +14,8 @@ EOS = "</s>"
 
 
 def jinja(template: Template) -> str:
-    """Questions and answers in turn; a system text stands in the first question, before its text,
-    as in training."""
+    """Questions and answers in turn; a system text is put at the start of the first question, as in
+    training."""
     before, after, between = (json.dumps(part, ensure_ascii=False) for part in (
         *template.question.split("{}"), template.between))
     answer = json.dumps(template.question.split("{}")[1] + template.gap, ensure_ascii=False)

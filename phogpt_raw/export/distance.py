@@ -1,4 +1,4 @@
-"""How far a merged checkpoint's predictions are from those of the adapter on its base.
+"""The difference between a merged checkpoint's predictions and those of the adapter on its base.
 
 The adapter was trained over weights rounded to 4 bits, and is merged into the weights before that
 rounding; then the sum is rounded to 16 bits. Both models read the same text here, block by block,
@@ -20,14 +20,14 @@ from phogpt_raw.model.attention import Bias, alibi_slopes
 from phogpt_raw.model.nf4 import dequantise, nf4_linear
 from phogpt_raw.model.phogpt import Block, ModelConfig
 
-TOKENS = 32  # of each text
-ROWS = 2**15  # of the head at once
+TOKENS = 32  # tokens of each text that are compared
+ROWS = 2**15  # rows of the head that are multiplied at once
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Over `tokens` predictions: the share whose likeliest token is the same, the mean
-    Kullback-Leibler divergence in nats, the largest difference of a logit."""
+    """Over `tokens` predictions: the share with the same most likely token, the mean
+    Kullback-Leibler divergence in nats, and the largest difference of a logit."""
 
     tokens: int
     same: float
@@ -38,7 +38,8 @@ class Distance:
 @torch.no_grad()
 def distance(merger: Merger, merged: dict[str, torch.Tensor], texts: list[list[int]],
              device: torch.device, nf4: bool = True, progress=lambda blocks: blocks) -> Distance:
-    """Between the adapter on the base and the tensors `merged` of a checkpoint, on token ids.
+    """The difference between the adapter on the base and the tensors `merged` of a checkpoint, on
+    token ids.
 
     nf4: the base's linears in NF4, or as they are stored.
     """

@@ -53,7 +53,7 @@ def write(file: Path, *, title: str, base: str | None, revision: str | None, nam
         question=question)
     text = "\n".join([head, *filter(None, parts)])
     relation = "adapter" if lora and not (merged or kind) else "quantized" if kind else None
-    if merged:  # of a base alone it is the base itself in another format
+    if merged:  # without an adapter it is only the base in another format
         relation = "merge" if adapted else None
     tags = ["phogpt", "vietnamese", *(["gguf"] if kind or lora else [])]
     file.write_text(f"---\n{metadata(base, relation, tags)}\n---\n\n{text}", "utf-8")

@@ -85,7 +85,7 @@ def model_tensors(merger: Merger, kind: str) -> Iterator[Rows]:
 
 def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_template: str,
                 progress=lambda tensors: tensors) -> None:
-    """model.gguf; `name` is what it says of itself, `kind` one of KINDS."""
+    """model.gguf; `name`: the name that the file gives itself; `kind`: one of KINDS."""
     gguf = import_gguf()
     check_model(merger)
     writer = gguf.GGUFWriter(file, "mpt")
@@ -101,7 +101,8 @@ def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_templa
 
 
 def check_model(merger: Merger) -> None:
-    """Raise Refusal for what llama.cpp would do otherwise, without an error; reads no weights."""
+    """Raise Refusal for a model that llama.cpp would compute differently without an error; reads no
+    weights."""
     check_supported(merger.config)
     check_tokenizer(merger.tokenizer, f"{merger.folder}/tokenizer.json")
 
@@ -109,7 +110,7 @@ def check_model(merger: Merger) -> None:
 def check_supported(config: ModelConfig) -> None:
     width = config.d_model // config.n_heads
     if config.softmax_scale is not None and abs(config.softmax_scale * width**0.5 - 1) > 1e-6:
-        raise Refusal(f"config.json: softmax_scale {config.softmax_scale}: llama.cpp always takes "
+        raise Refusal(f"config.json: softmax_scale {config.softmax_scale}: llama.cpp always uses "
                       f"1 / sqrt({width})")
 
 
@@ -163,8 +164,8 @@ def check_tokenizer(content: dict, where: str) -> None:
 def write_adapter(merger: Merger, file: Path, kind: str = "f16") -> None:
     """adapter.gguf, llama.cpp's LoRA over a base's GGUF.
 
-    llama.cpp scales by alpha / R. A layer whose scale is another (rsLoRA, an alpha of its own) has
-    the ratio in its B. Raises Refusal for what is more than LoRA.
+    llama.cpp scales by alpha / R. If a layer has another scale (rsLoRA, or an own alpha), its B is
+    multiplied by the ratio. Raises Refusal for an adapter that is not plain LoRA.
     """
     gguf = import_gguf()
     check_plain(merger)
@@ -186,8 +187,8 @@ def write_adapter(merger: Merger, file: Path, kind: str = "f16") -> None:
 
 
 def balanced(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of equal magnitude, up to a power of two, which keeps their product to the bit: the
-    values of a small B would be lost in 16 bits."""
+    """A and B of equal magnitude, up to a power of two, which does not change their product.
+    Without this, the values of a small B would be lost in 16 bits."""
     largest_A, largest_B = (float(part.abs().max()) for part in (A, B))
     if not largest_A or not largest_B:
         return A, B

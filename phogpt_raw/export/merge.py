@@ -1,9 +1,9 @@
 """An adapter merged into the base's weights, one tensor at a time.
 
-PEFT merges, so its variants (rsLoRA, DoRA, ranks by layer) come out as PEFT has them. It works on
-modules that hold weights, so the model stands here as a skeleton whose weights take no memory; the
-weight of one layer at a time is put into it and merged. The base's files are mapped, so host memory
-holds one layer in fp32, its update, and the shard that is being filled.
+PEFT's code does the merging, so its variants (rsLoRA, DoRA, ranks by layer) are merged as PEFT
+defines them. PEFT merges into modules. So the model is built with weights that take no memory; then
+the weights of one layer at a time are put into it and merged. The base's files are mapped, so host
+memory holds one layer in fp32, its update, and the shard that is being filled.
 
 O out, D in.
 """
@@ -135,8 +135,9 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
     """A checkpoint in PhoGPT's format: safetensors of at most about SHARD bytes, the tokenizer's
     files, a config that both VinAI's and transformers' MPT read.
 
-    base: what the base was named by; a hub id is where its config's code is. chat_template: in
-    Jinja, in place of the tokenizer's, so that the checkpoint knows in which it was trained.
+    base: the name by which the base was given. If it is a hub id, the config's code is found there.
+    chat_template: in Jinja, in place of the tokenizer's, so that the checkpoint states the template
+    with which it was trained.
     """
     size = dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
     config = merged_config(merger.folder, base, dtype)
@@ -149,7 +150,7 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
     if chat_template:
         settings = read_object(tokenizer, "fetch it again") if tokenizer.is_file() else {}
         write_json(tokenizer, settings | {"chat_template": chat_template})
-        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would be read in its place
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would take precedence
     generation = {"bos_token_id": PINNED_IDS["bos"], "eos_token_id": PINNED_IDS["eos"],
                   "pad_token_id": PINNED_IDS["pad"], "use_cache": True}
     write_json(folder / "generation_config.json", generation)

@@ -1,8 +1,9 @@
 """README.md of a run's folder, in the hub's format: what the adapter is and how it is used.
 
-The card is written for a stranger, so it names no path of the machine that trained: data files by
-name and hash, a base in a folder by the folder's name. It depends on the run alone, not on the day.
-A README.md without the mark is somebody else's and stays.
+The card may be published, so it contains no path of the computer that trained: data files are given
+by name and hash, and a base in a folder by the folder's name. The date is not in it, so the same
+run gives the same card. A README.md without the mark was not written by this program and is not
+replaced.
 """
 
 import importlib.metadata
@@ -113,7 +114,7 @@ llama-completion -m PhoGPT.gguf --lora OUT/adapter.gguf -no-cnv -e -p '{escaped}
 def write(job: Job) -> None:
     """Write folder/README.md of a run that has ended with an adapter.
 
-    A card that cannot be written is one line and never an error: the run counts for more.
+    If the card cannot be written, one line is printed and the run still succeeds.
     """
     file = job.run.folder / CARD
     try:
@@ -270,7 +271,7 @@ def line(*cells: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that stays what it is in Markdown, in a table too.
+    """Text with escapes, so that Markdown shows it unchanged, also in a table.
 
     >>> print(plain("a_b|c <d> _e_\\n[f]"))
     a_b\\|c \\<d\\> \\_e\\_ \\[f\\]

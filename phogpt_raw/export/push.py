@@ -1,8 +1,9 @@
 """A run's adapter, or an exported folder, uploaded to a repository of the hub.
 
-Nothing connects unless `push` is called. The token is that of HF_TOKEN or of `hf auth login`; no
-file and no command line holds it. Of a run's folder only PUBLISHED goes: its config.json,
-metrics.jsonl and checkpoints stay: they name paths of this machine, or are of no use to others.
+Only `push` uses the network. The token is that of HF_TOKEN or of `hf auth login`; it is in no file
+and on no command line. Of a run's folder only the files in PUBLISHED are uploaded. Its config.json,
+metrics.jsonl and checkpoints are not: they contain paths of this machine, or are of no use to
+others.
 """
 
 import json
@@ -64,11 +65,11 @@ def check(repo: str) -> None:
 
 def push(folder: Path, repo: str, *, private: bool = True) -> str:
     """Upload files_to_push(folder) in one commit to the hub's model repository `repo`
-    (USER/NAME), made where it is not there yet; returns its address.
+    (USER/NAME), which is created if it does not exist; returns its address.
 
-    A new repository is private unless asked otherwise: what was published cannot be taken back. One
-    that exists stays as visible as it is. Raises Refusal, in one line, for whatever the hub or the
-    network refuse.
+    A new repository is private unless asked otherwise: what was published cannot be taken back. An
+    existing repository keeps its visibility. Raises Refusal, in one line, for any error of the hub
+    or of the network.
     """
     check(repo)
     files = files_to_push(folder)
@@ -93,8 +94,8 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
 
 
 def content(file: Path) -> str | bytes:
-    """The file's path, or adapter_config.json's bytes without the path of a base in a folder: what
-    is left of /home/me/models/PhoGPT-4B is PhoGPT-4B."""
+    """The file's path, or adapter_config.json's bytes without the path of a base in a folder:
+    /home/me/models/PhoGPT-4B becomes PhoGPT-4B."""
     if file.name != "adapter_config.json":
         return str(file)
     config = read_object(file, "nothing was uploaded")
@@ -106,7 +107,7 @@ def content(file: Path) -> str | bytes:
 
 
 def why(error) -> str:
-    """A refusal of the hub in words."""
+    """The reason for a refusal of the hub, in words."""
     status = error.response.status_code
     reasons = {
         401: "the token is not valid; set HF_TOKEN to one with write access",

@@ -1,4 +1,5 @@
-"""What an export shows: how far a merged checkpoint is from the adapter, and how to use a file."""
+"""The output of an export: the difference between a merged checkpoint and the adapter, and how to
+use each file."""
 
 import shlex
 from itertools import islice
@@ -26,7 +27,7 @@ NF4 = "nf4"  # OUT's folder for the cache, which is for this computer alone and 
 
 
 def progress(what: str, unit: str = "tensors"):
-    """What is gone through, with a progress line on a terminal."""
+    """An iterator with a progress line on a terminal."""
     return lambda parts: tqdm(parts, desc=what, unit=f" {unit}", leave=False, disable=None)
 
 
@@ -61,7 +62,8 @@ def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
 
 
 def shown(folder: Path) -> str:
-    """A folder as a command takes it: never as a flag, nor as the base that comes along."""
+    """A folder as an argument of a command, so that it is not taken for a flag or for the built-in
+    base nano."""
     text = str(folder)
     return f"./{text}" if text.startswith("-") or text == "nano" else text
 

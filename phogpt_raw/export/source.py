@@ -1,6 +1,6 @@
-"""What is exported: a base, maybe with an adapter over it, as its run recorded it or as flags say.
+"""The model to export: a base, perhaps with an adapter, as recorded by the run or given by flags.
 
-Everything is found here that needs no weights, so that what cannot be is refused before them.
+Nothing here reads weights, so errors are found before that takes time.
 """
 
 import re
@@ -17,7 +17,7 @@ from phogpt_raw.model.weights import WITHOUT_WEIGHTS, find_folder, read_tokenize
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a base, maybe with an adapter over it, and how the adapter was made."""
+    """The model to export: a base, perhaps with an adapter, and how the adapter was trained."""
 
     base: str
     revision: str | None
@@ -27,11 +27,11 @@ class Source:
     template: str
     tokenizer: object
     merger: Merger
-    base_weights: str | None  # of the base that the adapter was trained over, if known
+    base_weights: str | None  # hash of the base that the adapter was trained over, if known
 
 
 def find_source(options) -> Source:
-    """Everything but the weights; Refusal for what they are not needed to know."""
+    """Everything but the weights. Raises Refusal for all errors that can be found without them."""
     made = read_origin(options.adapter) if options.adapter else Origin(options.run)
     base, revision, named = chosen_base(options.adapter, made, options.model, options.revision)
     folder = find_folder(base, revision, WITHOUT_WEIGHTS, named)

@@ -1,7 +1,8 @@
-"""What an adapter's folder says of itself: PEFT's configuration, checked, and how its run was made.
+"""The description of an adapter in its folder: PEFT's configuration, checked, and how its run was
+made.
 
-PEFT reads whatever stands in adapter_config.json and takes it as it is. What this program would
-compute otherwise than PEFT, or not at all, is refused here by name.
+PEFT accepts any content of adapter_config.json without checks. Here a field is refused, and the
+error names it, if this program would compute something else than PEFT, or does not support it.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from phogpt_raw.files import expanded, read_object
 from phogpt_raw.limited import OverLimit, limited
 from phogpt_raw.refusal import Refusal
 
-# Fields that decide nothing here. Of the initialisations' own fields: the weights are in the file.
+# Fields that have no effect here. Of the initialisations' own fields: the weights are in the file.
 WITHOUT_EFFECT = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
@@ -49,13 +50,12 @@ def read_adapter_config(folder: Path):
 
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # whatever an unexpected value leads PEFT to
+    except Exception as error:  # PEFT raises different errors for unexpected values
         raise Refusal(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
 
 
 def check(fields: dict, file: Path) -> None:
-    """Raise Refusal for the fields of an adapter_config.json that cannot be used as they are
-    meant."""
+    """Raise Refusal for fields of an adapter_config.json that are not valid or not supported."""
     if fields.get("peft_type") != "LORA":
         raise Refusal(f"{file}: a {fields.get('peft_type')} adapter; only LoRA is supported")
     for field in sorted(fields.keys() - WITHOUT_EFFECT - HONOURED):
@@ -74,7 +74,7 @@ def check(fields: dict, file: Path) -> None:
         if not isinstance(fields.get(field), bool | None):
             raise Refusal(f"{file}: {field} {fields[field]!r} is neither true nor false")
     if fields.get("bias", "none") not in BIASES:
-        raise Refusal(f"{file}: bias {fields['bias']!r} is none of {', '.join(BIASES)}")
+        raise Refusal(f"{file}: bias {fields['bias']!r} must be one of {', '.join(BIASES)}")
     check_strengths(fields, file)
     check_layers(fields, file)
     check_time(fields, file)
@@ -175,10 +175,10 @@ class Origin:
 
 
 def read_origin(folder: Path) -> Origin:
-    """Of the folder of a run or of a checkpoint, as the run's config.json records it; of another
-    adapter's folder, what its adapter_config.json names.
+    """The origin of the adapter in a folder. For the folder of a run or of a checkpoint it is read
+    from the run's config.json, for other adapters from adapter_config.json.
 
-    Raises Refusal for a recorded value that no run can have.
+    Raises Refusal for a recorded value that is not valid.
     """
     lora = read_adapter_config(folder)
     base, revision = lora.base_model_name_or_path, lora.revision
@@ -198,8 +198,8 @@ def read_origin(folder: Path) -> Origin:
             "base_weights": isinstance(origin.base_weights, str | None)}
     for field, known in good.items():
         if not known:
-            raise Refusal(f"{file}: {field} {getattr(origin, field)!r} is none that a run can "
-                          f"have; correct it, or move the file away")
+            raise Refusal(f"{file}: {field} {getattr(origin, field)!r} is not a value that a "
+                          f"run can have; correct it, or move the file away")
     return origin
 
 
@@ -221,7 +221,7 @@ def run_record(file: Path) -> dict | None:
 
 
 class Base(NamedTuple):
-    """A base, and who named it, as an error about it begins."""
+    """A base, and where its name comes from, for the beginning of an error message."""
 
     model: str
     revision: str | None
@@ -246,7 +246,7 @@ def chosen_base(folder: Path | None, made: Origin, model: str | None,
 
 
 def named_base(folder: Path) -> str:
-    """The base that an adapter names; Refusal where that is a folder which is not there."""
+    """The base that an adapter names; raises Refusal if that is a folder that does not exist."""
     base = read_adapter_config(folder).base_model_name_or_path
     if not base:
         raise Refusal(f"{folder}: names no base model; say which with --model")

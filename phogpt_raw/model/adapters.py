@@ -1,9 +1,9 @@
-"""LoRA adapters: PEFT decides what they are, a flat buffer holds them.
+"""LoRA adapters: PEFT defines them, and one flat buffer stores them.
 
 PEFT injects the LoRA layers, names them and fixes the file format, so an adapter trained here is an
-adapter anywhere. What training touches is ours: all adapter weights are views of one flat buffer
-(flat.py), and a layer that is plain LoRA runs `lora_linear` in place of PEFT's forward. DoRA,
-dropout and other variants run PEFT's forward.
+adapter anywhere. The training itself uses this project's code: all adapter weights are views of one
+flat buffer (flat.py), and a layer that is plain LoRA runs `lora_linear` in place of PEFT's forward.
+DoRA, dropout and other variants run PEFT's forward.
 
 A target that the model lacks (`q_proj`, from Llama recipes) is no error to PEFT as long as another
 target matches; half the layers then stay without adapters. Here it is an error.
@@ -55,7 +55,7 @@ class Adapters(FlatBuffer):
 
     def on_host(self) -> dict[str, torch.Tensor]:
         """A copy of `tensors` in the host's memory, made by one copy of the flat buffer. On a GPU
-        the copy has only begun: synchronize before it is read."""
+        the copy runs asynchronously: synchronize before you read it."""
         flat = on_host(self.flat.detach())
         return {name: flat.as_strided(view.shape, view.stride(), view.storage_offset())
                 for name, view in self.tensors().items()}
@@ -93,7 +93,7 @@ class Adapters(FlatBuffer):
         save_tensors(folder / "adapter_model.safetensors", tensors)
         config = copy.copy(self.model.peft_config["default"])
         config.inference_mode = True
-        if not isinstance(config.target_modules, str):  # a set, in an order of its own each time
+        if not isinstance(config.target_modules, str):  # a set, whose order differs from run to run
             config.target_modules = sorted(config.target_modules)
         config.save_pretrained(folder)
 
@@ -137,7 +137,7 @@ def new_adapters(
 ) -> Adapters:
     """Inject fresh LoRA layers: A uniform (Kaiming), B zero, scaled by alpha / rank.
 
-    `base` and its `revision` are what adapter_config.json names as the model below.
+    adapter_config.json gets `base` and its `revision` as the name of the base model.
     """
     from peft import LoraConfig
 
@@ -154,9 +154,9 @@ def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
                   revision: str | None = None, trainable: bool = True) -> Adapters:
     """Inject the adapters of a folder, with its own rank, alpha and targets.
 
-    `base`, `revision`: what they name as the model below when saved again; without a base they
-    name what they name now.
-    trainable=False is for decoding: no gradients, and no memory for them.
+    `base`, `revision`: the base model that is named when the adapters are saved again; without
+    `base` its name does not change. trainable=False is for decoding: no gradients, and no memory
+    for them.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
@@ -287,7 +287,7 @@ def check_targets(model: PhoGPT, targets) -> None:
 
 
 def same_base(model: PhoGPT) -> PhoGPT:
-    """Another model over the same frozen weights, for an adapter of its own.
+    """Another model over the same frozen weights, for another adapter.
 
     Its modules are new, so an adapter put into one is not in the other; its parameters and buffers
     are the very tensors of `model`, which must have no adapters yet.

@@ -212,7 +212,7 @@ def choose_kernel(q, k, v, bias: Bias) -> SDPBackend:
     torch itself would silently use separate operations that hold all scores in memory.
     """
     rows, keys = next(bias.blocks())
-    # The bias without documents will do: the choice depends on shapes, not on values.
+    # The bias without documents is enough: the choice depends on shapes, not on values.
     choice = private_apis.choose_attention_kernel(
         q[:, :, rows], k[:, :, keys], v[:, :, keys], bias.last_1HLS)
     if choice not in KERNELS:

@@ -1,9 +1,9 @@
 """Which base a run was trained over: a hash of samples of its weight files.
 
 An adapter fits the weights that it was trained over and no others, and the same path or hub id may
-hold others later. The time of a file's last change would not do: it differs where the same files
-are fetched again, as on a new machine. Samples do, and need no 15 GB to be read: another training
-changes weights everywhere.
+hold others later. The time of a file's last change cannot be used: it differs if the same files are
+downloaded again, as on a new computer. Samples are enough, because another training changes weights
+everywhere. They also avoid reading 15 GB.
 """
 
 import sys
@@ -18,8 +18,8 @@ SAMPLE, SAMPLES = 2**16, 64  # bytes of a sample, and samples of a file
 
 
 def weights_hash(folder: Path) -> str:
-    """Of the names, sizes and samples of a base's weight files: 64 of each file, evenly spaced from
-    its first bytes to its last."""
+    """A hash of the names, sizes and samples of a base's weight files: 64 samples of each file,
+    evenly spaced from its first bytes to its last."""
     hasher = xxhash.xxh3_128()
     for file in list_files(folder):
         size = file.stat().st_size
@@ -32,7 +32,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def say_if_another(folder: Path, recorded: str | None, adapter: Path) -> None:
-    """Say where the base in `folder` is not the one of the hash that an adapter's run recorded."""
+    """Print a warning if the base in `folder` has another hash than the adapter's run recorded."""
     if recorded and weights_hash(folder) != recorded:
         print(_("{folder}: holds other weights than those {adapter} was trained over, so its "
                 "answers may be worse", folder=folder, adapter=adapter), file=sys.stderr)

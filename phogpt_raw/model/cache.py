@@ -2,7 +2,7 @@
 
 A row of the cache is one sequence, from position 0 on. Each row has its own length. The lengths,
 `place_B`, are on the device, so a step of one token for each row needs no value from the host and
-can be a CUDA graph. Positions after a row's end hold old values that are never seen.
+can be a CUDA graph. Positions after a row's end contain old values, which attention never reads.
 
 The model accesses the cache through a view: `Piece` for the next L tokens of some rows' prompts,
 `Step` for one more token in each row.

@@ -61,8 +61,8 @@ class FlatBuffer:
 def on_host(value):
     """A copy of a tensor, or of a nest of dicts and lists with tensors in it, in the host's memory.
 
-    From a GPU it goes to page-locked memory, which torch keeps for the next copy; it has only
-    begun when this returns.
+    From a GPU it goes to page-locked memory, which torch keeps for the next copy. The copy still
+    runs when this returns.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", non_blocking=True, copy=True)

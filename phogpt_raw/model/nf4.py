@@ -5,9 +5,9 @@ scale, and 4 bits for each value: the nearest of 16 fixed values times that scal
 quantised too (double quantisation): minus their mean, in blocks of 256, 8 bits each. In all that is
 4.13 bits a weight (Dettmers et al. 2023, arXiv:2305.14314).
 
-bitsandbytes quantises. Dequantising has three versions that agree to the bit: `dequantise_plain`
-shows the arithmetic; bitsandbytes runs three kernels; `nf4_kernel` below is one kernel, at twice
-the speed. `dequantise` uses the fused kernel where it works, else bitsandbytes'.
+bitsandbytes quantises. Dequantising has three versions that give the same result bit for bit:
+`dequantise_plain` shows the arithmetic; bitsandbytes runs three kernels; `nf4_kernel` below is one
+kernel, at twice the speed. `dequantise` uses the fused kernel where it works, else bitsandbytes'.
 
 Dequantising is a large part of a step: it moves 2.5 bytes per weight and pass, 33 GB in a step of
 PhoGPT-7B5 for any number of tokens. At 512 tokens on a fast GPU that is over a quarter of the step.
@@ -136,7 +136,7 @@ def dequantise_plain(packed: torch.Tensor, fields: NF4Fields) -> torch.Tensor:
 
 @functools.cache
 def fused_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused kernel compiles on this GPU and agrees with bitsandbytes to the bit."""
+    """Whether the fused kernel compiles on this GPU and agrees with bitsandbytes bit for bit."""
     from bitsandbytes.functional import dequantize_4bit
 
     if triton is None:

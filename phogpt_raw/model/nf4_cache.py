@@ -2,7 +2,7 @@
 
 PhoGPT-7B5 in NF4 is 5.4 GB instead of the checkpoint's 15 and needs no arithmetic to load. Each
 file (nf4_file.py) has a key: what its bits depend on. A file with another key is stale. A stale or
-damaged file is not used: it is named with the reason, and a new one is written.
+damaged file is not used: the program prints its name and the reason, and writes a new one.
 """
 
 import json
@@ -156,7 +156,7 @@ def say_not_used(file: Path, reason) -> None:
 
 
 def say(line: str) -> None:
-    """Print to standard error: generate.py's standard output is the answer alone."""
+    """Print to standard error, because generate.py's standard output contains only the answer."""
     print(line, file=sys.stderr)
 
 

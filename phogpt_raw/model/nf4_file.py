@@ -146,7 +146,8 @@ def read_header(file: Path) -> Header:
 def checksum(file: Path, head: Header) -> str:
     """The checksum of a file's content, to be compared with `head.checksum`.
 
-    It reads into one small buffer instead of the map, which is faster: no pages are mapped.
+    It reads into one small buffer and not through the memory map. This is faster, because no pages
+    are mapped.
     """
     hasher = xxhash.xxh3_128(head.raw.replace(head.checksum.encode(), 32 * b"0", 1))
     buffer = memoryview(bytearray(2**20))

@@ -13,11 +13,12 @@ A byte holds two weights, an even and an odd one. So x is given in halves, [N, 2
 elements, then its odd ones (`halves`). A thread can then read the elements of x that belong to its
 bytes as whole vectors.
 
-The 16 values come from registers. PRMT, the GPU's byte permutation, picks bytes out of eight by
-4-bit selectors, and the nibbles of four weights are such selectors. Two permutations give the low
-bytes of the fp16 values, two give the high bytes; the nibbles' top bits choose between the two. A
-table in memory, even cached, would be read once for each byte of weights, at two thirds of this
-speed.
+The 16 NF4 values are read from registers, not from a table in memory. PRMT, the GPU's byte
+permutation, picks bytes out of eight by 4-bit selectors, and the nibbles of four weights are such
+selectors. Two permutations give the low bytes of the fp16 values: one for the first eight values,
+one for the last eight. Two others give the high bytes. The top bit of each nibble chooses between
+the two results. A table in memory, even cached, would be read once for each byte of weights, at two
+thirds of this speed.
 
 Where a matrix has few rows, several programs share the columns of one row (`split`). The last
 program to finish adds the parts in a fixed order, so the result does not depend on timing.

@@ -208,8 +208,9 @@ class PhoGPT(nn.Module):
             row.
         cache: ids_BL are the next L tokens of its rows and attend to all that it holds of them.
             There are no documents then.
-        recompute: so many blocks, from the first, save only their input and run a second time in
-            backward. Each saves about ten activations less, for half more arithmetic: with frozen
+        recompute: the number of blocks, from the first, that save only their input and run a second
+        time in backward. Each of them saves about ten activations fewer, for 1.5 times the
+        arithmetic: with frozen
             weights a block of N parameters takes 4N FLOPs a token, recomputed 6N.
         bounds: of the documents of doc_BL; with them attention costs less (documents.py).
         """

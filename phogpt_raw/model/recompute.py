@@ -34,15 +34,16 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
     """Yields function(*inputs). Operations inside the context that would save this output for their
     backward save how to recompute it.
 
-    `function` must be deterministic. The output is recognised as that tensor or a view of it, not
-    changed in place since; a copy or a cast of it is another tensor, and is saved. If an input is
-    changed in place before backward, backward raises a RuntimeError, as in plain autograd. Changing
-    a norm's weight or bias raises too, since the norm's own backward needs them.
+    `function` must be deterministic. The hooks recognise the output tensor and its views, as long
+    as they are not changed in place. A copy or a cast of the output is another tensor, and is
+    saved. If an input is changed in place before backward, backward raises a RuntimeError, as in
+    plain autograd. Changing a norm's weight or bias raises too, since the norm's own backward needs
+    them.
     """
     output = function(*inputs)
     # If the output needs no gradient, `function` saves no input, and there is nothing to gain.
     hooks = recompute_hooks(output, function, inputs) if output.requires_grad else nullcontext()
-    del inputs  # else this frame would keep them alive where nothing saves them
+    del inputs  # this frame must not keep the inputs alive
     with hooks:
         yield output
 

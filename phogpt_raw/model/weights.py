@@ -3,7 +3,7 @@
 Linear weights are quantised to NF4 with double quantisation (Dettmers et al. 2023,
 arXiv:2305.14314) from the dtype that they are stored in; embedding, norms and biases are cast to
 the compute dtype. transformers' MPT loads PhoGPT without its 193 biases and only reports it; here a
-key that is missing, left over or of another shape is an error that names it.
+key that is missing, unknown or of another shape is an error that names it.
 
 Files are memory-mapped, so what a load holds in anonymous host memory is one tensor, not a shard.
 """
@@ -48,8 +48,8 @@ def load_base(
 
     `dtype` is the compute dtype (default fp32 on the CPU, fp16 elsewhere). nf4=False keeps plain
     weights in it. `nf4_cache` is a folder that keeps the quantised weights after a first load; from
-    then on they are read from there (nf4_cache.py). Raises Refusal where the folder, the config, a
-    file or a key is not as it should.
+    then on they are read from there (nf4_cache.py). Raises Refusal if the folder, the config, a
+    file or a key is not valid.
     """
     check_nf4_cache(nf4_cache, nf4=nf4)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -163,10 +163,11 @@ def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.dev
 
 def find_cache(folder: Path, caches: str | Path, *, dtype: torch.dtype,
                device: torch.device) -> NF4Cache:
-    """Where among `caches` the NF4 weights of a model folder are kept, whether there or not."""
+    """The place of a model folder's NF4 weights in the folder `caches`, whether they exist there or
+    not."""
     key = make_key([folder / "config.json", *list_files(folder)], dtype, device)
     base = folder.resolve()
-    if base.parent.name == "snapshots":  # of the hub: …/models--vinai--PhoGPT-4B/snapshots/0a1b…
+    if base.parent.name == "snapshots":  # …/models--vinai--PhoGPT-4B/snapshots/0a1b…
         base = base.parents[1]
     name = "nano" if folder == NANO else base.name.split("--")[-1]
     return NF4Cache(expanded(caches), name, str(base), key)
@@ -210,7 +211,7 @@ def accounted(folder: Path, shapes: dict[str, torch.Size]
         yield name, tensor, file
     for head, file in heads:
         if embedding is not None and not torch.equal(head, embedding):
-            raise Refusal(f"{file}: tensor {HEAD} is another than {EMBEDDING}; PhoGPT's head is "
+            raise Refusal(f"{file}: tensor {HEAD} differs from {EMBEDDING}; PhoGPT's head is "
                           f"its embedding")
     if wanted:
         biases = sum(name.endswith(".bias") for name in wanted)
@@ -273,7 +274,7 @@ def iterate(files: list[Path]) -> Iterator[tuple[str, torch.Tensor, Path]]:
                 yield from ((name, tensor, file) for name, tensor in read_bin(file).items())
         except Refusal:
             raise
-        except Exception as error:  # each reader has its own kinds for a damaged file
+        except Exception as error:  # each reader raises other errors for a damaged file
             reason = str(error).strip().split("\n")[0]
             raise Refusal(f"{file}: cannot be read ({reason}); {os.path.getsize(file)} bytes: "
                           f"truncated? fetch it again") from None
@@ -287,13 +288,14 @@ def read_bin(file: Path) -> dict[str, torch.Tensor]:
                           f"again (is it a git-lfs pointer?), or load and save it with a new torch")
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:  # its text advises to let the code run
+    except pickle.UnpicklingError:  # torch's error text advises to run the code
         raise Refusal(f"{file}: holds more than tensors, maybe code that would run on loading; "
                       f"use safetensors or another source") from None
 
 
 def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device):
-    """Put one tensor where its name says: a block's linear weight as NF4, the rest in `dtype`.
+    """Put one tensor into the parameter of its name: a block's linear weight as NF4, the others in
+    `dtype`.
 
     Raises Refusal where it holds inf, nan or what `dtype` cannot hold: every loss would be nan.
     """

@@ -1,8 +1,8 @@
-"""The server's web side: addresses, checks and streams, as an ASGI application.
+"""The ASGI application of the server: addresses, checks of requests, and streaming.
 
-A browser sends requests to 127.0.0.1 for any page it shows. Two headers tell such requests from
-those that are meant: `Host`, which holds another name where a page's own domain was pointed at this
-computer (DNS rebinding), and `Origin`, which names the page. Programs send no `Origin`.
+A browser sends requests to 127.0.0.1 for any web page that asks for it. Two headers reveal requests
+of foreign pages: `Host` contains another name if a page has pointed its own domain at this computer
+(DNS rebinding), and `Origin` names the page. Programs send no `Origin`.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ from phogpt_raw.serve.worker import Job, Piece, Worker, broken
 MOST_BODY = 2**20  # bytes; the longest conversation of a model takes a tenth of it
 BODY_S = 30  # in which a request's body must arrive
 PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
-LEFT = 499  # the status, seen by nobody, of a request whose client has left
+LEFT = 499  # the status of a request whose client has left; nobody receives it
 
 
 class Answers:
@@ -55,7 +55,7 @@ class Answers:
         self.loop = None
 
     def deliver(self, pieces: list[Piece]) -> None:
-        """From any thread; nothing happens once the event loop has ended."""
+        """Can be called from any thread; does nothing after the event loop has ended."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.hand_out, pieces)
 
@@ -198,7 +198,7 @@ def add(choice: Choice, piece: Piece) -> None:
 
 
 class Streaming(StreamingResponse):
-    """A stream that leaves `work` when it has ended, however it ends."""
+    """A stream that exits the context `work` at its end, also after an error."""
 
     def __init__(self, work, content: AsyncIterator[bytes]):
         super().__init__(content, media_type="text/event-stream",
@@ -279,8 +279,8 @@ async def a_bug(_request: Request, _error: Exception) -> Response:
 
 
 class Guard:
-    """Lets requests through to `app` that come from no foreign page, and with the key if there is
-    one. The page itself and /health need no key."""
+    """Passes requests on to `app` if they do not come from a foreign page, and if they have the key
+    that the server may ask for. The page itself and /health need no key."""
 
     def __init__(self, app, key: str | None, host: str):
         self.app, self.key = app, key
@@ -311,8 +311,8 @@ class Guard:
         return None
 
     def is_own(self, host: str) -> bool:
-        """Whether a Host header is this server's: a name of its own, or any numeric address, which
-        no foreign domain can be."""
+        """Whether a Host header may name this server: one of its names, or any numeric address,
+        since a foreign domain is never numeric."""
         try:
             place = urlsplit(f"//{host}")
             name = place.hostname or ""

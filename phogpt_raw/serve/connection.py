@@ -1,7 +1,7 @@
-"""A connection whose client must say what it wants.
+"""A connection whose client must send a complete request in time.
 
-uvicorn closes a connection that is idle between two requests. It waits without end for the head of
-a request that does not arrive, so a few thousand such connections would leave no room for others.
+uvicorn closes a connection that is idle between two requests. But it waits without limit for
+headers that do not arrive. A few thousand such connections would use up all connections.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ HEAD_S = 30  # in which a request's first line and headers must arrive
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, closed where a head is not complete after HEAD_S."""
+    """uvicorn's connection, closed if the headers are not complete after HEAD_S."""
 
     late: asyncio.TimerHandle | None = None
 
@@ -30,7 +30,7 @@ class Connection(H11Protocol):
         super().connection_lost(error)
 
     def watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE:  # the head is there
+        if self.conn.their_state is not h11.IDLE:  # the headers are complete
             self.stop_watching()
         elif self.late is None:
             self.late = self.loop.call_later(HEAD_S, self.transport.close)

@@ -1,7 +1,7 @@
-"""What a server offers: adapters by name over one base, and the memory that answering takes.
+"""The models of a server: adapters by name over one base, and the memory that answering needs.
 
-Each adapter has a copy of the model's modules over the same weights (`same_base`) and an engine of
-its own, so nothing has to be exchanged between two steps. What is not shared is the adapter, the
+Each adapter has a copy of the model's modules over the same weights (`same_base`) and its own
+engine, so no adapter has to be exchanged between two steps. What is not shared is the adapter, the
 cache, the CUDA graphs, and on a CPU the dequantised weights.
 """
 
@@ -75,7 +75,8 @@ def named_adapters(given: Sequence[str]) -> dict[str, Path]:
 
 
 def plan(options, adapters: dict[str, Path]) -> tuple[dict[str, Found], int]:
-    """What generate.py's options ask for: models by name, over one base, and slots of each.
+    """The models that generate.py's options name, by name, over one base, and the number of slots
+    of each.
 
     Raises Refusal where the adapters are not over one base, or where the slots do not fit into the
     GPU's memory.
@@ -95,7 +96,7 @@ def plan(options, adapters: dict[str, Path]) -> tuple[dict[str, Found], int]:
 
 
 def own_name(model: str | None) -> str:
-    """The name of a base: a hub id is its own, a folder's is its last part."""
+    """The name of a base: a hub id unchanged, or the last part of a folder's path."""
     return model if model and hub_id(model) else expanded(model or "nano").resolve().name
 
 
@@ -140,7 +141,8 @@ def remedy(found: dict[str, Found], fit: int) -> str:
 
 
 def largest(found: dict[str, Found]) -> Found:
-    """The one with the most adapter weights: memory is computed as if all had as many."""
+    """The model with the most adapter weights. Memory is computed as if all models had that
+    many."""
     return max(found.values(), key=lambda one: memory_plan.model_of(one).adapter)
 
 
@@ -157,7 +159,7 @@ def show_plan(found: dict[str, Found], slots: int) -> None:
 
 
 def memory_line(found: dict[str, Found], slots: int) -> str:
-    """What weights and slots take, as it is said at the start."""
+    """The memory of weights and slots, as a line that is printed at the start."""
     one, work = largest(found), work_of(found, slots)
     used = memory(memory_plan.model_of(one), work, one.card)
     text = _("(slots for {slots} answers of {tokens:,} tokens", slots=slots, tokens=work.positions)

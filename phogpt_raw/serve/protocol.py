@@ -1,7 +1,8 @@
 """The chat-completions and completions protocol: requests checked, replies as its JSON.
 
-Nothing here waits or computes. A field that would change the answer and is not supported is refused
-by name, so that no client believes in an effect that it does not have. `null` is a field left out.
+Nothing here waits or computes. A field that would change the answer but is not supported is
+refused, and the error names it. So no client relies on a field that has no effect. `null` is a
+field left out.
 """
 
 import json
@@ -14,7 +15,7 @@ from phogpt_raw.decode.engine import GREEDY
 from phogpt_raw.decode.history import Turn
 from phogpt_raw.decode.sampling import Sampling
 
-MOST_CHOICES, MOST_STOPS, MOST_STOP = 128, 16, 1000  # of a request; letters of a stop string
+MOST_CHOICES, MOST_STOPS, MOST_STOP = 128, 16, 1000  # per request; characters of a stop string
 COMPLETION_TOKENS = 16  # the protocol's default for /v1/completions
 
 WITHOUT_EFFECT = {"metadata", "prediction", "prompt_cache_key", "prompt_cache_retention",
@@ -51,7 +52,7 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets that does not say: the flags of generate.py."""
+    """The values of fields that a request leaves out: those of generate.py's flags."""
 
     sampling: Sampling = GREEDY
     max_tokens: int = 256
@@ -63,7 +64,7 @@ NO_FLAGS = Defaults()
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of which the last has no answer yet, and what the model is told beforehand."""
+    """Turns of which the last has no answer yet, and the system text."""
 
     turns: tuple[Turn, ...]
     system: str = ""
@@ -150,7 +151,8 @@ def text(fields: dict, name: str) -> str | None:
 
 
 def clean(value, name: str) -> str:
-    """Text that can be encoded: JSON can hold half of a surrogate pair, UTF-8 cannot."""
+    """Raise ProtocolError for text that UTF-8 cannot encode: JSON can contain half of a surrogate
+    pair."""
     if not isinstance(value, str):
         raise wrong(name, f"must be text, not {shortened(value)}")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -199,7 +201,7 @@ def sampling(fields: dict, default: Sampling) -> Sampling:
 
 
 def stops(value) -> list[str]:
-    """Stop strings, in NFC as answers are."""
+    """The stop strings of a request, normalised to NFC as answers are."""
     if value is None:
         return []
     found = value if isinstance(value, list) else [value]
@@ -228,8 +230,8 @@ def include_usage(fields: dict, stream: bool) -> bool:
 
 
 def conversation(messages) -> Conversation:
-    """Messages as turns: system messages first, then questions and answers in turns, a question
-    last. Questions that follow each other are one, with a line for each."""
+    """Messages as turns: system messages come first, then questions and answers alternate; the last
+    is a question. Consecutive user messages become one question, each on its own line."""
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "must be a list of at least one message")
     system, turns, asked = [], [], []
@@ -243,7 +245,7 @@ def conversation(messages) -> Conversation:
         role, said = message.get("role"), content(message.get("content"), f"{where}.content")
         if role in ("system", "developer"):
             if turns or asked:
-                raise wrong(where, f"a {role} message must stand before all others")
+                raise wrong(where, f"a {role} message must come before all others")
             system.append(said)
         elif role == "user":
             asked.append(said)

@@ -1,7 +1,7 @@
-"""`generate.py --serve`: from its flags to a server that listens, and to its end.
+"""`generate.py --serve`: checks its flags, starts the server, and ends it.
 
-Whatever can be refused is refused before any weights are read: flags, adapters, an address in use.
-SIGTERM and Ctrl-C end the server after the answers that are being written.
+All errors that can be found early are found before weights are read: flags, adapters, an address in
+use. SIGTERM and Ctrl-C end the server after the answers that are being written.
 """
 
 import ipaddress
@@ -65,8 +65,8 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
                   url=f"http://{shown(host)}:{listening.getsockname()[1]}"))
 
         def handle_exit(self, number, frame) -> None:
-            """The first signal lets answers be finished, the second breaks them off, the third
-            does not wait for the clients."""
+            """The first signal lets answers finish, the second stops them, the third does not wait
+            for the clients."""
             times = len(self._captured_signals)
             worker.close(finish=not times)
             if times < 2:
@@ -78,7 +78,7 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
         async def shutdown(self, sockets=None) -> None:
             if worker.answering:
                 say(plural(worker.answering, _("finishing 1 answer (Ctrl-C breaks it off)"),
-                           _("finishing {n} answers (Ctrl-C breaks them off)",
+                           _("finishing {n} answers (Ctrl-C stops them)",
                              n=worker.answering)))
             await super().shutdown(sockets)
 
@@ -113,7 +113,7 @@ def check_extra() -> None:
 
 
 def address(text: str) -> tuple[str, int]:
-    """[HOST:]PORT as (host, port); an IPv6 host stands in brackets.
+    """[HOST:]PORT as (host, port); an IPv6 host is in brackets.
 
     >>> address("8000"), address("0.0.0.0:8000"), address("[::1]:0")
     (('127.0.0.1', 8000), ('0.0.0.0', 8000), ('::1', 0))
@@ -139,11 +139,11 @@ def shown(host: str) -> str:
 
 def check_key(key: str | None) -> None:
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise Refusal("--api-key: must be letters, digits and signs of ASCII, without spaces")
+        raise Refusal("--api-key: must be letters, digits and punctuation of ASCII, without spaces")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at the address; Refusal where it cannot be had."""
+    """A socket that listens at the address; raises Refusal if the address cannot be used."""
     try:
         family, _kind, _protocol, _name, place = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM)[0]

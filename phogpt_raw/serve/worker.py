@@ -1,9 +1,9 @@
 """The one thread that owns the engines: requests join and leave their batches between two tokens.
 
-Other threads put orders into an inbox. The thread takes them between two steps, runs a step of each
-engine that has rows, and hands the new text of all answers over in one call. An answer that nobody
-waits for any more leaves its row at once. Where an engine fails, its requests get an error and the
-next ones a new engine.
+Other threads put orders into an inbox. Between two steps the thread reads the orders. Then it runs
+one step of each engine that has rows, and delivers the new text of all answers in one call. If a
+client leaves, its answer's row becomes free at once. If an engine fails, its requests get an error,
+and later requests get a new engine.
 
 Tokens become text here, and not where they are sent, so that a stop string frees the row before the
 next step.
@@ -31,7 +31,7 @@ WARM_UP = 4  # tokens; the first is eager, then a step's CUDA graph is captured 
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to write. lstrip: without the spaces before its first letter."""
+    """One answer to write. lstrip: without white space at its beginning."""
 
     key: int
     model: str
@@ -66,7 +66,7 @@ class Open:
     job: Job
     stream: TextStream
     written: int = 0
-    begun: bool = False  # whether any letter has been handed over
+    begun: bool = False  # whether any text has been delivered
 
 
 @dataclass
@@ -121,8 +121,7 @@ class Worker:
         self.inbox.put(lambda: self.drop(key))
 
     def close(self, finish: bool = True) -> None:
-        """Finish the answers that have begun, or break them off, refuse those that wait, then end
-        the thread."""
+        """Finish or stop the answers in progress, refuse those that wait, then end the thread."""
         self.closing = True
         self.inbox.put(lambda: self.refuse(finish))
 
@@ -151,7 +150,7 @@ class Worker:
                     if line.open:
                         self.turn(line)
                 self.send()
-        finally:  # also after an error that no engine's replacement mends
+        finally:  # also after an error that a new engine does not solve
             self.pieces += [Piece(key, "", 0, error=broken()) for line in self.lines.values()
                             for key in line.open]
             self.send()
@@ -170,7 +169,7 @@ class Worker:
         return Line(served, engine, copy.deepcopy(tokenizer))
 
     def take(self) -> None:
-        """Carry out the orders in the inbox; wait for one where there is nothing to answer."""
+        """Carry out the orders in the inbox; if there is nothing to answer, wait for an order."""
         wait = not (self.busy or self.closing)
         while True:
             try:
@@ -253,7 +252,7 @@ class Worker:
 
 
 def warm_up(engine: Engine) -> None:
-    """Gather the weights, compile the kernels and capture a graph, before anybody waits."""
+    """Gather the weights, compile the kernels and capture a graph before the first request."""
     engine.answers([[engine.pad_id]], WARM_UP)
 
 

@@ -1,6 +1,7 @@
-"""What a run shows while it trains: one progress line, evaluations, a summary.
+"""The output of a run while it trains: one progress line, evaluations, a summary.
 
-On a terminal the progress line is live; anywhere else it is a plain line now and then.
+On a terminal the progress line is updated in place; elsewhere a new line is printed from time to
+time.
 """
 
 import shlex
@@ -23,7 +24,8 @@ out = Rich(highlight=False, soft_wrap=True)
 
 
 def listing(title: str, lines: dict[str, str]) -> None:
-    """A titled list of name and value; on a terminal a long value goes on below itself."""
+    """A titled list of name and value; on a terminal a long value continues on the next line, below
+    its beginning."""
     heading(title)
     indent = max(map(len, lines)) + 2
     for name, value in lines.items():
@@ -94,7 +96,7 @@ class Display:
                   flush=True)
 
     def seconds_left(self) -> float:
-        """Of the steps that are left and of the evaluations among them."""
+        """The estimated time of the steps and evaluations that are left."""
         run = self.run
         return ((run.steps - run.state.step) * self.step_seconds.value
                 + run.still_due(run.config.eval_every) * self.evaluation_seconds.value)
@@ -163,7 +165,7 @@ def clock(seconds: float) -> str:
 
 
 def summary(run: Run, questions: list[str], display: Display) -> None:
-    """What the run came to: losses, two held-out answers before and after, the next command."""
+    """The result of the run: losses, two held-out answers before and after, the next command."""
     state, first, best = run.state, run.state.first, run.state.best  # empty: nothing is held out
     steps = str(state.step)
     if display.step_seconds.count:
@@ -210,7 +212,7 @@ def summary(run: Run, questions: list[str], display: Display) -> None:
 
 
 def quoted(text: str) -> str:
-    """In double quotes where these are safe in a shell, else as shlex does it."""
+    """Text quoted for a shell: in double quotes if these are safe, else as shlex does it."""
     return shlex.quote(text) if set('"$`\\!') & set(text) else f'"{text}"'
 
 

@@ -1,5 +1,5 @@
-"""What the rows of a run are like, before anything is trained: format, lengths, what was found in
-them, and which were left out."""
+"""The statistics of a run's rows, before anything is trained: format, lengths, findings, and rows
+that were left out."""
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples, questions
@@ -15,7 +15,7 @@ EXCERPT = 60  # letters of a question or an answer
 
 
 def show(tokenizer, examples: Examples, config: Config) -> None:
-    """The training rows, and of other held-out files what was found in them."""
+    """The training rows, and the findings in separate held-out files."""
     report = examples.report
     listing(_("rows"), {
         _("format"): format_line(report.findings),
@@ -32,7 +32,7 @@ def show(tokenizer, examples: Examples, config: Config) -> None:
 
 
 def found(report: Report) -> dict[str, str]:
-    """What was found in rows, as far as there is anything."""
+    """The findings in rows; nothing if there are none."""
     notes, left_out = note_lines(report), left_out_line(report.findings)
     return {**({_("found"): "; ".join(notes)} if notes else {}),
             **({_("left out"): left_out} if left_out else {})}
@@ -72,7 +72,7 @@ def tokens_line(lengths: Lengths) -> str:
 
 
 def histogram(lengths: Lengths) -> str:
-    """A bar for each bin: how many rows have so many tokens."""
+    """A bar for each bin of lengths, for the number of rows in it."""
     begin = next(n for n, count in enumerate(lengths.counts) if count)
     highest, width = max(lengths.counts), lengths.edges[0]
     bars = "".join(BARS[-(-count * (len(BARS) - 1) // highest)] for count in lengths.counts[begin:])
@@ -100,7 +100,7 @@ def note_lines(report: Report) -> list[str]:
 
 
 def note_text(kind: str, note: Note) -> str | None:
-    """A note in words; None where another line says it."""
+    """A note in words; None if another line says it already."""
     values = dict(n=note.count, where=note.where, name=note.example)
     text = {
         "turns": _("conversations of several turns: {n:,}", **values),
@@ -115,7 +115,7 @@ def note_text(kind: str, note: Note) -> str | None:
         "no diacritics": _("rows without any Vietnamese letters: {n:,}", **values),
         "mojibake": _("rows that seem to be UTF-8 read as Windows-1252, such as á»Ÿ for ở: {n:,}",
                       **values),
-        "lost letters": _("rows with lost letters (�): {n:,}", **values),
+        "lost characters": _("rows with lost characters (�): {n:,}", **values),
         "control": _("rows with control characters, which the model does not see: {n:,}",
                      **values),
         "like rows": _("quoted cells with lines that look like rows (a quote too much?): {n:,}",

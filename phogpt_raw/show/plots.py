@@ -1,9 +1,9 @@
 """Draw loss.svg and loss.png of a run: losses, learning rate and skipped steps, from metrics.jsonl.
 
 The picture has its own light background, so that it looks the same in a light and a dark viewer.
-Letters of the SVG are outlines, so a viewer needs no font with Vietnamese letters. The same metrics
-give the same bytes. matplotlib is imported only when a picture is drawn: it takes a second, which
-the start of a run should not wait for.
+The SVG contains text as outlines, so a viewer needs no font with Vietnamese characters. The same
+metrics give the same bytes. matplotlib is imported only when a picture is drawn: it takes a second,
+which the start of a run should not wait for.
 """
 
 import logging
@@ -27,7 +27,7 @@ LOG_FROM = 20  # log scale if the highest loss is more than this times the lowes
 BACKGROUND, INK, GRID = "#fcfcfa", "#24292f", "#dddfe3"
 TRAINING, HELD_OUT, SKIPPED = "#1f6fb2", "#c2410c", "#a21caf"
 STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib and has all Vietnamese letters
+    "font.family": "DejaVu Sans",  # comes with matplotlib and has all Vietnamese characters
     "font.size": 9, "svg.fonttype": "path", "svg.hashsalt": "phogpt",
     "figure.facecolor": BACKGROUND, "axes.facecolor": BACKGROUND, "savefig.facecolor": BACKGROUND,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
@@ -38,14 +38,14 @@ STYLE = {
 
 @contextmanager
 def drawn(run: Run):
-    """Draw a run's curves when the block ends, also by an error: a failed run needs them most. If
-    they cannot be drawn it prints one line and raises nothing."""
+    """Draw a run's curves when the block ends, also after an error, because a failed run needs them
+    most. If they cannot be drawn it prints one line and raises nothing."""
     try:
         yield
     finally:
         try:
             draw(run.folder, run.config.base_name())
-        except Exception as error:  # a full disk, a damaged font cache: the run matters more
+        except Exception as error:  # a full disk or a damaged font cache must not stop the run
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             say(_("{folder}: loss.svg and loss.png were not drawn ({reason})", folder=run.folder,
                   reason=reason))
@@ -64,7 +64,7 @@ def draw(folder: Path, base: str) -> None:
 
     title = folder.resolve().name
     with style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a letter missing in the font is drawn as a box
+        warnings.simplefilter("ignore")  # a character missing in the font is drawn as a box
         svg, png = pictures(steps, evaluations, title, base)
     for name, content in (("loss.svg", svg), ("loss.png", png)):
         with whole_file(folder / name) as file:
@@ -180,7 +180,8 @@ def dress(figure, losses, rates, last: int, title: str, base: str) -> None:
 
 
 def one_line(name: str, width: int = 60) -> str:
-    """A name in composed letters (NFC) on one line, its centre cut out to about `width` letters."""
+    """A name in NFC on one line; of a long name the middle is left out, so that about `width`
+    characters remain."""
     name = " ".join(unicodedata.normalize("NFC", name).split())
     return name if len(name) <= width else f"{name[: width // 2]} … {name[-width // 2 + 3 :]}"
 

@@ -1,4 +1,4 @@
-"""What a run is about to do, before anything is trained: all that `--dry-run` prints."""
+"""The settings of a run, printed before anything is trained: all that `--dry-run` prints."""
 
 import statistics
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
     """Print the settings of a run; `duration`: of a plan."""
     config, shape, run = job.config, job.model.config, job.run
     slopes_H, kernels = job.model.slopes_H, nullcontext()
-    if slopes_H.is_meta and job.card.device == "cuda":  # a card that need not be here decides
+    if slopes_H.is_meta and job.card.device == "cuda":  # the card need not be here
         kernels = Recorder(attention_kernels(job.card, job.model.head.dtype))
     elif slopes_H.is_meta:
         slopes_H = torch.zeros(slopes_H.shape)  # the CPU that is here
@@ -113,7 +113,7 @@ def held_out_line(job: Job) -> str:
 
 
 def model_line(job: Job) -> str:
-    """An NF4 byte holds two parameters; the adapters are counted apart."""
+    """The parameters of the base; an NF4 byte has two of them. Adapters are not counted."""
     frozen = [p for p in job.model.parameters() if not p.requires_grad]
     quantised = 2 * sum(p.numel() for p in frozen if p.dtype == torch.uint8)
     plain = sum(p.numel() for p in frozen if p.dtype != torch.uint8)

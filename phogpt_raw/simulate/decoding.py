@@ -1,9 +1,9 @@
-"""GPU memory that answering takes, computed from the model's shape before any weights are read.
+"""The GPU memory that answering needs, computed from the model's shape before any weights are read.
 
-Weights, adapters and cache are exact. What a prompt takes on its way through the blocks is counted
-in decode/prefill.py, at the moment when the most of its tensors are alive. A test holds the sum to
-26 settings measured on an H100: it is within 1% of what torch allocated, and never below what torch
-reserved.
+Weights, adapters and cache are exact. The memory of a prompt's tensors was counted in
+decode/prefill.py, at the moment when the most of them are alive. A test compares the sum with 26
+settings measured on an H100: it is within 1% of the memory that torch allocated, and never below
+the memory that torch reserved.
 
 On a CPU there is one more part, the weights dequantised in fp32 (decode/dense.py).
 """
@@ -35,7 +35,7 @@ FRAGMENTS = 0.4 * GIB
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a model before its weights are read. adapter: number of its weights."""
+    """A model before its weights are read. adapter: number of the adapter's weights."""
 
     shape: ModelConfig
     dtype: torch.dtype
@@ -95,7 +95,7 @@ def base_bytes(model: Model) -> float:
 
 
 def adapter_bytes(model: Model) -> int:
-    """In fp32, and where the model computes in 16 bits a copy in those."""
+    """The adapter's weights in fp32, and a 16-bit copy if the model computes in 16 bits."""
     return model.adapter * (4 + (2 if model.dtype.itemsize == 2 else 0))
 
 

@@ -2,9 +2,10 @@
 
 The peak memory of a step comes from a simulation (trace.py). Of n blocks the first N are
 recomputed; the others keep their activations for backward. The peak falls along a straight line
-from N = 0 to N = n - 1, so two simulations give the whole line. N = n saves nothing more: backward
-begins with the last block, whose activations exist at that moment either way. `--recompute auto` is
-the smallest N that fits the GPU. Packed rows are as long as the GPU can hold without recomputation.
+from N = 0 to N = n - 1, so two simulations give the whole line. Recomputing the last block too
+saves nothing: backward begins with this block, so its activations are needed at once. `--recompute
+auto` is the smallest N that fits the GPU. Packed rows are as long as the GPU can hold without
+recomputation.
 
 The choice does not depend on how much memory happens to be free, since two runs of the same command
 would then differ. It compares the GPU's total memory with the peak plus the margins below.
@@ -38,7 +39,7 @@ from phogpt_raw.training.step import Training
 # and more: where memory is too full for their graphs they run eagerly, at nearly the same speed.
 GRAPHS, SHARE = 0.6 * GIB, 1.05
 ROW = 2048  # tokens of a packed row, at most; a longer one is hardly faster
-SHORTER = 0.75  # where rows are too long, the next length to try is this share of it
+SHORTER = 0.75  # if rows are too long, the next length to try is this share of the length
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Choice:
     """What was chosen for a run.
 
     recompute: blocks to recompute, of `blocks`. gib: the peak on the GPU, margins included; least:
-    the same with all blocks recomputed; of: the GPU's memory. These three are None where they were
-    not needed for the choice. packing: how rows are packed; None: not at all. auto: whether
-    `recompute` was chosen here, not asked for.
+    the same with all blocks recomputed; of: the GPU's memory. These three are None if the choice
+    did not need them. packing: how rows are packed; None: not at all. auto: whether `recompute` was
+    chosen here, not asked for.
     """
 
     recompute: int

@@ -14,8 +14,8 @@ from phogpt_raw.training.setup import Job
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds of the step that has the median number of tokens, at the card's better and worse
-    rates; evaluations and saving are not in it."""
+    """Seconds of the step that has the median number of tokens, at the card's higher and lower
+    rates; evaluations and saving are not included."""
 
     low: float
     high: float

@@ -12,7 +12,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Rates:
-    """What a card sustains, as (low, high).
+    """The sustained rates of a card, as (low, high).
 
     matmul: FLOP/s of 16-bit matrix products. attention: the attention kernel's rate as a share of
     matmul. bandwidth: bytes/s, read and written. launch: seconds from one kernel of a CUDA graph to

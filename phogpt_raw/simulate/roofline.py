@@ -15,7 +15,7 @@ from phogpt_raw.simulate.rates import Rates
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a step: `low` and `high` at the card's better and worse rates; `host`: what Python
+    """Seconds of a step: `low` and `high` at the card's higher and lower rates; `host`: what Python
     needs to launch its kernels eagerly, (low, high)."""
 
     low: float
@@ -28,7 +28,8 @@ class Seconds:
 
     @property
     def eager(self) -> float:
-        """An eager step: the middle of the card's time or of the host's, whichever is longer."""
+        """Seconds of an eager step: the mean of the range of the card's time or of the host's,
+        whichever is longer."""
         return max(self.middle, sum(self.host) / 2)
 
     @property

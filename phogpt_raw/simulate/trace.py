@@ -201,8 +201,8 @@ def scopes(model: PhoGPT) -> Iterable[tuple[str, torch.nn.Module]]:
 
 
 def name_residents(recorder: Recorder, training: Training) -> None:
-    """Name the tensors that exist before the step by their purpose. Paged ones are not in torch's
-    allocator and are left out."""
+    """Name the tensors that exist before the step by their purpose. Paged optimizer states are left
+    out, because torch's allocator does not manage them."""
     model, adapters = training.model, training.adapters
     for name, tensor in training.optimizer.state[adapters.flat].items():
         if isinstance(tensor, torch.Tensor) and name not in ("state1", "state2"):

@@ -1,8 +1,8 @@
-"""generate.py --input FILE --output FILE: many questions, an answer a line.
+"""generate.py --input FILE --output FILE: many questions, and one line of output for each answer.
 
 Prompts are answered in batches, the longest first, so that the cache is allocated once. Each answer
-is written down when it is finished, so that the same command goes on after a kill; the output file
-appears at the end, in the input's order.
+is stored as soon as it is finished, so that after a kill the same command continues. The output
+file appears at the end, in the order of the input.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from phogpt_raw.talk.streaming import Generation, say
 
 ANSWERS = ("response", "completion", "output", "answer")
 STAND_IN = "-"  # the answer of a row that has none
-LINES = (".txt", ".md", ".markdown")  # of these a line is a question
+LINES = (".txt", ".md", ".markdown")  # in these files a line is a question
 PROGRESS = ".progress"  # behind the name of an output file that is not complete
 
 
@@ -130,7 +130,8 @@ def question_of(row: Conversation) -> Question:
 class Progress:
     """Finished answers of an output file that is not complete, in a file beside it.
 
-    Its first line is a hash of all that decides the answers. Raises Refusal where that differs.
+    Its first line is a hash of everything that changes the answers. Raises Refusal if this hash
+    differs.
     """
 
     def __init__(self, output: Path, key: str):

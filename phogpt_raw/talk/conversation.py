@@ -1,4 +1,4 @@
-"""A conversation in a terminal, or through a pipe with a question a line.
+"""A conversation in a terminal, or through a pipe with one question per line.
 
 The conversation is kept as token ids in the base's own history format (decode/history.py), exactly
 as the model wrote its answers. The engine keeps their keys and values, so a turn costs its own
@@ -35,8 +35,8 @@ class Turn:
 
 
 class Conversation:
-    """Turns, and what the model reads of them. system: stands before the first question, also where
-    older ones are left out."""
+    """Turns, and the part of them that the model reads. system: a text before the first question,
+    also after the oldest turns were left out."""
 
     def __init__(self, found: Found, most: int, system: str = ""):
         self.found, self.most, self.system = found, most, system
@@ -76,7 +76,7 @@ class Conversation:
 
 
 def chat(found: Found, how: Generation, system: str = "") -> None:
-    """Read questions and print answers until the input ends or a person leaves."""
+    """Read questions and print answers until the input ends or the user leaves."""
     live = sys.stdin.isatty()
     if not live and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -88,7 +88,8 @@ def chat(found: Found, how: Generation, system: str = "") -> None:
     model, tokenizer = found.load(), found.tokenizer
     if live:
         edit_lines()
-        say(_("/xoá (/reset) begins anew, /thoát (/quit) leaves; Ctrl-C ends an answer"))
+        say(_("/xoá (/reset) begins a new conversation, /thoát (/quit) leaves; Ctrl-C ends an "
+              "answer"))
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
                 capture=how.capture) as engine, CtrlC() as ctrl_c:
         for question in questions(live, ctrl_c):
@@ -100,10 +101,11 @@ def chat(found: Found, how: Generation, system: str = "") -> None:
 
 
 class CtrlC:
-    """Ctrl-C as KeyboardInterrupt where it is expected, and once each time.
+    """Raises KeyboardInterrupt for Ctrl-C only inside the blocks that expect it, and once for each
+    block.
 
-    A key that is held down sends many. One that arrives between two turns, or while an answer is
-    put away, would end the program.
+    A key that is held down sends many signals. A signal between two turns, or while an answer is
+    stored, would end the program.
     """
 
     def __init__(self):
@@ -159,8 +161,8 @@ def turn(conversation: Conversation, question: str, engine: Engine, how: Generat
 
 
 def questions(live: bool, ctrl_c: CtrlC):
-    """What is typed, or the lines of a pipe, until the end or /thoát. A terminal's Ctrl-C throws
-    away the line that is being typed; that of a pipe ends the program."""
+    """What is typed, or the lines of a pipe, until the end or /thoát. In a terminal, Ctrl-C drops
+    the line that is being typed; with a pipe it ends the program."""
     while True:
         try:
             with ctrl_c.ends():
@@ -180,7 +182,8 @@ def questions(live: bool, ctrl_c: CtrlC):
         if question.lower() in QUIT:
             return
         if question.lower() in HELP:
-            say(_("/xoá (/reset) begins anew, /thoát (/quit) leaves; Ctrl-C ends an answer"))
+            say(_("/xoá (/reset) begins a new conversation, /thoát (/quit) leaves; Ctrl-C ends an "
+                  "answer"))
         elif re.fullmatch(r"/\w+", question) and question.lower() not in RESET:
             say(_("({command} is no command; /xoá, /thoát)", command=question))
         elif question:
@@ -188,7 +191,8 @@ def questions(live: bool, ctrl_c: CtrlC):
 
 
 def typed() -> str:
-    """The line that is typed; the prompt is not part of an output that goes elsewhere."""
+    """The line that is typed. If the output is not a terminal, the prompt is not written into
+    it."""
     if terminal_width():
         return as_text(input(PROMPT))
     print(PROMPT, end="", file=sys.stderr, flush=True)
@@ -196,12 +200,13 @@ def typed() -> str:
 
 
 def as_text(line: str) -> str:
-    """A line without what is no text; Refusal where none can be made of it."""
+    """A line as text, "" if it is blank; raises Refusal if it cannot be decoded."""
     return checked(line) if line.strip() else ""
 
 
 def next_line() -> str:
-    """The next line of a pipe; EOFError after the last, Refusal where it is no text."""
+    """The next line of a pipe; raises EOFError after the last, Refusal if the line cannot be
+    decoded."""
     line = sys.stdin.readline()
     if not line:
         raise EOFError

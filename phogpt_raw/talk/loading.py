@@ -1,7 +1,8 @@
-"""Which model answers: a base, maybe an adapter over it, and how that adapter was made.
+"""The model that answers: a base, perhaps with an adapter, and how the adapter was trained.
 
-What needs no weights comes first, so that a mistake is an error before they are read. An adapter's
-template, precision, base and revision are those of its run, unless a flag names others.
+Everything that needs no weights is done first, so that mistakes are reported before weights are
+read. An adapter's template, precision, base and revision are those of its run, unless a flag names
+others.
 """
 
 from dataclasses import dataclass, replace
@@ -55,11 +56,11 @@ class Found:
     nf4_cache: str | None
     dtype: torch.dtype
     card: Card
-    base_weights: str | None = None  # of the base that the adapter was trained over, if known
+    base_weights: str | None = None  # hash of the adapter's base, if known
 
     def identity(self) -> tuple:
-        """What decides the answers beside question and sampling, as far as it is known without
-        reading the base's weights."""
+        """Everything except question and sampling that changes the answers, as far as it is known
+        without reading the base's weights."""
         return (self.base, self.revision, self.adapter and adapter_hash(self.adapter),
                 self.template.question, self.nf4, str(self.dtype), self.shape.max_seq_len)
 
@@ -68,7 +69,7 @@ class Found:
             say_if_another(find_folder(self.base, self.revision), self.base_weights, self.adapter)
 
     def load(self) -> PhoGPT:
-        """Read the weights; say where the adapter was trained over others."""
+        """Read the weights; print a warning if the adapter was trained over other weights."""
         self.say_if_over_others()
         model, _tokenizer = load_base(self.base, nf4=self.nf4, dtype=self.dtype,
                                       device=self.card.device, revision=self.revision,
@@ -80,7 +81,7 @@ class Found:
 
 
 def find(options) -> Found:
-    """The model of generate.py's flags; Refusal for what cannot be."""
+    """The model of generate.py's flags; raises Refusal for flags that are not valid."""
     card = known_card(options.card) if options.card else this_card()
     adapter = options.adapter and expanded(options.adapter)
     made = read_origin(adapter) if adapter else Origin("nano")
@@ -104,8 +105,8 @@ def find(options) -> Found:
 
 
 def in_context(shape: ModelConfig, most: int | None) -> ModelConfig:
-    """The shape for prompts and answers of at most so many tokens; Refusal for more than the model
-    was made for."""
+    """The shape with `most` tokens as the limit of a prompt with its answer; raises Refusal for
+    more tokens than the model was made for."""
     if most is None:
         return shape
     if not LEAST_CONTEXT <= most <= shape.max_seq_len:

@@ -1,6 +1,6 @@
-"""What answering takes of the GPU's memory: said at the start, and all that --dry-run prints.
+"""The GPU memory that answering needs: printed at the start, and all that --dry-run prints.
 
-Where it does not fit, that is an error before any weights are read.
+If it does not fit, this is an error before any weights are read.
 """
 
 from phogpt_raw.cards import GIB, capability, dtype_name

@@ -1,4 +1,4 @@
-"""A question as a person gives it: as an argument, on standard input, or as a line of a pipe."""
+"""A question from the user: as an argument, on standard input, or as a line of a pipe."""
 
 import codecs
 import os
@@ -13,7 +13,7 @@ def read_question(given: str) -> str:
 
 
 def from_stdin() -> str:
-    """Standard input as text, with or without the mark that Windows puts before it."""
+    """Standard input as text, with or without the byte order mark that Windows writes."""
     read = getattr(sys.stdin, "buffer", None)
     if read is None:
         return sys.stdin.read()
@@ -22,19 +22,19 @@ def from_stdin() -> str:
     try:
         return content.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError:
-        raise Refusal("the question is not UTF-8; save it as UTF-8, or type it anew") from None
+        raise Refusal("the question is not UTF-8; save it as UTF-8, or type it again") from None
 
 
 def checked(question: str) -> str:
     """The question without a byte order mark; Refusal where it is empty or no text.
 
-    Where the system's encoding is not UTF-8, Python hides the bytes of an argument that it cannot
-    read in lone surrogates. They are read again as UTF-8.
+    Where the system's encoding is not UTF-8, Python turns the bytes of an argument that it cannot
+    decode into lone surrogates. They are read again as UTF-8.
     """
     try:
         question = os.fsencode(question).decode("utf-8") if broken(question) else question
     except UnicodeError:
-        raise Refusal("the question is not UTF-8; convert it, or type it anew") from None
+        raise Refusal("the question is not UTF-8; convert it, or type it again") from None
     question = question.removeprefix("\ufeff")
     lost = next((letter for letter in question if letter in "\0\ufffd\ufffe\uffff"), None)
     if lost:

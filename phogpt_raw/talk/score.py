@@ -1,10 +1,10 @@
-"""generate.py --eval FILE: how good the answers to rows with known answers are.
+"""generate.py --eval FILE: the quality of the model's answers to rows with known answers.
 
 The loss in nats per token of all known answers. An answer is generated to the last question of each
-row, after the known answers to its earlier ones. Of these: the share that is the known one but for
-capitals, spaces and a full stop at the end, chrF (Popović 2015, doi:10.18653/v1/W15-3049; by
-sacrebleu), and the share that ends by itself. With an adapter all of it is there twice: for the
-base alone, and with the adapter.
+row, after the known answers to its earlier ones. For the generated answers it gives: the share that
+equals the known answer except for capitals, spaces and a full stop at the end; chrF (Popović 2015,
+doi:10.18653/v1/W15-3049; by sacrebleu); and the share that ends by itself. With an adapter each
+score is given twice: for the base alone, and with the adapter.
 """
 
 import html
@@ -126,7 +126,7 @@ def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
 
 
 def last_answer(example: Example) -> slice:
-    """Where the last answer stands in the ids, with its `</s>`."""
+    """The positions of the last answer in the ids, with its `</s>`."""
     spoken = [n for n, target in enumerate(example.targets) if target != IGNORED]
     start = next((n for n in range(spoken[-1], 0, -1) if example.targets[n - 1] == IGNORED), 0)
     return slice(start + 1, spoken[-1] + 2)
@@ -166,14 +166,14 @@ def as_it_is() -> Iterator[None]:
 
 
 def settings(model: PhoGPT, found: Found):
-    """(name, context) of what is scored."""
+    """(name, context) of each model that is scored."""
     if not found.adapter:
         return [("base", as_it_is())]
     return [("base", without_adapter(model)), ("adapter", as_it_is())]
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two answers differ in nothing but capitals, spaces and a full stop at the end.
+    """Whether two answers are equal except for capitals, spaces and a full stop at the end.
 
     >>> same("Dạ,  phở ạ.", "dạ, phở ạ"), same("phở", "phơ")
     (True, False)

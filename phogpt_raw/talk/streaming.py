@@ -38,8 +38,7 @@ class Written:
     screen: "Screen" = field(default_factory=lambda: Screen(terminal_width()))
 
     def show(self, text: str) -> None:
-        """Print text, without the spaces before the first letter (4B's template begins with
-        one)."""
+        """Print text, without white space at its beginning (4B's template begins with a space)."""
         text = text if self.text else text.lstrip()
         self.text += text
         if self.screen.width:
@@ -54,7 +53,7 @@ class Written:
 class Screen:
     """Text broken between words where a terminal of `width` columns ends; width 0: as it is.
 
-    A word is held back until it is complete, so that it never stands on two lines.
+    A word is held back until it is complete, so that it is never split over two lines.
     """
 
     def __init__(self, width: int):
@@ -74,7 +73,7 @@ class Screen:
         return shown
 
     def resize(self, width: int) -> None:
-        """The terminal has `width` columns now; it has broken the lines that were longer."""
+        """The terminal has `width` columns now, and has wrapped longer lines."""
         if width and width != self.width:
             self.width, self.column = width, self.column % width
 
@@ -99,8 +98,8 @@ def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Wri
            how: Generation) -> None:
     """Answer one prompt in an engine without other requests, and print the answer meanwhile.
 
-    most: tokens of this answer. `written` is filled as the answer grows: Ctrl-C leaves it with what
-    stands on the screen.
+    most: tokens of this answer. `written` is filled as the answer grows: After Ctrl-C it contains
+    the text that is on the screen.
     """
     text, begun = TextStream(tokenizer, how.stops), time.perf_counter()
     engine.add(0, prompt, most, how.seed, how.sampling)
@@ -124,8 +123,8 @@ def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Wri
 
 
 def remarks(written: Written, most: int, full: bool) -> list[str]:
-    """What a person should know of an answer that has ended. most: tokens that it might have; full:
-    whether the model can hold no more."""
+    """Remarks for the user on an answer that has ended. most: the limit of its tokens; full:
+    whether the model's context is full."""
     lines = []
     if written.ended and not written.text.strip():
         lines.append(_("(the answer is empty)"))

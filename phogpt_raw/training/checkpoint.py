@@ -1,9 +1,11 @@
-"""A checkpoint is whole or it is not there; a run that resumes from it continues bit for bit.
+"""A checkpoint is written completely or not at all; a run that resumes from it continues bit for
+bit.
 
 `checkpoint-N` holds the adapter in PEFT's format, the optimizer, and what else the next step
-depends on: loss scale, random generators, counters, the best validation loss. The data order needs
-no state, it follows from the step. It is written under another name and renamed at the end, with
-the hashes of its files: a damaged one is not used.
+depends on: loss scale, random generators, counters, the best validation loss. The order of the data
+needs no state, because it follows from the step's number. It is written under a temporary name and
+renamed at the end. It contains the hashes of its files, so a damaged checkpoint is noticed and not
+used.
 
 `take` copies all of it to the host's memory, in a fraction of a step's time. `write` writes that
 copy, in seconds, while the next steps are computed.
@@ -77,8 +79,8 @@ def write(run: Path, snapshot: Snapshot) -> Path:
 
 
 def save_state(file: Path, state: dict) -> None:
-    """torch.save, that raises the system's error where the disk is full: torch itself goes on after
-    it and reports a wrong position."""
+    """torch.save, but a full disk raises the system's error. torch itself continues after that
+    error and then reports a wrong position."""
     with file.open("wb") as opened:
         written = Written(opened)
         torch.save(state, written)
@@ -87,7 +89,8 @@ def save_state(file: Path, state: dict) -> None:
 
 
 class Written:
-    """What torch.save needs of a file. After a first error, which is kept, nothing is written."""
+    """The methods of a file that torch.save needs. The first error is kept, and nothing is written
+    after it."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.error = file, None
@@ -106,7 +109,7 @@ class Written:
 
 def tidy(run: Path) -> None:
     """Remove what a killed process leaves behind in a run's folder; a checkpoint that was about to
-    be replaced gets its name back where the new one is not there."""
+    be replaced gets its name back if the new one does not exist."""
     remove_unfinished(run)
     for replaced in run.glob(f"checkpoint-*{REPLACED}"):
         final = replaced.with_name(replaced.name.removesuffix(REPLACED))
@@ -188,15 +191,15 @@ def load(folder: Path, training: Training) -> None:
 def readable(folder: Path, read):
     try:
         return read()
-    except Exception as error:  # each reader has its own kinds for a damaged file
+    except Exception as error:  # each reader raises other errors for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refusal(f"{folder}: cannot be read ({reason}); delete it to go on from the one "
                       f"before") from None
 
 
 def random_state() -> dict:
-    """Of the generators that this run draws from: the host's, and its own GPU's alone, so that a
-    checkpoint does not depend on how many GPUs the machine has."""
+    """The states of the random generators that this run uses: that of the host, and that of its own
+    GPU only, so that a checkpoint does not depend on the number of GPUs in the computer."""
     return {"torch": torch.get_rng_state(), "python": repr(random.getstate()),
             "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []}
 

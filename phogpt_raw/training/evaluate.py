@@ -1,4 +1,4 @@
-"""How good the adapters are: loss on held-out rows, and whether answers stop by themselves."""
+"""The quality of the adapters: loss on held-out rows, and whether answers stop by themselves."""
 
 import math
 import time

@@ -12,9 +12,10 @@ supervised rows may vary.
 Memory is the difficult part. Graphs have their own memory pool, and torch does not lend it to other
 work; memory freed on one stream can be reused on that stream only. So large work that never runs
 between a graph's forward and its backward (the eager step of another shape, an evaluation)
-allocates from that pool, on the graphs' stream. The loss does run in between and must not. While
-a pool is in use torch cannot release its cached memory when the GPU is full, so rows of many long
-lengths can exhaust it. Then limits.py drops the graphs and repeats the work without them.
+allocates from that pool, on the graphs' stream. The loss runs between a graph's forward and its
+backward, so it must not allocate from that pool. While a pool is in use torch cannot release its
+cached memory when the GPU is full, so rows of many long lengths can exhaust it. Then limits.py
+drops the graphs and repeats the work without them.
 
 B micro-batch, L length, D hidden.
 """
@@ -73,7 +74,8 @@ class GraphedModel:
         return Replay.apply(self.flat, graphs, ids_BL, doc_BL)
 
     def is_worth(self, shape: torch.Size) -> bool:
-        """Whether a capture pays: enough micro-batches of this shape are still to come."""
+        """Whether capturing saves time: whether enough micro-batches of this shape are still to
+        come."""
         if self.expected is None:
             return True
         self.expected[tuple(shape)] -= 1

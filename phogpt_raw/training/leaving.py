@@ -27,7 +27,7 @@ class Left(Exception):
 
 
 class Leaving:
-    """A context in which signals and a time limit leave the run in good order.
+    """A context in which signals and a time limit end the run after it was saved.
 
     minutes: None for no limit.
     """
@@ -67,7 +67,7 @@ class Leaving:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block that a signal breaks off, since it can be repeated."""
+        """A block that a signal interrupts at once, because it can be repeated."""
         self.check()
         self.may_raise = True
         try:

@@ -1,4 +1,4 @@
-"""How much GPU memory a step may use at once, and what is given up when that is too much.
+"""Limits on the GPU memory of a step, and a retry without CUDA graphs when memory runs out.
 
 Every step reads the limits, so a run can continue with lower ones after it has run out of memory.
 """

@@ -1,7 +1,8 @@
-"""Whether a run may go on in a folder: the same settings, the same rows, no files of anybody else.
+"""Check that a run may be resumed in a folder: same settings, same rows, no files of other
+programs.
 
-A run records its settings in config.json and a hash of each of its rows in row_hashes.json. Where
-the rows come from may change; the rows themselves may not.
+A run records its settings in config.json and a hash of each of its rows in row_hashes.json. The
+files of the rows may be renamed or moved; the rows themselves must stay the same.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from phogpt_raw.files import expanded, read_object, write_text
 from phogpt_raw.model.adapter_config import run_record
 from phogpt_raw.refusal import Refusal
 
-# May differ when a run goes on: everything else would make it another run.
+# Settings that may differ when a run is resumed. Any other change would make it another run.
 FREE = {"preset", "data", "val", "map", "strict", "too_long", "data_cache", "inspect", "json",
         "hold_out", "out", "dry_run", "steps", "epochs", "eval_every", "eval_answers",
         "answer_tokens", "patience", "save_every", "keep", "max_minutes", "tensorboard",
@@ -30,7 +31,8 @@ ROWS = "row_hashes.json"  # of the rows with which the run began
 
 
 def record_run(folder: Path, config: Config, examples: Examples, base_weights: str | None) -> None:
-    """Write what a later start is compared with. base_weights: of weights_hash."""
+    """Write the settings and row hashes with which a later start is compared. base_weights: of
+    weights_hash."""
     configuration.save(config, folder / "config.json", base_weights=base_weights)
     rows = {part: [fingerprint(example) for example in getattr(examples, part)]
             for part in ("train", "held_out")}
@@ -38,11 +40,11 @@ def record_run(folder: Path, config: Config, examples: Examples, base_weights: s
 
 
 def check_place(folder: Path) -> None:
-    """Raise Refusal where a new run would write over files that are not a run's."""
+    """Raise Refusal if a new run would overwrite files that do not belong to a run."""
     if folder.exists() and not folder.is_dir():
         raise Refusal(f"--out {folder}: is a file; name a folder")
     with suppress(Refusal):
-        if run_record(folder / "config.json"):  # of a run killed before its first checkpoint
+        if run_record(folder / "config.json"):  # the run was killed before its first checkpoint
             return
     for name in ("config.json", ROWS, "metrics.jsonl"):
         if os.path.lexists(folder / name):
@@ -55,7 +57,7 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
     file = folder / "config.json"
     if not file.is_file():
         raise Refusal(f"{file}: missing, so this run cannot go on; name another --out")
-    # A run of before a setting existed has its default.
+    # A run that is older than a setting has this setting's default.
     before = dataclasses.asdict(Config()) | read_object(file, ANOTHER)
     now = dataclasses.asdict(config)
     for name in sorted(now.keys() - FREE):
@@ -76,7 +78,7 @@ def check_base(folder: Path, config: Config, base_weights: str) -> None:
 
 
 def whole_path(name: str, value):
-    """A setting as it is compared: of a folder its whole path, however it was written."""
+    """A setting in the form that is compared: for a folder its absolute path."""
     if name in ("model", "adapter") and value and expanded(value).is_dir():
         return str(expanded(value).resolve())
     return value
@@ -86,7 +88,7 @@ def check_rows(folder: Path, before: dict, now: dict, examples: Examples) -> Non
     """Raise Refusal where the rows are not those with which the run began, and say which; where
     another flag divides them (before and now: the settings), name the flag."""
     file = folder / ROWS
-    if not file.is_file():  # a run of before the rows were recorded
+    if not file.is_file():  # a run from before row hashes were recorded
         return
     began = read_object(file, ANOTHER)
     for part in ("train", "held_out"):
@@ -110,7 +112,7 @@ def with_hold_out(settings: dict) -> str:
 
 
 def changes(began: list[str], examples: list[Example]) -> str:
-    """What differs from the fingerprints with which a run began; nothing where all are there."""
+    """The differences from the row hashes with which a run began; empty if there are none."""
     now = [fingerprint(example) for example in examples]
     if now == began:
         return ""

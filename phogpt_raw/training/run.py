@@ -3,7 +3,7 @@
 DIR/config.json, row_hashes.json, metrics.jsonl, checkpoint-N/, and the result,
 adapter_model.safetensors with adapter_config.json: the adapter of the lowest validation loss, the
 last where nothing is held out. The model card, README.md, is written last: a run that has taken all
-its steps but has no card was killed in between, and goes on to its end.
+its steps but has no card was killed in between, and is finished when it is started again.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ MARK = "<!-- written by phogpt-raw, which writes it anew; delete this line to ke
 
 @dataclass
 class RunState:
-    """Where a run stands: steps taken, those of them skipped, the best and the first score."""
+    """The state of a run: steps taken, how many of them were skipped, the best and the first
+    score."""
 
     step: int = 0
     evaluated: int = -1  # the last step after which the run was evaluated
@@ -55,8 +56,8 @@ class RunState:
 
 
 class Run:
-    """The folder of a run, new or resumed. `examples` are those that the run trains on and holds
-    out; a run that goes on must have the same."""
+    """The folder of a run, new or resumed. `examples`: the training and the held-out ones; a
+    resumed run must have the same."""
 
     def __init__(self, config: Config, steps: int, examples: Examples):
         self.folder = (expanded(config.out) if config.out
@@ -88,15 +89,15 @@ class Run:
             resume.check_place(self.folder)
 
     def over(self, base_weights: str) -> None:
-        """Note the base that the run trains over. Raises Refusal where a run that goes on has begun
-        over another."""
+        """Record the base that the run trains over. Raises Refusal if a resumed run began over
+        another base."""
         if self.checkpoint:
             resume.check_base(self.folder, self.config, base_weights)
         self.base_weights = base_weights
 
     @property
     def ended(self) -> bool:
-        """Whether all steps are taken and evaluated, or --patience evaluations brought nothing
+        """Whether all steps are taken and evaluated, or the last --patience evaluations were not
         better."""
         state, patience = self.state, self.config.patience
         if state.step >= self.steps:
@@ -104,7 +105,7 @@ class Run:
         return 0 < patience <= state.not_better
 
     def nothing_left(self) -> str:
-        """Why a run that has ended does not go on, and what to do instead."""
+        """The reason why a run that has ended cannot be resumed, and what to do instead."""
         state, patience = self.state, self.config.patience
         if state.step >= self.steps:
             done = plural(state.step, "1 step", f"{state.step} steps")
@@ -120,9 +121,10 @@ class Run:
 
     @contextmanager
     def begun(self, training: Training) -> Iterator[None]:
-        """Hold the run's folder, made where it is not there, and restore the newest checkpoint.
+        """Lock the run's folder, which is created if it does not exist, and restore the newest
+        checkpoint.
 
-        Raises Refusal where another process has it.
+        Raises Refusal if another process has locked it.
         """
         with in_words(self.folder / LOCK):
             if not self.config.out:
@@ -135,7 +137,7 @@ class Run:
                               f"give the same command again")
             try:
                 checkpoint.tidy(self.folder)
-                if has_our_card(self.folder):  # it speaks of an end that is not the end any more
+                if has_our_card(self.folder):  # it describes a result that is out of date
                     (self.folder / CARD).unlink()
                 resume.record_run(self.folder, self.config, self.examples, self.base_weights)
                 if self.checkpoint:
@@ -150,14 +152,14 @@ class Run:
                 (self.folder / LOCK).unlink()
 
     def evaluation_due(self) -> bool:
-        """Whether the run is to be evaluated where it stands: before the first step, every
-        --eval-every steps, and at the end; once each."""
+        """Whether the run must be evaluated now: before the first step, every --eval-every steps,
+        and at the end; once each."""
         state, every = self.state, self.config.eval_every
         return state.evaluated < state.step and (
             state.step in (0, self.steps) or (every > 0 and state.step % every == 0))
 
     def save_due(self) -> bool:
-        """Whether a checkpoint is to be written: after an evaluation, and every --save-every
+        """Whether a checkpoint must be written now: after an evaluation, and every --save-every
         steps."""
         state, every = self.state, self.config.save_every
         return state.step > 0 and (state.evaluated == state.step
@@ -167,9 +169,9 @@ class Run:
         """Remember the score, and whether this adapter is the best so far: the one of the lowest
         validation loss; the newest where nothing is held out.
 
-        Before the first update the score is only remembered: it is of an adapter not yet trained.
-        A loss that is not finite is never the best. For --patience, though, it counts: what is no
-        better than the untrained adapter is no better.
+        Before the first update the score is only remembered, because the adapter is not trained
+        yet. A loss that is not finite is never the best. --patience also counts evaluations that
+        are not better than the untrained adapter.
         """
         state = self.state
         state.evaluated = state.step
@@ -210,9 +212,9 @@ class Run:
             writing.result()
 
     def follow_up(self, state: RunState) -> None:
-        """What comes after a checkpoint of that state, and again when a run goes on from it, since
-        it may have been killed in between: copy its adapter to the run's folder if it is the best
-        one; remove older checkpoints but --keep of them and the best one."""
+        """Finish a checkpoint of that state: copy its adapter to the run's folder if it is the best
+        one; remove older checkpoints except the newest --keep and the best one. This is repeated
+        when a run is resumed, because the run may have been killed before it."""
         if state.best_step == state.step > 0:
             for name in checkpoint.ADAPTER:
                 with whole_file(self.folder / name) as file:
@@ -237,8 +239,8 @@ class Run:
                 last=state.step, advice=self.advice()))
 
     def check_result(self, loss: float) -> None:
-        """Raise RunFailed where the run has ended with nothing to show: most steps were skipped, or
-        its last loss (the validation loss, where there is one) is not finite."""
+        """Raise RunFailed if the run has no usable result: most steps were skipped, or its last
+        loss (the validation loss, if there is one) is not finite."""
         state = self.state
         if 2 * state.skipped > state.step:
             fault = _("{n} of {steps} steps were skipped, their gradients are not finite",
@@ -252,34 +254,36 @@ class Run:
                           advice=self.advice()))
 
     def check_adapter(self) -> None:
-        """Raise RunFailed where no step of a run that has ended brought an adapter."""
+        """Raise RunFailed if a run has ended and no step gave an adapter that can be used."""
         if not self.state.best_step:
             raise RunFailed(_("{folder}: this run has ended, after step {n}, without a usable "
                               "adapter; {advice}", folder=self.folder, n=self.state.step,
                               advice=self.advice()))
 
     def advice(self) -> str:
-        """From where a failed run can go on: the best checkpoint; where nothing is held out, the
-        newest before the last update, which may be what did the harm."""
+        """Advice on the checkpoint from which a failed run can continue: the best one. Without
+        held-out rows, the newest before the last update, because that update may have caused the
+        failure."""
         self.settle()
         state = self.state
         last_applied = state.step - state.skipped_in_row
         good = checkpoint.newest(self.folder, state.best_step if state.first else last_applied - 1)
         if good is None or not state.applied:
-            return _("no good checkpoint was saved; begin anew with a lower --lr, or --dtype bf16 "
-                     "or fp32, and another --out")
+            return _("no good checkpoint was saved; start a new run with a lower --lr, or --dtype "
+                     "bf16 or fp32, and another --out")
         return _("the last good checkpoint is {good}; go on from it with --adapter {good}, a "
                  "lower --lr and another --out", good=good)
 
 
 def has_our_card(folder: Path) -> bool:
-    """Whether a folder holds a model card that this program has written and nobody changed."""
+    """Whether a folder has a model card that this program has written and nobody has changed."""
     card = folder / CARD
     return card.is_file() and MARK in card.read_text("utf-8", errors="replace")
 
 
 def restored(folder: Path) -> RunState:
-    """The state in a checkpoint; one of before a field was recorded has been evaluated."""
+    """The state in a checkpoint. A checkpoint that does not record the field `evaluated` was
+    evaluated."""
     state = checkpoint.read_state(folder)
     return RunState(**{"evaluated": state.get("step", 0), **state})
 
@@ -296,7 +300,7 @@ def make_next(model: str) -> Path:
 
 
 def record(score: Score | None) -> dict:
-    """What a checkpoint keeps of a score; nothing where nothing is held out."""
+    """The values of a score that a checkpoint stores; empty without held-out rows."""
     if score is None:
         return {}
     return dict(val_loss=score.val_loss, stops=score.stops, answers=score.answers)

@@ -1,8 +1,8 @@
 """Everything wired once: `wire` for a step (train.py, bench/ and simulate/ alike), `set_up` for a
 run of train.py.
 
-What can be wrong is found before anything slow: tokenizer and rows, the run's folder, what the
-adapters ask for, and only then are the base's weights read.
+Errors are found before anything slow: tokenizer and rows, the run's folder and the adapters'
+settings are checked before the base's weights are read.
 """
 
 import random
@@ -80,7 +80,7 @@ def wire(model: PhoGPT, adapters: Adapters, *, optimizer: str = Config.optimizer
 
 
 def forward_of(model: PhoGPT, adapters: Adapters, limits: Limits) -> PhoGPT | GraphedModel:
-    """What a step calls: the model, or its CUDA graphs where the limits have them."""
+    """The forward that a step calls: the model, or its CUDA graphs if the limits allow them."""
     return GraphedModel(model, adapters.flat, limits) if limits.graphs else model
 
 
@@ -107,11 +107,11 @@ class Job(Training):
                         self.limits, self.stream.packing, memory)
 
     def planned(self, start: int = 0) -> range:
-        """The steps from `start` on, as far as it is worth to look ahead."""
+        """The steps from `start` on, up to a limit; they decide row lengths and captures."""
         return range(start, min(self.run.steps, start + PLANNED))
 
     def pack(self, packing: Packing | None) -> None:
-        """Lay out the rows so; only shapes that come often enough become CUDA graphs."""
+        """Use this layout of rows; only shapes that occur often enough become CUDA graphs."""
         self.stream.packing = packing
         if self.limits.graphs:
             self.forward.expected = Counter(
@@ -129,8 +129,8 @@ def with_own_adapter(config: Config) -> Config:
 
 
 def check_asked(config: Config, shape: ModelConfig) -> None:
-    """Raise Refusal where the base lacks what --targets or --recompute name, or its matrices are
-    no larger than those of --rank."""
+    """Raise Refusal for a --rank above the model's width, or for --targets or --recompute that the
+    base does not have."""
     if config.rank > shape.d_model:
         raise Refusal(f"--rank {config.rank}: the model's matrices have {shape.d_model} columns, "
                       f"and a rank is below that; 8 to 64 is usual")
@@ -155,9 +155,9 @@ def make_stream(examples: Examples, config: Config, pad_id: int) -> Stream:
 
 
 def set_up(config: Config, examples: Examples | None = None) -> Job:
-    """Everything of a run that a Config describes; raises Refusal for what cannot be.
+    """All parts of a run that a Config describes; raises Refusal for settings that are not valid.
 
-    `examples` take the place of the config's files. How rows are packed and --recompute auto are
+    `examples` are used in place of the config's files. How rows are packed and --recompute auto are
     not decided here: they need a simulated step (simulate/fit.py).
     """
     if config.tensorboard:
