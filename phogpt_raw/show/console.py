@@ -108,7 +108,7 @@ class Display:
 def stopped(run: Run) -> str:
     """What is left of a run that is stopped without being saved."""
     run.settle()
-    saved = newest(run.folder)
+    saved = newest(run.folder, up_to=run.state.step)  # above it are damaged ones
     if saved is None:
         return _("after step {n}; no checkpoint was saved yet", n=run.state.step)
     return _("after step {n}; with --out {folder} it goes on from {checkpoint}",

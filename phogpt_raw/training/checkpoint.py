@@ -157,10 +157,12 @@ def damage(folder: Path, step: int) -> str | None:
     return None
 
 
-def remove_older(run: Path, keep: int, best: int) -> None:
-    """Remove all checkpoints but the `keep` newest ones and the one of step `best`. The name goes
-    first: killed here, half a folder is not taken for a checkpoint."""
-    for step, folder in list(by_step(run).items())[keep:]:
+def remove_older(run: Path, keep: int, best: int, newest: int) -> None:
+    """Remove the checkpoints before step `newest` but `keep` - 1 of them and the one of step
+    `best`. Those above it are damaged: they count for nothing and stay until they are written anew.
+    The name goes first: killed here, half a folder is not taken for a checkpoint."""
+    up_to = [(step, folder) for step, folder in by_step(run).items() if step <= newest]
+    for step, folder in up_to[keep:]:
         if step != best:
             unfinished = folder.with_name(folder.name + UNFINISHED)
             folder.rename(unfinished)

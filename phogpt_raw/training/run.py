@@ -218,7 +218,7 @@ class Run:
                 with whole_file(self.folder / name) as file:
                     shutil.copyfile(self.checkpoint / name, file)
         if not state.skipped_in_row:  # else an older one may be the only good one
-            checkpoint.remove_older(self.folder, self.config.keep, state.best_step)
+            checkpoint.remove_older(self.folder, self.config.keep, state.best_step, state.step)
 
     def still_due(self, every: int) -> int:
         """How often something is due from this step on, this one included."""
