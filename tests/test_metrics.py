@@ -13,8 +13,8 @@ from phogpt_raw.data.batches import Window
 from phogpt_raw.show.console import Display
 from phogpt_raw.training import metrics as module
 from phogpt_raw.training.evaluate import Score
-from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.leaving import Leaving
+from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.metrics import Metrics, StepRow
 from phogpt_raw.training.run import Run, RunState
 from phogpt_raw.training.step import StepStats

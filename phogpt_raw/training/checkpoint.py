@@ -14,13 +14,14 @@ import hashlib
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from phogpt_raw.files import LOCK, UNFINISHED, remove, remove_unfinished, whole_folder
+from phogpt_raw.files import LOCK, UNFINISHED, remove, whole_folder
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.flat import on_host
 from phogpt_raw.refusal import Refusal
@@ -103,7 +104,10 @@ class Written:
 def tidy(run: Path) -> None:
     """Remove what a killed process leaves behind in a run's folder; a checkpoint that was about to
     be replaced gets its name back where the new one is not there."""
-    remove_unfinished(run)
+    for left in run.glob(f"*{UNFINISHED}"):
+        name = left.name.removesuffix(UNFINISHED)
+        if name in ADAPTER or re.fullmatch(r"checkpoint-\d+", name):  # others are not a run's
+            remove(left)
     for replaced in run.glob(f"checkpoint-*{REPLACED}"):
         final = replaced.with_name(replaced.name.removesuffix(REPLACED))
         remove(replaced) if final.exists() else replaced.rename(final)
@@ -177,7 +181,7 @@ def load(folder: Path, training: Training) -> None:
     """Restore adapters, optimizer, loss scale and random generators from a checkpoint."""
     file = folder / STATE
     state = readable(folder, lambda: torch.load(file, map_location="cpu", weights_only=True))
-    training.adapters.load(folder)
+    readable(folder, lambda: training.adapters.load(folder))
     load_state(training.optimizer, state["optimizer"])
     training.scaler.load_state_dict(state["scaler"])
     restore_random_state(state["random"])

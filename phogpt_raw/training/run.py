@@ -18,7 +18,7 @@ from pathlib import Path
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
-from phogpt_raw.files import LOCK, expanded, in_words, locked, whole_file
+from phogpt_raw.files import LOCK, expanded, flush, in_words, locked, whole_file
 from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal, RunFailed
 from phogpt_raw.training import checkpoint, resume
@@ -26,6 +26,7 @@ from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.step import Training
 
 CARD = "README.md"
+METRICS = "metrics.jsonl"
 MARK = "<!-- written by phogpt-raw, which writes it anew; delete this line to keep your changes -->"
 
 
@@ -147,7 +148,7 @@ class Run:
             finally:
                 if self.writing:
                     wait([self.writing])
-                (self.folder / LOCK).unlink()
+                (self.folder / LOCK).unlink(missing_ok=True)  # the folder may have been moved
 
     def evaluation_due(self) -> bool:
         """Whether the run is to be evaluated where it stands: before the first step, every
@@ -200,6 +201,7 @@ class Run:
         self.writing = self.writer.submit(self.write, snapshot, dataclasses.replace(state))
 
     def write(self, snapshot: checkpoint.Snapshot, state: RunState) -> None:
+        flush(self.folder / METRICS)  # else a power failure may take rows that are not written anew
         self.checkpoint = checkpoint.write(self.folder, snapshot)
         self.follow_up(state)
 
