@@ -7,6 +7,7 @@ With --dry-run it prints its settings and trains nothing.
 """
 
 import sys
+from contextlib import suppress
 
 from phogpt_raw.command_line import from_command_line
 from phogpt_raw.export import model_card
@@ -38,15 +39,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     with run.begun(job):
         metrics = Metrics(run.folder, state, job, config.tensorboard)
-        try:
-            with (plots.drawn(run), console.Display(run) as show,
-                  Leaving(config.max_minutes) as leave):
-                train(job, metrics, show, leave)
-        except Left as left:
-            run.save(job)
-            run.settle()
-            console.left(run, left.why, sys.argv[1:] if arguments is None else arguments)
-            sys.exit(left.status)
+        with Leaving(config.max_minutes) as leave, plots.drawn(run):
+            try:
+                with console.Display(run, leave) as show:
+                    train(job, metrics, show, leave)
+            except Left as left:
+                run.save(job)
+                run.settle()
+                with suppress(OSError):  # whoever read the output may be gone
+                    console.left(run, left.why, sys.argv[1:] if arguments is None else arguments)
+                sys.exit(left.status)
         run.settle()
         run.check_result(metrics.last_loss)
         model_card.write(job)

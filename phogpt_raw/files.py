@@ -40,6 +40,8 @@ def whole_file(file: Path) -> Iterator[Path]:
     """A path to write `file` under; it takes its name when the block ends without an error."""
     unfinished = file.with_name(file.name + UNFINISHED)
     with in_words(unfinished), removed_on_error(unfinished):
+        if file.is_dir():
+            raise Refusal(f"{file}: is a folder; move it away")
         remove(unfinished)
         yield unfinished
         flush(unfinished)
@@ -130,10 +132,27 @@ def check_free(folder: Path) -> None:
         raise Refusal(f"{folder}: exists already; name a folder that does not")
 
 
+@contextmanager
+def awaited_file(file: Path) -> Iterator[None]:
+    """Hold the place of a new file that is written at the end of the block, whose folder is made.
+
+    Raises Refusal where `file` exists or cannot be written, or another process holds its place.
+    """
+    check_place(file)
+    lock = file.with_name(file.name + LOCK)
+    with locked(lock, f"{file}: another process is about to write it; wait for its end, or name "
+                      f"another place"):
+        try:
+            check_free(file)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def check_place(file: Path) -> None:
     """Raise Refusal if a new file of this name cannot be written. Its folder is created."""
     check_free(file)
-    unfinished = file.with_name(file.name + UNFINISHED)
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}{UNFINISHED}")  # no other process's
     try:
         with in_words(unfinished):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -169,12 +188,6 @@ def locked(file: Path, busy: str) -> Iterator[None]:
         os.close(opened)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes left unfinished in a folder of this program."""
-    for left in folder.glob(f"*{UNFINISHED}"):
-        remove(left)
-
-
 @contextmanager
 def removed_on_error(path: Path) -> Iterator[None]:
     """Remove what a write leaves under this name when it fails."""
@@ -199,6 +212,9 @@ def in_words(path: Path) -> Iterator[None]:
                           f"name another place") from None
         if number == errno.ENAMETOOLONG:
             raise Refusal(f"{path.name}: the name is too long; name another") from None
+        if number == errno.ENOENT and not place.is_dir():
+            raise Refusal(f"{place}: is not there, or no longer: it cannot be made, or was moved "
+                          f"or deleted meanwhile; move it back, or name another place") from None
         if number in CLOSED:
             raise Refusal(f"{place}: cannot be written to; name another place") from None
         raise

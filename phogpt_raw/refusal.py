@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 
 from phogpt_raw.messages import _
 
@@ -40,9 +41,20 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
-def discard_output() -> None:
-    """Send what is still to be printed nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard_unwritable() -> None:
+    """Send what is still to be printed nowhere where its reader is gone or its disk is full: at
+    its end Python would print it once more, and fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr, if anybody reads it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 class Refusal(ValueError):
@@ -74,29 +86,27 @@ def exits_cleanly(main):
             sys.stdout.flush()
             return result
         except (Refusal, RunFailed) as error:
-            print(_("error: {text}", text=" ".join(str(error).split())), file=sys.stderr)
+            tell(_("error: {text}", text=" ".join(str(error).split())))
             sys.exit(2 if isinstance(error, Refusal) else 1)
         except BrokenPipeError:  # the reader of the output has gone, as `head` does
-            discard_output()
             sys.exit(1)
         except OSError as error:
             if error.errno not in OF_THE_PLACE:
                 raise
-            if error.filename is None:  # the output's own disk is full
-                discard_output()
             place = _("the output") if error.filename is None else error.filename
-            print(_("error: {place}: {reason}", place=place, reason=error.strerror),
-                  file=sys.stderr)
+            tell(_("error: {place}: {reason}", place=place, reason=error.strerror))
             sys.exit(2)
         except Exception as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            print(_("error: the GPU's memory is full; train.py: --micro-batch 1, --recompute all "
-                    "or --no-capture, then go on with the same --out; generate.py: fewer "
-                    "--max-new-tokens"), file=sys.stderr)
+            tell(_("error: the GPU's memory is full; train.py: --micro-batch 1, --recompute all "
+                   "or --no-capture, then go on with the same --out; generate.py: fewer "
+                   "--max-new-tokens"))
             sys.exit(2)
         except KeyboardInterrupt as stop:
-            print(str(stop) or _("stopped by hand"), file=sys.stderr)
+            tell(str(stop) or _("stopped by hand"))
             sys.exit(130)
+        finally:
+            discard_unwritable()
 
     return command

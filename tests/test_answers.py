@@ -14,6 +14,7 @@ from conftest import QUESTIONS
 
 import generate
 from phogpt_raw.decode.history import Turn
+from phogpt_raw.files import awaited_file
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.talk import answers as module
 from phogpt_raw.talk import memory_plan
@@ -147,6 +148,14 @@ def test_what_was_begun_otherwise_is_refused(run, asked, tmp_path):
     assert status == 2 and "was begun with other questions, flags or another model" in said
     output.touch()
     assert "exists already" in run("--input", asked, "--output", output)[1]
+
+
+def test_two_at_once_do_not_mix_their_answers(run, asked, tmp_path):
+    with awaited_file(tmp_path / "a.jsonl"):
+        status, said = run("--input", asked, "--output", tmp_path / "a.jsonl")
+    assert status == 2 and "another process is about to write it" in said
+    assert not (tmp_path / "a.jsonl.progress").exists()
+    assert run("--input", asked, "--output", tmp_path / "a.jsonl")[0] == 0
 
 
 def test_samples_differ_and_repeat(run, asked, tmp_path):

@@ -230,8 +230,25 @@ def test_where_none_is_whole_the_run_is_refused(train, tmp_path):
 def test_the_newest_and_the_best_checkpoints_stay(tmp_path, keep, best, kept):
     for step in (2, 3, 5, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoint.remove_older(tmp_path, keep, best)
+    checkpoint.remove_older(tmp_path, keep, best, newest=9)
     assert sorted(int(f.name.rpartition("-")[2]) for f in tmp_path.iterdir()) == kept
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_count_as_the_newest(tmp_path):
+    for step in (2, 3, 5, 9, 500):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.remove_older(tmp_path, keep=1, best=2, newest=5)
+    kept = sorted(int(f.name.rpartition("-")[2]) for f in tmp_path.iterdir())
+    assert kept == [2, 5, 9, 500]
+
+
+def test_a_run_that_goes_on_below_a_damaged_checkpoint_keeps_what_it_saves(train, tmp_path):
+    out = tmp_path / "run"
+    train("--out", out, "--keep", 1, at=(3, STOPPED))
+    (out / "checkpoint-500").mkdir()  # another program's
+    _, _, said = train("--out", out, "--keep", 1, "--save-every", 1, at=(2, STOPPED))
+    assert "goes on from checkpoint-5" in said
+    assert checkpoint.newest_whole(out)[0] == out / "checkpoint-5"
 
 
 def test_the_newest_is_the_highest_number_not_the_last_name(tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from phogpt_raw import files
 from phogpt_raw.files import (
+    awaited_file,
     check_place,
     check_space,
     expanded,
@@ -224,6 +225,35 @@ def test_space_is_enough_to_the_byte(tmp_path, monkeypatch):
     check_space(tmp_path, 1000)
     with pytest.raises(Refusal):
         check_space(tmp_path, 1001)
+
+
+def test_a_file_that_another_process_is_about_to_write_is_refused(tmp_path):
+    with awaited_file(tmp_path / "a"):
+        with pytest.raises(Refusal, match="a: another process is about to write it"), \
+                awaited_file(tmp_path / "a"):
+            raise AssertionError("two write it")
+        with awaited_file(tmp_path / "b"):
+            pass
+    with awaited_file(tmp_path / "a"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_of_a_place_leaves_what_another_process_is_writing(tmp_path):
+    (tmp_path / "a.unfinished").write_text("half")
+    check_place(tmp_path / "a")
+    assert (tmp_path / "a.unfinished").read_text() == "half"
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path):
+    with pytest.raises(Refusal, match="gone: is not there"), whole_file(tmp_path / "gone" / "a"):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(Refusal, match="a: is a folder"), whole_file(tmp_path / "a"):
+        raise AssertionError("written")
 
 
 def test_a_place_for_a_file_is_tried_and_left_as_it_was(tmp_path):

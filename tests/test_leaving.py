@@ -1,6 +1,7 @@
 """A signal or a time limit ends a run: it saves, and can be resumed with the same result, bit for
 bit."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from conftest import SMALL
 from test_checkpoint import assert_same_run
 
+from phogpt_raw.training import checkpoint
 from phogpt_raw.training.leaving import Leaving, Left
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,32 @@ def test_a_second_ctrl_c_leaves_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_after_another_signal_leaves_at_once_as_it_said():
+    with Leaving():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_signal_is_the_reason():
+    with Leaving() as leave:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        with pytest.raises(Left) as left:
+            leave.check()
+    assert left.value.status == 129
+
+
+def test_a_terminal_that_is_gone_does_not_disturb_the_step(monkeypatch):
+    def gone(_number, _text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "write", gone)
+    with Leaving() as leave, pytest.raises(Left):
+        os.kill(os.getpid(), signal.SIGHUP)
+        leave.check()
 
 
 def test_what_can_be_repeated_is_broken_off():
@@ -99,6 +127,46 @@ def test_a_run_that_is_left_goes_on_to_the_bit(command, train, tmp_path, number)
     done = subprocess.run([sys.executable, *again[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(broken, straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_same_signal_while_the_run_is_saved_changes_nothing(train, tmp_path, monkeypatch,
+                                                                number):
+    """A shell and the system both send SIGHUP; a cluster repeats SIGTERM."""
+    before = signal.getsignal(number)
+    write = checkpoint.write
+
+    def asked(*args):
+        os.kill(os.getpid(), number)
+        return 0.01
+
+    def asked_again(*args):
+        os.kill(os.getpid(), number)
+        return write(*args)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("train.lr_at", asked)
+            patch.setattr(checkpoint, "write", asked_again)
+            patch.setattr("phogpt_raw.show.plots.draw",
+                          lambda *_: os.kill(os.getpid(), number))
+            status, _, said = train("--out", tmp_path / "run")
+    finally:
+        signal.signal(number, before)
+    assert status == 128 + number and "saved; go on with" in said
+    assert checkpoint.newest(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_run_whose_output_is_gone_is_saved(train, tmp_path, monkeypatch, number):
+    def gone(text):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("phogpt_raw.show.console.say", gone)  # which shows an evaluation
+        status, _, said = train("--out", tmp_path / "run", "--eval-every", 5)
+    assert status == 1 and "the output cannot be written" in said  # evaluated before step 1
+    assert train("--out", tmp_path / "run", "--eval-every", 5)[0] == 0
 
 
 def test_a_run_of_no_minutes_takes_no_step_and_loses_nothing(train, tmp_path):

@@ -13,6 +13,7 @@ from phogpt_raw.data.batches import Window
 from phogpt_raw.show.console import Display
 from phogpt_raw.training import metrics as module
 from phogpt_raw.training.evaluate import Score
+from phogpt_raw.training.leaving import Leaving
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.metrics import Metrics, StepRow
 from phogpt_raw.training.run import Run, RunState
@@ -94,7 +95,7 @@ def test_evaluations_that_are_still_due_are_counted(tmp_path, every, step):
 
 def test_the_time_left_counts_steps_and_evaluations(tmp_path):
     run = run_of(tmp_path, 10, eval_every=5)
-    display = Display(run)
+    display = Display(run, Leaving())
     display.evaluation(Score(1.0, None, [], seconds=30.0))  # before the first step
     for step in (1, 2):
         run.state.step = step

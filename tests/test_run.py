@@ -16,7 +16,7 @@ from phogpt_raw import files
 from phogpt_raw.cards import Card
 from phogpt_raw.model import phogpt
 from phogpt_raw.model.weights import read_config
-from phogpt_raw.training import evaluate, setup
+from phogpt_raw.training import checkpoint, evaluate, setup
 from phogpt_raw.training import step as step_module
 from phogpt_raw.training.metrics import Metrics
 from phogpt_raw.training.run import RunState
@@ -811,7 +811,8 @@ def test_a_resumed_run_that_is_killed_while_it_writes_keeps_its_old_files(train,
     assert [row["step"] for row in metrics(out)[0]] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["config.json", "row_hashes.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.json", "row_hashes.json", "metrics.jsonl",
+                                  "adapter_config.json", "loss.svg", "loss.png", ".lock"])
 def test_a_new_run_writes_over_no_file_of_somebody_else(train, tmp_path, name):
     out = tmp_path / "mine"
     out.mkdir()
@@ -820,6 +821,48 @@ def test_a_new_run_writes_over_no_file_of_somebody_else(train, tmp_path, name):
     assert status == 2 and f"holds a {name} that is not a run's" in line
     assert line.count("\n") == 1 and (out / name).read_text() == '{"model_type": "mpt"}'
     assert [file.name for file in out.iterdir()] == [name]
+
+
+def test_a_run_removes_no_unfinished_file_of_somebody_else(train, tmp_path):
+    out = tmp_path / "run"
+    mine = [out / "film.unfinished", out / "checkpoint-x.unfinished", out / "data.unfinished" / "x"]
+    left = [out / "checkpoint-3.unfinished" / "x", out / "adapter_config.json.unfinished"]
+    for file in (*mine, *left):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
+    assert train("--out", out, "--steps", 1)[0] == 0
+    assert all(file.read_text() == "half" for file in mine)
+    assert not any(file.exists() for file in left)
+
+
+def test_the_rows_of_a_checkpoint_are_on_the_disk_before_it(train, tmp_path, monkeypatch):
+    """A power failure takes what is not flushed; the rows before a checkpoint are not written
+    anew."""
+    flushed, write = [], checkpoint.write
+
+    def written(*args):
+        assert flushed == [tmp_path / "run" / "metrics.jsonl"]
+        flushed.clear()
+        return write(*args)
+
+    monkeypatch.setattr("phogpt_raw.training.run.flush", flushed.append)
+    monkeypatch.setattr(checkpoint, "write", written)
+    assert train("--out", tmp_path / "run")[0] == 0
+
+
+def test_a_folder_that_is_moved_while_the_run_writes_is_one_line(train, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def moved(*args):
+        if out.exists():
+            out.rename(tmp_path / "moved")
+        return 0.01
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.lr_at", moved)
+        status, _, said = train("--out", out)
+    assert status == 2 and f"error: {out}: is not there" in said and said.count("\n") == 1
+    assert train("--out", tmp_path / "moved")[0] == 0
 
 
 @pytest.mark.parametrize("hold_out", [3, 0])

@@ -17,6 +17,7 @@ from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.checkpoint import newest
 from phogpt_raw.training.evaluate import Score
+from phogpt_raw.training.leaving import Leaving
 from phogpt_raw.training.metrics import StepRow
 from phogpt_raw.training.run import Run
 
@@ -57,10 +58,11 @@ def say(text: str) -> None:
 
 
 class Display:
-    """The progress line of a run, and the time that is left."""
+    """The progress line of a run, and the time that is left. `leave` gets to know where nobody
+    sees it."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, leave: Leaving):
+        self.run, self.leave = run, leave
         self.live = sys.stderr.isatty()
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
                         dynamic_ncols=True,
@@ -72,7 +74,8 @@ class Display:
 
     def __exit__(self, kind, error, _traceback) -> None:
         """Close the line. Ctrl-C and a full disk are raised again, with what is left of the run."""
-        self.bar.close()
+        with self.leave.printing():
+            self.bar.close()
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(_("stopped by hand {rest}", rest=stopped(self.run))) from None
         if kind is Refusal:
@@ -88,12 +91,13 @@ class Display:
         if row.skipped:
             text += _(", {n} skipped", n=row.skipped)
         text += _(", {time} left", time=clock(self.seconds_left()))
-        self.bar.set_description_str(text)
-        self.bar.update()
         steps = self.run.steps
-        if not self.live and (row.step % max(1, steps // 10) == 0 or row.step in (1, steps)):
-            print(_("step {step}/{steps}: {text}", step=row.step, steps=steps, text=text),
-                  flush=True)
+        with self.leave.printing():
+            self.bar.set_description_str(text)
+            self.bar.update()
+            if not self.live and (row.step % max(1, steps // 10) == 0 or row.step in (1, steps)):
+                print(_("step {step}/{steps}: {text}", step=row.step, steps=steps, text=text),
+                      flush=True)
 
     def seconds_left(self) -> float:
         """The estimated time of the steps and evaluations that are left."""
@@ -104,13 +108,14 @@ class Display:
     def evaluation(self, score: Score | None) -> None:
         if score:
             self.evaluation_seconds.add(score.seconds)
-            say(_("step {step}: {score}", step=self.run.state.step, score=score_line(score)))
+            with self.leave.printing():
+                say(_("step {step}: {score}", step=self.run.state.step, score=score_line(score)))
 
 
 def stopped(run: Run) -> str:
     """What is left of a run that is stopped without being saved."""
     run.settle()
-    saved = newest(run.folder)
+    saved = newest(run.folder, up_to=run.state.step)  # above it are damaged ones
     if saved is None:
         return _("after step {n}; no checkpoint was saved yet", n=run.state.step)
     return _("after step {n}; with --out {folder} it goes on from {checkpoint}",

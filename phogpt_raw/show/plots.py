@@ -9,7 +9,7 @@ which the start of a run should not wait for.
 import logging
 import unicodedata
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -47,8 +47,9 @@ def drawn(run: Run):
             draw(run.folder, run.config.base_name())
         except Exception as error:  # a full disk or a damaged font cache must not stop the run
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            say(_("{folder}: loss.svg and loss.png were not drawn ({reason})", folder=run.folder,
-                  reason=reason))
+            with suppress(OSError):  # whoever read the output may be gone
+                say(_("{folder}: loss.svg and loss.png were not drawn ({reason})",
+                      folder=run.folder, reason=reason))
 
 
 def draw(folder: Path, base: str) -> None:

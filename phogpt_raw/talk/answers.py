@@ -29,7 +29,7 @@ from phogpt_raw.data.sources import find_source, opened, read_file, read_hub, su
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.decode.text import TextStream
-from phogpt_raw.files import check_place, expanded, write_text
+from phogpt_raw.files import awaited_file, expanded, write_text
 from phogpt_raw.messages import _
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
@@ -188,7 +188,13 @@ def answer_file(found: Found, spec: str, output: Path, how: Generation, *, sampl
                 mapped: dict[str, str]) -> None:
     """Answer every question of a file `samples` times and write the lines to `output`."""
     output = expanded(output)
-    check_place(output)
+    with awaited_file(output):
+        answer_held_file(found, spec, output, how, samples, mapped)
+
+
+def answer_held_file(found: Found, spec: str, output: Path, how: Generation, samples: int,
+                     mapped: dict[str, str]) -> None:
+    """answer_file, for the one process that may write `output` and its progress."""
     asked = read_questions(spec, mapped)
     prompts = encoded(found, asked)
     memory_plan.check_fits(found, memory_plan.file(found, how, samples * list(map(len, prompts))))

@@ -16,13 +16,15 @@ import hashlib
 import json
 import math
 import random
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from phogpt_raw.files import LOCK, UNFINISHED, remove, remove_unfinished, whole_folder
+from phogpt_raw.files import LOCK, UNFINISHED, remove, whole_folder
 from phogpt_raw.model.adapters import Adapters
 from phogpt_raw.model.flat import on_host
 from phogpt_raw.refusal import Refusal
@@ -61,11 +63,14 @@ def write(run: Path, snapshot: Snapshot) -> Path:
     final = run / f"checkpoint-{snapshot.state['step']}"
     replaced = final.with_name(final.name + REPLACED)
     with whole_folder(final, ours=True) as folder:
-        snapshot.adapters.save(folder, snapshot.adapter)
-        save_state(folder / STATE, snapshot.training)
-        text = json.dumps(snapshot.state, indent=2, ensure_ascii=False)
-        (folder / PROGRESS).write_text(text + "\n", "utf-8")
-        hashes = {name: hash_of(folder / name) for name in (*ADAPTER, STATE, PROGRESS)}
+        with ThreadPoolExecutor() as beside:  # hashes a file while the next one is written
+            snapshot.adapters.save(folder, snapshot.adapter)
+            hashed = {name: beside.submit(hash_of, folder / name) for name in ADAPTER}
+            save_state(folder / STATE, snapshot.training)
+            text = json.dumps(snapshot.state, indent=2, ensure_ascii=False)
+            (folder / PROGRESS).write_text(text + "\n", "utf-8")
+            hashed |= {name: beside.submit(hash_of, folder / name) for name in (STATE, PROGRESS)}
+        hashes = {name: found.result() for name, found in hashed.items()}
         (folder / HASHES).write_text(json.dumps(hashes, indent=2) + "\n", "utf-8")
         if final.exists():
             final.rename(replaced)
@@ -105,8 +110,11 @@ class Written:
 
 def tidy(run: Path) -> None:
     """Remove what a killed process leaves behind in a run's folder; a checkpoint that was about to
-    be replaced gets its name back where the new one is not there."""
-    remove_unfinished(run)
+    be replaced gets its name back if the new one does not exist."""
+    for left in run.glob(f"*{UNFINISHED}"):
+        name = left.name.removesuffix(UNFINISHED)
+        if name in ADAPTER or re.fullmatch(r"checkpoint-\d+", name):  # others are not a run's
+            remove(left)
     for replaced in run.glob(f"checkpoint-*{REPLACED}"):
         final = replaced.with_name(replaced.name.removesuffix(REPLACED))
         remove(replaced) if final.exists() else replaced.rename(final)
@@ -160,10 +168,12 @@ def damage(folder: Path, step: int) -> str | None:
     return None
 
 
-def remove_older(run: Path, keep: int, best: int) -> None:
-    """Remove all checkpoints but the `keep` newest ones and the one of step `best`. The name goes
-    first: killed here, half a folder is not taken for a checkpoint."""
-    for step, folder in list(by_step(run).items())[keep:]:
+def remove_older(run: Path, keep: int, best: int, newest: int) -> None:
+    """Remove the checkpoints before step `newest` but `keep` - 1 of them and the one of step
+    `best`. Those above it are damaged: they count for nothing and stay until they are written anew.
+    The name goes first: killed here, half a folder is not taken for a checkpoint."""
+    up_to = [(step, folder) for step, folder in by_step(run).items() if step <= newest]
+    for step, folder in up_to[keep:]:
         if step != best:
             unfinished = folder.with_name(folder.name + UNFINISHED)
             folder.rename(unfinished)
@@ -178,7 +188,7 @@ def load(folder: Path, training: Training) -> None:
     """Restore adapters, optimizer, loss scale and random generators from a checkpoint."""
     file = folder / STATE
     state = readable(folder, lambda: torch.load(file, map_location="cpu", weights_only=True))
-    training.adapters.load(folder)
+    readable(folder, lambda: training.adapters.load(folder))
     load_state(training.optimizer, state["optimizer"])
     training.scaler.load_state_dict(state["scaler"])
     restore_random_state(state["random"])

@@ -1,8 +1,9 @@
-"""How a run is left before its end: Ctrl-C, a signal, or --max-minutes.
+"""How a run is left before its end: Ctrl-C, a signal, --max-minutes, or an output that is gone.
 
 The step that is computed is finished, the run is saved, and the program ends. An evaluation is
-broken off at once: it changes nothing, and the resumed run evaluates again. A second Ctrl-C leaves
-without saving.
+broken off at once: it changes nothing, and the resumed run evaluates again. Ctrl-C after any of
+these leaves without saving. Other signals may come again, as they do where a shell and the system
+both send one, and change nothing.
 """
 
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from phogpt_raw.messages import _
 
@@ -35,6 +36,7 @@ class Leaving:
     def __init__(self, minutes: float | None = None):
         self.ends = None if minutes is None else time.monotonic() + 60 * minutes
         self.minutes, self.asked, self.may_raise = minutes, None, False
+        self.unseen = None  # why what the run prints is not seen any more
 
     def __enter__(self) -> "Leaving":
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -49,21 +51,32 @@ class Leaving:
 
     def ask(self, number: int, _frame) -> None:
         """The handler of all signals."""
-        if number == signal.SIGINT and self.asked == number:
+        if number == signal.SIGINT and self.asked:
             raise KeyboardInterrupt
-        self.asked = number
+        self.asked = self.asked or number
         if self.may_raise:
             self.check()
         text = _("\n{signal}: finishing the step, then saving; Ctrl-C leaves at once\n",
                  signal=name_of(number))
-        os.write(sys.stderr.fileno(), text.encode())  # print is not made for a handler
+        with suppress(OSError):  # the terminal whose end SIGHUP reports is gone
+            os.write(sys.stderr.fileno(), text.encode())  # print is not made for a handler
 
     def check(self) -> None:
-        """Raise Left where the run was asked to end, or its time is over."""
+        """Raise Left where the run was asked to end, its time is over, or nobody sees it."""
         if self.asked:
             raise Left(name_of(self.asked), 128 + self.asked)
         if self.ends and time.monotonic() >= self.ends:
             raise Left(_("--max-minutes {minutes:g}", minutes=self.minutes), 0)
+        if self.unseen:
+            raise Left(self.unseen, 1)
+
+    @contextmanager
+    def printing(self) -> Iterator[None]:
+        """A block that prints; the run is left where the terminal, pipe or log is gone or full."""
+        try:
+            yield
+        except OSError as error:
+            self.unseen = _("the output cannot be written ({reason})", reason=error.strerror)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

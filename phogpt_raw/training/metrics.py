@@ -13,7 +13,7 @@ from phogpt_raw.files import in_words, write_text
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.graphs import GraphedModel
-from phogpt_raw.training.run import RunState
+from phogpt_raw.training.run import METRICS, RunState
 from phogpt_raw.training.step import StepStats, Training
 
 
@@ -43,7 +43,7 @@ class Metrics:
 
     def __init__(self, folder: Path, state: RunState, training: Training,
                  tensorboard: bool = False):
-        self.file, self.training = folder / "metrics.jsonl", training
+        self.file, self.training = folder / METRICS, training
         self.started = self.seconds = 0.0  # when the step began, and how long it took
         rows = whole_rows(self.file) if state.step else []  # an incomplete row is of a later step
         kept = [row for row in rows if is_before(state, row)]
@@ -118,7 +118,7 @@ def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
 
     null stands for a value that was not finite.
     """
-    rows = whole_rows(folder / "metrics.jsonl")
+    rows = whole_rows(folder / METRICS)
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 
 

@@ -16,7 +16,7 @@ from phogpt_raw import config as configuration
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples, fingerprint
 from phogpt_raw.data.prompt import Example
-from phogpt_raw.files import expanded, read_object, write_text
+from phogpt_raw.files import LOCK, SIGN, expanded, read_object, write_text
 from phogpt_raw.model.adapter_config import run_record
 from phogpt_raw.refusal import Refusal
 
@@ -46,7 +46,10 @@ def check_place(folder: Path) -> None:
     with suppress(Refusal):
         if run_record(folder / "config.json"):  # the run was killed before its first checkpoint
             return
-    for name in ("config.json", ROWS, "metrics.jsonl"):
+    lock = folder / LOCK
+    foreign = lock.is_file() and lock.read_bytes() not in (b"", SIGN)
+    for name in ("config.json", ROWS, "metrics.jsonl", "adapter_config.json", "loss.svg",
+                 "loss.png", *([LOCK] if foreign else [])):
         if os.path.lexists(folder / name):
             raise Refusal(f"--out {folder}: holds a {name} that is not a run's, and the run would "
                           f"write over it; name another --out")

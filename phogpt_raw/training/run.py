@@ -18,7 +18,7 @@ from pathlib import Path
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
-from phogpt_raw.files import LOCK, expanded, in_words, locked, whole_file
+from phogpt_raw.files import LOCK, expanded, flush, in_words, locked, whole_file
 from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal, RunFailed
 from phogpt_raw.training import checkpoint, resume
@@ -26,6 +26,7 @@ from phogpt_raw.training.evaluate import Score
 from phogpt_raw.training.step import Training
 
 CARD = "README.md"
+METRICS = "metrics.jsonl"
 MARK = "<!-- written by phogpt-raw, which writes it anew; delete this line to keep your changes -->"
 
 
@@ -149,7 +150,7 @@ class Run:
             finally:
                 if self.writing:
                     wait([self.writing])
-                (self.folder / LOCK).unlink()
+                (self.folder / LOCK).unlink(missing_ok=True)  # the folder may have been moved
 
     def evaluation_due(self) -> bool:
         """Whether the run must be evaluated now: before the first step, every --eval-every steps,
@@ -202,6 +203,7 @@ class Run:
         self.writing = self.writer.submit(self.write, snapshot, dataclasses.replace(state))
 
     def write(self, snapshot: checkpoint.Snapshot, state: RunState) -> None:
+        flush(self.folder / METRICS)  # else a power failure may take rows that are not written anew
         self.checkpoint = checkpoint.write(self.folder, snapshot)
         self.follow_up(state)
 
@@ -220,7 +222,7 @@ class Run:
                 with whole_file(self.folder / name) as file:
                     shutil.copyfile(self.checkpoint / name, file)
         if not state.skipped_in_row:  # else an older one may be the only good one
-            checkpoint.remove_older(self.folder, self.config.keep, state.best_step)
+            checkpoint.remove_older(self.folder, self.config.keep, state.best_step, state.step)
 
     def still_due(self, every: int) -> int:
         """How often something is due from this step on, this one included."""
