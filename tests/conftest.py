@@ -1,5 +1,6 @@
 """Shared by all tests: no network, one thread, GPU tests skipped without a GPU, a tiny model."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from phogpt_raw.data.prompt import Example, next_tokens
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import load_base, read_tokenizer
 from phogpt_raw.training.loss import summed_loss
+from phogpt_raw.training.run import CARD
 
 torch.set_num_threads(1)  # with models this small a second thread only waits
 
@@ -40,12 +42,19 @@ def tokenizer(tiny):
 
 
 @pytest.fixture(scope="session")
-def first_command(tmp_path_factory):
-    """The run of `python train.py --steps 60`: its folder."""
+def first_command(tmp_path_factory, worker_id):
+    """The run of `python train.py --steps 60`: its folder. With `pytest -n` all processes share
+    it, and the first that needs it trains."""
     import train
 
-    folder = tmp_path_factory.mktemp("first") / "nano"
-    train.main(["--steps", "60", "--out", str(folder)])
+    place = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        place = place.parent
+    folder = place / "first" / "nano"
+    with (place / "first.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / CARD).is_file():  # the last file of a run
+            train.main(["--steps", "60", "--out", str(folder)])
     return folder
 
 

@@ -53,7 +53,7 @@ def test_export_commands_are_valid(tmp_path, monkeypatch):
 def test_the_two_commands_stand_there_as_ci_runs_them():
     assert sum(c.startswith("pip install -c constraints.txt -e . && python train.py")
                for c in commands(README)) == 1
-    assert sum(c.startswith("pip install -c constraints.txt") and c.endswith("&& pytest")
+    assert sum(c.startswith("pip install -c constraints.txt") and "&& pytest" in c
                for c in commands(README)) == 1
 
 
