@@ -17,7 +17,7 @@ from phogpt_raw.simulate.rates import KNOWN, Known, known
 
 ATTENTION = {"auto": nullcontext,
              "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}
-MOST_TOKENS = 10_000_000  # of one step
+MOST_TOKENS = 262_144  # of one simulated or measured step
 MOST_GIB = 10_000  # of a card
 MOST_STEPS = 100_000  # that are measured
 
@@ -49,7 +49,7 @@ def parser(description: str) -> Parser:
     built.add_argument("--micro-batch", type=several(*RANGES["micro_batch"]), default=[1],
                        metavar="N,N,…",
                        help="rows that go through the model at once (default 1)")
-    built.add_argument("--accumulate", type=within(1, 1000), default=1, metavar="N",
+    built.add_argument("--accumulate", type=within(1, 64), default=1, metavar="N",
                        help="micro-batches in one step (default 1)")
     built.add_argument("--documents", type=within(1, 10_000), default=1, metavar="N",
                        help="examples of equal length that are packed into each row (default 1)")

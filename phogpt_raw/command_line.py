@@ -15,6 +15,7 @@ import textwrap
 import tomllib
 import types
 import typing
+from itertools import pairwise
 from pathlib import Path
 
 from phogpt_raw.cards import known_card, this_card
@@ -67,7 +68,17 @@ class Parser(argparse.ArgumentParser):
         args = list(sys.argv[1:] if args is None else args)
         flags = args.index("--") if "--" in args else len(args)
         args[:flags] = map(with_hyphens, args[:flags])
+        self.refuse_empty(args[:flags])
         return super().parse_args(args, namespace)
+
+    def refuse_empty(self, args: list[str]) -> None:
+        """Raise Refusal for a flag with an empty value, as `--out "$NAME"` has without a NAME."""
+        for action in self._actions:
+            for name in action.option_strings:
+                empty = f"{name}=" in args or (
+                    action.nargs != 0 and any(pair == (name, "") for pair in pairwise(args)))
+                if empty and action.default != "":
+                    raise Refusal(f"{name}: is empty; give a value, or leave it out")
 
     def error(self, message):
         unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split()
@@ -152,8 +163,6 @@ def headings() -> dict[str, list[str]]:
 def from_command_line(arguments: list[str] | None, description: str) -> Config:
     """The Config of a command line; Refusal for whatever cannot be."""
     given = vars(parser(description).parse_args(arguments))
-    if "" in (given.get("preset"), given.get("card")):  # the others are checked by Config
-        raise Refusal("--preset and --card take a name; leave out what is empty")
     preset = given.pop("preset", None) or preset_for(
         given.get("model", Config.model), given.get("card"))
     if preset and not preset.endswith(".toml"):

@@ -45,7 +45,8 @@ def job_of(tmp_path, **config):
         model=SimpleNamespace(peft_config={"default": lora}, head=torch.zeros(1)),
         run=SimpleNamespace(folder=tmp_path, state=state, steps=3),
         examples=SimpleNamespace(template="4b-chat", train=[example([5, 6, 7], 1, "row:1")] * 9,
-                                 held_out=[0] * 3, file=None, held_out_file=None, trained_too=()))
+                                 rows=9, held_out=[0] * 3, held_out_rows=3, file=None,
+                                 held_out_file=None, trained_too=()))
 
 
 def test_doctest():

@@ -289,7 +289,7 @@ def test_a_tokenizer_that_names_no_end_is_refused(tmp_path):
     (["--card", "t4", "--documents", "33"], "error: --documents 33: each has at least 2 tokens, "
      "and a row of --seq-len has 64\n"),
     (["--card", "t4", "--micro-batch", "100000"], "error: --seq-len, --micro-batch and "
-     "--accumulate: 51,200,000 tokens in one step; at most 10,000,000 are tried\n"),
+     "--accumulate: 51,200,000 tokens in one step; at most 262,144 are tried\n"),
 ])
 def test_what_is_not_possible_is_refused_in_one_line(flags, line, capsys):
     with pytest.raises(SystemExit) as stopped:
