@@ -51,8 +51,8 @@ def heading(title: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line above the progress line."""
-    tqdm.write(text, file=sys.stdout)
+    """A line above the progress line, on a terminal broken between words."""
+    tqdm.write(wrapped(text), file=sys.stdout)
 
 
 class Display:
