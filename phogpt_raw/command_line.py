@@ -83,7 +83,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split()
         meant = self.nearest(unknown[0]) if unknown else None
-        raise Refusal(f"{message}; " + (f"did you mean {meant}?" if meant else "see --help"))
+        if meant:
+            advice = f"did you mean {meant}?"
+        elif unknown and not unknown[0].startswith("-"):
+            advice = "each value stands behind its flag, several words in quotes; see --help"
+        else:
+            advice = "see --help"
+        raise Refusal(f"{message}; {advice}")
 
     def nearest(self, unknown: str) -> str | None:
         """The flag of --help that is spelled most like an unknown one; None where none is like

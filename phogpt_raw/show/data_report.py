@@ -85,8 +85,9 @@ def histogram(lengths: Lengths) -> str:
 def fit_line(report: Report, config: Config) -> str:
     notes = report.findings.notes
     split, dropped = (notes[kind].count if kind in notes else 0 for kind in ("split", "dropped"))
-    text = _("--max-len {limit:,} is enough for {share:.1%} of {n:,}", share=report.fits,
-             n=report.findings.good, limit=config.max_len)
+    n = report.findings.good
+    text = _("--max-len {limit:,} is enough for {share:.1%} of {rows}", share=report.fits,
+             rows=plural(n, _("1 row"), _("{n:,} rows", n=n)), limit=config.max_len)
     if split:
         text += _("; split into several: {n:,}", n=split)
     if dropped:
