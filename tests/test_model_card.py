@@ -93,6 +93,14 @@ def test_data_is_named_by_file_and_hash_and_no_path_of_the_machine_is_told(card,
     assert not re.search(r"/(home|tmp|root|work|Users)/", text)
 
 
+def test_rows_and_the_examples_that_they_give_are_counted_apart(tmp_path):
+    job = job_of(tmp_path)
+    assert model_card.data(job) == {"training": "9 rows", "held out": "3 rows of the same file"}
+    job.examples.rows, job.examples.held_out_rows = 1, 1
+    assert model_card.data(job) == {"training": "1 row as 9 examples",
+                                    "held out": "1 row of the same file"}
+
+
 def test_settings_are_the_adapters_own_where_a_run_goes_on_from_one(train, card, tmp_path):
     first = tmp_path / "trước"
     train("--out", first, "--rank", 2, "--steps", 1, "--eval-answers", 0)
