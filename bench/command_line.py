@@ -1,6 +1,8 @@
 """The command line of memory.py and step_time.py: a model, a grid of settings, the cards."""
 
 import argparse
+import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -9,12 +11,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from phogpt_raw.command_line import Parser
-from phogpt_raw.config import CHOICES, Config
+from phogpt_raw.config import CHOICES, RANGES, Config
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.simulate.rates import KNOWN, Known, known
 
 ATTENTION = {"auto": nullcontext,
              "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}
+MOST_TOKENS = 262_144  # of one simulated or measured step
+MOST_GIB = 10_000  # of a card
+MOST_STEPS = 100_000  # that are measured
 
 
 @dataclass(frozen=True)
@@ -39,27 +44,30 @@ def parser(description: str) -> Parser:
                        help="measure on this computer (default where it has a GPU)")
     built.add_argument("--model", metavar="BASE", help="7b5 or 4b: that shape with random weights; "
                        "or nano, a folder, a hub id (default 7b5; measured on a CPU: nano)")
-    built.add_argument("--seq-len", default="", metavar="N,N,…",
+    built.add_argument("--seq-len", type=several(2, MOST_TOKENS), metavar="N,N,…",
                        help="tokens in a row; one result for each length")
-    built.add_argument("--micro-batch", default="1", metavar="N,N,…",
+    built.add_argument("--micro-batch", type=several(*RANGES["micro_batch"]), default=[1],
+                       metavar="N,N,…",
                        help="rows that go through the model at once (default 1)")
-    built.add_argument("--accumulate", type=count, default=1, metavar="N",
+    built.add_argument("--accumulate", type=within(1, 64), default=1, metavar="N",
                        help="micro-batches in one step (default 1)")
-    built.add_argument("--documents", type=count, default=1, metavar="N",
+    built.add_argument("--documents", type=within(1, 10_000), default=1, metavar="N",
                        help="examples of equal length that are packed into each row (default 1)")
     built.add_argument("--recompute", default="auto", metavar="auto,all,none,N,…",
                        help="blocks to recompute; auto: as few as memory allows (default auto)")
-    built.add_argument("--rank", type=count, default=16, metavar="N", help="LoRA rank (default 16)")
+    built.add_argument("--rank", type=as_in_train("rank"), default=16, metavar="N",
+                       help="LoRA rank (default 16)")
     built.add_argument("--dtype", default="auto", choices=CHOICES["dtype"],
                        help="data type of activations (default auto: by GPU)")
-    built.add_argument("--loss-mib", type=count, default=Config.loss_mib, metavar="N",
-                       help=f"most MiB for one chunk of logits (default {Config.loss_mib})")
+    built.add_argument("--loss-mib", type=as_in_train("loss_mib"), default=Config.loss_mib,
+                       metavar="N", help="most MiB for one chunk of logits (default "
+                       f"{Config.loss_mib})")
     built.add_argument("--optimizer", default=Config.optimizer, choices=CHOICES["optimizer"],
                        help=f"default {Config.optimizer}")
     built.add_argument("--attention", default="auto", choices=ATTENTION,
                        help="efficient: only the memory-efficient kernel, as on a T4 and a V100 "
                        "(default auto: what torch chooses)")
-    built.add_argument("--cap", type=float, default=0, metavar="GIB",
+    built.add_argument("--cap", type=within(0, MOST_GIB, float), default=0, metavar="GIB",
                        help="with --measured: use only so much memory, such as 14.56 for a T4")
     built.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True,
                        help="run as CUDA graphs on a GPU (default on)")
@@ -82,6 +90,7 @@ def parse(built: Parser, arguments) -> argparse.Namespace:
     if not (options.measured or options.card):
         options.card = "t4,v100"
     known_cards(options)  # all of them, before the first is simulated
+    options.settings = settings(options)
     options.model = options.model or ("nano" if options.measured and not gpu else "7b5")
     return options
 
@@ -91,32 +100,61 @@ def known_cards(options) -> list[Known]:
     return [known(name.strip()) for name in options.card.split(",")] if options.card else []
 
 
-def count(text: str) -> int:
-    """argparse's type for an integer of at least 1."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
+def within(low: float, high: float, kind: type = int) -> Callable[[str], float]:
+    """argparse's type for a number of this kind from low to high.
+
+    >>> within(1, 8)("3"), within(0, 1, float)("0.5")
+    (3, 0.5)
+    """
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # nan is neither
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: must be a {'whole ' if kind is int else ''}number from {low:,} to "
+                f"{high:,}")
+        return value
+
+    return number
+
+
+def as_in_train(field: str) -> Callable[[str], float]:
+    """argparse's type for a number that train.py takes too."""
+    return within(*RANGES[field])
+
+
+def several(low: int, high: int) -> Callable[[str], list[int]]:
+    """argparse's type for whole numbers with commas between them.
+
+    >>> several(1, 8)("1, 4")
+    [1, 4]
+    """
+    one = within(low, high)
+    return lambda text: [one(part.strip()) for part in text.split(",")]
 
 
 def settings(options) -> list[Setting]:
-    """The grid of settings; short rows by default where a CPU is measured."""
+    """The grid of settings; short rows by default where a CPU is measured. Raises Refusal for
+    those that no step can have."""
     if not options.measured:
-        default = "256,512,1024,2048,4096,8192,16384"
+        default = [256, 512, 1024, 2048, 4096, 8192, 16384]
     else:
-        default = "256,512,1024,2048" if torch.cuda.is_available() else "64,128,256"
-    return [
+        default = [256, 512, 1024, 2048] if torch.cuda.is_available() else [64, 128, 256]
+    grid = [
         Setting(length, micro_batch, options.accumulate, recompute.strip())
-        for length in whole_numbers(options.seq_len or default, "--seq-len")
-        for micro_batch in whole_numbers(options.micro_batch, "--micro-batch")
+        for length in options.seq_len or default
+        for micro_batch in options.micro_batch
         for recompute in options.recompute.split(",")
     ]
-
-
-def whole_numbers(text: str, flag: str) -> list[int]:
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise Refusal(f"{flag} {text}: whole numbers with commas between them") from None
-    if min(values) < 1:
-        raise Refusal(f"{flag} {text}: must be at least 1")
-    return values
+    for setting in grid:
+        Config(recompute=setting.recompute)  # refuses what is none
+    shortest, largest = min(s.seq_len for s in grid), max(s.tokens for s in grid)
+    if shortest // options.documents < 2:
+        raise Refusal(f"--documents {options.documents}: each has at least 2 tokens, and a row of "
+                      f"--seq-len has {shortest}")
+    if largest > MOST_TOKENS:
+        raise Refusal(f"--seq-len, --micro-batch and --accumulate: {largest:,} tokens in one step; "
+                      f"at most {MOST_TOKENS:,} are tried")
+    return grid

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from bench import items
-from bench.command_line import count
+from bench.command_line import within
+from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import load_examples
 from phogpt_raw.data.packing import choose_packing
@@ -80,9 +81,9 @@ def in_a_process(*arguments) -> dict:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=count, default=60_000)
+    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser.add_argument("--rows", type=within(1, 10_000_000), default=60_000, metavar="N",
+                        help="rows that are made (default 60000)")
     parser.add_argument("--tokenizer", default="nano", help="nano, a folder or a hub id")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a separate process
     options = parser.parse_args(arguments)

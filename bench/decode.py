@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from bench import report, results
-from bench.command_line import count, known_cards, whole_numbers
+from bench.command_line import MOST_TOKENS, as_in_train, known_cards, several, within
 from bench.peer import adapter_weights
 from bench.process import Side, now
 from bench.sides import write_random_checkpoint
+from bench.simulated import check_fits
 from phogpt_raw.cards import DTYPES, this_card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -60,8 +61,8 @@ def bound_rows(options, shape: ModelConfig, bandwidth: tuple[float, float]) -> l
     """For each prompt and batch: tokens/s at the bound, at the card's lower and higher rate, and
     GiB of the model and its cache."""
     rows = []
-    for prompt in options.prompts:
-        for batch in options.batches:
+    for prompt in options.prompt:
+        for batch in options.batch:
             read = step_bytes(shape, options.rank, batch, prompt + options.new / 2)
             cache = cache_bytes(shape.n_layers, shape.d_model, batch, prompt + options.new, 2)
             weights = step_bytes(shape, options.rank, batch, 0)
@@ -98,9 +99,9 @@ def measure(options) -> None:
                             str(options.rank))
                  for name in ("ours", *(["transformers"] if options.peers else []))}
         rows = []
-        for prompt in options.prompts:
+        for prompt in options.prompt:
             forward = sides["ours"].run(forward=True, prompt=prompt, cap_gib=0)
-            for batch in options.batches:
+            for batch in options.batch:
                 made = turn(options, shape, sides, prompt, batch, rate)
                 made[0]["forward_s"] = forward.get("forward_s")
                 rows += made
@@ -148,15 +149,15 @@ def parse(arguments):
                         "the model; its weights are random (default 7b5)")
     parser.add_argument("--card", metavar="NAME,…", help="compute the bounds of these GPUs "
                         "(default t4,v100; on a computer with a GPU that one is measured)")
-    parser.add_argument("--prompt", default="128", metavar="N,…", help="tokens in a prompt "
-                        "(default 128)")
-    parser.add_argument("--batch", default="1,8", metavar="N,…", help="prompts that are "
-                        "answered together (default 1,8)")
-    parser.add_argument("--new", type=count, default=NEW, metavar="N",
+    parser.add_argument("--prompt", type=several(1, MOST_TOKENS), default=[128], metavar="N,…",
+                        help="tokens in a prompt (default 128)")
+    parser.add_argument("--batch", type=several(1, 1000), default=[1, 8], metavar="N,…",
+                        help="prompts that are answered together (default 1,8)")
+    parser.add_argument("--new", type=within(2, MOST_TOKENS), default=NEW, metavar="N",
                         help=f"tokens to write for each prompt (default {NEW})")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of activations (default fp16)")
-    parser.add_argument("--rank", type=count, default=16, metavar="N",
+    parser.add_argument("--rank", type=as_in_train("rank"), default=16, metavar="N",
                         help="LoRA rank (default 16)")
     parser.add_argument("--peers", default="shipped,static", metavar="shipped,static,none",
                         help="transformers with its default settings (shipped), with its static "
@@ -165,19 +166,12 @@ def parse(arguments):
                         help="print the slowest kernels of this engine")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    options.prompts = whole_numbers(options.prompt, "--prompt")
-    options.batches = whole_numbers(options.batch, "--batch")
     names = dict(zip(("shipped", "static"), PEERS, strict=True))
     asked = [] if options.peers == "none" else options.peers.split(",")
     if not set(asked) <= set(names):
         raise Refusal(f"--peers {options.peers}: shipped, static or none")
     options.peers = [names[name] for name in asked]
-    if options.new < 2:
-        raise Refusal(f"--new {options.new}: at least 2, to time a step")
-    longest = PUBLISHED[options.model].max_seq_len
-    if max(options.prompts) + options.new > longest:
-        raise Refusal(f"--prompt {max(options.prompts)} and --new {options.new}: {options.model} "
-                      f"was made for {longest} tokens in all")
+    check_fits(options, options.prompt)
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)

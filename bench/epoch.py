@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from bench import items, report, results, turns
-from bench.command_line import count, known_cards, whole_numbers
+from bench.command_line import MOST_GIB, as_in_train, known_cards, several, within
 from bench.random_data import random_rows
 from bench.sides import write_random_checkpoint
 from bench.simulated import cards, shape_of
@@ -114,7 +114,7 @@ def measure(options, config: Config, examples: list[Example]) -> None:
         out.print(f"writing random weights of {options.model}")
         write_random_checkpoint(Path(runs.config.model), PUBLISHED[options.model])
         torch.cuda.empty_cache()
-        rows = turns.summary(turns.take(runs, options.trainers, options.pairs))
+        rows = turns.summary(turns.take(runs, options.trainer, options.pairs))
         runs.close()
     rows = [described(options, config) | row if row["who"] == "ours" else row for row in rows]
     out.print(report.epoch(rows, f"measured on {card.name}: {options.model}, {options.dtype}, "
@@ -124,6 +124,11 @@ def measure(options, config: Config, examples: list[Example]) -> None:
                             cap_gib=options.cap or None, epochs=options.epochs,
                             pairs=options.pairs)
         out.print(f"saved {file}")
+
+
+def trainers(text: str) -> list[int]:
+    """argparse's type for --trainer."""
+    return [] if text == "none" else several(1, 1000)(text)
 
 
 def parse(arguments):
@@ -136,33 +141,32 @@ def parse(arguments):
                         help="rows (default: random tokens with the lengths of lengths.json)")
     parser.add_argument("--tokenizer", metavar="BASE", help="its tokenizer counts the tokens of "
                         "--data (default the model's; for 7b5 and 4b nano's)")
-    parser.add_argument("--max-len", type=count, default=1024, metavar="N",
+    parser.add_argument("--max-len", type=as_in_train("max_len"), default=1024, metavar="N",
                         help="most tokens in one example (default 1024)")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of activations (default fp16)")
-    parser.add_argument("--rank", type=count, default=16, metavar="N",
+    parser.add_argument("--rank", type=as_in_train("rank"), default=16, metavar="N",
                         help="LoRA rank (default 16)")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
                         help="this loop puts several examples into one row (default on)")
-    parser.add_argument("--batch-tokens", type=count, metavar="N",
+    parser.add_argument("--batch-tokens", type=as_in_train("batch_tokens"), metavar="N",
                         help="most tokens in one step of this loop (default: 8 examples)")
     parser.add_argument("--recompute", default="auto", metavar="auto,all,none,N",
                         help="blocks that this loop recomputes (default auto)")
-    parser.add_argument("--loss-mib", type=count, default=Config.loss_mib, metavar="N",
-                        help=f"most MiB for one chunk of logits (default {Config.loss_mib})")
-    parser.add_argument("--epochs", type=float, default=4, metavar="X", help="epochs of the run "
-                        "whose last epoch is the steady one (default 4)")
-    parser.add_argument("--trainer", default="1,8,16", metavar="N,…",
+    parser.add_argument("--loss-mib", type=as_in_train("loss_mib"), default=Config.loss_mib,
+                        metavar="N", help="most MiB for one chunk of logits (default "
+                        f"{Config.loss_mib})")
+    parser.add_argument("--epochs", type=within(0.001, 1_000_000, float), default=4, metavar="X",
+                        help="epochs of the run whose last epoch is the steady one (default 4)")
+    parser.add_argument("--trainer", type=trainers, default=[1, 8, 16], metavar="N,…",
                         help="rows that the Trainer takes at once; none: measure this loop only "
                         "(default 1,8,16)")
-    parser.add_argument("--pairs", type=count, default=1, metavar="N",
+    parser.add_argument("--pairs", type=within(1, 1000), default=1, metavar="N",
                         help="how often both are measured in turn (default 1)")
-    parser.add_argument("--cap", type=float, default=14.56, metavar="GIB",
+    parser.add_argument("--cap", type=within(0, MOST_GIB, float), default=14.56, metavar="GIB",
                         help="use only so much memory; 0: all (default 14.56, a T4's)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    options.trainers = ([] if options.trainer == "none"
-                        else whole_numbers(options.trainer, "--trainer"))
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)

@@ -28,10 +28,10 @@ class Items:
 
 def read(options) -> Items:
     """The examples of --data; raises Refusal for a file or a run that is not possible."""
-    if "," in options.micro_batch + options.recompute:
+    if len(options.micro_batch) > 1 or "," in options.recompute:
         raise Refusal("--data is timed at one --micro-batch and one --recompute")
     config = Config(model=options.model, data=options.data, max_len=options.max_len,
-                    epochs=options.epochs, micro_batch=int(options.micro_batch),
+                    epochs=options.epochs, micro_batch=options.micro_batch[0],
                     packing=options.packing, batch_tokens=options.batch_tokens,
                     recompute=options.recompute)
     return Items(*read_file(options, config), config)

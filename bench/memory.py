@@ -27,7 +27,7 @@ def measure(options) -> None:
     gpu = bench.card.device == "cuda"
     traces = Traces(options, bench.dtype) if gpu else None
     card = replace(bench.card, memory_gib=options.cap or bench.card.memory_gib)
-    settings = [resolved(traces, s, card) for s in command_line.settings(options)]
+    settings = [resolved(traces, s, card) for s in options.settings]
     rows = []
     for setting, found in bench.rows(settings, peaks):
         row = asdict(setting) | {"rank": options.rank, "fits": found is not None}
@@ -48,13 +48,13 @@ def simulate(options) -> None:
     fit it in rows no longer than the model was made for."""
     shown: dict[str, OnCard] = {}
     for card, rates, traces in cards(options):
-        found = [traces.on(card, setting) for setting in command_line.settings(options)]
+        found = [traces.on(card, setting) for setting in options.settings]
         rows = [asdict(f.setting) | {"rank": options.rank} | f.memory_row() for f in found]
         out.print(f"simulated for {card.name}, {card.memory_gib:g} GiB: {options.model}, "
                   f"{dtype_name(traces.dtype)}, rank {options.rank}")
         out.print(report.simulated_memory(rows))
         longest = longest_row(traces, card, found)
-        out.print(f"longest row that fits, {options.micro_batch.split(',')[0]} at a time, every "
+        out.print(f"longest row that fits, {options.micro_batch[0]} at a time, every "
                   f"block recomputed: {longest:,} tokens"
                   + (" at least" if longest >= LONGEST else "") + "\n")
         made_for = traces.shape.max_seq_len

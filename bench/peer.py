@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench import report, results
-from bench.command_line import count
+from bench.command_line import MOST_GIB, MOST_STEPS, as_in_train, within
 from bench.process import Side
 from bench.sides import start, write_random_checkpoint
 from phogpt_raw.cards import DTYPES, this_card
@@ -97,25 +97,26 @@ def parse(arguments):
                         help="rows x tokens of a step (default 1x512,1x1024,1x2048)")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of activations (default fp16)")
-    parser.add_argument("--cap", type=float, default=14.56, metavar="GIB",
+    parser.add_argument("--cap", type=within(0, MOST_GIB, float), default=14.56, metavar="GIB",
                         help="use only so much memory; 0: all (default 14.56, a T4's)")
     parser.add_argument("--recompute", default="none", metavar="all,none,N",
                         help="blocks that this loop recomputes (default none)")
-    parser.add_argument("--rank", type=count, default=16, metavar="N",
+    parser.add_argument("--rank", type=as_in_train("rank"), default=16, metavar="N",
                         help="LoRA rank (default 16)")
-    parser.add_argument("--loss-mib", type=count, default=Config.loss_mib, metavar="N",
-                        help=f"most MiB for one chunk of logits (default {Config.loss_mib})")
-    parser.add_argument("--losses", type=count, default=50, metavar="N",
+    parser.add_argument("--loss-mib", type=as_in_train("loss_mib"), default=Config.loss_mib,
+                        metavar="N", help="most MiB for one chunk of logits (default "
+                        f"{Config.loss_mib})")
+    parser.add_argument("--losses", type=within(1, MOST_STEPS), default=50, metavar="N",
                         help="steps whose losses are compared (default 50)")
-    parser.add_argument("--pairs", type=count, default=3, metavar="N",
+    parser.add_argument("--pairs", type=within(1, 1000), default=3, metavar="N",
                         help="how often both are measured in turn (default 3)")
-    parser.add_argument("--steps", type=count, default=8, metavar="N",
+    parser.add_argument("--steps", type=within(1, MOST_STEPS), default=8, metavar="N",
                         help="timed steps in each turn (default 8)")
-    parser.add_argument("--warmup", type=count, default=4, metavar="N",
+    parser.add_argument("--warmup", type=within(0, MOST_STEPS), default=4, metavar="N",
                         help="steps before them (default 4)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(, ?[1-9]\d*x[1-9]\d*)*", options.work):
+    if not re.fullmatch(r"[1-9]\d{0,6}x[1-9]\d{0,6}(, ?[1-9]\d{0,6}x[1-9]\d{0,6})*", options.work):
         raise Refusal(f"--work {options.work}: rows x tokens, such as 1x512,8x512")
     if not re.fullmatch(r"all|none|\d+", options.recompute):
         raise Refusal(f"--recompute {options.recompute}: all, none or a number of blocks")

@@ -13,7 +13,7 @@ import statistics
 import torch
 
 from bench import report, results
-from bench.command_line import whole_numbers
+from bench.command_line import several
 from phogpt_raw.cards import DTYPES, this_card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -75,15 +75,12 @@ def parse(arguments):
     parser = Parser(usage="%(prog)s [options]", description=__doc__)
     parser.add_argument("--model", default="7b5", choices=PUBLISHED,
                         help="the model whose matrices have these shapes (default 7b5)")
-    parser.add_argument("--rows", default="1,2,4,8,16", metavar="N,…",
+    parser.add_argument("--rows", type=several(1, MOST), default=[1, 2, 4, 8, 16], metavar="N,…",
                         help="rows that are multiplied with a matrix (default 1,2,4,8,16)")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of the rows (default fp16)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    options.counts = whole_numbers(options.rows, "--rows")
-    if max(options.counts) > MOST:
-        raise Refusal(f"--rows {options.rows}: the kernels take at most {MOST}")
     # options of other benches, needed for the name of the result
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     options.rank = Config.rank
@@ -98,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise Refusal("products.py: the kernels need a GPU, here is none")
     d, wide = shape.d_model, shape.expansion_ratio * shape.d_model
     rows = [row for size in ((3 * d, d), (d, d), (wide, d), (d, wide))
-            for row in measure(*size, options.counts, DTYPES[options.dtype])]
+            for row in measure(*size, options.rows, DTYPES[options.dtype])]
     out.print(report.products(rows, f"measured on {card.name}: {options.model}, {options.dtype}"))
     if options.save:
         out.print(f"saved {results.save('products', card, options, DTYPES[options.dtype], rows)}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from bench import epoch, report, results
-from bench.command_line import count
+from bench.command_line import MOST_STEPS, as_in_train, within
 from bench.epoch_sides import Clock
 from bench.sides import write_random_checkpoint
 from bench.windows import all_train
@@ -103,15 +103,15 @@ def parse(arguments):
     parser = Parser(usage="%(prog)s [options]", description=__doc__)
     parser.add_argument("--model", default="7b5", choices=tuple(PUBLISHED), help="that shape with "
                         "random weights (default 7b5)")
-    parser.add_argument("--steps", type=count, default=500, metavar="N",
+    parser.add_argument("--steps", type=within(1, MOST_STEPS), default=500, metavar="N",
                         help="steps of the run (default 500)")
-    parser.add_argument("--every", type=count, default=50, metavar="N",
+    parser.add_argument("--every", type=within(1, MOST_STEPS), default=50, metavar="N",
                         help="steps between checkpoints (default 50)")
-    parser.add_argument("--rounds", type=count, default=2, metavar="N",
+    parser.add_argument("--rounds", type=within(1, 100), default=2, metavar="N",
                         help="runs with checkpoints, and as many without (default 2)")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of activations (default fp16)")
-    parser.add_argument("--rank", type=count, default=Config.rank, metavar="N",
+    parser.add_argument("--rank", type=as_in_train("rank"), default=Config.rank, metavar="N",
                         help=f"LoRA rank (default {Config.rank})")
     parser.add_argument("--out", metavar="FOLDER", help="where the run is written and removed "
                         "again (default: the system's folder for temporary files)")

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 from bench import report, results
-from bench.command_line import count
+from bench.command_line import MOST_TOKENS, as_in_train, within
 from bench.random_data import random_rows
 from bench.server import Server
 from bench.sides import write_random_checkpoint
+from bench.simulated import check_fits
 from phogpt_raw.cards import DTYPES, this_card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -34,7 +35,7 @@ from phogpt_raw.decode.engine import Engine
 from phogpt_raw.model.adapters import load_adapters, new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.model.weights import find_folder, load_base, read_config
-from phogpt_raw.refusal import Refusal, exits_cleanly
+from phogpt_raw.refusal import exits_cleanly
 from phogpt_raw.show.console import out
 
 TURNS = 5  # measurements; the result is their median
@@ -144,16 +145,17 @@ def parse(arguments):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7b5" if torch.cuda.is_available() else "nano",
                         choices=[*PUBLISHED, "nano"], help="random weights of that shape, or nano")
-    parser.add_argument("--clients", type=count, default=16)
-    parser.add_argument("--prompt", type=count, default=128, help="tokens (default 128)")
-    parser.add_argument("--new", type=count, default=256, help="tokens to write (default 256)")
+    parser.add_argument("--clients", type=within(2, 1000), default=16)
+    parser.add_argument("--prompt", type=within(1, MOST_TOKENS), default=128,
+                        help="tokens (default 128)")
+    parser.add_argument("--new", type=within(2, MOST_TOKENS), default=256,
+                        help="tokens to write (default 256)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16" if torch.cuda.is_available()
                         else "fp32")
-    parser.add_argument("--rank", type=count, default=16)
+    parser.add_argument("--rank", type=as_in_train("rank"), default=16)
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
-    if options.clients < 2 or options.new < 2:
-        raise Refusal("--clients, --new: at least 2")
+    check_fits(options, [options.prompt])
     # options of other benches, needed for the name of the result
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     return options

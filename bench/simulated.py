@@ -14,6 +14,7 @@ from phogpt_raw.data.batches import MicroBatch, Window
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig
 from phogpt_raw.model.weights import base_on_meta, find_folder, read_config
+from phogpt_raw.refusal import Refusal
 from phogpt_raw.simulate.fit import Choice, attention_kernels, least_recompute
 from phogpt_raw.simulate.ledger import Trace
 from phogpt_raw.simulate.rates import CONTEXT, Rates, matmul_workspace
@@ -28,6 +29,14 @@ def shape_of(model: str) -> ModelConfig:
     if model in PUBLISHED:
         return PUBLISHED[model]
     return read_config(find_folder(model, files=["config.json"]))  # without the weights
+
+
+def check_fits(options, prompts: list[int]) -> None:
+    """Raise Refusal where a prompt and --new are more tokens than the model was made for."""
+    longest = shape_of(options.model).max_seq_len
+    if max(prompts) + options.new > longest:
+        raise Refusal(f"--prompt {max(prompts)} and --new {options.new}: {options.model} was made "
+                      f"for {longest} tokens in all")
 
 
 @dataclass(frozen=True)

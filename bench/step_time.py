@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 import torch
 
 from bench import command_line, items, report, results
-from bench.command_line import Setting, count
+from bench.command_line import MOST_STEPS, Setting, as_in_train, within
 from bench.gpu_kernels import ceiling
 from bench.measure import Bench, Times, median_step, step_times, times
 from bench.simulated import Traces, cards, resolved
@@ -44,7 +44,7 @@ def measure(options) -> None:
     known = next((k for k in KNOWN.values() if gpu and k.card.name == bench.card.name), None)
     # with the matmul rate measured on this card in this dtype
     rates = known and replace(known.rates, matmul=(limit["sustained"],) * 2)
-    settings = [resolved(traces, s, card) for s in command_line.settings(options)]
+    settings = [resolved(traces, s, card) for s in options.settings]
     rows = []
     for setting, found in bench.rows(settings, times):
         row = asdict(setting) | {"rank": options.rank, "fits": found is not None}
@@ -101,7 +101,7 @@ def simulate(options) -> None:
         out.print(f"simulated for {card.name}: {options.model}, {dtype_name(traces.dtype)}, rank "
                   f"{options.rank}, as CUDA graphs")
         rows = [asdict(setting) | {"rank": options.rank} | traces.on(card, setting).time_row(rates)
-                for setting in command_line.settings(options)]
+                for setting in options.settings]
         out.print(report.simulated_time(rows, rates))
         more = {}
         if examples:
@@ -126,20 +126,20 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line.parser(__doc__)
-    parser.add_argument("--steps", type=count, default=10, metavar="N",
+    parser.add_argument("--steps", type=within(1, MOST_STEPS), default=10, metavar="N",
                         help="with --measured: timed steps for each result (default 10)")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N",
+    parser.add_argument("--warmup", type=within(0, MOST_STEPS), default=3, metavar="N",
                         help="with --measured: steps before them (default 3)")
     parser.add_argument("--data", metavar="FILE",
                         help="rows: print the seconds per example and the hours of a run")
-    parser.add_argument("--epochs", type=float, default=3, metavar="X",
-                        help="passes over --data (default 3)")
+    parser.add_argument("--epochs", type=within(0.001, 1_000_000, float), default=3,
+                        metavar="X", help="passes over --data (default 3)")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,
                         help="put several examples of --data into one row (default on)")
-    parser.add_argument("--batch-tokens", type=count, metavar="N",
+    parser.add_argument("--batch-tokens", type=as_in_train("batch_tokens"), metavar="N",
                         help="most tokens in one step over --data (default: 8 examples)")
-    parser.add_argument("--max-len", type=count, default=1024, metavar="N",
-                        help="most tokens in one example of --data (default 1024)")
+    parser.add_argument("--max-len", type=as_in_train("max_len"), default=1024,
+                        metavar="N", help="most tokens in one example of --data (default 1024)")
     parser.add_argument("--tokenizer", metavar="BASE", help="its tokenizer counts the tokens of "
                         "--data: nano, a folder, a hub id (default the model's; for 7b5 and 4b "
                         "nano's)")

@@ -15,6 +15,7 @@ import textwrap
 import tomllib
 import types
 import typing
+from itertools import pairwise
 from pathlib import Path
 
 from phogpt_raw.cards import known_card, this_card
@@ -67,12 +68,28 @@ class Parser(argparse.ArgumentParser):
         args = list(sys.argv[1:] if args is None else args)
         flags = args.index("--") if "--" in args else len(args)
         args[:flags] = map(with_hyphens, args[:flags])
+        self.refuse_empty(args[:flags])
         return super().parse_args(args, namespace)
+
+    def refuse_empty(self, args: list[str]) -> None:
+        """Raise Refusal for a flag with an empty value, as `--out "$NAME"` has without a NAME."""
+        for action in self._actions:
+            for name in action.option_strings:
+                empty = f"{name}=" in args or (
+                    action.nargs != 0 and any(pair == (name, "") for pair in pairwise(args)))
+                if empty and action.default != "":
+                    raise Refusal(f"{name}: is empty; give a value, or leave it out")
 
     def error(self, message):
         unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split()
         meant = self.nearest(unknown[0]) if unknown else None
-        raise Refusal(f"{message}; " + (f"did you mean {meant}?" if meant else "see --help"))
+        if meant:
+            advice = f"did you mean {meant}?"
+        elif unknown and not unknown[0].startswith("-"):
+            advice = "each value stands behind its flag, several words in quotes; see --help"
+        else:
+            advice = "see --help"
+        raise Refusal(f"{message}; {advice}")
 
     def nearest(self, unknown: str) -> str | None:
         """The flag of --help that is spelled most like an unknown one; None where none is like
@@ -152,8 +169,6 @@ def headings() -> dict[str, list[str]]:
 def from_command_line(arguments: list[str] | None, description: str) -> Config:
     """The Config of a command line; raises Refusal for flags that are not valid."""
     given = vars(parser(description).parse_args(arguments))
-    if "" in (given.get("preset"), given.get("card")):  # the others are checked by Config
-        raise Refusal("--preset and --card take a name; leave out what is empty")
     preset = given.pop("preset", None) or preset_for(
         given.get("model", Config.model), given.get("card"))
     if preset and not preset.endswith(".toml"):

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,14 @@ def expanded(path: str | Path) -> Path:
     except RuntimeError:
         raise Refusal(f"{path}: no user of that name has a home folder here; write the whole path "
                       f"if it is a file's name") from None
+
+
+def script(name: str) -> str:
+    """train.py or generate.py as a command names it: by its whole path in another folder than
+    theirs."""
+    file = Path(__file__).parents[1] / name
+    here = not file.is_file() or os.path.samefile(file.parent, ".")
+    return name if here else shlex.quote(str(file))
 
 
 @contextmanager

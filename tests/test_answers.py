@@ -82,7 +82,7 @@ def test_killed_and_gone_on_it_is_the_straight_run(run, asked, tmp_path, tiny):
     with half.open("a") as cut:
         cut.write('{"n": 26, "question": "ha')  # as a power failure leaves it
     status, said = run("--input", asked, "--output", output, *flags)
-    assert status == 0 and "answers are there already" in said
+    assert status == 0 and "there already" in said
     assert output.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
 
 
@@ -120,7 +120,7 @@ def test_who_ends_it_hears_how_it_goes_on(run, asked, tmp_path, monkeypatch, how
     monkeypatch.setattr(module, "answered", broken_off)
     status, said = run("--input", asked, "--output", tmp_path / "a")
     assert status in (130, 143)
-    assert f"(1 answers are kept in {tmp_path}/a.progress; the same command goes on)" in said
+    assert f"(1 answer kept in {tmp_path}/a.progress; the same command goes on)" in said
 
 
 def test_a_disk_that_gets_full_keeps_what_is_answered(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_disk_that_gets_full_keeps_what_is_answered(tmp_path, monkeypatch):
     progress.add(0, line)
     progress.file.unlink()
     progress.file.symlink_to("/dev/full")
-    with pytest.raises(Refusal, match="No space left on device; 1 answers are kept there"):
+    with pytest.raises(Refusal, match="No space left on device; 1 answer kept there"):
         progress.add(1, line)
 
 

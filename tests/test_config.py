@@ -160,12 +160,13 @@ def test_there_are_presets_for_nano_and_both_cards():
     (["--learning-rate", "1"], "--learning-rate"),
     (["--micro", "2"], "--micro"),  # an abbreviation could name another flag in a later version
     (["--epoch", "3"], "did you mean --epochs?"),
+    (["rows.jsonl"], "rows.jsonl; each value stands behind its flag, several words in quotes"),
+    (["--data", "a.csv", "b.csv"], "b.csv; each value stands behind its flag"),
     (["--batchsize=3"], "did you mean --batch-size?"),
     (["--no_pack"], "did you mean --no-packing?"),
     (["--zzz"], "--zzz; see --help"),
     (["--hold-out", "100%"], "100% is no count (32) and no share (0.05 or 5%)"),
     (["--hold-out", "some"], "some is no count (32) and no share (0.05 or 5%)"),
-    (["rows.jsonl"], "rows.jsonl; see --help"),
     (["--steps"], "--steps"),
     (["--steps", "many"], "many"),
     (["--rank", "1.5"], "1.5"),
@@ -312,8 +313,22 @@ def test_no_value_is_too_large_or_small_for_what_follows(name, text):
         read(f"{flag}={text}")
 
 
+def test_every_command_refuses_an_empty_value(monkeypatch):
+    """As `--out "$NAME"` has without a NAME, in both spellings."""
+    parser = command_line.Parser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--system", default="")
+    parser.add_argument("words", nargs="*")
+    for empty in (["--out", ""], ["--out="], ["--chat", "--out", "", "a"]):
+        with pytest.raises(Refusal, match="--out: is empty; give a value, or leave it out"):
+            parser.parse_args(empty)
+    given = parser.parse_args(["--system", "", "--chat", "", "--", "--out", ""])
+    assert (given.system, given.words, given.out) == ("", ["", "--out", ""], None)
+
+
 @pytest.mark.parametrize("flag", ["--data", "--val", "--model", "--adapter", "--out", "--preset",
                                   "--card", "--map", "--targets", "--template", "--revision"])
 def test_an_empty_value_is_refused(flag):
-    with pytest.raises(Refusal, match=f"{flag}.*empty|choose from auto"):
+    with pytest.raises(Refusal, match=f"{flag}: is empty"):
         read(flag, "")

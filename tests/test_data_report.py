@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 from conftest import write_rows
@@ -88,9 +89,25 @@ def test_every_kind_of_note_has_a_sentence(kind):
 
 
 def test_the_histogram_begins_with_the_shortest_row():
-    lengths = Lengths(100, 50, 35, 44, 48, (10, 20, 30, 40, 50), (0, 0, 4, 8, 1))
-    assert histogram(lengths) == "▅█▂ from 21 to 50 tokens, 10 a bar"
+    lengths = Lengths(100, 50, 35, 44, 23, 48, (10, 20, 30, 40, 50), (0, 0, 4, 8, 1))
+    assert histogram(lengths) == "▅█▂ from 23 to 48 tokens; a bar for each 10 tokens"
     assert data_report.BARS[0] == "▁"
+
+
+def test_of_few_rows_no_histogram_is_drawn(train, tmp_path):
+    rows = [(f"Câu {n}?", "Dạ " * (n + 1)) for n in range(10)]
+    assert "█" in shown(train, "--data", write_rows(tmp_path / "ten.jsonl", rows))
+    said = shown(train, "--data", write_rows(tmp_path / "nine.jsonl", rows[:9]))
+    assert "lengths" not in said and "longest" in said
+
+
+def test_rows_and_the_examples_that_they_give_are_counted_apart(train, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "Một câu dài. " * 40}) + "\n" + GOOD, "utf-8")
+    said = shown(train, "--data", file, "--max-len", 50)
+    assert re.search(r"data +20 rows of rows.jsonl as 2\d examples, median", said), said
+    said = shown(train, "--data", f"{write_rows(tmp_path / 'one.jsonl', [('Một?', 'Dạ.')])}=3")
+    assert "1 row of one.jsonl as 3 examples, median" in said
 
 
 def test_a_path_that_is_no_text_and_a_name_that_a_terminal_would_obey_are_printed(

@@ -342,9 +342,9 @@ def test_the_table_has_measured_and_simulated_rows(monkeypatch):
     (["--batch-tokens", "379"], r"pair \d+: 380 tokens are more than --batch-tokens 379; raise it"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
     (["--card", "k80"], "--card k80: choose from"),
-    (["--epochs", "0"], "--epochs 0.0: must be above 0"),
-    (["--trainer", "1,x"], "--trainer 1,x: whole numbers with commas between them"),
-    (["--pairs", "0"], "argument --pairs: invalid count value"),
+    (["--epochs", "0"], r"argument --epochs: '0': must be a number from 0.001 to 1,000,000"),
+    (["--trainer", "1,x"], "argument --trainer: 'x': must be a whole number from 1 to 1,000"),
+    (["--pairs", "0"], "argument --pairs: '0': must be a whole number from 1 to 1,000"),
     (["--model", "nowhere"], "--model nowhere: no such folder"),
 ])
 def test_what_is_not_possible_is_refused_before_anything_slow(flags, line, capsys):

@@ -195,7 +195,7 @@ def test_duplicates_and_lengths_are_reported(tmp_path):
 
 
 def test_held_out_rows_have_no_weight(tmp_path):
-    with pytest.raises(Refusal, match=r"--val .*rows.jsonl=2: held-out rows count once"):
+    with pytest.raises(Refusal, match=r"--val .*rows.jsonl=2: these rows count once"):
         loaded(tmp_path, 5, val=f"{tmp_path}/rows.jsonl=2")
 
 

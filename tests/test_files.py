@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ from phogpt_raw.files import (
     whole_folder,
 )
 from phogpt_raw.refusal import Refusal
+
+
+def test_a_command_of_the_project_can_be_given_from_any_folder(tmp_path, monkeypatch):
+    root = Path(files.__file__).parents[1]
+    monkeypatch.chdir(root)
+    assert files.script("train.py") == "train.py"
+    monkeypatch.chdir(tmp_path)
+    assert files.script("train.py") == str(root / "train.py")
+    assert files.script("not_there.py") == "not_there.py"
 
 
 def test_a_file_takes_its_name_at_the_end(tmp_path):

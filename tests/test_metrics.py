@@ -10,6 +10,7 @@ from conftest import ragged_examples
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.batches import Window
+from phogpt_raw.show import console
 from phogpt_raw.show.console import Display
 from phogpt_raw.training import metrics as module
 from phogpt_raw.training.evaluate import Score
@@ -105,6 +106,16 @@ def test_the_time_left_counts_steps_and_evaluations(tmp_path):
     assert display.seconds_left() == pytest.approx(5 * 2.0 + 2 * 30.0)
     run.state.step = 10
     assert display.seconds_left() == pytest.approx(30.0)
+
+
+def test_a_line_above_the_progress_is_broken_between_words_on_a_terminal_alone(monkeypatch, capsys):
+    text = "step 0: validation loss 5.675 (perplexity 291.4); answers that stop: 0 of 2"
+    console.say(text)
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setattr(console, "out", console.Rich(force_terminal=True, width=40))
+    console.say(text)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 40 and said.split() == text.split()
 
 
 # -- TensorBoard

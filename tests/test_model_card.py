@@ -45,7 +45,8 @@ def job_of(tmp_path, **config):
         model=SimpleNamespace(peft_config={"default": lora}, head=torch.zeros(1)),
         run=SimpleNamespace(folder=tmp_path, state=state, steps=3),
         examples=SimpleNamespace(template="4b-chat", train=[example([5, 6, 7], 1, "row:1")] * 9,
-                                 held_out=[0] * 3, file=None, held_out_file=None, trained_too=()))
+                                 rows=9, held_out=[0] * 3, held_out_rows=3, file=None,
+                                 held_out_file=None, trained_too=()))
 
 
 def test_doctest():
@@ -90,6 +91,14 @@ def test_data_is_named_by_file_and_hash_and_no_path_of_the_machine_is_told(card,
     assert row_of(text, "held out") == ["2 rows, 2 of them training rows as well"]
     assert str(tmp_path) not in text and str(tiny.parent) not in text
     assert not re.search(r"/(home|tmp|root|work|Users)/", text)
+
+
+def test_rows_and_the_examples_that_they_give_are_counted_apart(tmp_path):
+    job = job_of(tmp_path)
+    assert model_card.data(job) == {"training": "9 rows", "held out": "3 rows of the same file"}
+    job.examples.rows, job.examples.held_out_rows = 1, 1
+    assert model_card.data(job) == {"training": "1 row as 9 examples",
+                                    "held out": "1 row of the same file"}
 
 
 def test_settings_are_the_adapters_own_where_a_run_goes_on_from_one(train, card, tmp_path):

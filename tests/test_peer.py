@@ -116,7 +116,7 @@ def test_ours_begins_from_the_same_adapters_each_time(folder, monkeypatch):
 
 @pytest.mark.parametrize("flags, line", [
     (["--work", "512"], "--work 512: rows x tokens, such as 1x512,8x512"),
-    (["--work", "1x512x2"], "--work 1x512x2: rows x tokens"), (["--work", ""], "--work : rows x"),
+    (["--work", "1x512x2"], "--work 1x512x2: rows x tokens"), (["--work", ""], "--work: is empty"),
     (["--work", "0x512"], "--work 0x512: rows x tokens"),
     (["--recompute", "auto"], "--recompute auto: all, none or a number of blocks"),
 ])

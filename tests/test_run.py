@@ -152,14 +152,14 @@ def test_without_out_every_run_gets_the_next_number(train, tmp_path, monkeypatch
 
 
 def test_a_complete_run_says_so_and_what_to_do(train, tmp_path):
-    out = tmp_path / "run"
+    out = tmp_path / "lần chạy"
     train("--out", out, "--steps", 3)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     status, _, said = train("--out", out, "--steps", 3)
     assert status == 2
     [line] = said.splitlines()
     assert "this run is complete (3 steps)" in line
-    for way_on in (f"generate.py --adapter {out}", "larger --steps", "another --out"):
+    for way_on in (f"generate.py --adapter '{out}'", "larger --steps", "another --out"):
         assert way_on in line
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 

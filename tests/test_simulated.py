@@ -282,9 +282,14 @@ def test_a_tokenizer_that_names_no_end_is_refused(tmp_path):
     (["--card", "t4", "--recompute", "9"], "error: --recompute 9: the model has 8 blocks\n"),
     (["--card", "t4", "--recompute", "much"],
      "error: --recompute much: auto, all, none or a number of blocks\n"),
-    (["--card", "t4", "--cap", "nan"], "error: --cap nan is for measuring on a GPU (--measured); a "
+    (["--card", "t4", "--cap", "8"], "error: --cap 8 is for measuring on a GPU (--measured); a "
      "simulated card has the memory that it has\n"),
-    (["--card", "t4", "--micro-batch", "0"], "error: --micro-batch 0: must be at least 1\n"),
+    (["--card", "t4", "--micro-batch", "0"], "error: argument --micro-batch: '0': must be "
+     "a whole number from 1 to 100,000; see --help\n"),
+    (["--card", "t4", "--documents", "33"], "error: --documents 33: each has at least 2 tokens, "
+     "and a row of --seq-len has 64\n"),
+    (["--card", "t4", "--micro-batch", "100000"], "error: --seq-len, --micro-batch and "
+     "--accumulate: 51,200,000 tokens in one step; at most 262,144 are tried\n"),
 ])
 def test_what_is_not_possible_is_refused_in_one_line(flags, line, capsys):
     with pytest.raises(SystemExit) as stopped:

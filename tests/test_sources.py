@@ -13,7 +13,7 @@ from odd_files import parquet, sheet
 
 from phogpt_raw.data.conversations import conversations
 from phogpt_raw.data.records import Bad, Findings
-from phogpt_raw.data.sources import find_source, read_file
+from phogpt_raw.data.sources import find_source, find_unweighted, read_file
 from phogpt_raw.data.tables import rows_within
 from phogpt_raw.refusal import Refusal
 
@@ -127,9 +127,11 @@ def test_a_weight_stands_behind_a_file_unless_a_file_is_called_so(tmp_path):
     assert find_source(f"{tmp_path}/a.jsonl").weight == 1
     (tmp_path / "a=2.jsonl").write_text(LINES, "utf-8")
     assert find_source(f"{tmp_path}/a=2.jsonl").weight == 1
-    for wrong in ("0", "1.2.3", "1001"):
-        with pytest.raises(Refusal, match="the weight is a number above 0"):
+    for wrong in ("0", "1.2.3", "1001", "nan", "-1", "1e400", "", "hai"):
+        with pytest.raises(Refusal, match=f"a.jsonl={wrong}: the weight, behind =, is a number"):
             find_source(f"{tmp_path}/a.jsonl={wrong}")
+    with pytest.raises(Refusal, match=r"--eval .*a.jsonl=2: these rows count once"):
+        find_unweighted(f"{tmp_path}/a.jsonl=2", "--eval")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "no/such.csv", "x.PARQUET", "~/none.json.gz", "a",

@@ -119,7 +119,7 @@ def test_a_head_that_does_not_arrive_closes_the_connection(plain):
     (["--adapter", "a=b", "--adapter", "c", "Phở?"], "several are for --serve"),
     (["--serve", "0", "--slots", "0"], "--slots 0"),
     (["--serve", "0", "--api-key", "mở ra"], "--api-key: must be letters"),
-    (["--serve", "0", "--api-key", ""], "--api-key: must be letters"),
+    (["--serve", "0", "--api-key", ""], "--api-key: is empty"),
     (["--serve", "0", "--seed", "5", "--temperature", "1"], "each request names its own"),
     (["--serve", "0", "--temperature", "-1"], "--temperature -1"),
     (["--serve", "0", "--adapter", "a=/no/such"], "/no/such/adapter_config.json: missing"),

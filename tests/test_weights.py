@@ -1,5 +1,6 @@
 """Loading: every key is used or refused, NF4 comes from the stored dtype, frozen bits stay."""
 
+import doctest
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from torch import nn
 
 from phogpt_raw import load_base
 from phogpt_raw.decode.engine import answer
+from phogpt_raw.model import weights
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import list_files
 from phogpt_raw.refusal import Refusal
@@ -457,6 +459,18 @@ def test_a_hub_id_is_fetched_without_its_code_and_at_the_revision(monkeypatch, t
 def test_neither_a_folder_nor_a_hub_id_is_refused(model):
     with pytest.raises(Refusal, match="no such folder, and not a hub id"):
         load_base(model)
+
+
+@pytest.mark.parametrize("model, base", [
+    ("PhoGPT-4B-Chat", "vinai/PhoGPT-4B-Chat"), ("/models/phogpt_7b5", "vinai/PhoGPT-7B5"),
+    ("7B5-instruct", "vinai/PhoGPT-7B5-Instruct"), ("nanoo", "nano")])
+def test_a_name_that_is_misspelled_is_answered_with_the_one_that_is_like_it(model, base):
+    with pytest.raises(Refusal, match=rf"no such folder.*; did you mean {base}\?$"):
+        weights.find_folder(model)
+
+
+def test_doctest():
+    assert doctest.testmod(weights).failed == 0
 
 
 def test_a_hub_id_while_offline_is_refused(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from phogpt_raw.data.encoded import Encoded, Rows, encode_sources, read_sources
 from phogpt_raw.data.prompt import TEMPLATES, Example, Template, next_tokens
 from phogpt_raw.data.report import Report, report
 from phogpt_raw.data.row_cache import through_cache
-from phogpt_raw.data.sources import Source, find_source
+from phogpt_raw.data.sources import Source, find_source, find_unweighted
 from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
@@ -36,8 +36,10 @@ class DataFile:
 class Examples:
     """Encoded rows, the questions as typed of the held-out ones that have any, the template, why,
     and the files: `file` of the training rows, `held_out_file` where the held-out ones come from
-    another. `trained_too`: where those held-out rows are that are training rows as well. Reports:
-    what the training and the held-out rows are like."""
+    another. `rows` and `held_out_rows`: how many rows these are; a row gives several examples where
+    it is split or weighs more, none where it weighs less. `trained_too`: where those held-out rows
+    are that are training rows as well. Reports: what the training and the held-out rows are
+    like."""
 
     train: list[Example]
     held_out: list[Example]
@@ -45,6 +47,8 @@ class Examples:
     template: str
     template_reason: str
     source: str
+    rows: int = 0
+    held_out_rows: int = 0
     file: DataFile | None = None
     held_out_file: DataFile | None = None
     trained_too: tuple[str, ...] = ()
@@ -74,8 +78,8 @@ def load_examples(tokenizer, config: Config) -> Examples:
         raise Refusal(f"{names(sources)}: no row is left to train on")
     kept_out = [document for row in held_out for document in row.documents]
     return Examples(train, kept_out, questions(tokenizer, TEMPLATES[name], kept_out), name, reason,
-                    file_names(sources), identify(sources), identify(others),
-                    shared(rows, held_out), report(rows, found.together()),
+                    file_names(sources), len(rows), len(held_out), identify(sources),
+                    identify(others), shared(rows, held_out), report(rows, found.together()),
                     report(held_out, found_val.together()) if val else None)
 
 
@@ -85,30 +89,29 @@ def stand_ins(config: Config) -> Examples:
     ids = [PAD] * config.max_len
     every = Example(ids, next_tokens(ids, start=1))
     sources, others = sources_of(config.data), held_out_sources(config.val)
-    counts = (STEPS * config.batch_size, 0)
+    counts = STEPS * config.batch_size, 0
     if sources:
         rows, held_out = (read_sources(part, parse_map(config.map), config.strict)
                           for part in (sources, others))
-        counts = map(len, (rows, held_out) if others else
-                     divide(rows, *hold_out_of(config, len(rows)), names(sources)))
+        counts = [*map(len, (rows, held_out) if others else
+                       divide(rows, *hold_out_of(config, len(rows)), names(sources)))]
     train, held_out = ([every] * n for n in counts)
-    return Examples(train, held_out, [], "", "", file_names(sources), identify(sources),
+    return Examples(train, held_out, [], "", "", file_names(sources), *counts, identify(sources),
                     identify(others))
 
 
 def sources_of(specs: tuple[str, ...] | str | None) -> list[Source]:
     """What --data names."""
-    return [find_source(spec) for spec in ((specs,) if isinstance(specs, str) else specs or ())]
+    return [find_source(spec) for spec in several(specs)]
+
+
+def several(specs: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    return (specs,) if isinstance(specs, str) else specs or ()
 
 
 def held_out_sources(specs: tuple[str, ...] | str | None) -> list[Source]:
     """What --val names, which has no weight."""
-    found = sources_of(specs)
-    for source in found:
-        if source.weight != 1:
-            raise Refusal(f"--val {source.name}={source.weight:g}: held-out rows count once; leave "
-                          f"the weight out")
-    return found
+    return [find_unweighted(spec, "--val") for spec in several(specs)]
 
 
 def names(sources: list[Source]) -> str:

@@ -20,6 +20,7 @@ class Lengths:
     supervised: int
     median: int
     most: int  # 95 % have no more
+    shortest: int
     longest: int
     edges: tuple[int, ...]
     counts: tuple[int, ...]
@@ -56,8 +57,8 @@ def lengths_of(documents) -> Lengths:
     places = np.searchsorted(edges, sizes)
     counts = np.bincount(places, minlength=len(edges))
     return Lengths(int(sizes.sum()), supervised, int(np.median(sizes)),
-                   int(np.percentile(sizes, 95)), int(sizes.max()), tuple(edges),
-                   tuple(counts.tolist()))
+                   int(np.percentile(sizes, 95)), int(sizes.min()), int(sizes.max()),
+                   tuple(edges), tuple(counts.tolist()))
 
 
 def edges_for(longest: int) -> list[int]:

@@ -73,8 +73,10 @@ def find_source(spec: str) -> Source:
         raise Refusal("--data: names no file; an empty name would be the folder that you are in")
     weight = 1.0
     path = expanded(spec)
-    if not path.exists() and (weighted := re.fullmatch(r"(.+)=([\d.]+)", spec)):
-        spec, weight = weighted[1], number(weighted[2], spec)
+    file, _equals, text = spec.rpartition("=")
+    if file and not path.exists() and (expanded(file).exists() or HUB.fullmatch(file)
+                                       or re.fullmatch(r"[\d.]+", text)):
+        spec, weight = file, number(text, spec)
         path = expanded(spec)
     if path.is_dir():
         return Source(spec, in_folder(path), None, weight)
@@ -93,8 +95,16 @@ def number(text: str, spec: str) -> float:
     except ValueError:
         weight = 0
     if not 0 < weight <= 1000:
-        raise Refusal(f"--data {spec}: the weight is a number above 0 and at most 1000")
+        raise Refusal(f"{spec}: the weight, behind =, is a number above 0 and at most 1000")
     return weight
+
+
+def find_unweighted(spec: str, flag: str) -> Source:
+    """What another flag than --data names: its rows count once."""
+    source = find_source(spec)
+    if source.weight != 1:
+        raise Refusal(f"{flag} {spec}: these rows count once; leave the weight out")
+    return source
 
 
 def in_folder(folder: Path) -> tuple[Path, ...]:

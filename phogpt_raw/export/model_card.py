@@ -206,8 +206,9 @@ def hyper_parameters(job: Job) -> dict[str, str]:
     kinds = [name for name, on in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora)) if on]
     batch = (f"at most {config.batch_tokens:,} tokens" if config.batch_tokens
              else f"{config.batch_size} examples")
-    rate = (f"{config.lr:g} after {config.warmup_of(run.steps)} steps of warm-up, then a cosine to "
-            f"{config.lr * config.lr_floor:g}")
+    warmup = config.warmup_of(run.steps)
+    after = plural(warmup, " after 1 step of warm-up", f" after {warmup} steps of warm-up")
+    rate = f"{config.lr:g}{after * bool(warmup)}, then a cosine to {config.lr * config.lr_floor:g}"
     epochs = run.steps / job.stream.steps(1)
     if not config.batch_tokens:
         epochs = run.steps * config.batch_size / len(job.examples.train)
@@ -245,13 +246,16 @@ def loss_on(train: list[Example]) -> str:
 def data(job: Job) -> dict[str, str]:
     """Rows and files, by name and hash."""
     examples = job.examples
-    held_out = f"{len(examples.held_out):,} rows"
+    training, held_out = (plural(n, "1 row", f"{n:,} rows")
+                          for n in (examples.rows, examples.held_out_rows))
+    if len(examples.train) != examples.rows:
+        training += f" as {len(examples.train):,} examples"
     if examples.held_out and not examples.held_out_file:
         held_out += " of the same file"
     if examples.trained_too:
         held_out += f", {len(examples.trained_too):,} of them training rows as well"
     return {
-        "training": f"{len(examples.train):,} rows",
+        "training": training,
         **file_lines("file", examples.file),
         "held out": held_out,
         **file_lines("held-out file", examples.held_out_file),

@@ -17,6 +17,7 @@ from phogpt_raw.data.sources import read_file
 from phogpt_raw.export.distance import distance
 from phogpt_raw.export.merge import mapped_tensors
 from phogpt_raw.export.source import Source
+from phogpt_raw.files import script
 from phogpt_raw.messages import _
 from phogpt_raw.model.nf4_cache import human
 from phogpt_raw.show.console import listing, out, paragraph
@@ -83,7 +84,8 @@ def say_uses(options, source: Source, nf4_dtype: torch.dtype | None, seconds: fl
     if options.merged:
         commands.append((_("Ask the merged checkpoint (without --no-nf4 it is rounded to 4 bits "
                            "again: less memory, other answers):"),
-                         f'python generate.py --model {folder} --no-nf4 "Phở bò là gì?"'))
+                         f"python {script('generate.py')} --model {folder} --no-nf4 "
+                         f'"Phở bò là gì?"'))
     if options.gguf:
         commands.append((_("llama.cpp:"), f"llama-cli -m {folder}/model.gguf"))
         commands.append((_("Ollama:"), f"cd {folder} && ollama create phogpt -f Modelfile && "
@@ -101,6 +103,7 @@ def say_uses(options, source: Source, nf4_dtype: torch.dtype | None, seconds: fl
     if options.nf4:
         dtype = f" --dtype {dtype_name(nf4_dtype)}"
         commands.append((_("Start from the base in NF4 (the base alone, without an adapter):"),
-                         f"python train.py --model {base}{dtype} --nf4-cache {folder}/{NF4} …"))
+                         f"python {script('train.py')} --model {base}{dtype} --nf4-cache "
+                         f"{folder}/{NF4} …"))
     for what, command in commands:
         out.print(f"\n{what}\n  {command}", markup=False)

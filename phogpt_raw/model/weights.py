@@ -8,6 +8,7 @@ key that is missing, unknown or of another shape is an error that names it.
 Files are memory-mapped, so what a load holds in anonymous host memory is one tensor, not a shard.
 """
 
+import difflib
 import math
 import os
 import pickle
@@ -28,6 +29,8 @@ from phogpt_raw.model.phogpt import PUBLISHED, ModelConfig, PhoGPT
 from phogpt_raw.private_apis import make_scale_code
 from phogpt_raw.refusal import Refusal
 
+KNOWN = ("nano", "vinai/PhoGPT-7B5", "vinai/PhoGPT-7B5-Instruct", "vinai/PhoGPT-4B",
+         "vinai/PhoGPT-4B-Chat")
 NANO = Path(__file__).parents[1] / "nano" / "base"
 WITHOUT_WEIGHTS = ["*.json", "*.jinja"]  # of a hub repository: config and tokenizer
 FILES = [*WITHOUT_WEIGHTS, "*.safetensors", "*.bin"]  # never its code
@@ -85,7 +88,8 @@ def find_folder(model: str, revision: str | None = None, files: list[str] = FILE
                           f"this computer and has none")
         return local
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise Refusal(f"{named}: no such folder, and not a hub id such as vinai/PhoGPT-4B")
+        raise Refusal(f"{named}: no such folder, and not a hub id such as vinai/PhoGPT-4B"
+                      + meant(model))
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -100,15 +104,31 @@ def find_folder(model: str, revision: str | None = None, files: list[str] = FILE
         raise Refusal(f"{named}: it has no revision {revision!r}") from None
     except hub.RepositoryNotFoundError:
         raise Refusal(
-            f"{named}: no such repository on the hub (or private: then set HF_TOKEN)"
+            f"{named}: no such repository on the hub (or private: then set HF_TOKEN){meant(model)}"
         ) from None
     except hub.HFValidationError as error:
         raise Refusal(f"{named}: no such folder, and not a hub id ({error})") from None
     except (hub.HTTPError, hub.LocalEntryNotFoundError, OSError) as error:  # proxy's: HTTPError
         raise Refusal(
             f"{named}: no such folder, and the hub does not answer "
-            f"({type(error).__name__}); fetch it once while online, or name a folder"
+            f"({type(error).__name__}); fetch it once while online, or name a folder{meant(model)}"
         ) from None
+
+
+def meant(model: str) -> str:
+    """A question after a base that cannot be found: the known one whose name is spelled like it.
+
+    >>> meant("PhoGPT-4B-Chat"), meant("vinai/phogpt_7b5")
+    ('; did you mean vinai/PhoGPT-4B-Chat?', '; did you mean vinai/PhoGPT-7B5?')
+    >>> meant("nanoo"), meant("gpt2")
+    ('; did you mean nano?', '')
+    """
+    names = {name: base for base in KNOWN
+             for name in (base.lower().removeprefix("vinai/"),
+                          base.lower().removeprefix("vinai/phogpt-"))}
+    asked = model.rpartition("/")[2].lower().replace("_", "-")
+    near = difflib.get_close_matches(asked, names, 1, 0.8)
+    return f"; did you mean {names[near[0]]}?" if near and names[near[0]] != model else ""
 
 
 def read_config(folder: Path) -> ModelConfig:

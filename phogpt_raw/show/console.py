@@ -13,6 +13,7 @@ from rich.console import Console as Rich
 from rich.text import Text
 from tqdm import tqdm
 
+from phogpt_raw.files import script
 from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.checkpoint import newest
@@ -53,8 +54,8 @@ def heading(title: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line above the progress line."""
-    tqdm.write(text, file=sys.stdout)
+    """A line above the progress line, on a terminal broken between words."""
+    tqdm.write(wrapped(text), file=sys.stdout)
 
 
 class Display:
@@ -119,7 +120,7 @@ def stopped(run: Run) -> str:
     if saved is None:
         return _("after step {n}; no checkpoint was saved yet", n=run.state.step)
     return _("after step {n}; with --out {folder} it goes on from {checkpoint}",
-             n=run.state.step, folder=run.folder, checkpoint=saved.name)
+             n=run.state.step, folder=shlex.quote(str(run.folder)), checkpoint=saved.name)
 
 
 def left(run: Run, why: str, arguments: list[str]) -> None:
@@ -131,7 +132,7 @@ def left(run: Run, why: str, arguments: list[str]) -> None:
     if not run.config.out:
         arguments = [*arguments, "--out", str(run.folder)]
     print(_("saved; go on with:\n  {command}",
-            command=shlex.join(["python", "train.py", *arguments])), file=sys.stderr)
+            command=f"python {script('train.py')} {shlex.join(arguments)}"), file=sys.stderr)
 
 
 class Mean:
@@ -211,9 +212,9 @@ def summary(run: Run, questions: list[str], display: Display) -> None:
             for name, answer, style in ((_("before"), before, "dim"), (_("after"), after, "green")):
                 out.print(Text(f"  {name:<7} " + wrapped(one_line(answer), 10), style))
     question = one_line(questions[2]) if len(questions) > 2 else "Câu hỏi của bạn"
-    command = ["python", "generate.py", "--adapter", str(run.folder)]
+    command = f"python {script('generate.py')} --adapter {shlex.quote(str(run.folder))}"
     out.print("\n" + _("Ask it yourself:"), markup=False)
-    out.print(f"  {shlex.join(command)} {quoted(question)}", markup=False)
+    out.print(f"  {command} {quoted(question)}", markup=False)
 
 
 def quoted(text: str) -> str:

@@ -6,10 +6,11 @@ from phogpt_raw.data.examples import Examples, questions
 from phogpt_raw.data.prompt import TEMPLATES
 from phogpt_raw.data.records import NAMED, Findings, Note, named, printable
 from phogpt_raw.data.report import Lengths, Report
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.show.console import listing, one_line
 
 BARS = "▁▂▃▄▅▆▇█"
+FEW = 10  # examples; of fewer no histogram is drawn
 USUAL = ("turns", "text", "system")  # notes on what is as it should be
 EXCERPT = 60  # letters of a question or an answer
 
@@ -21,7 +22,7 @@ def show(tokenizer, examples: Examples, config: Config) -> None:
         _("format"): format_line(report.findings),
         _("first"): first_line(tokenizer, examples),
         _("tokens"): tokens_line(report.lengths),
-        _("lengths"): histogram(report.lengths),
+        **({_("lengths"): histogram(report.lengths)} if report.documents >= FEW else {}),
         _("fit"): fit_line(report, config),
         **found(report),
     })
@@ -76,15 +77,17 @@ def histogram(lengths: Lengths) -> str:
     begin = next(n for n, count in enumerate(lengths.counts) if count)
     highest, width = max(lengths.counts), lengths.edges[0]
     bars = "".join(BARS[-(-count * (len(BARS) - 1) // highest)] for count in lengths.counts[begin:])
-    return _("{bars} from {least:,} to {longest:,} tokens, {width:,} a bar", bars=bars,
-             least=lengths.edges[begin] - width + 1, longest=lengths.edges[-1], width=width)
+    each = plural(width, _("1 token"), _("{n:,} tokens", n=width))
+    return _("{bars} from {shortest:,} to {longest:,} tokens; a bar for each {each}", bars=bars,
+             shortest=lengths.shortest, longest=lengths.longest, each=each)
 
 
 def fit_line(report: Report, config: Config) -> str:
     notes = report.findings.notes
     split, dropped = (notes[kind].count if kind in notes else 0 for kind in ("split", "dropped"))
-    text = _("--max-len {limit:,} is enough for {share:.1%} of {n:,}", share=report.fits,
-             n=report.findings.good, limit=config.max_len)
+    n = report.findings.good
+    text = _("--max-len {limit:,} is enough for {share:.1%} of {rows}", share=report.fits,
+             rows=plural(n, _("1 row"), _("{n:,} rows", n=n)), limit=config.max_len)
     if split:
         text += _("; split into several: {n:,}", n=split)
     if dropped:

@@ -61,7 +61,7 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
     if job.examples.trained_too:
         say(_("held-out rows that are also training rows: {n} of {of} (the first: {where}); they "
               "make the validation loss too low", n=len(job.examples.trained_too),
-              of=len(job.examples.held_out), where=job.examples.trained_too[0]))
+              of=job.examples.held_out_rows, where=job.examples.trained_too[0]))
     cut = [e for e in job.examples.train + job.examples.held_out if e.cut]
     if cut:
         say(_("rows longer than --max-len {limit}: {n} (the first: {where}); their answers are cut "
@@ -78,13 +78,15 @@ def data_line(job: Job) -> str:
     if job.tokenizer is None and not job.config.data:
         return _("no rows are read: each is taken to have {n:,} tokens (--max-len)",
                  n=job.config.max_len)
+    n, file = job.examples.rows, job.examples.source
+    rows = plural(n, _("1 row of {file}", file=file), _("{n:,} rows of {file}", n=n, file=file))
     if job.tokenizer is None:
-        return _("{n:,} rows of {file}, counted but not tokenised: each is taken to have "
-                 "{tokens:,} tokens (--max-len); {held}", n=len(job.examples.train),
-                 file=job.examples.source, tokens=job.config.max_len, held=held_out_line(job))
+        return _("{rows}, counted but not tokenised: each is taken to have {tokens:,} tokens "
+                 "(--max-len); {held}", rows=rows, tokens=job.config.max_len,
+                 held=held_out_line(job))
     lengths = [len(e.ids) for e in job.examples.train]
-    rows = plural(len(lengths), _("1 row of {file}", file=job.examples.source),
-                  _("{n:,} rows of {file}", n=len(lengths), file=job.examples.source))
+    if len(lengths) != job.examples.rows:
+        rows += plural(len(lengths), _(" as 1 example"), _(" as {n:,} examples", n=len(lengths)))
     return _("{rows}, median {median} tokens, longest {longest}; {held}", rows=rows,
              median=int(statistics.median(lengths)), longest=max(lengths), held=held_out_line(job))
 
@@ -96,7 +98,7 @@ def template_line(job: Job) -> str:
 
 
 def held_out_line(job: Job) -> str:
-    n, hold_out = len(job.examples.held_out), job.config.hold_out
+    n, hold_out = job.examples.held_out_rows, job.config.hold_out
     if job.examples.held_out_file:
         return _("{n:,} held out, of {file}", n=n, file=job.examples.held_out_file.name)
     if hold_out is None and not n:
@@ -161,8 +163,9 @@ def steps_line(job: Job) -> str:
             else _("{steps} of {n} examples ({epochs})", steps=steps, n=config.batch_size,
                    epochs=epochs))
     if job.run.planned not in (0, steps):
-        text += _("; it began with {before} steps: the learning rate now falls until step {steps}",
-                  before=job.run.planned, steps=steps)
+        before = plural(job.run.planned, _("1 step"), _("{n} steps", n=job.run.planned))
+        text += _("; it began with {before}: the learning rate now falls until step {steps}",
+                  before=before, steps=steps)
     return text
 
 

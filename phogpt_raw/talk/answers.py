@@ -25,12 +25,12 @@ from phogpt_raw.data.conversations import (
 )
 from phogpt_raw.data.fields import field_of
 from phogpt_raw.data.records import Bad, Findings, Record, check_all
-from phogpt_raw.data.sources import find_source, opened, read_file, read_hub, suffix
+from phogpt_raw.data.sources import find_unweighted, opened, read_file, read_hub, suffix
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.decode.text import TextStream
 from phogpt_raw.files import awaited_file, expanded, write_text
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.talk import memory_plan
@@ -67,7 +67,7 @@ class Line:
 def read_questions(spec: str, mapped: dict[str, str]) -> list[Question]:
     """Of any file that train.py reads, with or without answers; of a text file a line is a
     question. Raises Refusal that names the rows which cannot be used."""
-    source, found, findings = find_source(spec), [], Findings()
+    source, found, findings = find_unweighted(spec, "--input"), [], Findings()
     units = [(read_hub(*source.hub), None)] if source.hub else [
         (read_file(path, findings), path) for path in source.files]
     reader = Reader(findings, mapped)
@@ -157,8 +157,12 @@ class Progress:
             with self.file.open("a", encoding="utf-8") as unfinished:
                 unfinished.write(self.line(n))
         except OSError as error:
-            raise Refusal(f"{self.file}: {error.strerror}; {len(self.done) - 1:,} answers are kept "
+            raise Refusal(f"{self.file}: {error.strerror}; {counted(len(self.done) - 1)} kept "
                           f"there: free some space, and give the same command again") from None
+
+
+def counted(answers: int) -> str:
+    return plural(answers, _("1 answer"), _("{n:,} answers", n=answers))
 
 
 def as_json(row: dict) -> str:
@@ -202,7 +206,7 @@ def answer_held_file(found: Found, spec: str, output: Path, how: Generation, sam
     progress = Progress(output, key)
     waiting = [n for n in range(len(asked) * samples) if n not in progress.done]
     if progress.done:
-        say(_("({n:,} answers are there already)", n=len(progress.done)))
+        say(_("({answers} there already)", answers=counted(len(progress.done))))
     prompt_of = {n: prompts[n // samples] for n in waiting}
     try:
         for n, answer, stopped in (answered(found, found.load(), prompt_of, how,
@@ -210,15 +214,15 @@ def answer_held_file(found: Found, spec: str, output: Path, how: Generation, sam
             one = asked[n // samples]
             progress.add(n, Line(one.turns[-1].question, answer, stopped, n % samples, one.where))
     except (KeyboardInterrupt, SystemExit):
-        say(_("({n:,} answers are kept in {file}; the same command goes on)",
-              n=len(progress.done), file=progress.file))
+        say(_("({answers} kept in {file}; the same command goes on)",
+              answers=counted(len(progress.done)), file=progress.file))
         raise
     write_text(output, "".join(as_json(asdict(progress.done[n])) + "\n"
                                for n in sorted(progress.done)))
     progress.file.unlink()
     stopped = sum(line.stopped for line in progress.done.values())
-    say(_("{n:,} answers in {output}; {stopped:,} of them ended by themselves",
-          n=len(progress.done), output=output, stopped=stopped))
+    say(_("{answers} in {output}; ended by themselves: {stopped:,}",
+          answers=counted(len(progress.done)), output=output, stopped=stopped))
 
 
 def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Generation,

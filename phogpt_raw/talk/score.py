@@ -21,7 +21,7 @@ from phogpt_raw.data.batches import Window
 from phogpt_raw.data.encoded import encode_sources
 from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import check_all
-from phogpt_raw.data.sources import find_source
+from phogpt_raw.data.sources import find_unweighted
 from phogpt_raw.files import check_place, expanded, write_text
 from phogpt_raw.messages import _, plural
 from phogpt_raw.model.phogpt import PhoGPT
@@ -112,7 +112,7 @@ def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
     if found.tokenizer is None:
         raise Refusal(f"--eval {spec}: a shape without weights has no tokenizer to read it with; "
                       f"name a base with --model")
-    rows = encode_sources([find_source(spec)], found.tokenizer, found.template,
+    rows = encode_sources([find_unweighted(spec, "--eval")], found.tokenizer, found.template,
                           max_len=found.shape.max_seq_len, mapped=mapped)
     check_all(rows.together())
     examples = [document for row in rows.rows for document in row.documents[:1] if document.asks]

@@ -9,6 +9,7 @@ its steps but has no card was killed in between, and is finished when it is star
 import dataclasses
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples
-from phogpt_raw.files import LOCK, expanded, flush, in_words, locked, whole_file
+from phogpt_raw.files import LOCK, expanded, flush, in_words, locked, script, whole_file
 from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal, RunFailed
 from phogpt_raw.training import checkpoint, resume
@@ -85,7 +86,8 @@ class Run:
                           f"name another --out")
         elif (self.folder / "adapter_model.safetensors").is_file():
             raise Refusal(f"{self.folder}: holds an adapter but no checkpoint to go on from; name "
-                          f"another --out, or start from it with --adapter {self.folder}")
+                          f"another --out, or start from it with --adapter "
+                          f"{shlex.quote(str(self.folder))}")
         else:
             resume.check_place(self.folder)
 
@@ -116,9 +118,10 @@ class Run:
             why = (f"this run ended early, after step {state.step} of {self.steps}: the validation "
                    f"loss was no lower in {times} (--patience {patience})")
             more = f"a --patience above {state.not_better}, or none"
-        return (f'{self.folder}: {why}. Ask it: python generate.py --adapter {self.folder} "…" ; '
-                f"more of the same: {more}; from its adapter with other data: --adapter "
-                f"{self.folder} and another --out")
+        folder = shlex.quote(str(self.folder))
+        return (f'{self.folder}: {why}. Ask it: python {script("generate.py")} --adapter {folder} '
+                f'"…" ; more of the same: {more}; from its adapter with other data: --adapter '
+                f"{folder} and another --out")
 
     @contextmanager
     def begun(self, training: Training) -> Iterator[None]:
@@ -274,7 +277,7 @@ class Run:
             return _("no good checkpoint was saved; start a new run with a lower --lr, or --dtype "
                      "bf16 or fp32, and another --out")
         return _("the last good checkpoint is {good}; go on from it with --adapter {good}, a "
-                 "lower --lr and another --out", good=good)
+                 "lower --lr and another --out", good=shlex.quote(str(good)))
 
 
 def has_our_card(folder: Path) -> bool:
