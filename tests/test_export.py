@@ -326,6 +326,7 @@ def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
 
 @pytest.mark.parametrize("flags, line", [
     (["--merged", "--nf4", "--dtype", "fp16"], "--dtype asks for fp16, and there is no GPU here"),
+    (["--lora-gguf", "--no-nf4"], "--no-nf4: has no effect without --merged; leave it out"),
     (["--gguf", "f16", "--dtype", "fp32"], "--dtype fp32: has no effect on what is written"),
     (["--nf4", "--template", "4b-chat"], "--template 4b-chat: has no effect"),
     ([], "what to write, and where? name a folder OUT and one or more of --merged"),

@@ -82,6 +82,8 @@ def check(options) -> None:
         if getattr(options, name) not in (None, "auto") and not has_one:
             raise Refusal(f"--{name} {getattr(options, name)}: has no effect on what is written; "
                           f"leave it out")
+    if options.base_nf4 is False and not options.merged:
+        raise Refusal("--no-nf4: has no effect without --merged; leave it out")
     if options.out:
         options.out = Path(os.path.normpath(expanded(options.out)))
         check_free(options.out)
