@@ -12,6 +12,9 @@ The answer is shown while it is written. It ends where the model writes its end 
 --temperature each token is the most likely one.
 """
 
+import phogpt_raw  # noqa: F401, before torch: a Ctrl-C while that is imported is one line
+
+# isort: split
 import argparse
 import sys
 import unicodedata

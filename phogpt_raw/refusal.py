@@ -65,6 +65,16 @@ class RunFailed(RuntimeError):
     """One sentence: why the run ends without a result, and what is left of it."""
 
 
+signalled: list[int] = []  # signals that have asked the command to end
+
+
+def end(number: int, _frame) -> None:
+    """The handler of SIGTERM and SIGHUP. Where it runs inside a `__del__`, Python prints SystemExit
+    and goes on; so the signal is remembered."""
+    signalled.append(number)
+    sys.exit(128 + number)
+
+
 def exits_cleanly(main):
     """Decorate a command: an error for people becomes one line on stderr and an exit status.
 
@@ -77,7 +87,8 @@ def exits_cleanly(main):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                    signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+                    signal.signal(number, end)
+        signalled.clear()
         open_missing_streams()
         for stream in (sys.stdout, sys.stderr):
             write_utf8(stream)

@@ -13,6 +13,7 @@ import pytest
 from conftest import SMALL
 from test_checkpoint import assert_same_run
 
+from phogpt_raw.refusal import exits_cleanly, signalled
 from phogpt_raw.training import checkpoint
 from phogpt_raw.training.leaving import Leaving, Left
 
@@ -53,6 +54,33 @@ def test_the_first_signal_is_the_reason():
         with pytest.raises(Left) as left:
             leave.check()
     assert left.value.status == 129
+
+
+class Closing:
+    """Its end is a moment in which Python prints exceptions and goes on."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_swallowed_ends_the_run_at_its_first_step():
+    before = signal.getsignal(signal.SIGTERM)
+
+    @exits_cleanly
+    def main():
+        Closing()
+        with Leaving() as leave, pytest.raises(Left) as left:
+            leave.check()
+        return left.value.status
+
+    try:
+        assert main() == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signalled.clear()
+    with Leaving() as leave:
+        leave.check()
 
 
 def test_a_terminal_that_is_gone_does_not_disturb_the_step(monkeypatch):

@@ -67,3 +67,18 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                           preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     assert (done.returncode, done.stdout) == (0, "still here\n")
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "phogpt_raw.export"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(command):
+    code = ("import runpy, sys\nclass Stop:\n    def find_spec(self, name, *_):\n"
+            "        if name == 'torch':\n            raise KeyboardInterrupt\n"
+            f"sys.meta_path.insert(0, Stop())\nrunpy.run_module({command!r}, None, '__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "stopped by hand\n")
+
+
+def test_other_errors_of_an_import_keep_their_traceback():
+    code = "import sys; sys.modules['torch'] = None; import phogpt_raw"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "Traceback" in done.stderr

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from phogpt_raw.messages import _
+from phogpt_raw.refusal import signalled
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
                 if hasattr(signal, name))
@@ -39,6 +40,7 @@ class Leaving:
         self.unseen = None  # why what the run prints is not seen any more
 
     def __enter__(self) -> "Leaving":
+        self.asked = next(iter(signalled), None)
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
         for number, handler in self.before.items():
             if handler is not signal.SIG_IGN:  # as nohup has it
