@@ -56,11 +56,18 @@ def byte_tokens(tokenizer, letter):
     return tokenizer.convert_tokens_to_ids([table[b] for b in letter.encode()])
 
 
-def test_what_never_becomes_a_letter_comes_in_the_end(tokenizer):
-    ids = byte_tokens(tokenizer, "ế")[:2]
+def test_a_character_that_is_cut_off_at_the_end_is_left_out(tokenizer):
+    ids = tokenizer("Phở")["input_ids"]
     stream = TextStream(tokenizer)
-    assert [stream.put(i) for i in ids] == ["", ""]
-    assert stream.end() == tokenizer.decode(ids) and HALF in tokenizer.decode(ids)
+    text = "".join(stream.put(i) for i in ids + byte_tokens(tokenizer, "ế")[:2])
+    assert text + stream.end() == "Phở"
+    assert HALF in tokenizer.decode(stream.ids)
+
+
+def test_bytes_that_are_no_character_amid_the_text_are_shown_as_such(tokenizer):
+    stream = TextStream(tokenizer)
+    ids = byte_tokens(tokenizer, "ế")[:2] + tokenizer("Phở")["input_ids"]
+    assert "".join(map(stream.put, ids)) + stream.end() == tokenizer.decode(ids)
 
 
 def test_a_letter_comes_as_soon_as_it_is_whole(tokenizer):

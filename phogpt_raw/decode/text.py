@@ -15,7 +15,7 @@ class TextStream:
     """The text of a stream of tokens; `stopped` once one of the strings `stops` was found.
 
     All results of `put` and `end` joined are the text of all tokens decoded at once, up to the
-    first stop string.
+    first stop string. A character that is incomplete at the end is left out.
     """
 
     def __init__(self, tokenizer, stops: Sequence[str] = ()):
@@ -39,6 +39,8 @@ class TextStream:
         # A token's text may depend on the one before it: decode the last piece's tokens again too.
         before = self.text(self.ids[self.shown : self.read])
         now = self.text(self.ids[self.shown :])
+        if whole:
+            now = now.rstrip(HALF)
         if whole or (not now.endswith(HALF) and len(now) > len(before)):
             self.waiting += now[len(before) :]
             self.shown, self.read = self.read, len(self.ids)

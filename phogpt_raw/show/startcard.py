@@ -173,7 +173,8 @@ def time_line(job: Job, duration: Duration) -> str:
     """Seconds of a step, and of all steps where their number is known."""
     text = _("simulated: {low:.3g} to {high:.3g} s a step", low=duration.low, high=duration.high)
     if job.tokenizer or job.config.data or job.config.steps:
-        ends = dict.fromkeys(clock(job.run.steps * s) for s in (duration.low, duration.high))
+        ends = dict.fromkeys(clock(max(1, job.run.steps * s))
+                             for s in (duration.low, duration.high))
         text += _(", {span} for all of them, without evaluations", span=_(" to ").join(ends))
     return text
 

@@ -59,7 +59,8 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
     """Raise Refusal where the folder's run has other settings or other rows."""
     file = folder / "config.json"
     if not file.is_file():
-        raise Refusal(f"{file}: missing, so this run cannot go on; name another --out")
+        raise Refusal(f"{file}: missing, so this run cannot go on; name another --out, and the "
+                      f"newest checkpoint of {folder} with --adapter")
     # A run that is older than a setting has this setting's default.
     before = dataclasses.asdict(Config()) | read_object(file, ANOTHER)
     now = dataclasses.asdict(config)
