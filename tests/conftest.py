@@ -42,13 +42,13 @@ def tokenizer(tiny):
 
 
 @pytest.fixture(scope="session")
-def first_command(tmp_path_factory, worker_id):
+def first_command(tmp_path_factory):
     """The run of `python train.py --steps 60`: its folder. With `pytest -n` all processes share
     it, and the first that needs it trains."""
     import train
 
     place = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
+    if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent
     folder = place / "first" / "nano"
     with (place / "first.lock").open("w") as lock:
