@@ -24,6 +24,7 @@ from bench.server import ROOT  # noqa: E402
 from phogpt_raw.data.prompt import TEMPLATES, encode_text  # noqa: E402
 from phogpt_raw.decode.engine import answer  # noqa: E402
 from phogpt_raw.decode.history import Turn, encode_history  # noqa: E402
+from phogpt_raw.decode.text import HALF
 from phogpt_raw.model.weights import load_base  # noqa: E402
 
 TEMPLATE = TEMPLATES["4b-chat"]
@@ -50,7 +51,7 @@ def alone(nano, ids, tokens) -> str:
     """The greedy answer by the engine itself, decoded at once."""
     model, tokenizer = nano
     [found] = answer(model, [ids], eos_id=2, pad_id=3, max_new_tokens=tokens)
-    return tokenizer.decode(found.ids)
+    return tokenizer.decode(found.ids).rstrip(HALF)
 
 
 def asked(question) -> list[dict]:

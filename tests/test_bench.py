@@ -133,7 +133,8 @@ def test_a_bad_grid_is_one_line(capsys):
         memory.main(["--seq-len", "12,x"])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert said == "error: --seq-len 12,x: whole numbers with commas between them\n"
+    assert said == ("error: argument --seq-len: 'x': must be a whole number from 2 to 262,144; see "
+                    "--help\n")
 
 
 def test_a_stopwatch_gives_seconds_to_each_phase_and_begins_anew():
