@@ -24,7 +24,7 @@ from bench.server import ROOT  # noqa: E402
 from phogpt_raw.data.prompt import TEMPLATES, encode_text  # noqa: E402
 from phogpt_raw.decode.engine import answer  # noqa: E402
 from phogpt_raw.decode.history import Turn, encode_history  # noqa: E402
-from phogpt_raw.decode.text import HALF
+from phogpt_raw.decode.text import HALF  # noqa: E402
 from phogpt_raw.model.weights import load_base  # noqa: E402
 
 TEMPLATE = TEMPLATES["4b-chat"]
