@@ -372,7 +372,7 @@ def test_a_client_that_leaves_frees_its_slots(server, stream):
     if stream:
         link.close()
     until(lambda: idle(server))
-    assert time.monotonic() - began < 2  # the answers themselves take longer
+    assert time.monotonic() - began < 4  # the answers themselves take longer
 
 
 def test_memory_does_not_grow_with_the_number_of_requests(server, client):
@@ -447,7 +447,7 @@ def test_sigterm_ends_an_idle_server_at_once(tiny):
         link.request("GET", "/health")
         link.getresponse().read()
         began = time.monotonic()
-        assert server.end() == 143 and time.monotonic() - began < 5
+        assert server.end() == 143 and time.monotonic() - began < 30  # not GRACE_S
 
 
 def test_an_address_in_use_is_refused_before_anything_is_loaded(server):

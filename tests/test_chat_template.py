@@ -69,7 +69,7 @@ def test_a_template_that_fails_loops_or_grows_is_one_line(fresh, monkeypatch, te
     with pytest.raises(Refusal, match=line + ".*; name one of PhoGPT's with --template$") as said:
         choose_template(fresh)
     assert len(str(said.value)) < 400 and "\n" not in str(said.value)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
 
 
 def test_one_of_several_named_templates_is_the_default(fresh):

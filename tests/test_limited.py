@@ -41,7 +41,7 @@ def test_a_function_that_does_not_end_is_ended(monkeypatch):
     begun = time.monotonic()
     with pytest.raises(OverLimit, match=r"takes more than 0\.2 s"):
         limited(time.sleep, 60)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
 
 
 def test_a_function_that_fills_the_memory_is_ended():
