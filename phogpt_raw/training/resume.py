@@ -34,7 +34,7 @@ ROWS = "row_hashes.json"  # of the rows with which the run began
 def record_run(folder: Path, config: Config, examples: Examples, *, base_weights: str | None,
                run: str) -> None:
     """Write the settings and row hashes with which a later start is compared. base_weights: of
-    weights_hash; run: of identity."""
+    base_hash; run: of identity."""
     configuration.save(config, folder / "config.json", base_weights=base_weights, run=run)
     write_text(folder / ROWS, json.dumps(row_hashes(examples), indent=0) + "\n")
 
@@ -96,11 +96,13 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
 
 
 def check_base(folder: Path, config: Config, base_weights: str) -> None:
-    """Raise Refusal where the base holds other weights than when the run began."""
+    """Raise Refusal where the base holds other weights or another config.json than when the run
+    began."""
     began = read_object(folder / "config.json", ANOTHER).get("base_weights")
     if began and began != base_weights:
-        raise Refusal(f"--out {folder}: the weights of --model {config.model} have changed since "
-                      f"this run began; go on over the same, or name another --out")
+        raise Refusal(f"--out {folder}: the weights or the config.json of --model {config.model} "
+                      f"have changed since this run began; go on over the same, or name another "
+                      f"--out")
 
 
 def whole_path(name: str, value):
