@@ -109,6 +109,27 @@ def test_a_line_that_is_cut_anywhere_is_answered_again(tmp_path, cut):
     assert module.Progress(tmp_path / "a", "key").done == progress.done
 
 
+@pytest.mark.parametrize("other", [
+    "[]", "{}", "null", "7", '"n"', "[" * 100_000, '{"n": 0}', '{"n": "0", "question": "a"}', " ",
+    '{"n": 9, "question": "a", "answer": "b", "stopped": true, "sample": 0, "where": "q:1"}'])
+def test_a_line_that_was_not_written_there_is_not_used(tmp_path, other):
+    (tmp_path / "a.progress").write_text(f"key\n{other}\n")
+    assert module.Progress(tmp_path / "a", "key").done == {}
+
+
+def test_a_damaged_answer_and_one_to_other_questions_are_not_used(tmp_path):
+    written = module.Progress(tmp_path / "a", "key")
+    for n in range(3):
+        written.add(n, module.Line("a", "b", True, 0, "q:1"))
+    key, first, second, third = written.file.read_text().splitlines()
+    damaged = second.replace('"answer": "b"', '"answer": "c"')
+    assert damaged != second
+    written.file.write_text("\n".join([key, first, damaged, third]) + "\n")
+    assert set(module.Progress(tmp_path / "a", "key").done) == {0, 2}
+    (tmp_path / "b.progress").write_text("\n".join(["another", first, second, third]) + "\n")
+    assert module.Progress(tmp_path / "b", "another").done == {}
+
+
 @pytest.mark.parametrize("how", [KeyboardInterrupt, SystemExit(143)])
 def test_who_ends_it_hears_how_it_goes_on(run, asked, tmp_path, monkeypatch, how):
     given = iter([(0, "a", True)])

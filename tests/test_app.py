@@ -390,7 +390,8 @@ def test_memory_does_not_grow_with_the_number_of_requests(server, client):
 # -- the end
 
 
-def test_sigterm_finishes_what_is_written_and_refuses_what_waits(nano):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_what_is_written_and_refuses_what_waits(nano, number):
     ids = encode_history(nano[1], TEMPLATE, [Turn("Kể chuyện")])
     with served("--model", "nano", "--slots", "1") as server:
         client = server.client()
@@ -407,13 +408,13 @@ def test_sigterm_finishes_what_is_written_and_refuses_what_waits(nano):
         waiting = threading.Thread(target=wait_for_a_slot)
         waiting.start()
         until(lambda: server.health()["waiting"] == 1)
-        server.process.terminate()
+        server.process.send_signal(number)
         waiting.join(30)
         assert refused == [(503, "shutting_down")]
         assert server.process.poll() is None  # it still writes
         text += "".join(c.choices[0].delta.content or "" for c in stream)
         assert text == alone(nano, ids, 400).lstrip()
-        assert server.wait() == 143
+        assert server.wait() == 128 + number
         with pytest.raises(OSError):
             server.send("GET", "/health")
 

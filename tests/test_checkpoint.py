@@ -216,13 +216,38 @@ def test_a_checkpoint_of_another_step_than_its_folders_is_not_used(adapted, tmp_
         None, [f"{moved}: its progress.json is of another step"])
 
 
+def test_a_checkpoint_of_another_run_is_named_and_the_runs_own_is_used(train, tmp_path):
+    """The same model, rows and settings, but another seed; its hashes are right."""
+    straight, out, other = (tmp_path / name / "run" for name in ("straight", "broken", "other"))
+    assert train("--out", straight)[0] == 0
+    assert train("--out", other, "--seed", 1)[0] == 0
+    assert train("--out", out, at=(4, STOPPED))[0] == 130
+    foreign = shutil.copytree(other / "checkpoint-7", out / "checkpoint-7")
+    status, said, _ = train("--out", out, at=(0, STOPPED))
+    assert status == 130 and f"not used: {foreign}: is of another run" in said
+    assert "resumed after step 4" in said
+    assert train("--out", out)[0] == 0  # the run's own checkpoint-7 takes its place
+    assert_same_run(out, straight)
+
+
+def test_where_every_checkpoint_is_another_runs_the_run_is_refused(train, tmp_path):
+    out, other = tmp_path / "run", tmp_path / "other"
+    train("--out", other, "--lr", 0.02, at=(4, STOPPED))
+    train("--out", out, at=(4, STOPPED))
+    for folder in out.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+        shutil.copytree(other / folder.name, folder)
+    status, _, said = train("--out", out)
+    assert status == 2 and "no checkpoint can be used" in said and "is of another run" in said
+
+
 def test_where_none_is_whole_the_run_is_refused(train, tmp_path):
     out = tmp_path / "run"
     train("--out", out, at=(3, STOPPED))
     for folder in out.glob("checkpoint-*"):
         (folder / "progress.json").unlink()
     status, _, said = train("--out", out)
-    assert status == 2 and "no checkpoint is whole" in said and said.count("\n") == 1
+    assert status == 2 and "no checkpoint can be used" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("keep, best, kept", [(1, 0, [9]), (2, 0, [5, 9]), (1, 3, [3, 9]),

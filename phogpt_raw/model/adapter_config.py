@@ -171,7 +171,7 @@ class Origin:
     template: str = "auto"
     nf4: bool = True
     dtype: str = "auto"
-    base_weights: str | None = None  # of weights_hash
+    base_weights: str | None = None  # of base_hash
 
 
 def read_origin(folder: Path) -> Origin:

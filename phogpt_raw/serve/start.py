@@ -1,18 +1,21 @@
 """`generate.py --serve`: checks its flags, starts the server, and ends it.
 
 All errors that can be found early are found before weights are read: flags, adapters, an address in
-use. SIGTERM and Ctrl-C end the server after the answers that are being written.
+use. SIGTERM, SIGHUP and Ctrl-C end the server after the answers that are being written.
 """
 
 import ipaddress
+import signal
 import socket
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from phogpt_raw.decode.sampling import Sampling
 from phogpt_raw.messages import _, plural
-from phogpt_raw.refusal import Refusal
+from phogpt_raw.refusal import Refusal, tell
 from phogpt_raw.serve.models import load, memory_line, plan, show_plan
 from phogpt_raw.serve.protocol import NO_FLAGS, Defaults
 from phogpt_raw.serve.worker import Worker
@@ -25,8 +28,8 @@ SWITCH_S = 5e-4  # after which a thread gives way: the engines' thread must not 
 
 
 def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
-    """Serve until SIGTERM or Ctrl-C. options: generate.py's; adapters: by name, none for the base
-    alone; sampling: of requests that name none."""
+    """Serve until SIGTERM, SIGHUP or Ctrl-C. options: of generate.py; adapters: by name, none for
+    the base alone; sampling: of requests that name none."""
     check_extra()
     host, port = address(options.serve)
     check_key(options.api_key)
@@ -38,10 +41,10 @@ def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     listening = bind(host, port)
     stops = tuple(unicodedata.normalize("NFC", stop) for stop in options.stop)
     defaults = Defaults(sampling, options.max_new_tokens, stops)
-    say(memory_line(found, slots))
+    tell(memory_line(found, slots))
     if not (options.api_key or is_this_computer(host)):
-        say(_("(anybody who reaches {host} can ask without a key: --api-key KEY asks for one)",
-              host=host))
+        tell(_("(anybody who reaches {host} can ask without a key: --api-key KEY asks for one)",
+               host=host))
     run(load(found), slots, listening, host=host, key=options.api_key, defaults=defaults,
         capture=options.capture)
 
@@ -60,9 +63,21 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None) -> None:
             await super().startup(sockets)
-            say(_("serving {models} at {url} (Ctrl-C ends it)",
+            tell(_("serving {models} at {url} (Ctrl-C ends it)",
                   models=", ".join(served.name for served in models),
                   url=f"http://{shown(host)}:{listening.getsockname()[1]}"))
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Handle SIGHUP too, which uvicorn leaves alone."""
+            with super().capture_signals():
+                before = signal.getsignal(signal.SIGHUP)
+                if before is not signal.SIG_IGN:  # as nohup has it
+                    signal.signal(signal.SIGHUP, self.handle_exit)
+                try:
+                    yield
+                finally:
+                    signal.signal(signal.SIGHUP, before)
 
         def handle_exit(self, number, frame) -> None:
             """The first signal lets answers finish, the second stops them, the third does not wait
@@ -77,9 +92,9 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
 
         async def shutdown(self, sockets=None) -> None:
             if worker.answering:
-                say(plural(worker.answering, _("finishing 1 answer (Ctrl-C breaks it off)"),
-                           _("finishing {n} answers (Ctrl-C stops them)",
-                             n=worker.answering)))
+                tell(plural(worker.answering, _("finishing 1 answer (Ctrl-C breaks it off)"),
+                            _("finishing {n} answers (Ctrl-C stops them)",
+                              n=worker.answering)))
             await super().shutdown(sockets)
 
     worker.start()
@@ -94,10 +109,6 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
     finally:  # the interpreter must not end while the thread computes
         worker.close(finish=False)
         worker.thread.join(JOIN_S)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 # -- flags

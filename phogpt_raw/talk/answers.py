@@ -8,7 +8,6 @@ file appears at the end, in the order of the input.
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -131,10 +130,12 @@ class Progress:
     """Finished answers of an output file that is not complete, in a file beside it.
 
     Its first line is a hash of everything that changes the answers. Raises Refusal if this hash
-    differs.
+    differs. Each answer has a hash too: one that is damaged, or was written for other questions,
+    is not used, and its question is answered again.
     """
 
     def __init__(self, output: Path, key: str):
+        self.key = key
         self.file = output.with_name(output.name + PROGRESS)
         self.done: dict[int, Line] = {}
         first, *lines = self.file.read_bytes().split(b"\n") if self.file.is_file() else [b""]
@@ -142,14 +143,19 @@ class Progress:
             raise Refusal(f"{self.file}: was begun with other questions, flags or another model; "
                           f"delete it, or name another --output")
         for line in lines:
-            with suppress(ValueError):  # a kill or a full disk may cut the last
-                row = json.loads(line)
+            hashed, _space, text = line.partition(b" ")
+            if hashed == self.hash_of(text):  # a kill or a full disk may cut the last
+                row = json.loads(text)
                 n = row.pop("n")
                 self.done[n] = Line(**row)
         write_text(self.file, key + "\n" + "".join(map(self.line, self.done)))
 
     def line(self, n: int) -> str:
-        return as_json({"n": n} | asdict(self.done[n])) + "\n"
+        text = as_json({"n": n} | asdict(self.done[n]))
+        return f"{self.hash_of(text.encode()).decode()} {text}\n"
+
+    def hash_of(self, text: bytes) -> bytes:
+        return hashlib.sha256(self.key.encode() + text).hexdigest()[:16].encode()
 
     def add(self, n: int, line: Line) -> None:
         self.done[n] = line

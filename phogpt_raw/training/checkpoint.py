@@ -142,27 +142,31 @@ def newest(run: Path, up_to: float = math.inf) -> Path | None:
     return next((folder for step, folder in by_step(run).items() if step <= up_to), None)
 
 
-def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
-    """(the whole checkpoint of the highest step or None, what is wrong with those above it)."""
+def newest_whole(run: Path, identity: str = "") -> tuple[Path | None, list[str]]:
+    """(the whole checkpoint of the highest step or None, what is wrong with those above it).
+    identity: of the run, which its checkpoints record; "" if it is not known."""
     damaged = []
     for step, folder in by_step(run).items():
-        fault = damage(folder, step)
+        fault = damage(folder, step, identity)
         if fault is None:
             return folder, damaged
         damaged.append(fault)
     return None, damaged
 
 
-def damage(folder: Path, step: int) -> str | None:
+def damage(folder: Path, step: int, identity: str) -> str | None:
     """What is wrong with a checkpoint: a file that is missing or has other bytes than were written,
-    or a state of another step."""
+    or a state of another step or of another run."""
     try:
         hashes = json.loads((folder / HASHES).read_text("utf-8"))
         for name in (*ADAPTER, STATE, PROGRESS):
             if hash_of(folder / name) != hashes[name]:
                 return f"{folder}: {name} is damaged"
-        if read_state(folder)["step"] != step:
+        state = read_state(folder)
+        if state["step"] != step:
             return f"{folder}: its {PROGRESS} is of another step"
+        if identity and state.get("run") != identity:
+            return f"{folder}: is of another run"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{folder}: cannot be read ({' '.join(str(error).split())})"
     return None

@@ -6,6 +6,7 @@ files of the rows may be renamed or moved; the rows themselves must stay the sam
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections import Counter
@@ -30,13 +31,34 @@ ANOTHER = "name another --out"
 ROWS = "row_hashes.json"  # of the rows with which the run began
 
 
-def record_run(folder: Path, config: Config, examples: Examples, base_weights: str | None) -> None:
+def record_run(folder: Path, config: Config, examples: Examples, *, base_weights: str | None,
+               run: str) -> None:
     """Write the settings and row hashes with which a later start is compared. base_weights: of
-    weights_hash."""
-    configuration.save(config, folder / "config.json", base_weights=base_weights)
-    rows = {part: [fingerprint(example) for example in getattr(examples, part)]
+    base_hash; run: of identity."""
+    configuration.save(config, folder / "config.json", base_weights=base_weights, run=run)
+    write_text(folder / ROWS, json.dumps(row_hashes(examples), indent=0) + "\n")
+
+
+def row_hashes(examples: Examples) -> dict[str, list[str]]:
+    return {part: [fingerprint(example) for example in getattr(examples, part)]
             for part in ("train", "held_out")}
-    write_text(folder / ROWS, json.dumps(rows, indent=0) + "\n")
+
+
+def identity(config: Config, examples: Examples, base_weights: str) -> str:
+    """A hash of what must stay the same when a run is resumed: settings, rows and base. Each
+    checkpoint records it. So a checkpoint that was copied from another run is noticed."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items()
+                if name not in FREE}
+    text = json.dumps([settings, row_hashes(examples), base_weights], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def recorded_identity(folder: Path) -> str:
+    """The identity of the run in a folder; "" if there is no run, or its config.json is damaged or
+    older than identities."""
+    with suppress(Refusal):
+        return str((run_record(folder / "config.json") or {}).get("run", ""))
+    return ""
 
 
 def check_place(folder: Path) -> None:
@@ -74,11 +96,13 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
 
 
 def check_base(folder: Path, config: Config, base_weights: str) -> None:
-    """Raise Refusal where the base holds other weights than when the run began."""
+    """Raise Refusal where the base holds other weights or another config.json than when the run
+    began."""
     began = read_object(folder / "config.json", ANOTHER).get("base_weights")
     if began and began != base_weights:
-        raise Refusal(f"--out {folder}: the weights of --model {config.model} have changed since "
-                      f"this run began; go on over the same, or name another --out")
+        raise Refusal(f"--out {folder}: the weights or the config.json of --model {config.model} "
+                      f"have changed since this run began; go on over the same, or name another "
+                      f"--out")
 
 
 def whole_path(name: str, value):

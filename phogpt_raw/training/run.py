@@ -46,6 +46,7 @@ class RunState:
     first: dict = field(default_factory=dict)  # score before training: val_loss, stops, answers
     best: dict = field(default_factory=dict)  # the same of the adapter that was kept
     planned: int = 0  # steps that the run should take; 0 in checkpoints of before this was kept
+    run: str = ""  # its identity, by which a checkpoint of another run is noticed
 
     @property
     def applied(self) -> int:
@@ -71,7 +72,8 @@ class Run:
         self.saved = None  # the step and the last evaluation that the newest checkpoint holds
         self.writer = ThreadPoolExecutor(1)
         self.writing: Future | None = None  # of the newest checkpoint
-        self.checkpoint, self.damaged = checkpoint.newest_whole(self.folder)
+        self.checkpoint, self.damaged = checkpoint.newest_whole(
+            self.folder, resume.recorded_identity(self.folder))
         if self.checkpoint:
             resume.check_same(self.folder, config, examples)
             self.state = restored(self.checkpoint)
@@ -82,7 +84,7 @@ class Run:
                 if (self.folder / CARD).is_file():
                     raise Refusal(self.nothing_left())
         elif self.damaged:
-            raise Refusal(f"{self.folder}: no checkpoint is whole ({'; '.join(self.damaged)}); "
+            raise Refusal(f"{self.folder}: no checkpoint can be used ({'; '.join(self.damaged)}); "
                           f"name another --out")
         elif (self.folder / "adapter_model.safetensors").is_file():
             raise Refusal(f"{self.folder}: holds an adapter but no checkpoint to go on from; name "
@@ -96,6 +98,8 @@ class Run:
         another base."""
         if self.checkpoint:
             resume.check_base(self.folder, self.config, base_weights)
+        else:
+            self.state.run = resume.identity(self.config, self.examples, base_weights)
         self.base_weights = base_weights
 
     @property
@@ -136,14 +140,15 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / LOCK, f"--out {self.folder}: another process trains there; wait "
                                         f"for its end, or name another --out"):
-            if checkpoint.newest_whole(self.folder)[0] != self.checkpoint:
+            if checkpoint.newest_whole(self.folder, self.state.run)[0] != self.checkpoint:
                 raise Refusal(f"--out {self.folder}: another process has trained there meanwhile; "
                               f"give the same command again")
             try:
                 checkpoint.tidy(self.folder)
                 if has_our_card(self.folder):  # it describes a result that is out of date
                     (self.folder / CARD).unlink()
-                resume.record_run(self.folder, self.config, self.examples, self.base_weights)
+                resume.record_run(self.folder, self.config, self.examples,
+                                  base_weights=self.base_weights, run=self.state.run)
                 if self.checkpoint:
                     self.checkpoint = self.folder / f"checkpoint-{self.state.step}"
                     checkpoint.load(self.checkpoint, training)

@@ -26,7 +26,7 @@ from phogpt_raw.model.adapters import (
     load_adapters,
     new_adapters,
 )
-from phogpt_raw.model.base_identity import weights_hash
+from phogpt_raw.model.base_identity import base_hash
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.model.weights import (
     PINNED_IDS,
@@ -189,7 +189,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
         model = base_on_meta(shape, dtype, nf4=config.nf4)
     else:
         folder = find_folder(config.model, config.revision)  # the weights too
-        run.over(weights_hash(folder))
+        run.over(base_hash(folder))
         model = read_model(folder, nf4=config.nf4, dtype=dtype, device=torch.device(card.device),
                            nf4_cache=config.nf4_cache)
     base = config.base_reference()
