@@ -79,7 +79,8 @@ def data_line(job: Job) -> str:
         return _("no rows are read: each is taken to have {n:,} tokens (--max-len)",
                  n=job.config.max_len)
     n, file = job.examples.rows, job.examples.source
-    rows = plural(n, _("1 row of {file}", file=file), _("{n:,} rows of {file}", n=n, file=file))
+    rows = plural(n, _("1 training row of {file}", file=file),
+                  _("{n:,} training rows of {file}", n=n, file=file))
     if job.tokenizer is None:
         return _("{rows}, counted but not tokenised: each is taken to have {tokens:,} tokens "
                  "(--max-len); {held}", rows=rows, tokens=job.config.max_len,
