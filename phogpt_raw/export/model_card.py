@@ -200,8 +200,8 @@ def results(job: Job) -> str:
     which = (f"This is the adapter of step {kept:,} of {state.step:,}. Of the trained steps it had "
              "the lowest validation loss.")
     if not after < before:
-        which += (" That loss is no lower than before training: on the held-out rows, this training "
-                  "made the model no better.")
+        which += (" That loss is no lower than before training: this training made the model no "
+                  "better on the held-out rows.")
     return f"{which}\n\n" + "\n".join(lines)
 
 
