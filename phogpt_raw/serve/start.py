@@ -26,7 +26,7 @@ SWITCH_S = 5e-4  # after which a thread gives way: the engines' thread must not 
 
 def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     """Serve until SIGTERM or Ctrl-C. options: generate.py's; adapters: by name, none for the base
-    alone; sampling: of requests that name none."""
+    alone; sampling: for requests without their own."""
     check_extra()
     host, port = address(options.serve)
     check_key(options.api_key)

@@ -47,7 +47,7 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
         _("optimizer"): optimizer_line(job),
         _("recompute"): recompute_line(choice),
         _("CUDA graphs"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
-        _("on, for each shape that comes again"),
+        _("on, for each shape of micro-batch that was seen before"),
         _("folder"): f"{run.folder}" + (
             _(", resumed after step {n}", n=run.state.step) if run.state.step else ""),
     })

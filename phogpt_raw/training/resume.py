@@ -67,10 +67,24 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
     for name in sorted(now.keys() - FREE):
         if whole_path(name, before[name]) != whole_path(name, now[name]):
             raise Refusal(
-                f"--out {folder}: this run has --{configuration.flag(name)} "
-                f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
+                f"--out {folder}: this run began with {as_flag(name, before[name])}, and now "
+                f"there is {as_flag(name, now[name])}; go on with the same, or name another --out"
             )
     check_rows(folder, before, now, examples)
+
+
+def as_flag(name: str, value) -> str:
+    """A setting as it is typed.
+
+    >>> as_flag("seed", 5), as_flag("nf4", False), as_flag("nf4", True), as_flag("val", None)
+    ('--seed 5', '--no-nf4', 'no --no-nf4', 'no --val')
+    """
+    flag = f"--{configuration.flag(name)}"
+    if getattr(Config(), name) is True:
+        flag, value = f"--no-{configuration.flag(name)}", not value
+    if value is None or value is False:
+        return f"no {flag}"
+    return flag if value is True else f"{flag} {value}"
 
 
 def check_base(folder: Path, config: Config, base_weights: str) -> None:
