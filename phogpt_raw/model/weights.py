@@ -134,8 +134,7 @@ def meant(model: str) -> str:
 def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if (folder / "adapter_config.json").is_file():
-        raise Refusal(f"{folder}: holds an adapter, not a model; name it with --adapter, and "
-                      f"its base with --model")
+        raise Refusal(f"{folder}: holds an adapter, not a model; name it with --adapter")
     if not path.is_file():
         raise Refusal(f"{path}: missing; a model folder holds config.json beside the weights")
     return ModelConfig.from_json(read_object(path, "fetch it again"), str(path))
