@@ -87,8 +87,9 @@ def line(estimate: dict) -> str:
     how = estimate["layout"]
     file = (f"{estimate['data']}: {estimate['items']:,} examples, median "
             f"{estimate['tokens_median']:g} tokens, longest {estimate['tokens_longest']:,} "
-            f"({estimate['tokenizer']}'s tokenizer), {how['examples'] / how['steps']:.3g} a "
-            f"step in {how['rows'] / how['steps']:.3g} rows: ")
+            f"({estimate['tokenizer']}'s tokenizer), "
+            f"examples per step {how['examples'] / how['steps']:.3g}, "
+            f"rows per step {how['rows'] / how['steps']:.3g}: ")
     if estimate["item_s"] is None:
         return file + "out of memory; a shorter --max-len or a smaller --micro-batch fits"
     run = " to ".join(dict.fromkeys(clock(3600 * hours) for hours in estimate["hours"]))

@@ -73,8 +73,8 @@ class Bench:
         left = self.options.cap - self.context_gib - pages
         if not 0 < self.options.cap <= self.card.memory_gib or left <= 0:
             raise Refusal(f"--cap {self.options.cap:g}: {self.card.name} has "
-                          f"{self.card.memory_gib:.1f} GiB, and CUDA and the pages take "
-                          f"{self.options.cap - left:.2f}")
+                          f"{self.card.memory_gib:.1f} GiB, of which CUDA and the optimizer's "
+                          f"pages take {self.options.cap - left:.2f}; give a value between them")
         limit_torch_to(left)
         return left
 

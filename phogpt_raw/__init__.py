@@ -5,7 +5,7 @@ import sys
 
 
 def in_one_line(kind, error, trace) -> None:
-    """Report an uncaught exception; a Ctrl-C while torch is imported is no fault of the program."""
+    """Report an uncaught exception; a Ctrl-C while torch is imported is not an error."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped by hand", file=sys.stderr)
     else:

@@ -79,8 +79,8 @@ def test_what_peft_can_have_is_read(tmp_path, changed):
     ({"use_qalora": True}, "use_qalora is not supported|cannot be read"),
     ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
      "init_lora_weights 'loftq' changes the base's weights"),
-    ({"peft_type": "IA3", "feedforward_modules": []}, "a IA3 adapter; only LoRA is supported"),
-    ({"peft_type": 7}, "a 7 adapter; only LoRA is supported")])
+    ({"peft_type": "IA3", "feedforward_modules": []}, "peft_type is IA3; only LoRA is supported"),
+    ({"peft_type": 7}, "peft_type is 7; only LoRA is supported")])
 def test_what_cannot_be_used_is_one_line_with_the_file(tmp_path, changed, line):
     with pytest.raises(Refusal, match=line) as refused:
         read_adapter_config(adapter(tmp_path, **changed))

@@ -671,3 +671,11 @@ def test_models_over_the_same_base_share_its_weights_and_not_their_adapters(tiny
         assert {id(state) for state in states if state} == {
             id(module.quant_state) for module in base.modules()
             if getattr(module, "quant_state", None)}
+
+
+def test_an_adapter_in_the_place_of_a_model_is_refused_with_the_right_flag(tmp_path):
+    from phogpt_raw.model.weights import read_config
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(Refusal, match=r"holds an adapter, not a model; name it with --adapter"):
+        read_config(tmp_path)

@@ -105,9 +105,9 @@ def test_rows_and_the_examples_that_they_give_are_counted_apart(train, tmp_path)
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"text": "Một câu dài. " * 40}) + "\n" + GOOD, "utf-8")
     said = shown(train, "--data", file, "--max-len", 50)
-    assert re.search(r"data +20 rows of rows.jsonl as 2\d examples, median", said), said
+    assert re.search(r"data +20 training rows of rows.jsonl as 2\d examples, median", said), said
     said = shown(train, "--data", f"{write_rows(tmp_path / 'one.jsonl', [('Một?', 'Dạ.')])}=3")
-    assert "1 row of one.jsonl as 3 examples, median" in said
+    assert "1 training row of one.jsonl as 3 examples, median" in said
 
 
 def test_a_path_that_is_no_text_and_a_name_that_a_terminal_would_obey_are_printed(

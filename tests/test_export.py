@@ -107,7 +107,7 @@ def test_a_base_in_nf4_is_what_later_starts_read(tiny, tmp_path, capsys, monkeyp
 
     export(tiny, tmp_path / "out", "--nf4")
     said = " ".join(capsys.readouterr().out.split())
-    assert f"--model {tiny} --dtype fp32 --nf4-cache {tmp_path}/out/nf4" in said
+    assert f"--model {tiny} --dtype fp32 --nf4-cache {tmp_path}/out/nf4 --data rows.jsonl" in said
     [file] = (tmp_path / "out" / "nf4").glob("*.safetensors")
     assert list((tmp_path / "out").iterdir()) == [file.parent]
     monkeypatch.setattr("phogpt_raw.model.weights.nf4_linear", None)  # nothing is quantised

@@ -18,8 +18,8 @@ def test_doctest():
 
 
 def test_a_catalogue_gives_the_text_and_keeps_the_values(monkeypatch):
-    monkeypatch.setitem(messages.CATALOGUE, "{n:,} rows of {file}", "{file}: {n:,} dòng")
-    assert _("{n:,} rows of {file}", n=1200, file="a.jsonl") == "a.jsonl: 1,200 dòng"
+    monkeypatch.setitem(messages.CATALOGUE, "{n:,} training rows of {file}", "{file}: {n:,} dòng")
+    assert _("{n:,} training rows of {file}", n=1200, file="a.jsonl") == "a.jsonl: 1,200 dòng"
     assert _("no entry for {it}", it="this") == "no entry for this"
 
 

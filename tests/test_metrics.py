@@ -108,6 +108,18 @@ def test_the_time_left_counts_steps_and_evaluations(tmp_path):
     assert display.seconds_left() == pytest.approx(30.0)
 
 
+def test_the_progress_line_names_what_runs_and_ends_without_a_time_left(tmp_path):
+    run = run_of(tmp_path, 1, eval_every=1)
+    with Display(run, Leaving()) as display:
+        assert display.bar.desc == "evaluating"
+        display.evaluation(None)
+        assert display.bar.desc == "first step"
+        run.state.step = 1
+        display.step(StepRow(1, 2.0, 0.1, 1.0, 10, 50.0, None, 1.0, 0, 1, 1.0), seconds=2.0)
+        assert display.bar.desc == "loss 2.000, 50 tokens/s, CPU, 0 s left"
+    assert display.bar.desc == "loss 2.000, 50 tokens/s, CPU"
+
+
 def test_a_line_above_the_progress_is_broken_between_words_on_a_terminal_alone(monkeypatch, capsys):
     text = "step 0: validation loss 5.675 (perplexity 291.4); answers that stop: 0 of 2"
     console.say(text)

@@ -76,6 +76,7 @@ def test_without_held_out_rows_it_tells_the_training_loss(card, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert (f"{rows[0]['loss']:.4g} at the first step, {rows[-1]['loss']:.4g} at step 7" in text)
     assert "perplexity" not in text
+    assert "![training loss, learning rate](loss.png)" in text
     assert row_of(text, "held out") == ["0 rows"]
 
 
@@ -115,6 +116,13 @@ def test_the_question_in_its_template_stands_there_for_other_programs(card):
     text = card()
     assert "```text\n### Câu hỏi: Câu hỏi của bạn\n### Trả lời:\n```" in text
     assert "-p '### Câu hỏi: Câu hỏi của bạn\\n### Trả lời:'" in text
+
+
+def test_texts_are_not_called_questions_and_answers():
+    question, text = example([5, 6, 7], 1, "row:1"), example([5, 6, 7], 2, "row:2")
+    assert model_card.kind_of([question]) == "questions and answers"
+    assert model_card.kind_of([text]) == "texts"
+    assert model_card.kind_of([question, text]) == "questions and answers, and on texts,"
 
 
 # -- for the hub

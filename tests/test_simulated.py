@@ -246,7 +246,7 @@ def test_a_file_gives_seconds_per_example_and_hours(tmp_path, capsys):
     step_time.main([*NANO, "--card", "t4", "--data", str(file), "--epochs", "5"])
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(r"rows.jsonl: 11 examples, median \d+ tokens, longest \d+ "
-                     r"\(nano's tokenizer\), 8 a step in 1 rows: "
+                     r"\(nano's tokenizer\), examples per step 8, rows per step 1: "
                      r"[\d.]+ to [\d.]+ s per example, \d s( to \d s)? for 5 epochs", said)
 
 

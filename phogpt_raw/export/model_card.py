@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 BODY = """\
 # {title}
 
-A LoRA adapter for {base}, trained on questions and answers in Vietnamese. It is not a model by
+A LoRA adapter for {base}, trained on {kind} in Vietnamese. It is not a model by
 itself: it needs its base.{unpublished}
 
 {results}
@@ -141,13 +141,15 @@ def card(job: Job) -> str:
         base = f"the model in a folder named {name}"
         unpublished = (" That folder was on the computer that trained; which model it holds, only "
                        "its owner can say.")
-    picture = ("![training and held-out loss, learning rate](loss.png)\n\n"
+    losses = "training and held-out loss" if job.examples.held_out else "training loss"
+    picture = (f"![{losses}, learning rate](loss.png)\n\n"
                if (folder / "loss.png").is_file() else "")
     model = "" if hub or config.model == "nano" else " --model BASE"
     export_flags = f"{model} --template {job.examples.template}"
     flags = export_flags.lstrip() + ("" if config.nf4 else " --no-nf4") + " "
     body = BODY.format(
         title=f"{name} + {plain(folder.resolve().name)}", base=base, unpublished=unpublished,
+        kind=kind_of(job.examples.train),
         picture=picture, results=results(job), template=f"`{job.examples.template}`",
         question=template, escaped=template.replace("\n", "\\n"),
         project=f"phogpt-raw {version('phogpt-raw')}",
@@ -195,8 +197,12 @@ def results(job: Job) -> str:
     if state.first["stops"] is not None and stops.get(kept) is not None:
         lines.append(line("answers that end by themselves", f"{state.first['stops']:.0%}",
                           f"{stops[kept]:.0%}"))
-    return (f"This is the adapter of step {kept:,} of {state.step:,}, which had the lowest "
-            f"validation loss.\n\n" + "\n".join(lines))
+    which = (f"This is the adapter of step {kept:,} of {state.step:,}. Of the trained steps it had "
+             "the lowest validation loss.")
+    if not after < before:
+        which += (" That loss is no lower than before training: this training made the model no "
+                  "better on the held-out rows.")
+    return f"{which}\n\n" + "\n".join(lines)
 
 
 def hyper_parameters(job: Job) -> dict[str, str]:
@@ -209,9 +215,11 @@ def hyper_parameters(job: Job) -> dict[str, str]:
     warmup = config.warmup_of(run.steps)
     after = plural(warmup, " after 1 step of warm-up", f" after {warmup} steps of warm-up")
     rate = f"{config.lr:g}{after * bool(warmup)}, then a cosine to {config.lr * config.lr_floor:g}"
-    epochs = run.steps / job.stream.steps(1)
+    done = run.state.step  # fewer than planned if --patience ended the run
+    epochs = done / job.stream.steps(1)
     if not config.batch_tokens:
-        epochs = run.steps * config.batch_size / len(job.examples.train)
+        epochs = done * config.batch_size / len(job.examples.train)
+    planned = f" of {run.steps:,} planned" if done < run.steps else ""
     return {
         "adapter": ", ".join(["LoRA", *kinds]),
         "rank, alpha, dropout": f"{lora.r}, {lora.lora_alpha:g}, {lora.lora_dropout:g}",
@@ -221,9 +229,9 @@ def hyper_parameters(job: Job) -> dict[str, str]:
         "base": config.base_name() + (f", revision {config.revision}" if config.revision else ""),
         "base's precision": "NF4 with double quantisation" if config.nf4 else "not quantised",
         "computed in": dtype_name(job.model.head.dtype),
-        "steps": f"{run.steps:,} ({epochs:.1f} epochs), {run.state.skipped:,} skipped",
+        "steps": f"{done:,}{planned} ({epochs:.1f} epochs), {run.state.skipped:,} skipped",
         "one step": batch,
-        "longest example": f"{config.max_len:,} tokens",
+        "longest example allowed": f"{config.max_len:,} tokens",
         "learning rate": rate,
         "optimizer": f"{config.optimizer}, weight decay {config.weight_decay:g}, "
                      f"gradient clipped to {config.clip:g}",
@@ -233,9 +241,22 @@ def hyper_parameters(job: Job) -> dict[str, str]:
     }
 
 
+def texts_in(train: list[Example]) -> int:
+    """The number of examples that are a text and no question."""
+    return sum(example.targets[0] != IGNORED for example in train)
+
+
+def kind_of(train: list[Example]) -> str:
+    """What the examples are."""
+    texts = texts_in(train)
+    if not texts:
+        return "questions and answers"
+    return "texts" if texts == len(train) else "questions and answers, and on texts,"
+
+
 def loss_on(train: list[Example]) -> str:
     """Which tokens carried loss: those of the answers; in a row that is a text, all of them."""
-    texts = sum(example.targets[0] != IGNORED for example in train)
+    texts = texts_in(train)
     if not texts:
         return "on the answer and its end token only"
     of_text = plural(texts, "the row of text", f"the {texts:,} rows of text")

@@ -104,6 +104,6 @@ def say_uses(options, source: Source, nf4_dtype: torch.dtype | None, seconds: fl
         dtype = f" --dtype {dtype_name(nf4_dtype)}"
         commands.append((_("Start from the base in NF4 (the base alone, without an adapter):"),
                          f"python {script('train.py')} --model {base}{dtype} --nf4-cache "
-                         f"{folder}/{NF4} …"))
+                         f"{folder}/{NF4} --data rows.jsonl"))
     for what, command in commands:
         out.print(f"\n{what}\n  {command}", markup=False)

@@ -57,7 +57,7 @@ def read_adapter_config(folder: Path):
 def check(fields: dict, file: Path) -> None:
     """Raise Refusal for fields of an adapter_config.json that are not valid or not supported."""
     if fields.get("peft_type") != "LORA":
-        raise Refusal(f"{file}: a {fields.get('peft_type')} adapter; only LoRA is supported")
+        raise Refusal(f"{file}: peft_type is {fields.get('peft_type')}; only LoRA is supported")
     for field in sorted(fields.keys() - WITHOUT_EFFECT - HONOURED):
         if fields[field]:
             raise Refusal(f"{file}: {field} is not supported, only LoRA, rsLoRA and DoRA over "

@@ -3,7 +3,7 @@
 A linear layer saves its input for the gradient of its adapter. Where that input is the output of a
 norm or of a GELU, it need not be saved. The norm or the GELU saves its own input in any case, and
 from that its output can be recomputed by reading and writing each value once, without a matrix
-product. Of about 16 activations that a block saves, 6 are such outputs.
+product. Of about 16 activations that a block saves, 6 are outputs of norms or of GELU.
 
 torch.utils.checkpoint is the coarse form of the same idea: it recomputes a whole block from the
 block's input. Both can be combined.

@@ -133,6 +133,8 @@ def meant(model: str) -> str:
 
 def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise Refusal(f"{folder}: holds an adapter, not a model; name it with --adapter")
     if not path.is_file():
         raise Refusal(f"{path}: missing; a model folder holds config.json beside the weights")
     return ModelConfig.from_json(read_object(path, "fetch it again"), str(path))
@@ -155,7 +157,8 @@ def read_tokenizer(folder: Path, config: ModelConfig):
                       f"({error}); fetch them again") from None
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in PINNED_IDS}
     if ids != PINNED_IDS:
-        raise Refusal(f"{folder}: special token ids {ids} are not PhoGPT's {PINNED_IDS}")
+        raise Refusal(f"{folder}: the tokenizer's special token ids {ids} are not PhoGPT's "
+                      f"{PINNED_IDS}; copy the base's tokenizer files")
     if not isinstance(tokenizer.model_max_length, int | float):
         raise Refusal(f"{folder / 'tokenizer_config.json'}: model_max_length is no number; fetch "
                       f"it again")

@@ -147,7 +147,7 @@ def largest(found: dict[str, Found]) -> Found:
 
 
 def work_of(found: dict[str, Found], slots: int) -> Work:
-    """The work of all models at once, each with its slots full of the longest conversations."""
+    """The most work at one time: in each model, every slot has a conversation of full length."""
     return Work(slots, largest(found).shape.max_seq_len, models=len(found), kinds=KINDS)
 
 

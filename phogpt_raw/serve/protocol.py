@@ -258,7 +258,7 @@ def conversation(messages) -> Conversation:
             raise wrong(f"{where}.role", f"must be system, developer, user or assistant, not "
                                          f"{shortened(role)}")
     if not asked:
-        raise wrong("messages", "the last message must be of the user")
+        raise wrong("messages", "must end with a message of the role 'user'")
     turns.append(Turn("\n".join(asked)))
     return Conversation(tuple(turns), "\n".join(system))
 

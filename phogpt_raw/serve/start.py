@@ -29,7 +29,7 @@ SWITCH_S = 5e-4  # after which a thread gives way: the engines' thread must not 
 
 def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     """Serve until SIGTERM, SIGHUP or Ctrl-C. options: of generate.py; adapters: by name, none for
-    the base alone; sampling: of requests that name none."""
+    the base alone; sampling: for requests without their own."""
     check_extra()
     host, port = address(options.serve)
     check_key(options.api_key)

@@ -68,6 +68,8 @@ class Display:
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
                         dynamic_ncols=True,
                         bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}")
+        self.latest = _("first step")  # or the latest one's values, without the time left
+        self.bar.set_description_str(_("evaluating") if run.evaluation_due() else self.latest)
         self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 
     def __enter__(self) -> "Display":
@@ -76,6 +78,7 @@ class Display:
     def __exit__(self, kind, error, _traceback) -> None:
         """Close the line. Ctrl-C and a full disk are raised again, with what is left of the run."""
         with self.leave.printing():
+            self.bar.set_description_str(self.latest)
             self.bar.close()
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(_("stopped by hand {rest}", rest=stopped(self.run))) from None
@@ -91,6 +94,7 @@ class Display:
                  speed=row.tokens_per_s, memory=memory)
         if row.skipped:
             text += _(", {n} skipped", n=row.skipped)
+        self.latest = text
         text += _(", {time} left", time=clock(self.seconds_left()))
         steps = self.run.steps
         with self.leave.printing():
@@ -107,9 +111,10 @@ class Display:
                 + run.still_due(run.config.eval_every) * self.evaluation_seconds.value)
 
     def evaluation(self, score: Score | None) -> None:
-        if score:
-            self.evaluation_seconds.add(score.seconds)
-            with self.leave.printing():
+        with self.leave.printing():
+            self.bar.set_description_str(self.latest)
+            if score:
+                self.evaluation_seconds.add(score.seconds)
                 say(_("step {step}: {score}", step=self.run.state.step, score=score_line(score)))
 
 
@@ -180,28 +185,31 @@ def summary(run: Run, questions: list[str], display: Display) -> None:
         steps += _("; {n} skipped", n=state.skipped)
     lines = {_("steps"): steps}
     if first:
-        lines[_("validation loss")] = _(
-            "{before:.3f} before, {after:.3f} after ({change:+.0%})", before=first["val_loss"],
-            after=best["val_loss"], change=best["val_loss"] / first["val_loss"] - 1)
+        lines[_("validation loss")] = _("{before:.3f} before, {after:.3f} after",
+                                        before=first["val_loss"], after=best["val_loss"])
         if best["answers"] and first["answers"]:
             lines[_("answers that stop")] = _(
                 "{before:.0%} before, {after:.0%} after, of {n}", before=first["stops"],
                 after=best["stops"], n=len(best["answers"]))
-    which = (_("step {n}, the lowest validation loss", n=state.best_step) if first
-             else _("step {n}, the last", n=state.best_step))
+    no_better = bool(first) and best["val_loss"] >= first["val_loss"]
+    which = (_("step {n}, the last", n=state.best_step) if not first
+             else _("step {n}, the best of the trained steps", n=state.best_step) if no_better
+             else _("step {n}, the lowest validation loss", n=state.best_step))
     lines[_("adapter")] = f"{run.folder} ({which})"
     about = [name for name in ("README.md", "loss.png", "loss.svg")
              if (run.folder / name).is_file()]
     if about:
         lines[_("also there")] = ", ".join(about)
     early = state.step < run.steps
-    ended = plural(state.not_better, _("ended early: no better in 1 evaluation"),
-                   _("ended early: no better in {n} evaluations", n=state.not_better))
+    ended = plural(state.not_better,
+                   _("ended early: the validation loss was no lower in 1 evaluation"),
+                   _("ended early: the validation loss was no lower in {n} evaluations",
+                     n=state.not_better))
     listing(ended if early else _("done"), lines)
-    if first and best["val_loss"] >= first["val_loss"]:
+    if no_better:
         out.print()
         paragraph(_("This training made the model no better on the held-out rows: even its best "
-                    "step has a higher loss than the untrained adapter. Try a lower --lr, or more "
+                    "step has a loss no lower than before training. Try a lower --lr, or more "
                     "rows."))
     if first and best["answers"] and first["answers"]:
         heading(_("held-out questions"))

@@ -47,7 +47,7 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
         _("optimizer"): optimizer_line(job),
         _("recompute"): recompute_line(choice),
         _("CUDA graphs"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
-        _("on, for each shape that comes again"),
+        _("on, for each shape of micro-batch that was seen before"),
         _("folder"): f"{run.folder}" + (
             _(", resumed after step {n}", n=run.state.step) if run.state.step else ""),
     })
@@ -79,7 +79,8 @@ def data_line(job: Job) -> str:
         return _("no rows are read: each is taken to have {n:,} tokens (--max-len)",
                  n=job.config.max_len)
     n, file = job.examples.rows, job.examples.source
-    rows = plural(n, _("1 row of {file}", file=file), _("{n:,} rows of {file}", n=n, file=file))
+    rows = plural(n, _("1 training row of {file}", file=file),
+                  _("{n:,} training rows of {file}", n=n, file=file))
     if job.tokenizer is None:
         return _("{rows}, counted but not tokenised: each is taken to have {tokens:,} tokens "
                  "(--max-len); {held}", rows=rows, tokens=job.config.max_len,

@@ -89,10 +89,24 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
     for name in sorted(now.keys() - FREE):
         if whole_path(name, before[name]) != whole_path(name, now[name]):
             raise Refusal(
-                f"--out {folder}: this run has --{configuration.flag(name)} "
-                f"{before[name]}, not {now[name]}; go on with the same, or name another --out"
+                f"--out {folder}: this run began {as_typed(name, before[name])}, not "
+                f"{as_typed(name, now[name])}; go on with the same, or name another --out"
             )
     check_rows(folder, before, now, examples)
+
+
+def as_typed(name: str, value) -> str:
+    """A setting as the flag that is typed for it.
+
+    >>> as_typed("seed", 5), as_typed("nf4", False), as_typed("val", None)
+    ('with --seed 5', 'with --no-nf4', 'without --val')
+    """
+    flag = f"--{configuration.flag(name)}"
+    if getattr(Config(), name) is True:
+        flag, value = f"--no-{configuration.flag(name)}", not value
+    if value is None or value is False:
+        return f"without {flag}"
+    return f"with {flag}" if value is True else f"with {flag} {value}"
 
 
 def check_base(folder: Path, config: Config, base_weights: str) -> None:

@@ -116,16 +116,16 @@ class Run:
         state, patience = self.state, self.config.patience
         if state.step >= self.steps:
             done = plural(state.step, "1 step", f"{state.step} steps")
-            why, more = f"this run is complete ({done})", "a larger --steps"
+            why, more = f"this run is complete ({done})", "a larger --steps or --epochs"
         else:
             times = plural(state.not_better, "1 evaluation", f"{state.not_better} evaluations")
             why = (f"this run ended early, after step {state.step} of {self.steps}: the validation "
                    f"loss was no lower in {times} (--patience {patience})")
             more = f"a --patience above {state.not_better}, or none"
         folder = shlex.quote(str(self.folder))
-        return (f'{self.folder}: {why}. Ask it: python {script("generate.py")} --adapter {folder} '
-                f'"…" ; more of the same: {more}; from its adapter with other data: --adapter '
-                f"{folder} and another --out")
+        return (f'{self.folder}: {why}. To train it further, give {more}. To train its adapter on '
+                f"other rows, give --adapter {folder} and another --out. To ask it: python "
+                f'{script("generate.py")} --adapter {folder} "Câu hỏi của bạn"')
 
     @contextmanager
     def begun(self, training: Training) -> Iterator[None]:
