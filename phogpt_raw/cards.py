@@ -84,7 +84,7 @@ def training_dtype(card: Card, asked: str = "auto",
         if asked == "fp16" and card.device == "cpu":
             raise Refusal(f"{by} asks for fp16, and there is no GPU here: the CPU computes in fp32 "
                           f"or bf16; give --dtype auto, or plan for a card that is not here with "
-                          f"train.py --card t4 --dry-run")
+                          f"train.py --dry-run --card t4, or v100")
         return DTYPES[asked], _("asked for by {flag}", flag=by)
     if card.device == "cpu":
         return torch.float32, _("the fastest type on a CPU")
