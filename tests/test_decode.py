@@ -94,9 +94,11 @@ def test_cards_elsewhere_have_bounds_alone(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--new", "1"], "--new 1: at least 2"), (["--peers", "vllm"], "--peers vllm: shipped, static"),
+    (["--new", "1"], "argument --new: '1': must be a whole number from 2 to"),
+    (["--peers", "vllm"], "--peers vllm: shipped, static"),
     (["--prompt", "2000"], "--prompt 2000 and --new 256: 7b5 was made for 2048 tokens in all"),
-    (["--prompt", "x"], "--prompt x: whole numbers"), (["--card", "k80"], "--card k80: choose")])
+    (["--prompt", "x"], "argument --prompt: 'x': must be a whole number from 1 to"),
+    (["--card", "k80"], "--card k80: choose")])
 def test_what_is_not_possible_is_refused_in_one_line(flags, line, capsys):
     with pytest.raises(SystemExit) as stopped:
         decode.main(["--card", "t4", *flags])

@@ -41,5 +41,5 @@ def test_every_token_of_a_wider_vocabulary_is_text(tmp_path):
 
 def test_one_client_or_token_is_too_few_to_measure():
     for flags in (["--clients", "1"], ["--new", "1"]):
-        with pytest.raises(Refusal, match="at least 2"):
+        with pytest.raises(Refusal, match=f"{flags[0]}: '1': must be a whole number from 2 to"):
             serve.parse(flags)

@@ -251,8 +251,10 @@ def test_a_file_gives_seconds_per_example_and_hours(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--epochs", "nan"], "--epochs nan: must be above 0, and at most 1,000,000"),
-    (["--epochs", "0"], "--epochs 0.0: must be above 0, and at most 1,000,000"),
+    (["--epochs", "nan"],
+     "argument --epochs: 'nan': must be a number from 0.001 to 1,000,000; see --help"),
+    (["--epochs", "0"],
+     "argument --epochs: '0': must be a number from 0.001 to 1,000,000; see --help"),
     (["--micro-batch", "1,2"], "--data is timed at one --micro-batch and one --recompute"),
     (["--recompute", "all,none"], "--data is timed at one --micro-batch and one --recompute"),
 ])
