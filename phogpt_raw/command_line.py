@@ -134,13 +134,13 @@ def parser(description: str) -> Parser:
     """A flag for every field, in the groups of Config's own headings."""
     built = Parser(usage="%(prog)s [options]", description=description,
                    argument_default=argparse.SUPPRESS)
-    nano = read_preset("nano")
+    nano, help_texts = read_preset("nano"), comments()
     groups = {}
     for title, names in headings().items():
         groups |= dict.fromkeys(names, built.add_argument_group(title))
     for field in dataclasses.fields(Config):
         group, kind = groups[field.name], field_type(field)
-        help_text = comments()[field.name].replace("%", "%%")
+        help_text = help_texts[field.name].replace("%", "%%")
         default = {True: "on", False: None}.get(field.default, field.default) \
             if kind is bool else field.default
         defaults = [] if default is None else [f"default {default}"]

@@ -14,6 +14,7 @@ import torch
 from phogpt_raw.data.prompt import Example, next_tokens
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import load_base, read_tokenizer
+from phogpt_raw.show import plots
 from phogpt_raw.training.loss import summed_loss
 from phogpt_raw.training.run import CARD
 
@@ -142,8 +143,11 @@ def rows(tmp_path) -> Path:
 
 @pytest.fixture
 def train(tiny, rows, capsys, monkeypatch):
-    """A function that runs train.py on tiny in this process: (exit status, stdout, stderr)."""
+    """A function that runs train.py on tiny in this process: (exit status, stdout, stderr). Its
+    pictures are empty, because they would take half of the time; test_plots.py draws them."""
     import train as script
+
+    monkeypatch.setattr(plots, "pictures", lambda *_: (b"<svg/>", b"PNG"))
 
     def run(*flags, at=None):
         """`at` = (step, exception): raises the exception when the learning rate of that step is

@@ -16,6 +16,8 @@ from PIL import Image
 
 from phogpt_raw.show import plots
 
+PICTURES = plots.pictures
+
 
 def row(step, loss=2.0, skipped=0, lr=1e-3):
     return dict(step=step, loss=loss, lr=lr, skipped=skipped)
@@ -214,6 +216,13 @@ def test_starting_a_run_does_not_wait_for_matplotlib():
     said = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True,
                           check=True)
     assert said.stdout.strip() == "False"
+
+
+@pytest.fixture
+def train(train, monkeypatch):
+    """conftest's, with the pictures that it leaves out."""
+    monkeypatch.setattr(plots, "pictures", PICTURES)
+    return train
 
 
 def test_a_run_leaves_its_curves(train, tmp_path):
