@@ -28,17 +28,17 @@ from phogpt_raw.data.conversations import parse_map
 from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.sampling import Sampling
+from phogpt_raw.inference import memory_plan
+from phogpt_raw.inference.answers import answer_file, lengths_in
+from phogpt_raw.inference.conversation import chat
+from phogpt_raw.inference.loading import Found, find
+from phogpt_raw.inference.question import read_question
+from phogpt_raw.inference.score import evaluate, prompt_of, read
+from phogpt_raw.inference.streaming import Generation, Written, remarks, say, stream, tokens
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.serve.models import named_adapters
 from phogpt_raw.serve.start import serve
-from phogpt_raw.talk import memory_plan
-from phogpt_raw.talk.answers import answer_file, lengths_in
-from phogpt_raw.talk.conversation import chat
-from phogpt_raw.talk.loading import Found, find
-from phogpt_raw.talk.question import read_question
-from phogpt_raw.talk.score import evaluate, prompt_of, read
-from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream, tokens
 
 MOST_SAMPLES = 1000  # answers to one question
 

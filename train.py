@@ -15,11 +15,11 @@ from phogpt_raw.refusal import exits_cleanly
 from phogpt_raw.show import console, inspection, plots, startcard
 from phogpt_raw.simulate.fit import choose
 from phogpt_raw.simulate.plan import duration
-from phogpt_raw.training.leaving import Leaving, Left
 from phogpt_raw.training.limits import retry_without_graphs
 from phogpt_raw.training.metrics import Metrics
 from phogpt_raw.training.optim import lr_at
 from phogpt_raw.training.setup import set_up
+from phogpt_raw.training.shutdown import GracefulShutdown, ShutdownRequested
 from phogpt_raw.training.step import train_step
 
 
@@ -39,25 +39,27 @@ def main(arguments: list[str] | None = None) -> None:
 
     with run.begun(job):
         metrics = Metrics(run.folder, state, job, config.tensorboard)
-        with Leaving(config.max_minutes) as leave, plots.drawn(run):
+        with GracefulShutdown(config.max_minutes) as shutdown, plots.drawn(run):
             try:
-                with console.Display(run, leave) as show:
-                    train(job, metrics, show, leave)
-            except Left as left:
+                with console.Display(run, shutdown) as show:
+                    train(job, metrics, show, shutdown)
+            except ShutdownRequested as request:
                 run.save(job)
                 run.settle()
                 with suppress(OSError):  # whoever read the output may be gone
-                    console.left(run, left.why, sys.argv[1:] if arguments is None else arguments)
-                sys.exit(left.status)
+                    console.ended_early(run, request.why,
+                                        sys.argv[1:] if arguments is None else arguments)
+                sys.exit(request.status)
         run.settle()
         run.check_result(metrics.last_loss)
         model_card.write(job)
         console.summary(run, job.examples.questions, show)
 
 
-def train(job, metrics, show, leave):
+def train(job, metrics, show, shutdown):
     """The loop, from the current step to the last one: evaluate and save when it is due,
-    take a window, step, show. Raises Left where the run is left before."""
+    take a window, step, show. Raises ShutdownRequested after a signal or the
+    time limit."""
     config, run, state = job.config, job.run, job.run.state
     step = retry_without_graphs(train_step, job, console.say)
     evaluate = retry_without_graphs(job.evaluate, job, console.say)
@@ -65,7 +67,7 @@ def train(job, metrics, show, leave):
     job.model.train()
     while True:
         if run.evaluation_due():
-            with leave.at_once():
+            with shutdown.at_once():
                 score = evaluate()
             metrics.evaluation(state.step, score)
             show.evaluation(score)
@@ -74,7 +76,7 @@ def train(job, metrics, show, leave):
             run.save(job)
         if run.ended:
             return
-        leave.check()
+        shutdown.check()
 
         window = job.stream.window(state.step)
         lr = lr_at(state.applied, run.steps, config.lr, config.warmup_of(run.steps),

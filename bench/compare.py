@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench import items, report, results
+from bench import dataset_time, report, results
 from phogpt_raw.cards import Card
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -82,7 +82,7 @@ def time_cell(row: dict) -> str:
     """Seconds per example."""
     if not row["fits"]:
         return "does not fit"
-    return items.span(row["item_s"] if "item_s" in row else [row["step_s"]])
+    return dataset_time.span(row["example_s"] if "example_s" in row else [row["step_s"]])
 
 
 def held_memory() -> list[str]:
@@ -183,7 +183,7 @@ def decode_cells(row: dict) -> list[str]:
     """The cells of a measured row, or of the bound of a card that is not here."""
     cells = [f"{row['prompt']:,}", str(row["rows"]), row["who"]]
     if row["who"] == "bound":
-        return [*cells, items.span(row["tokens_per_s"]), "", f"{row['gib']:.2f}", "", ""]
+        return [*cells, dataset_time.span(row["tokens_per_s"]), "", f"{row['gib']:.2f}", "", ""]
     if "step_s" not in row:
         return [*cells, "out of memory", *[""] * 4]
     return [*cells, f"{row['tokens_per_s']:,.0f}", f"{row['first_s']:.3f} s",

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import items
+from bench import dataset_time
 from bench.command_line import within
 from phogpt_raw.command_line import Parser
 from phogpt_raw.config import Config
@@ -49,7 +49,7 @@ def write_rows(file: Path, rows: int) -> None:
 
 def measured(file: str, cache: str, tokenizer: str) -> dict:
     """Load and plan in this process."""
-    found = items.tokenizer(tokenizer)
+    found = dataset_time.tokenizer(tokenizer)
     config = Config(model="x/y", data=file, data_cache=cache, template="4b-chat", hold_out=0.05)
     before, start, cpu = peak_mib(), time.perf_counter(), time.process_time()
     try:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench import items, report, results, turns
+from bench import dataset_time, report, results, turns
 from bench.command_line import MOST_GIB, as_in_train, known_cards, several, within
 from bench.random_data import random_rows
 from bench.sides import write_random_checkpoint
@@ -66,7 +66,7 @@ def examples_of(options, config: Config) -> list[Example]:
     if not options.data:
         examples = random_examples(vocabulary)
     else:
-        examples, named = items.read_file(options, config)
+        examples, named = dataset_time.read_file(options, config)
         largest = max(max(e.ids) for e in examples)
         if largest >= vocabulary:
             raise Refusal(f"--tokenizer {named}: gives token {largest}, and {options.model} has "
@@ -79,7 +79,7 @@ def simulate(options, config: Config, examples: list[Example]) -> None:
     for card, rates, traces in cards(options):
         epoch = plan(examples, config, card, traces.shape.n_layers, traces)
         simulation = Simulation(traces, epoch, card, rates)
-        windows = epoch.some(items.SIMULATED)
+        windows = epoch.some(dataset_time.SIMULATED)
         taken = [simulation.seconds(window) for window in windows]
         seen = sum(len(window.examples) for window in windows)
         row = {"who": "ours", **described(options, config), "micro_batch": config.micro_batch,

@@ -25,9 +25,9 @@ from phogpt_raw.data.prompt import IGNORED, Example
 from phogpt_raw.model.weights import PINNED_IDS
 from phogpt_raw.private_apis import free_matmul_workspaces
 from phogpt_raw.simulate.fit import choose
-from phogpt_raw.training.leaving import Leaving
 from phogpt_raw.training.metrics import Metrics
 from phogpt_raw.training.setup import set_up
+from phogpt_raw.training.shutdown import GracefulShutdown
 
 
 class Ours:
@@ -55,9 +55,9 @@ class Ours:
         job.limits.recompute = choice.recompute
         chosen_s = time.perf_counter() - began
 
-        with job.run.begun(job), Leaving() as leave:
+        with job.run.begun(job), GracefulShutdown() as shutdown:
             clock = Clock()
-            train(job, Metrics(job.run.folder, job.run.state, job), clock, leave)
+            train(job, Metrics(job.run.folder, job.run.state, job), clock, shutdown)
 
         steps, epoch = job.run.steps, job.stream.steps(1)
         windows = [job.stream.window(step) for step in range(steps - epoch, steps)]

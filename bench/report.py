@@ -5,8 +5,8 @@ from statistics import median
 from rich import box
 from rich.table import Table
 
+from bench.dataset_time import span
 from bench.gpu_kernels import FAMILIES
-from bench.items import span
 from bench.measure import Bench
 from bench.simulated import OnCard
 from phogpt_raw.cards import dtype_name
@@ -149,7 +149,7 @@ def simulated_time(rows: list[dict], rates: Rates) -> Table:
             work(row), str(row["blocks_recomputed"]), "yes" if row["fits"] else "no",
             span([row["flops"] / 1e12]), f"{row['bytes_moved'] / 1e9:,.0f}",
             span(row["step_s"]) + "*" * row["host_bound_eager"], span(row["tokens_per_s"]),
-            span(row["item_s"]))
+            span(row["example_s"]))
     return made
 
 

@@ -28,9 +28,9 @@ from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
 from phogpt_raw.simulate.fit import choose
-from phogpt_raw.training.leaving import Leaving
 from phogpt_raw.training.metrics import Metrics
 from phogpt_raw.training.setup import set_up
+from phogpt_raw.training.shutdown import GracefulShutdown
 
 
 def measure(options, folder: Path) -> dict:
@@ -73,9 +73,9 @@ def one_run(options, steps: int, model: Path, folder: Path, saving: bool) -> dic
     job.run.save = timed
     with job.run.begun(job):
         begun = time.perf_counter()
-        with Leaving() as leave:
+        with GracefulShutdown() as shutdown:
             clock = Clock()
-            train(job, Metrics(job.run.folder, job.run.state, job), clock, leave)
+            train(job, Metrics(job.run.folder, job.run.state, job), clock, shutdown)
         job.run.settle()
         whole = time.perf_counter() - begun
     size = sum(f.stat().st_size for f in job.run.checkpoint.iterdir()) if saving else 0

@@ -165,7 +165,7 @@ class OnCard:
             "blocks_recomputed": self.recompute, "fits": self.fits,
             "flops": sum(op.flops for op in ops), "bytes_moved": sum(op.moved for op in ops),
             "step_s": step_s, "tokens_per_s": [setting.tokens / s for s in step_s[::-1]],
-            "item_s": [s / setting.micro_batch / setting.accumulate for s in step_s],
+            "example_s": [s / setting.micro_batch / setting.accumulate for s in step_s],
             "phases_s": {phase: both_ends(s) for phase, s in by_phase(ops, rates).items()},
             "host_bound_eager": seconds.host_bound,
         }

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from bench import command_line, items, report, results
+from bench import command_line, dataset_time, report, results
 from bench.command_line import MOST_STEPS, Setting, as_in_train, within
 from bench.gpu_kernels import ceiling
 from bench.measure import Bench, Times, median_step, step_times, times
@@ -34,7 +34,7 @@ PHASES = ("forward", "backward", "clip", "optimizer")
 
 def measure(options) -> None:
     """Print a table of this machine's times, on a GPU beside the simulated ones."""
-    examples = items.read(options) if options.data else None  # find a bad file first
+    dataset = dataset_time.read(options) if options.data else None  # find a bad file first
     bench = Bench(options)
     out.print(report.remark(bench))
     gpu = bench.card.device == "cuda"
@@ -57,11 +57,11 @@ def measure(options) -> None:
     for table in report.measured_time(rows, options.steps, limit):
         out.print(table)
     more = {}
-    if examples:
-        epoch = plan(examples.examples, examples.config, card, bench.model.config.n_layers, traces)
-        more["items"] = items.estimate(options, examples, epoch, items.MEASURED,
-                                       window_seconds(bench, epoch))
-        out.print(items.line(more["items"]))
+    if dataset:
+        epoch = plan(dataset.examples, dataset.config, card, bench.model.config.n_layers, traces)
+        more["dataset"] = dataset_time.estimate(
+            options, dataset, epoch, dataset_time.MEASURED, window_seconds(bench, epoch))
+        out.print(dataset_time.line(more["dataset"]))
     if options.save:
         file = results.save("step_time", bench.card, options, bench.dtype, rows,
                             **bench.described(), matmul_flops_per_s=limit, **more)
@@ -93,7 +93,7 @@ def window_seconds(bench: Bench, epoch: Epoch):
 
 def simulate(options) -> None:
     """Print a table for each card of --card: seconds at its higher and lower rates."""
-    examples = items.read(options) if options.data else None
+    dataset = dataset_time.read(options) if options.data else None
     for card, rates, traces in cards(options):
         if traces.dtype == torch.float32:
             raise Refusal("--dtype fp32: the rates of the cards are of 16-bit products; leave the "
@@ -104,11 +104,12 @@ def simulate(options) -> None:
                 for setting in options.settings]
         out.print(report.simulated_time(rows, rates))
         more = {}
-        if examples:
-            epoch = plan(examples.examples, examples.config, card, traces.shape.n_layers, traces)
-            more["items"] = items.estimate(options, examples, epoch, items.SIMULATED,
-                                           Simulation(traces, epoch, card, rates).seconds)
-            out.print(items.line(more["items"]))
+        if dataset:
+            epoch = plan(dataset.examples, dataset.config, card, traces.shape.n_layers, traces)
+            more["dataset"] = dataset_time.estimate(
+                options, dataset, epoch, dataset_time.SIMULATED,
+                Simulation(traces, epoch, card, rates).seconds)
+            out.print(dataset_time.line(more["dataset"]))
         if options.save:
             file = results.save("step_time", card, options, traces.dtype, rows,
                                 source="simulated", loss_mib=options.loss_mib,

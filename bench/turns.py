@@ -43,8 +43,8 @@ class Runs:
         if "seconds" not in whole or "seconds" not in steady:
             return {"fits": False}
         return steady | {
-            "fits": True, "whole_s": item_seconds(whole), "whole_seconds": whole["seconds"],
-            "steady_s": item_seconds(steady, after=len(steady["seconds"]) - steady["steps"]),
+            "fits": True, "whole_s": example_seconds(whole), "whole_seconds": whole["seconds"],
+            "steady_s": example_seconds(steady, after=len(steady["seconds"]) - steady["steps"]),
             "allocated_gib": max(run["allocated_gib"] for run in (whole, steady)),
             "reserved_gib": max(run["reserved_gib"] for run in (whole, steady))}
 
@@ -65,15 +65,15 @@ class Runs:
         if "seconds" not in found:
             return {"fits": False}
         return found | {
-            "fits": bool(cap) or not self.options.cap, "whole_s": item_seconds(found),
-            "steady_s": item_seconds(found, after=len(found["seconds"]) // WARM)}
+            "fits": bool(cap) or not self.options.cap, "whole_s": example_seconds(found),
+            "steady_s": example_seconds(found, after=len(found["seconds"]) // WARM)}
 
     def close(self) -> None:
         if self.trainers:
             self.trainers.close()
 
 
-def item_seconds(run: dict, after: int = 0) -> float:
+def example_seconds(run: dict, after: int = 0) -> float:
     """Mean seconds per example over the steps after the first `after`."""
     return sum(run["seconds"][after:]) / sum(run["step_examples"][after:])
 

@@ -15,10 +15,10 @@ from conftest import QUESTIONS
 import generate
 from phogpt_raw.decode.history import Turn
 from phogpt_raw.files import awaited_file
+from phogpt_raw.inference import answers as module
+from phogpt_raw.inference import memory_plan
+from phogpt_raw.inference.answers import read_questions
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.talk import answers as module
-from phogpt_raw.talk import memory_plan
-from phogpt_raw.talk.answers import read_questions
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +66,7 @@ def test_killed_and_gone_on_it_is_the_straight_run(run, asked, tmp_path, tiny):
     flags = ["--num-samples", 3, "--temperature", 0.8, "--seed", 5]
     assert run("--input", asked, "--output", tmp_path / "straight.jsonl", *flags)[0] == 0
     output = tmp_path / "a.jsonl"
-    script = ("import sys, time, generate\nfrom phogpt_raw.talk import answers\n"
+    script = ("import sys, time, generate\nfrom phogpt_raw.inference import answers\n"
               "add = answers.Progress.add\n"
               "def slow(self, *line):\n    add(self, *line); time.sleep(0.2)\n"
               "answers.Progress.add = slow\ngenerate.main(sys.argv[1:])\n")
@@ -157,7 +157,7 @@ def test_a_disk_that_gets_full_keeps_what_is_answered(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag", ["--input", "--eval"])
 def test_a_place_that_cannot_be_written_is_said_before_the_weights(run, asked, tmp_path, flag,
                                                                    monkeypatch):
-    monkeypatch.setattr("phogpt_raw.talk.loading.load_base", None)
+    monkeypatch.setattr("phogpt_raw.inference.loading.load_base", None)
     status, said = run(flag, asked, "--output", asked / "a.json")
     assert status == 2 and f"{asked}/a.json: cannot be written" in said
 
@@ -245,7 +245,7 @@ def test_what_cannot_be_asked_is_named(tmp_path, content, line):
 
 
 def test_a_question_too_long_is_named_before_the_weights_are_read(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("phogpt_raw.talk.loading.load_base", None)
+    monkeypatch.setattr("phogpt_raw.inference.loading.load_base", None)
     (tmp_path / "q.txt").write_text("a\n" + "dài " * 300)
     status, said = run("--input", tmp_path / "q.txt", "--output", tmp_path / "a")
     assert status == 2 and "q.txt:2: the question has" in said

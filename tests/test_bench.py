@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend
 from bench import (
     command_line,
     compare,
+    dataset_time,
     gpu_kernels,
-    items,
     measure,
     memory,
     report,
@@ -121,7 +121,7 @@ def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, block
     assert counted == pytest.approx(sum(op.flops for op in trace.ops), rel=0.07)
 
 
-@pytest.mark.parametrize("module", [compare, gpu_kernels, items, report],
+@pytest.mark.parametrize("module", [compare, dataset_time, gpu_kernels, report],
                          ids=lambda m: m.__name__)
 def test_doctest(module):
     found = doctest.testmod(module)
@@ -204,7 +204,7 @@ def test_a_file_whose_rows_do_not_fit_is_reported_and_what_was_measured_is_saved
     assert "out of memory; a shorter --max-len" in " ".join(capsys.readouterr().out.split())
     [saved] = (tmp_path / "results").iterdir()
     result = json.loads(saved.read_text())
-    assert result["items"]["item_s"] is None and result["rows"][0]["fits"]
+    assert result["dataset"]["example_s"] is None and result["rows"][0]["fits"]
 
 
 @pytest.mark.parametrize("graphs, captured", [({}, False), ({"a": object()}, True),

@@ -128,7 +128,7 @@ def test_the_newest_result_of_a_card_counts(results):
 
 
 def test_seconds_are_a_range_where_simulated_and_a_number_where_measured(results):
-    assert compare.time_cell({"fits": True, "item_s": [0.52, 0.75]}) == "0.52 to 0.75"
+    assert compare.time_cell({"fits": True, "example_s": [0.52, 0.75]}) == "0.52 to 0.75"
     assert compare.time_cell({"fits": True, "step_s": 0.61}) == "0.61"
     assert compare.time_cell({"fits": False}) == "does not fit"
 

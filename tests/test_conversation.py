@@ -21,9 +21,9 @@ import generate
 from phogpt_raw.data.prompt import TEMPLATES
 from phogpt_raw.decode.engine import Engine, Token, answer
 from phogpt_raw.decode.history import Turn, encode_history
+from phogpt_raw.inference.conversation import Conversation, CtrlC
 from phogpt_raw.model.weights import NANO, load_base, read_config, read_tokenizer
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.talk.conversation import Conversation, CtrlC
 
 ROOT = Path(__file__).parents[1]
 

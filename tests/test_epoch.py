@@ -221,7 +221,7 @@ def test_ours_alone_has_nothing_to_be_faster_than():
 
 def test_steady_leaves_out_what_comes_first():
     run = {"seconds": [9.0, 1.0, 1.0, 2.0], "step_examples": [8, 8, 8, 4]}
-    assert turns.item_seconds(run) == 13 / 28 and turns.item_seconds(run, after=2) == 3 / 12
+    assert turns.example_seconds(run) == 13 / 28 and turns.example_seconds(run, after=2) == 3 / 12
 
 
 def test_the_table_fits_80_columns(capsys):

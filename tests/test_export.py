@@ -63,7 +63,7 @@ def test_the_printed_command_asks_the_checkpoint_that_was_compared(first_command
 
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr("phogpt_raw.talk.loading.load_base", lambda base, **how: asked.append(
+    monkeypatch.setattr("phogpt_raw.inference.loading.load_base", lambda base, **how: asked.append(
         (Path(base).resolve(), how["nf4"])) or sys.exit(0))
     for out in ("nano", "[bold]"):
         export(first_command, out, "--merged")

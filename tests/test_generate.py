@@ -17,11 +17,11 @@ from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
 from phogpt_raw.decode import text as module
 from phogpt_raw.decode.engine import answer
 from phogpt_raw.decode.text import HALF
+from phogpt_raw.inference import loading, streaming
+from phogpt_raw.inference.question import broken, from_stdin, read_question
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import write_utf8
-from phogpt_raw.talk import loading, streaming
-from phogpt_raw.talk.question import broken, from_stdin, read_question
 
 QUESTION = "Phở bò là gì?"
 

@@ -7,9 +7,9 @@ import torch
 
 import generate
 from phogpt_raw.cards import Card
+from phogpt_raw.inference import loading
+from phogpt_raw.inference.answers import lengths_in
 from phogpt_raw.model.phogpt import PUBLISHED
-from phogpt_raw.talk import loading
-from phogpt_raw.talk.answers import lengths_in
 
 
 @pytest.fixture

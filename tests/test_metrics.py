@@ -14,10 +14,10 @@ from phogpt_raw.show import console
 from phogpt_raw.show.console import Display
 from phogpt_raw.training import metrics as module
 from phogpt_raw.training.evaluate import Score
-from phogpt_raw.training.leaving import Leaving
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.metrics import Metrics, StepRow
 from phogpt_raw.training.run import Run, RunState
+from phogpt_raw.training.shutdown import GracefulShutdown
 from phogpt_raw.training.step import StepStats
 
 TRAINING = SimpleNamespace(forward=None, limits=Limits(micro_batch=4, chunk_rows=1))
@@ -96,7 +96,7 @@ def test_evaluations_that_are_still_due_are_counted(tmp_path, every, step):
 
 def test_the_time_left_counts_steps_and_evaluations(tmp_path):
     run = run_of(tmp_path, 10, eval_every=5)
-    display = Display(run, Leaving())
+    display = Display(run, GracefulShutdown())
     display.evaluation(Score(1.0, None, [], seconds=30.0))  # before the first step
     for step in (1, 2):
         run.state.step = step
@@ -110,7 +110,7 @@ def test_the_time_left_counts_steps_and_evaluations(tmp_path):
 
 def test_the_progress_line_names_what_runs_and_ends_without_a_time_left(tmp_path):
     run = run_of(tmp_path, 1, eval_every=1)
-    with Display(run, Leaving()) as display:
+    with Display(run, GracefulShutdown()) as display:
         assert display.bar.desc == "evaluating"
         display.evaluation(None)
         assert display.bar.desc == "first step"

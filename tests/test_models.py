@@ -10,11 +10,11 @@ import torch
 from phogpt_raw.cards import Card, known_card
 from phogpt_raw.data.prompt import TEMPLATES
 from phogpt_raw.decode.history import Turn, encode_history
+from phogpt_raw.inference.loading import Found
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.serve.models import load, memory_line, named_adapters, plan, show_plan, slots_for
 from phogpt_raw.serve.protocol import Conversation, ProtocolError
-from phogpt_raw.talk.loading import Found
 
 
 def options(**more):

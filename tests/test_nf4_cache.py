@@ -554,7 +554,7 @@ def test_an_answer_over_the_cache_is_the_same_answer(base, caches, capsys):
 
 
 def test_a_cache_without_nf4_is_refused_at_once(train, base, caches, capsys, monkeypatch):
-    monkeypatch.setattr("phogpt_raw.talk.loading.find_folder", never)
+    monkeypatch.setattr("phogpt_raw.inference.loading.find_folder", never)
     with pytest.raises(SystemExit) as left:
         generate.main(["--nf4_cache", str(caches), "--no-nf4", "Phở bò là gì?"])
     said = capsys.readouterr()

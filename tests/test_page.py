@@ -6,9 +6,9 @@ import time
 import pytest
 from serving import served
 
+from phogpt_raw.inference.score import Row, Score, write
 from phogpt_raw.model.adapters import new_adapters
 from phogpt_raw.model.weights import load_base
-from phogpt_raw.talk.score import Row, Score, write
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROME, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), \

@@ -9,9 +9,9 @@ from conftest import QUESTIONS, write_rows
 import generate
 from phogpt_raw.data.prompt import TEMPLATES, encode_row
 from phogpt_raw.decode.history import Turn, encode_history
+from phogpt_raw.inference import score as module
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
-from phogpt_raw.talk import score as module
 
 pytest.importorskip("sacrebleu")
 
@@ -117,7 +117,7 @@ def test_of_a_conversation_the_last_question_is_asked_after_all_that_was_said(
 @pytest.mark.parametrize("name, line", [("s.txt", "must end in .json"), ("there.json", "exists")])
 def test_a_place_that_cannot_be_is_said_before_the_weights(tiny, rows, tmp_path, capsys, name,
                                                            line, monkeypatch):
-    monkeypatch.setattr("phogpt_raw.talk.loading.load_base", None)
+    monkeypatch.setattr("phogpt_raw.inference.loading.load_base", None)
     (tmp_path / "there.json").touch()
     with pytest.raises(SystemExit) as stopped:
         scored(tiny, rows, tmp_path / name)

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 from conftest import example
 
-from bench import command_line, figures, items, memory, results, simulated, step_time, windows
+from bench import (
+    command_line,
+    dataset_time,
+    figures,
+    memory,
+    results,
+    simulated,
+    step_time,
+    windows,
+)
 from bench.command_line import Setting
 from bench.simulated import Traces, cards
 from phogpt_raw import cards as known
@@ -187,7 +196,7 @@ def test_times_are_a_range_and_grow_with_the_row():
     for row, tokens in ((short, 4 * 64), (long, 4 * 512)):
         low, high = row["step_s"]
         assert 0 < low < high
-        assert row["item_s"] == [low / 4, high / 4]
+        assert row["example_s"] == [low / 4, high / 4]
         assert row["tokens_per_s"] == [tokens / high, tokens / low]
         assert sum(s[0] for s in row["phases_s"].values()) == pytest.approx(low)
     assert short["step_s"][1] < long["step_s"][1]
@@ -214,7 +223,7 @@ def test_the_areas_of_the_figure_are_all_the_kinds():
     assert sorted(k for kinds in figures.AREAS.values() for k in kinds) == sorted(KINDS)
 
 
-# -- a file's items
+# -- the examples of a file
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -229,12 +238,13 @@ def test_the_estimate_uses_an_even_choice_of_the_runs_packed_windows(packing):
         seen.append((window.packing, len(window.examples)))
         return window.tokens / 1000, window.tokens / 500
 
-    found = items.estimate(asked, items.Items(examples, "nano", config), epoch, 8, seconds)
+    found = dataset_time.estimate(
+        asked, dataset_time.Dataset(examples, "nano", config), epoch, 8, seconds)
     assert seen == [(epoch.choice.packing, 8)] * 8 and (epoch.choice.packing is None) != packing
     mean = sum(len(e.ids) for e in examples) / len(examples)
-    assert found["item_s"] == pytest.approx([mean / 1000, mean / 500], rel=0.03)
-    assert found["hours"] == pytest.approx([s * 400 * 3 / 3600 for s in found["item_s"]])
-    assert (found["items"], found["tokens_longest"]) == (400, 409)
+    assert found["example_s"] == pytest.approx([mean / 1000, mean / 500], rel=0.03)
+    assert found["hours"] == pytest.approx([s * 400 * 3 / 3600 for s in found["example_s"]])
+    assert (found["examples"], found["tokens_longest"]) == (400, 409)
     assert found["layout"]["steps"] == 50
     assert (found["layout"]["rows"] == 400) != packing
 
@@ -271,7 +281,7 @@ def test_a_tokenizer_that_names_no_end_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(
         (Path(known.__file__).parent / "nano" / "base" / "tokenizer.json").read_text())
     with pytest.raises(Refusal, match="names no token that ends an answer"):
-        items.tokenizer(str(tmp_path))
+        dataset_time.tokenizer(str(tmp_path))
 
 
 # -- what cannot be

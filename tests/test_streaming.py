@@ -2,7 +2,7 @@
 
 import pytest
 
-from phogpt_raw.talk.streaming import Screen
+from phogpt_raw.inference.streaming import Screen
 
 
 def shown(text, width, sizes=(1, 2, 3, 7)):

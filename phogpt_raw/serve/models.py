@@ -15,6 +15,9 @@ from phogpt_raw.config import hub_id
 from phogpt_raw.data.prompt import Template, encode_text
 from phogpt_raw.decode.history import encode_history
 from phogpt_raw.files import expanded
+from phogpt_raw.inference import memory_plan
+from phogpt_raw.inference.loading import Found, find
+from phogpt_raw.inference.memory_plan import gib, precision
 from phogpt_raw.messages import _
 from phogpt_raw.model.adapters import load_adapters, same_base
 from phogpt_raw.model.nf4_product import MOST
@@ -22,9 +25,6 @@ from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.serve.protocol import Conversation, ProtocolError
 from phogpt_raw.simulate.decoding import DRAWN, GREEDY, Work, memory, most_rows
-from phogpt_raw.talk import memory_plan
-from phogpt_raw.talk.loading import Found, find
-from phogpt_raw.talk.memory_plan import gib, precision
 
 NAME = r"[\w.-]+"
 SLOTS = 8  # unless --slots says otherwise, or fewer fit

@@ -18,9 +18,9 @@ from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.training.checkpoint import newest
 from phogpt_raw.training.evaluate import Score
-from phogpt_raw.training.leaving import Leaving
 from phogpt_raw.training.metrics import StepRow
 from phogpt_raw.training.run import Run
+from phogpt_raw.training.shutdown import GracefulShutdown
 
 out = Rich(highlight=False, soft_wrap=True)
 
@@ -59,11 +59,11 @@ def say(text: str) -> None:
 
 
 class Display:
-    """The progress line of a run, and the time that is left. `leave` gets to know where nobody
+    """The progress line of a run, and the time that is left. `shutdown` gets to know where nobody
     sees it."""
 
-    def __init__(self, run: Run, leave: Leaving):
-        self.run, self.leave = run, leave
+    def __init__(self, run: Run, shutdown: GracefulShutdown):
+        self.run, self.shutdown = run, shutdown
         self.live = sys.stderr.isatty()
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
                         dynamic_ncols=True,
@@ -77,7 +77,7 @@ class Display:
 
     def __exit__(self, kind, error, _traceback) -> None:
         """Close the line. Ctrl-C and a full disk are raised again, with what is left of the run."""
-        with self.leave.printing():
+        with self.shutdown.printing():
             self.bar.set_description_str(self.latest)
             self.bar.close()
         if kind is KeyboardInterrupt:
@@ -97,7 +97,7 @@ class Display:
         self.latest = text
         text += _(", {time} left", time=clock(self.seconds_left()))
         steps = self.run.steps
-        with self.leave.printing():
+        with self.shutdown.printing():
             self.bar.set_description_str(text)
             self.bar.update()
             if not self.live and (row.step % max(1, steps // 10) == 0 or row.step in (1, steps)):
@@ -111,7 +111,7 @@ class Display:
                 + run.still_due(run.config.eval_every) * self.evaluation_seconds.value)
 
     def evaluation(self, score: Score | None) -> None:
-        with self.leave.printing():
+        with self.shutdown.printing():
             self.bar.set_description_str(self.latest)
             if score:
                 self.evaluation_seconds.add(score.seconds)
@@ -128,8 +128,8 @@ def stopped(run: Run) -> str:
              n=run.state.step, folder=shlex.quote(str(run.folder)), checkpoint=saved.name)
 
 
-def left(run: Run, why: str, arguments: list[str]) -> None:
-    """What is left of a run that was saved and ends before its last step; how it goes on."""
+def ended_early(run: Run, why: str, arguments: list[str]) -> None:
+    """Print that a run was saved before its last step, and the command that resumes it."""
     print(_("{why}: ended after step {n} of {steps}", why=why, n=run.state.step, steps=run.steps),
           file=sys.stderr)
     if run.state.step == 0:

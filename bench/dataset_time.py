@@ -18,7 +18,7 @@ MEASURED, SIMULATED = 8, 64  # windows that represent all
 
 
 @dataclass(frozen=True)
-class Items:
+class Dataset:
     """The examples of --data, the tokenizer that made them, and the run over them."""
 
     examples: list[Example]
@@ -26,7 +26,7 @@ class Items:
     config: Config
 
 
-def read(options) -> Items:
+def read(options) -> Dataset:
     """The examples of --data; raises Refusal for a file or a run that is not possible."""
     if len(options.micro_batch) > 1 or "," in options.recompute:
         raise Refusal("--data is timed at one --micro-batch and one --recompute")
@@ -34,7 +34,7 @@ def read(options) -> Items:
                     epochs=options.epochs, micro_batch=options.micro_batch[0],
                     packing=options.packing, batch_tokens=options.batch_tokens,
                     recompute=options.recompute)
-    return Items(*read_file(options, config), config)
+    return Dataset(*read_file(options, config), config)
 
 
 def read_file(options, config: Config) -> tuple[list[Example], str]:
@@ -60,40 +60,40 @@ def tokenizer(name: str):
     return found
 
 
-def estimate(options, items: Items, epoch: Epoch, most: int,
+def estimate(options, dataset: Dataset, epoch: Epoch, most: int,
              seconds: Callable[[Window], tuple[float, ...] | None]) -> dict:
     """The estimate for a file, from seconds(window) of at most `most` of its windows; its times are
     None if one of them does not fit the card."""
     picked = epoch.some(most)
     taken = [seconds(window) for window in picked]
     examples = sum(len(window.examples) for window in picked)
-    item_s = None if None in taken else [sum(column) / examples
+    example_s = None if None in taken else [sum(column) / examples
                                          for column in zip(*taken, strict=True)]
-    lengths = [len(e.ids) for e in items.examples]
+    lengths = [len(e.ids) for e in dataset.examples]
     return {
-        "data": options.data, "tokenizer": items.tokenizer, "items": len(lengths),
-        "micro_batch": epoch.micro_batch, "packing": items.config.packing,
-        "batch_size": items.config.batch_size, "batch_tokens": items.config.batch_tokens,
+        "data": options.data, "tokenizer": dataset.tokenizer, "examples": len(lengths),
+        "micro_batch": epoch.micro_batch, "packing": dataset.config.packing,
+        "batch_size": dataset.config.batch_size, "batch_tokens": dataset.config.batch_tokens,
         "epochs": options.epochs,
         "layout": layout(epoch.windows, epoch.micro_batch),
         "tokens_median": statistics.median(lengths),
-        "tokens_longest": max(lengths), "item_s": item_s,
-        "hours": item_s and [s * len(lengths) * options.epochs / 3600 for s in item_s],
+        "tokens_longest": max(lengths), "example_s": example_s,
+        "hours": example_s and [s * len(lengths) * options.epochs / 3600 for s in example_s],
     }
 
 
 def line(estimate: dict) -> str:
     """An estimate as one line of text."""
     how = estimate["layout"]
-    file = (f"{estimate['data']}: {estimate['items']:,} examples, median "
+    file = (f"{estimate['data']}: {estimate['examples']:,} examples, median "
             f"{estimate['tokens_median']:g} tokens, longest {estimate['tokens_longest']:,} "
             f"({estimate['tokenizer']}'s tokenizer), "
             f"examples per step {how['examples'] / how['steps']:.3g}, "
             f"rows per step {how['rows'] / how['steps']:.3g}: ")
-    if estimate["item_s"] is None:
+    if estimate["example_s"] is None:
         return file + "out of memory; a shorter --max-len or a smaller --micro-batch fits"
     run = " to ".join(dict.fromkeys(clock(3600 * hours) for hours in estimate["hours"]))
-    return file + (f"{span(estimate['item_s'])} s per example, {run} for "
+    return file + (f"{span(estimate['example_s'])} s per example, {run} for "
                    f"{estimate['epochs']:g} epochs")
 
 

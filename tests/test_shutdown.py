@@ -15,7 +15,7 @@ from test_checkpoint import assert_same_run
 
 from phogpt_raw.refusal import exits_cleanly, signalled
 from phogpt_raw.training import checkpoint
-from phogpt_raw.training.leaving import Leaving, Left
+from phogpt_raw.training.shutdown import GracefulShutdown, ShutdownRequested
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,36 +24,36 @@ ROOT = Path(__file__).parents[1]
                                             (signal.SIGHUP, 129)])
 def test_a_signal_is_remembered_until_the_step_is_done(number, status, capfd):
     before = signal.getsignal(number)
-    with Leaving() as leave:
-        leave.check()
+    with GracefulShutdown() as shutdown:
+        shutdown.check()
         os.kill(os.getpid(), number)
-        with pytest.raises(Left) as left:
-            leave.check()
-    assert left.value.status == status and signal.getsignal(number) is before
+        with pytest.raises(ShutdownRequested) as request:
+            shutdown.check()
+    assert request.value.status == status and signal.getsignal(number) is before
     assert "finishing the step, then saving" in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_leaves_at_once():
-    with Leaving():
+    with GracefulShutdown():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_ctrl_c_after_another_signal_leaves_at_once_as_it_said():
-    with Leaving():
+    with GracefulShutdown():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_the_first_signal_is_the_reason():
-    with Leaving() as leave:
+    with GracefulShutdown() as shutdown:
         for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), number)
-        with pytest.raises(Left) as left:
-            leave.check()
-    assert left.value.status == 129
+        with pytest.raises(ShutdownRequested) as request:
+            shutdown.check()
+    assert request.value.status == 129
 
 
 class Closing:
@@ -70,17 +70,17 @@ def test_a_signal_that_python_swallowed_ends_the_run_at_its_first_step():
     @exits_cleanly
     def main():
         Closing()
-        with Leaving() as leave, pytest.raises(Left) as left:
-            leave.check()
-        return left.value.status
+        with GracefulShutdown() as shutdown, pytest.raises(ShutdownRequested) as request:
+            shutdown.check()
+        return request.value.status
 
     try:
         assert main() == 143
     finally:
         signal.signal(signal.SIGTERM, before)
         signalled.clear()
-    with Leaving() as leave:
-        leave.check()
+    with GracefulShutdown() as shutdown:
+        shutdown.check()
 
 
 def test_a_terminal_that_is_gone_does_not_disturb_the_step(monkeypatch):
@@ -88,34 +88,34 @@ def test_a_terminal_that_is_gone_does_not_disturb_the_step(monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "write", gone)
-    with Leaving() as leave, pytest.raises(Left):
+    with GracefulShutdown() as shutdown, pytest.raises(ShutdownRequested):
         os.kill(os.getpid(), signal.SIGHUP)
-        leave.check()
+        shutdown.check()
 
 
 def test_what_can_be_repeated_is_broken_off():
-    with Leaving() as leave:
-        with pytest.raises(Left), leave.at_once():
+    with GracefulShutdown() as shutdown:
+        with pytest.raises(ShutdownRequested), shutdown.at_once():
             os.kill(os.getpid(), signal.SIGTERM)
             raise AssertionError("the block goes on")
-        with pytest.raises(Left), leave.at_once():
+        with pytest.raises(ShutdownRequested), shutdown.at_once():
             raise AssertionError("asked before, and begun all the same")
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Leaving() as leave:
+        with GracefulShutdown() as shutdown:
             os.kill(os.getpid(), signal.SIGHUP)
-            leave.check()
+            shutdown.check()
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_the_time_is_over_without_an_error():
-    with Leaving(minutes=0) as leave, pytest.raises(Left) as left:
-        leave.check()
-    assert left.value.status == 0 and left.value.why == "--max-minutes 0"
+    with GracefulShutdown(minutes=0) as shutdown, pytest.raises(ShutdownRequested) as request:
+        shutdown.check()
+    assert request.value.status == 0 and request.value.why == "--max-minutes 0"
 
 
 # -- a whole run

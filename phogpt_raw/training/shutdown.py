@@ -1,9 +1,9 @@
-"""How a run is left before its end: Ctrl-C, a signal, --max-minutes, or an output that is gone.
+"""Stop a run before its last step: at Ctrl-C, a signal, --max-minutes, or an output that is gone.
 
-The step that is computed is finished, the run is saved, and the program ends. An evaluation is
-broken off at once: it changes nothing, and the resumed run evaluates again. Ctrl-C after any of
-these leaves without saving. Other signals may come again, as they do where a shell and the system
-both send one, and change nothing.
+The current step is finished, the run is saved, and the program ends. An evaluation is interrupted
+at once: it changes nothing, and the resumed run evaluates again. Ctrl-C after any of these ends the
+program without saving. Other signals may come several times, for example from a shell and from the
+system. Only the first one counts.
 """
 
 import os
@@ -20,15 +20,15 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
                 if hasattr(signal, name))
 
 
-class Left(Exception):
-    """Raised where the run can be saved. why: what asked for it; status: the program's exit
-    status."""
+class ShutdownRequested(Exception):
+    """Raised where the run can be saved. why: the signal or limit, for the user; status: the
+    program's exit status."""
 
     def __init__(self, why: str, status: int):
         self.why, self.status = why, status
 
 
-class Leaving:
+class GracefulShutdown:
     """A context in which signals and a time limit end the run after it was saved.
 
     minutes: None for no limit.
@@ -37,9 +37,9 @@ class Leaving:
     def __init__(self, minutes: float | None = None):
         self.ends = None if minutes is None else time.monotonic() + 60 * minutes
         self.minutes, self.asked, self.may_raise = minutes, None, False
-        self.unseen = None  # why what the run prints is not seen any more
+        self.unseen = None  # why nobody sees what the run prints, or None
 
-    def __enter__(self) -> "Leaving":
+    def __enter__(self) -> "GracefulShutdown":
         self.asked = next(iter(signalled), None)
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
         for number, handler in self.before.items():
@@ -64,17 +64,17 @@ class Leaving:
             os.write(sys.stderr.fileno(), text.encode())  # print is not made for a handler
 
     def check(self) -> None:
-        """Raise Left where the run was asked to end, its time is over, or nobody sees it."""
+        """Raise ShutdownRequested after a signal or the time limit, or without an output."""
         if self.asked:
-            raise Left(name_of(self.asked), 128 + self.asked)
+            raise ShutdownRequested(name_of(self.asked), 128 + self.asked)
         if self.ends and time.monotonic() >= self.ends:
-            raise Left(_("--max-minutes {minutes:g}", minutes=self.minutes), 0)
+            raise ShutdownRequested(_("--max-minutes {minutes:g}", minutes=self.minutes), 0)
         if self.unseen:
-            raise Left(self.unseen, 1)
+            raise ShutdownRequested(self.unseen, 1)
 
     @contextmanager
     def printing(self) -> Iterator[None]:
-        """A block that prints; the run is left where the terminal, pipe or log is gone or full."""
+        """A block that prints; the run stops where the terminal, pipe or log is gone or full."""
         try:
             yield
         except OSError as error:

@@ -29,12 +29,12 @@ from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.decode.text import TextStream
 from phogpt_raw.files import awaited_file, expanded, write_text
+from phogpt_raw.inference import memory_plan
+from phogpt_raw.inference.loading import Found
+from phogpt_raw.inference.streaming import Generation, say
 from phogpt_raw.messages import _, plural
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.talk import memory_plan
-from phogpt_raw.talk.loading import Found
-from phogpt_raw.talk.streaming import Generation, say
 
 ANSWERS = ("response", "completion", "output", "answer")
 STAND_IN = "-"  # the answer of a row that has none

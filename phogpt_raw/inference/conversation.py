@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from phogpt_raw.data.prompt import encode_prompt, encode_text
 from phogpt_raw.decode.engine import Engine
+from phogpt_raw.inference import memory_plan
+from phogpt_raw.inference.loading import Found
+from phogpt_raw.inference.question import checked
+from phogpt_raw.inference.streaming import Generation, Written, remarks, say, stream, terminal_width
 from phogpt_raw.messages import _, plural
 from phogpt_raw.refusal import Refusal
-from phogpt_raw.talk import memory_plan
-from phogpt_raw.talk.loading import Found
-from phogpt_raw.talk.question import checked
-from phogpt_raw.talk.streaming import Generation, Written, remarks, say, stream, terminal_width
 
 RESET, QUIT, HELP = ("/xoá", "/xóa", "/reset"), ("/thoát", "/quit", "/exit"), ("/?", "/help")
 PROMPT = "> "

@@ -23,14 +23,14 @@ from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import check_all
 from phogpt_raw.data.sources import find_unweighted
 from phogpt_raw.files import check_place, expanded, write_text
+from phogpt_raw.inference import memory_plan
+from phogpt_raw.inference.answers import answered
+from phogpt_raw.inference.loading import Found
+from phogpt_raw.inference.streaming import Generation, say
 from phogpt_raw.messages import _, plural
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import out
-from phogpt_raw.talk import memory_plan
-from phogpt_raw.talk.answers import answered
-from phogpt_raw.talk.loading import Found
-from phogpt_raw.talk.streaming import Generation, say
 from phogpt_raw.training.evaluate import held_out_loss, perplexity
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import chunk_rows

@@ -5,6 +5,8 @@ If it does not fit, this is an error before any weights are read.
 
 from phogpt_raw.cards import GIB, capability, dtype_name
 from phogpt_raw.decode.engine import PREFILL, rows_that_fit
+from phogpt_raw.inference.loading import Found
+from phogpt_raw.inference.streaming import Generation
 from phogpt_raw.messages import _, plural
 from phogpt_raw.model.nf4_product import MOST
 from phogpt_raw.refusal import Refusal
@@ -21,8 +23,6 @@ from phogpt_raw.simulate.decoding import (
     memory,
 )
 from phogpt_raw.simulate.rates import CONTEXT
-from phogpt_raw.talk.loading import Found
-from phogpt_raw.talk.streaming import Generation
 
 CPU_MIB = 2048  # for keys and values on a CPU
 SHORTER = "a smaller --context needs less"
