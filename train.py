@@ -1,9 +1,9 @@
-"""Fine-tune a PhoGPT on your questions and answers, by QLoRA.
+"""Fine-tune a PhoGPT model on your questions and answers with QLoRA.
 
     python train.py --steps 60      train the small model nano, on any CPU
     python train.py --model vinai/PhoGPT-4B-Chat --data rows.jsonl --epochs 3
 
-With --dry-run it prints its settings and trains nothing.
+With --dry-run the program prints the settings and trains nothing.
 """
 
 import sys
@@ -26,9 +26,9 @@ from phogpt_raw.training.step import train_step
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     config = from_command_line(arguments, __doc__)
-    job = set_up(config)  # model, adapters, optimizer, data: everything, wired once
+    job = set_up(config)  # creates model, adapters, optimizer and data
     run, state = job.run, job.run.state
-    choice = choose(job)  # simulated: how rows are packed, how many blocks backward recomputes
+    choice = choose(job)  # simulates steps to choose packing and the number of recomputed blocks
     job.pack(choice.packing)
     job.limits.recompute = choice.recompute
     if config.inspect:
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
             except ShutdownRequested as request:
                 run.save(job)
                 run.settle()
-                with suppress(OSError):  # whoever read the output may be gone
+                with suppress(OSError):  # the reader of the output may have exited
                     console.ended_early(run, request.why,
                                         sys.argv[1:] if arguments is None else arguments)
                 sys.exit(request.status)
@@ -57,9 +57,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def train(job, metrics, show, shutdown):
-    """The loop, from the current step to the last one: evaluate and save when it is due,
-    take a window, step, show. Raises ShutdownRequested after a signal or the
-    time limit."""
+    """Train from the current step to the last one.
+
+    Each iteration evaluates and saves if that is due. Then it takes the examples of one optimizer
+    step (a window), runs the step and shows the result. Raises ShutdownRequested after a signal or
+    at the time limit.
+    """
     config, run, state = job.config, job.run, job.run.state
     step = retry_without_graphs(train_step, job, console.say)
     evaluate = retry_without_graphs(job.evaluate, job, console.say)

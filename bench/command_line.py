@@ -1,4 +1,4 @@
-"""The command line of memory.py and step_time.py: a model, a grid of settings, the cards."""
+"""The command-line flags of memory.py and step_time.py: a model, a grid of settings, the GPUs."""
 
 import argparse
 import math
@@ -17,9 +17,9 @@ from phogpt_raw.simulate.rates import KNOWN, Known, known
 
 ATTENTION = {"auto": nullcontext,
              "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}
-MOST_TOKENS = 262_144  # of one simulated or measured step
-MOST_GIB = 10_000  # of a card
-MOST_STEPS = 100_000  # that are measured
+MOST_TOKENS = 262_144  # in one simulated or measured step
+MOST_GIB = 10_000  # memory of a GPU
+MOST_STEPS = 100_000  # measured steps
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Setting:
 def parser(description: str) -> Parser:
     built = Parser(usage="%(prog)s [options]", description=description)
     built.add_argument("--card", metavar="NAME,…", help=f"simulate these GPUs: {', '.join(KNOWN)} "
-                       "(default t4,v100; on a computer with a GPU that one is measured instead)")
+                       "(default t4,v100; on a computer with a GPU, its GPU is measured instead)")
     built.add_argument("--measured", action=argparse.BooleanOptionalAction, default=None,
-                       help="measure on this computer (default where it has a GPU)")
+                       help="measure on this computer (default if it has a GPU)")
     built.add_argument("--model", metavar="BASE", help="7b5 or 4b: that shape with random weights; "
                        "or nano, a folder, a hub id (default 7b5; measured on a CPU: nano)")
     built.add_argument("--seq-len", type=several(2, MOST_TOKENS), metavar="N,N,…",
@@ -68,7 +68,7 @@ def parser(description: str) -> Parser:
                        help="efficient: only the memory-efficient kernel, as on a T4 and a V100 "
                        "(default auto: what torch chooses)")
     built.add_argument("--cap", type=within(0, MOST_GIB, float), default=0, metavar="GIB",
-                       help="with --measured: use only so much memory, such as 14.56 for a T4")
+                       help="with --measured: the most memory to use, such as 14.56 for a T4")
     built.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True,
                        help="run as CUDA graphs on a GPU (default on)")
     built.add_argument("--save", action="store_true", help="write the result to bench/results")
@@ -77,31 +77,31 @@ def parser(description: str) -> Parser:
 
 
 def parse(built: Parser, arguments) -> argparse.Namespace:
-    """The parsed options, with defaults that depend on this machine filled in."""
+    """The parsed options. Defaults that depend on this machine are filled in."""
     options = built.parse_args(arguments)
     gpu = torch.cuda.is_available()
     if options.measured is None:
         options.measured = gpu and not options.card
     if options.measured and options.card:
-        raise Refusal("--card simulates and --measured measures here: give one of them")
+        raise Refusal("--card simulates, --measured measures this computer; give one of them")
     if options.cap and not options.measured:
         raise Refusal(f"--cap {options.cap:g} is for measuring on a GPU (--measured); a simulated "
-                      f"card has the memory that it has")
+                      f"card always has its own memory")
     if not (options.measured or options.card):
         options.card = "t4,v100"
-    known_cards(options)  # all of them, before the first is simulated
+    known_cards(options)  # reports an unknown name before the first simulation
     options.settings = settings(options)
     options.model = options.model or ("nano" if options.measured and not gpu else "7b5")
     return options
 
 
 def known_cards(options) -> list[Known]:
-    """The cards of --card; empty where it is not given."""
+    """The GPUs that --card names; an empty list without --card."""
     return [known(name.strip()) for name in options.card.split(",")] if options.card else []
 
 
 def within(low: float, high: float, kind: type = int) -> Callable[[str], float]:
-    """argparse's type for a number of this kind from low to high.
+    """A function for argparse's `type`: it reads a number of type `kind` from low to high.
 
     >>> within(1, 8)("3"), within(0, 1, float)("0.5")
     (3, 0.5)
@@ -121,12 +121,12 @@ def within(low: float, high: float, kind: type = int) -> Callable[[str], float]:
 
 
 def as_in_train(field: str) -> Callable[[str], float]:
-    """argparse's type for a number that train.py takes too."""
+    """A function for argparse's `type`: it allows the same range as this field of train.py."""
     return within(*RANGES[field])
 
 
 def several(low: int, high: int) -> Callable[[str], list[int]]:
-    """argparse's type for whole numbers with commas between them.
+    """A function for argparse's `type`: it reads whole numbers with commas between them.
 
     >>> several(1, 8)("1, 4")
     [1, 4]
@@ -136,8 +136,10 @@ def several(low: int, high: int) -> Callable[[str], list[int]]:
 
 
 def settings(options) -> list[Setting]:
-    """The grid of settings; short rows by default where a CPU is measured. Raises Refusal for
-    those that no step can have."""
+    """The grid of settings. By default rows are short if a CPU is measured.
+
+    Raises Refusal for settings that are not possible.
+    """
     if not options.measured:
         default = [256, 512, 1024, 2048, 4096, 8192, 16384]
     else:
@@ -149,12 +151,12 @@ def settings(options) -> list[Setting]:
         for recompute in options.recompute.split(",")
     ]
     for setting in grid:
-        Config(recompute=setting.recompute)  # refuses what is none
+        Config(recompute=setting.recompute)  # raises Refusal for an invalid value
     shortest, largest = min(s.seq_len for s in grid), max(s.tokens for s in grid)
     if shortest // options.documents < 2:
-        raise Refusal(f"--documents {options.documents}: each has at least 2 tokens, and a row of "
+        raise Refusal(f"--documents {options.documents}: each has at least 2 tokens, but a row of "
                       f"--seq-len has {shortest}")
     if largest > MOST_TOKENS:
         raise Refusal(f"--seq-len, --micro-batch and --accumulate: {largest:,} tokens in one step; "
-                      f"at most {MOST_TOKENS:,} are tried")
+                      f"at most {MOST_TOKENS:,} are allowed")
     return grid

@@ -1,8 +1,8 @@
 """Write the tables of README*.md and docs/*.md from the saved results in bench/results/*.json.
 
-    python bench/compare.py             write them between their markers
+    python bench/compare.py             write the tables between their markers
     python bench/compare.py --simulate  simulate a T4 and a V100 first
-    python bench/compare.py --check     exit with 2 where a table differs
+    python bench/compare.py --check     write nothing; exit with 2 if a table differs
 
 A result saved on a real card (`python bench/memory.py --save`) becomes a separate column.
 """
@@ -30,7 +30,10 @@ SIMULATED = ("t4", "v100")
 
 
 def columns(what: str) -> dict[tuple[str, str], dict[int, dict]]:
-    """{(model, "T4, simulated"): {tokens: row}} for one row at a time, from the newest files."""
+    """{(model, card and source): {tokens: row of the result}}, from the newest files.
+
+    "T4, simulated" is a card and source. Only steps of one row are included.
+    """
     table: dict[tuple[str, str], dict[int, dict]] = {}
     for result in results.load(what):
         card = Card(**result["card"])
@@ -48,7 +51,8 @@ def columns(what: str) -> dict[tuple[str, str], dict[int, dict]]:
 
 
 def short(card: Card) -> str:
-    """
+    """A card's name without its maker and connector.
+
     >>> short(Card("Tesla V100-SXM2-16GB", "cuda")), short(Card("Tesla T4", "cuda"))
     ('V100 16GB', 'T4')
     """
@@ -57,7 +61,8 @@ def short(card: Card) -> str:
 
 
 def across(what: str, cell) -> list[str]:
-    """The lines of a table: a line for each number of tokens, a column for each model and card."""
+    """The lines of a table. It has a line for each number of tokens, and a column for each model
+    and card."""
     table = columns(what)
     lengths = sorted({length for rows in table.values() for length in rows})
     return [
@@ -70,7 +75,7 @@ def across(what: str, cell) -> list[str]:
 
 
 def memory_cell(row: dict) -> str:
-    """GiB used on the card and, in brackets, how many blocks were recomputed."""
+    """GiB used on the card and, in brackets, the number of recomputed blocks."""
     if not row["fits"]:
         return "does not fit"
     blocks = row.get("blocks_recomputed", row["recompute"])
@@ -127,8 +132,11 @@ def held_time() -> list[str]:
 
 
 def newest(what: str, wanted) -> list[dict]:
-    """The newest `wanted` result at the default rank for each card, model, dtype and label, in the
-    order of a table."""
+    """The newest result for each card, model, dtype and label, in the order of a table.
+
+    wanted(result) says whether to include a result. Only results with the default rank are
+    included.
+    """
     found = {}
     for result in results.load(what):
         if result["rank"] == Config.rank and result["model"] in NAMES and wanted(result):
@@ -140,14 +148,16 @@ def newest(what: str, wanted) -> list[dict]:
 
 
 def whose(result: dict) -> list[str]:
-    """The cells that name what was measured: card, model."""
+    """The cells with the card and the model of a result."""
     dtype = "" if result["dtype"] == "fp16" else f", {result['dtype']}"
     return [f"{card_of(result)}, {result['source']}", NAMES[result["model"]] + dtype]
 
 
 def epochs() -> list[str]:
-    """An epoch of the 256 pairs by this loop and by the Trainer: the newest results of each
-    card."""
+    """The table of one epoch of the 256 pairs, by this loop and by the Trainer.
+
+    It has the newest results of each card.
+    """
     found = newest("epoch", lambda result: result["data"] is None)
     return ["| card | model | who | rows | s per example, steady | whole run | GiB allocated | "
             "times faster |", "|---" * 8 + "|",
@@ -168,8 +178,10 @@ def epoch_cells(row: dict, cap: float | None) -> list[str]:
 
 
 def decoding(all_settings: bool = False) -> list[str]:
-    """Tokens per second: the newest results of each card and model. all_settings: also those with
-    another number of tokens than the bench's default."""
+    """The table of tokens per second, with the newest results of each card and model.
+
+    all_settings: include results whose number of new tokens is not the bench's default.
+    """
     found = newest("decode", lambda result: all_settings or not result["label"])
     lines = ["| card | model | prompt | rows | who | tokens/s | first token | GiB | of the bound | "
              "times faster |", "|---" * 10 + "|"]
@@ -180,7 +192,7 @@ def decoding(all_settings: bool = False) -> list[str]:
 
 
 def decode_cells(row: dict) -> list[str]:
-    """The cells of a measured row, or of the bound of a card that is not here."""
+    """The cells of a measured row, or of the computed bound of a card."""
     cells = [f"{row['prompt']:,}", str(row["rows"]), row["who"]]
     if row["who"] == "bound":
         return [*cells, dataset_time.span(row["tokens_per_s"]), "", f"{row['gib']:.2f}", "", ""]
@@ -214,7 +226,7 @@ TABLES = {
 
 
 def simulate() -> None:
-    """Simulate both cards and models again and save the results, two runs at a time."""
+    """Simulate both cards and both models again, two runs at a time, and save the results."""
     def run(command: list[str]) -> None:
         line = " ".join(["python", *command])
         if subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -235,10 +247,10 @@ def simulate() -> None:
 
 
 def rewritten(text: str, where: str) -> str:
-    """A document with new tables; raises Refusal for an unknown or incomplete marker."""
+    """The text of a document with new tables. Raises Refusal for an unknown or unclosed marker."""
     for name in re.findall(r"<!-- table: (\S+) -->", text):
         if name not in TABLES:
-            raise Refusal(f"{where}: no table {name}; there is {', '.join(TABLES)}")
+            raise Refusal(f"{where}: no table {name}; the tables are {', '.join(TABLES)}")
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             raise Refusal(f"{where}: the marker of table {name} has no <!-- end --> after it")
@@ -250,7 +262,7 @@ def rewritten(text: str, where: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(usage="%(prog)s [options]", description=__doc__)
     parser.add_argument("--check", action="store_true",
-                        help="write nothing; exit with status 2 where a table is out of date")
+                        help="write nothing; exit with status 2 if a table is out of date")
     parser.add_argument("--simulate", action="store_true",
                         help="first simulate both models on a T4 and a V100 again")
     options = parser.parse_args(arguments)
@@ -260,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
         text = file.read_text("utf-8")
         made = rewritten(text, file.name)
         if made == text:
-            out.print(f"{file.name}: as bench/results has it")
+            out.print(f"{file.name}: agrees with bench/results")
         elif options.check:
             raise Refusal(f"{file.name}: a table differs from bench/results; run "
                           f"python bench/compare.py")

@@ -1,12 +1,12 @@
-"""Bench of reading rows: from a file of many rows to the plan of the first epoch, then again from
-the cache.
+"""Bench of reading rows: time and memory from a file of many rows to the plan of the first epoch.
 
     python bench/data.py                60,000 generated rows, and one row of 40 million characters
     python bench/data.py --tokenizer FOLDER
 
-Each measurement runs in a separate process. Seconds are those of reading, checking, encoding,
-dividing and packing, after the imports. Memory is the peak of the whole process (ru_maxrss), and
-this peak minus the memory after the imports and the tokenizer.
+The many rows are read twice: without a cache and from the cache. Each measurement runs in a
+separate process. The seconds include reading, checking, encoding, dividing and packing; they do not
+include the imports. `mib` is the peak memory of the whole process (ru_maxrss). `more_mib` is this
+peak minus the peak after the imports and the tokenizer.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LONG = 40_000_000  # characters
 
 
 def write_rows(file: Path, rows: int) -> None:
-    """Rows of random words, no two alike: a question has about 150 characters, an answer 400."""
+    """Write different rows of random words. A question has about 150 characters, an answer 400."""
     dice = random.Random(0)
     with file.open("w", encoding="utf-8") as lines:
         for n in range(rows):
@@ -48,7 +48,7 @@ def write_rows(file: Path, rows: int) -> None:
 
 
 def measured(file: str, cache: str, tokenizer: str) -> dict:
-    """Load and plan in this process."""
+    """Load the rows and plan an epoch in this process; return seconds, MiB and counts."""
     found = dataset_time.tokenizer(tokenizer)
     config = Config(model="x/y", data=file, data_cache=cache, template="4b-chat", hold_out=0.05)
     before, start, cpu = peak_mib(), time.perf_counter(), time.process_time()
@@ -83,7 +83,7 @@ def in_a_process(*arguments) -> dict:
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(usage="%(prog)s [options]", description=__doc__)
     parser.add_argument("--rows", type=within(1, 10_000_000), default=60_000, metavar="N",
-                        help="rows that are made (default 60000)")
+                        help="rows to generate (default 60000)")
     parser.add_argument("--tokenizer", default="nano", help="nano, a folder or a hub id")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a separate process
     options = parser.parse_args(arguments)

@@ -14,7 +14,7 @@ from phogpt_raw.model.weights import find_folder
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import clock
 
-MEASURED, SIMULATED = 8, 64  # windows that represent all
+MEASURED, SIMULATED = 8, 64  # accumulation windows that represent all windows of the epoch
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Dataset:
 
 
 def read(options) -> Dataset:
-    """The examples of --data; raises Refusal for a file or a run that is not possible."""
+    """The examples of --data. Raises Refusal for a file or a run that is not possible."""
     if len(options.micro_batch) > 1 or "," in options.recompute:
-        raise Refusal("--data is timed at one --micro-batch and one --recompute")
+        raise Refusal("--data needs one value of --micro-batch and one of --recompute")
     config = Config(model=options.model, data=options.data, max_len=options.max_len,
                     epochs=options.epochs, micro_batch=options.micro_batch[0],
                     packing=options.packing, batch_tokens=options.batch_tokens,
@@ -38,14 +38,16 @@ def read(options) -> Dataset:
 
 
 def read_file(options, config: Config) -> tuple[list[Example], str]:
-    """The examples of a file, and the name of the tokenizer that made them: --tokenizer, or the
-    model's, or nano's for a shape with random weights."""
+    """Return (the examples of --data, the name of the tokenizer that encoded them).
+
+    The tokenizer is --tokenizer or the model's. For a shape with random weights it is nano's.
+    """
     named = options.tokenizer or ("nano" if options.model in PUBLISHED else options.model)
     return load_examples(tokenizer(named), config).train, named
 
 
 def tokenizer(name: str):
-    """nano's, a folder's or a hub repository's tokenizer, without the weights."""
+    """The tokenizer of nano, of a folder or of a hub repository. No weights are fetched."""
     from transformers import PreTrainedTokenizerFast
 
     place = find_folder(name) if name == "nano" else name
@@ -55,15 +57,18 @@ def tokenizer(name: str):
         reason = str(error).strip().split("\n")[0]
         raise Refusal(f"--tokenizer {name}: cannot be read ({reason})") from None
     if found.eos_token is None:
-        raise Refusal(f"--tokenizer {name}: names no token that ends an answer; is its "
-                      f"tokenizer_config.json there?")
+        raise Refusal(f"--tokenizer {name}: names no token that ends an answer; check its "
+                      f"tokenizer_config.json")
     return found
 
 
 def estimate(options, dataset: Dataset, epoch: Epoch, most: int,
              seconds: Callable[[Window], tuple[float, ...] | None]) -> dict:
-    """The estimate for a file, from seconds(window) of at most `most` of its windows; its times are
-    None if one of them does not fit the card."""
+    """The estimate of the time for a file, from at most `most` of its accumulation windows.
+
+    seconds(window) returns the seconds of a step, or None if the step does not fit the card. In
+    that case the estimate's times are None.
+    """
     picked = epoch.some(most)
     taken = [seconds(window) for window in picked]
     examples = sum(len(window.examples) for window in picked)
@@ -98,7 +103,7 @@ def line(estimate: dict) -> str:
 
 
 def span(values) -> str:
-    """One number, or both ends of a range.
+    """The text of one value, or of both ends of a range.
 
     >>> span([0.8594, 1.0275]), span([1411.2, 1953.4]), span([0.5, 0.5]), span([23.99])
     ('0.86 to 1.03', '1,411 to 1,953', '0.5', '24.0')

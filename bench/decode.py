@@ -1,16 +1,16 @@
 """Bench of decoding: tokens per second of the engine and of transformers' generate.
 
-    python bench/decode.py --model 7b5 --save  on a GPU: both are measured
-    python bench/decode.py --card t4,v100      the bound by memory, anywhere
+    python bench/decode.py --model 7b5 --save  measures both on a GPU
+    python bench/decode.py --card t4,v100      computes the bound by memory on any computer
 
 Both sides load one checkpoint of random weights in NF4, with an adapter on all four linears. They
-take turns, and each writes --new tokens greedily after random prompts. transformers runs with its
-default settings, and with its static cache. Tokens per second count the tokens of all rows, after
-the first token. The time of the first token is the time of reading the prompt.
+take turns, and each generates --new tokens greedily after random prompts. transformers runs with
+its default settings, and again with its static cache. Tokens per second count the tokens of all
+rows after the first token. The time of the first token is the time of reading the prompt.
 
-A step must read every weight, the adapter and the cache once. These bytes, divided by the rate at
-which the card copies memory, give the bound: the shortest possible time of a step. For cards that
-are not in this computer only the bound is computed.
+A step must read every weight, the adapter and the cache once. The number of these bytes, divided by
+the rate at which the card copies memory, is the bound: the shortest possible time of a step. For
+the GPUs of --card, only the bound is computed.
 """
 
 import tempfile
@@ -39,15 +39,17 @@ PEERS = {"transformers": None, "transformers, static cache": "static"}
 
 
 def step_bytes(shape: ModelConfig, rank: int, rows: int, tokens: float) -> float:
-    """Bytes that a step must read for `rows` rows of `tokens` tokens each: the linears in NF4, the
-    head and the adapter in 16 bits, keys and values."""
+    """The bytes that a step must read for `rows` rows of `tokens` tokens each.
+
+    They are the linears in NF4, the head and the adapter in 16 bits, and the keys and values.
+    """
     return (NF4_BYTES * shape.linear_weights + 2 * shape.vocab_size * shape.d_model
             + 2 * adapter_weights(shape, rank)
             + cache_bytes(shape.n_layers, shape.d_model, rows, 1, 2) * tokens)
 
 
 def copy_rate(size: int = 2**30) -> float:
-    """Bytes/s, read plus written, at which this GPU copies memory: the best of ten."""
+    """The rate at which this GPU copies memory, in bytes/s, read plus written: the best of ten."""
     source = torch.empty(size, dtype=torch.uint8, device="cuda")
     target, times = torch.empty_like(source), []
     for _ in range(10):
@@ -58,8 +60,11 @@ def copy_rate(size: int = 2**30) -> float:
 
 
 def bound_rows(options, shape: ModelConfig, bandwidth: tuple[float, float]) -> list[dict]:
-    """For each prompt and batch: tokens/s at the bound, at the card's lower and higher rate, and
-    GiB of the model and its cache."""
+    """A row of the result for each prompt and batch: tokens/s at the bound, and GiB.
+
+    tokens/s has two values, for the two rates of `bandwidth` in bytes/s. GiB counts the model, its
+    cache and CUDA's context.
+    """
     rows = []
     for prompt in options.prompt:
         for batch in options.batch:
@@ -87,8 +92,8 @@ def simulate(options) -> None:
 def measure(options) -> None:
     shape, card = PUBLISHED[options.model], this_card()
     if card.device == "cpu":
-        raise Refusal("decode.py: measuring needs a GPU, here is none; --card gives the bounds of "
-                      "others")
+        raise Refusal("decode.py: measuring needs a GPU, and there is none here; --card t4 "
+                      "computes the bound of a T4")
     rate = copy_rate()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / options.model
@@ -105,7 +110,7 @@ def measure(options) -> None:
                 made = turn(options, shape, sides, prompt, batch, rate)
                 made[0]["forward_s"] = forward.get("forward_s")
                 rows += made
-                if options.save:  # after each one, since transformers can take minutes
+                if options.save:  # after each measurement, because transformers can take minutes
                     file = results.save("decode", card, options, DTYPES[options.dtype], rows,
                                         new=options.new, copy_bytes_per_s=rate)
         for side in sides.values():
@@ -118,7 +123,7 @@ def measure(options) -> None:
 
 def turn(options, shape: ModelConfig, sides: dict[str, Side], prompt: int, batch: int,
          rate: float) -> list[dict]:
-    """A row for each side at this prompt and batch, ours first."""
+    """The rows of the result at this prompt and batch: one for each side, ours first."""
     order = {"prompt": prompt, "rows": batch, "new": options.new, "cap_gib": 0}
     common = {"prompt": prompt, "rows": batch}
     read = step_bytes(shape, options.rank, batch, prompt + options.new / 2)
@@ -148,13 +153,13 @@ def parse(arguments):
     parser.add_argument("--model", default="7b5", choices=PUBLISHED, help="shape of "
                         "the model; its weights are random (default 7b5)")
     parser.add_argument("--card", metavar="NAME,…", help="compute the bounds of these GPUs "
-                        "(default t4,v100; on a computer with a GPU that one is measured)")
+                        "(default t4,v100; on a computer with a GPU, its GPU is measured)")
     parser.add_argument("--prompt", type=several(1, MOST_TOKENS), default=[128], metavar="N,…",
                         help="tokens in a prompt (default 128)")
     parser.add_argument("--batch", type=several(1, 1000), default=[1, 8], metavar="N,…",
                         help="prompts that are answered together (default 1,8)")
     parser.add_argument("--new", type=within(2, MOST_TOKENS), default=NEW, metavar="N",
-                        help=f"tokens to write for each prompt (default {NEW})")
+                        help=f"tokens to generate for each prompt (default {NEW})")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of activations (default fp16)")
     parser.add_argument("--rank", type=as_in_train("rank"), default=16, metavar="N",
@@ -169,13 +174,13 @@ def parse(arguments):
     names = dict(zip(("shipped", "static"), PEERS, strict=True))
     asked = [] if options.peers == "none" else options.peers.split(",")
     if not set(asked) <= set(names):
-        raise Refusal(f"--peers {options.peers}: shipped, static or none")
+        raise Refusal(f"--peers {options.peers}: must be shipped, static or none")
     options.peers = [names[name] for name in asked]
     check_fits(options, options.prompt)
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)
-    # options of other benches, needed for the name of the result
+    # the name of the result needs these options of other benches
     options.attention, options.optimizer = "auto", Config.optimizer
     options.label = None if options.new == NEW else f"{options.new}-tokens"
     return options

@@ -1,7 +1,7 @@
 """A side of decode.py in its own process: this engine, or transformers' generate with PEFT.
 
-Both load one checkpoint in NF4 and one adapter, and write the same number of tokens greedily after
-the same random prompts; no token ends an answer.
+Both load one checkpoint in NF4 and one adapter. They generate the same number of tokens greedily
+after the same random prompts. No token ends an answer.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from phogpt_raw.decode.engine import Engine
 from phogpt_raw.model.adapters import load_adapters, new_adapters
 from phogpt_raw.model.weights import PINNED_IDS, load_base
 
-NEVER = -1  # an end id that no token has
+NEVER = -1  # an end id that is no token's id, so that answers do not end early
 STEPS = 5  # steps under the profiler
 
 
 class Ours:
-    """The engine, with its steps as CUDA graphs."""
+    """This engine. Its steps run as CUDA graphs."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, rank: int):
         if not (folder / "adapters").exists():
@@ -38,8 +38,11 @@ class Ours:
         self.context_gib = context_gib()
 
     def run(self, prompt: int, rows: int, new: int) -> dict:
-        """Seconds until the first token of every row, and until the end of each later step, with an
-        engine of `rows` prompts."""
+        """Answer `rows` prompts of `prompt` tokens with `new` tokens each.
+
+        Returns {"ends": seconds from the start to the end of each step, "fused": whether the fused
+        kernels were used}. At the end of the first step every row has its first token.
+        """
         prompts = random_rows(self.model.config.vocab_size, rows, prompt, seed=0)
         began, ends = now(), []
         with Engine(self.model, eos_id=NEVER, pad_id=PINNED_IDS["pad"], rows=rows) as engine:
@@ -54,7 +57,7 @@ class Ours:
         return {"ends": ends, "fused": fast}
 
     def kernels(self, prompt: int, rows: int) -> dict:
-        """Seconds and number of each kind of kernel in a captured step of the engine, by name."""
+        """{name of a kernel: [seconds, number of calls]} in one captured step of the engine."""
         from torch.profiler import ProfilerActivity, profile
 
         prompts = random_rows(self.model.config.vocab_size, rows, prompt, seed=0)
@@ -73,7 +76,7 @@ class Ours:
                 for event in seen.key_averages() if event.self_device_time_total}
 
     def forward_s(self, prompt: int) -> float:
-        """Seconds of the forward of a training step over `prompt` tokens; the median of five."""
+        """Seconds of a training step's forward over `prompt` tokens: the median of five."""
         [ids] = random_rows(self.model.config.vocab_size, 1, prompt, seed=0)
         ids_BL, times = torch.tensor([ids], device="cuda"), []
         for p in self.model.parameters():
@@ -102,7 +105,7 @@ class Transformers:
         self.model = PeftModel.from_pretrained(model, folder / "adapters").eval()
 
     def run(self, prompt: int, rows: int, new: int, cache: str | None = None) -> dict:
-        """As Ours.run, for `generate`; cache: its cache_implementation."""
+        """Like Ours.run, with transformers' `generate`. cache: its cache_implementation."""
         from transformers import StoppingCriteria
 
         class Ends(StoppingCriteria):
@@ -124,8 +127,12 @@ class Transformers:
 
 
 def work(side, **order) -> dict:
-    """A run of a side, after a warm-up run: seconds to the first token, the median of the later
-    steps, and tokens/s of all rows, after the first token and over the whole."""
+    """Run a side after a warm-up run, and return its measurements.
+
+    first_s: seconds until the first token. step_s: median seconds of the later steps. whole_s:
+    seconds of the whole run. tokens_per_s: of all rows, after the first token.
+    whole_tokens_per_s: of all rows, over the whole run.
+    """
     if order.pop("forward", False):
         return {"forward_s": side.forward_s(**order)}
     if order.pop("kernels", False):

@@ -1,19 +1,19 @@
 """Bench of an epoch of short rows: seconds per example of train.py's loop and of the Trainer.
 
-    python bench/epoch.py --model 7b5 --save          on a GPU: measured
-    python bench/epoch.py --card t4,v100 --model 7b5  simulated, on any computer
-    python bench/epoch.py --data rows.jsonl           your rows
+    python bench/epoch.py --model 7b5 --save          measures on a GPU
+    python bench/epoch.py --card t4,v100 --model 7b5  simulates on any computer
+    python bench/epoch.py --data rows.jsonl           uses your rows
 
-The rows have random token ids and the lengths of 256 real pairs (lengths.json), with the loss on
-the answer. "Ours" is train.py with the values of the preset t4 (8 examples a step, packed, as CUDA
-graphs) on a card of --cap GiB. transformers' Trainer uses PEFT, bitsandbytes, gradient
-checkpointing and padding, set up as its users do. It takes 1 row at a time, 8 times a step, under
-the same cap; or several rows at once, grouped by length, without a cap.
+The rows have random token ids and the lengths of 256 real pairs (lengths.json). The loss is on the
+answers. "Ours" is train.py with the values of the preset t4: 8 examples a step, packed, as CUDA
+graphs. It may use --cap GiB. The Trainer is transformers' own, with PEFT, bitsandbytes, gradient
+checkpointing and padding, as its users set it up. With 1 row at a time and 8 micro-batches a step,
+it has the same cap. With several rows at once, grouped by length, it has no cap.
 
-`whole` is a run of one epoch in a new process. Compiling, capturing and warm-up are included;
-loading the weights and choosing the lengths of rows are not. `steady` is a time without warm-up:
-for ours the last of --epochs epochs of another run, for the Trainer the steps of its epoch after
-the first quarter.
+`whole` is the time of a run of one epoch in a new process. It includes compiling, capturing and
+warm-up. It does not include loading the weights and choosing the lengths of rows. `steady` is a
+time without warm-up. For ours it is the last epoch of another run of --epochs epochs. For the
+Trainer it is its epoch without the first quarter of the steps.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def random_examples(vocabulary: int) -> list[Example]:
 
 
 def config_of(options) -> Config:
-    """The preset t4 with the values of the flags, without saving and evaluating during the run."""
+    """The preset t4, overridden by the flags. The run neither saves nor evaluates."""
     quiet = {"eval_every": 0, "save_every": 0}
     named = ("model", "data", "dtype", "rank", "packing", "batch_tokens", "recompute", "loss_mib",
              "epochs", "max_len")
@@ -60,8 +60,10 @@ def config_of(options) -> Config:
 
 
 def examples_of(options, config: Config) -> list[Example]:
-    """The rows of --data, or random ones. Raises Refusal where the model lacks a token, or a row is
-    longer than a window."""
+    """The rows of --data, or random rows.
+
+    Raises Refusal if a token id is unknown to the model, or if a row is too long for a step.
+    """
     vocabulary = shape_of(options.model).vocab_size
     if not options.data:
         examples = random_examples(vocabulary)
@@ -69,8 +71,8 @@ def examples_of(options, config: Config) -> list[Example]:
         examples, named = dataset_time.read_file(options, config)
         largest = max(max(e.ids) for e in examples)
         if largest >= vocabulary:
-            raise Refusal(f"--tokenizer {named}: gives token {largest}, and {options.model} has "
-                          f"{vocabulary:,}; name the tokenizer of that model")
+            raise Refusal(f"--tokenizer {named}: gives token {largest}, but {options.model} has "
+                          f"only {vocabulary:,} tokens; name the tokenizer of that model")
     stream_of(examples, config)
     return examples
 
@@ -105,8 +107,8 @@ def measure(options, config: Config, examples: list[Example]) -> None:
         raise Refusal(f"--model {options.model}: only 7b5 and 4b can be measured, with random "
                       f"weights")
     if card.device == "cpu":
-        raise Refusal("epoch.py: the Trainer's paged optimizer needs a GPU, here is none; "
-                      "--card simulates")
+        raise Refusal("epoch.py: the Trainer's paged optimizer needs a GPU, and there is none "
+                      "here; --card t4 simulates a T4")
     if not 0 <= options.cap <= card.memory_gib:
         raise Refusal(f"--cap {options.cap:g}: {card.name} has {card.memory_gib:.1f} GiB")
     with tempfile.TemporaryDirectory() as temporary:
@@ -127,7 +129,7 @@ def measure(options, config: Config, examples: list[Example]) -> None:
 
 
 def trainers(text: str) -> list[int]:
-    """argparse's type for --trainer."""
+    """The function for argparse's `type` of --trainer."""
     return [] if text == "none" else several(1, 1000)(text)
 
 
@@ -136,9 +138,10 @@ def parse(arguments):
     parser.add_argument("--model", default="7b5", metavar="BASE", help="7b5 or 4b: that shape with "
                         "random weights; with --card also nano, a folder, a hub id (default 7b5)")
     parser.add_argument("--card", metavar="NAME,…", help="simulate these GPUs (default t4,v100; on "
-                        "a computer with a GPU that one is measured instead)")
+                        "a computer with a GPU, its GPU is measured instead)")
     parser.add_argument("--data", metavar="FILE",
-                        help="rows (default: random tokens with the lengths of lengths.json)")
+                        help="a file of rows (default: random tokens with the lengths of "
+                        "lengths.json)")
     parser.add_argument("--tokenizer", metavar="BASE", help="its tokenizer counts the tokens of "
                         "--data (default the model's; for 7b5 and 4b nano's)")
     parser.add_argument("--max-len", type=as_in_train("max_len"), default=1024, metavar="N",
@@ -159,18 +162,18 @@ def parse(arguments):
     parser.add_argument("--epochs", type=within(0.001, 1_000_000, float), default=4, metavar="X",
                         help="epochs of the run whose last epoch is the steady one (default 4)")
     parser.add_argument("--trainer", type=trainers, default=[1, 8, 16], metavar="N,…",
-                        help="rows that the Trainer takes at once; none: measure this loop only "
+                        help="rows in a micro-batch of the Trainer; none: measure this loop only "
                         "(default 1,8,16)")
     parser.add_argument("--pairs", type=within(1, 1000), default=1, metavar="N",
-                        help="how often both are measured in turn (default 1)")
+                        help="number of times that both are measured, in turns (default 1)")
     parser.add_argument("--cap", type=within(0, MOST_GIB, float), default=14.56, metavar="GIB",
-                        help="use only so much memory; 0: all (default 14.56, a T4's)")
+                        help="the most memory to use; 0: all (default 14.56, as on a T4)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)
-    # options of other benches, needed for the name of the result
+    # the name of the result needs these options of other benches
     options.attention, options.optimizer = "auto", Config.optimizer
     options.label = "-".join([*([] if options.packing else ["no-packing"]), *(
         [f"batch-tokens-{options.batch_tokens}"] if options.batch_tokens else [])]) or None

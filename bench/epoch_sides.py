@@ -1,9 +1,9 @@
 """A side of epoch.py in its own process: an epoch by train.py's loop, or by the Trainer.
 
-Both read the same token ids and start from one checkpoint and the same adapters. Both record the
-time when a step has ended and the GPU has finished. A step lasts from the end of the step before,
-which includes reading its rows; the first lasts from the start of the loop. The time of writing the
-adapter at the end is not counted.
+Both read the same token ids, and start from one checkpoint and the same adapters. Both record the
+time at the end of each step, after the GPU has finished. A step's time begins at the end of the
+step before, so it includes reading the rows. The first step's time begins at the start of the loop.
+The time of writing the adapter at the end is not counted.
 """
 
 import json
@@ -35,16 +35,20 @@ class Ours:
 
     def __init__(self, config: Config, examples: list[Example]):
         self.job = set_up(config, all_train(examples))
-        # includes the optimizer's pages if they are on the GPU; the cap is then slightly too small
+        # If the optimizer's pages are on the GPU, they are included. Then the cap is too small by
+        # their size.
         self.context_gib = context_gib() if self.job.card.device == "cuda" else 0.0
         start = Path(config.model) / "adapters"
         if not start.exists():
             self.job.adapters.save(start)
 
     def run(self, memory_gib: float) -> dict:
-        """A whole run on a card of memory_gib GiB (0: this card's): its steps, and the layout of
-        its last epoch."""
-        from train import train  # works here: this process starts in the repository's root
+        """Run train.py's loop; return the measurements of its steps and the layout of its last
+        epoch.
+
+        memory_gib: GiB of the card for which the run is planned; 0: the memory of this card.
+        """
+        from train import train  # found, because this process starts in the repository's root
 
         job = self.job
         if memory_gib:
@@ -76,7 +80,7 @@ class Ours:
 
 
 class Clock:
-    """A stand-in for train.py's display; it records the end of each step and the peaks so far."""
+    """Replaces train.py's display. It records the end of each step and the peak memory."""
 
     def __init__(self):
         self.ends, self.gib, self.reserved = [time.perf_counter()], [], []
@@ -94,8 +98,7 @@ class Clock:
         return durations(self.ends)
 
     def peaks(self) -> dict:
-        """Peak memory as in metrics.jsonl, with the activations that graphs save; empty on a
-        CPU."""
+        """Peak GiB as in metrics.jsonl, including activations saved by CUDA graphs; {} on a CPU."""
         if not self.gib:
             return {}
         return {"allocated_gib": max(self.gib), "reserved_gib": max(self.reserved)}
@@ -106,7 +109,7 @@ def durations(ends: list[float]) -> list[float]:
 
 
 class TrainersEpoch(Peer):
-    """The Trainer over rows padded to the longest of their micro-batch."""
+    """The Trainer. It pads each row to the longest row of its micro-batch."""
 
     def __init__(self, config: Config, examples: list[Example]):
         super().__init__(Path(config.model), DTYPES[config.dtype])
@@ -114,8 +117,10 @@ class TrainersEpoch(Peer):
         self.batch_size = config.batch_size
 
     def run(self, micro_batch: int) -> dict:
-        """One epoch of at least `batch_size` examples a step; several rows at once are grouped by
-        length."""
+        """Train one epoch with at least `batch_size` examples a step; return its measurements.
+
+        If a micro-batch has several rows, rows of similar length are grouped.
+        """
         from transformers import Trainer, TrainerCallback
 
         class Ends(TrainerCallback):
@@ -140,13 +145,15 @@ class TrainersEpoch(Peer):
 
 
 def trainer_row(example: Example) -> dict:
-    """In transformers' format: labels[i] is token i itself where it carries loss; the model shifts
-    them by one."""
+    """An example in transformers' format.
+
+    labels[i] is token i if this token carries loss. The model itself shifts the labels by one.
+    """
     return {"input_ids": example.ids, "labels": [IGNORED, *example.targets[:-1]]}
 
 
 class Padding:
-    """A collator that pads rows at the end to the longest; it counts the tokens."""
+    """A collator that pads each row at its end to the longest row. It counts the tokens."""
 
     def __init__(self):
         self.tokens, self.lengths = 0, set()
@@ -174,7 +181,7 @@ def read_examples(file: Path) -> list[Example]:
 
 
 def main() -> None:
-    """`ours` or `trainer`, the fields of a Config as JSON, a file of write_examples."""
+    """Arguments: `ours` or `trainer`, the fields of a Config as JSON, a file of write_examples."""
     name, fields, file = sys.argv[1:]
     config, examples = Config(**json.loads(fields)), read_examples(Path(file))
     kind = {"ours": Ours, "trainer": TrainersEpoch}[name]

@@ -30,7 +30,7 @@ def memory(found, rates: Rates, options) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    # letters as text; a fixed salt, so that the same figure is the same file
+    # write letters as text; use a fixed salt, so that the same figure gives the same file
     matplotlib.rcParams.update({"svg.hashsalt": "phogpt", "svg.fonttype": "none"})
     times, areas, phases = over_time(found, rates)
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
@@ -61,8 +61,10 @@ def memory(found, rates: Rates, options) -> str:
 
 
 def over_time(found, rates: Rates) -> tuple[list[float], dict[str, list[float]], dict[str, float]]:
-    """(seconds, {area: GiB at these}, {phase: its first second}); each of BINS bins has its
-    peak."""
+    """Return (seconds, {area: GiB at these seconds}, {phase: second of its start}).
+
+    Time is divided into BINS bins. Each bin has the values at its peak.
+    """
     ends, now = [], 0.0
     for op in found.trace.ops:
         now += (op_seconds(op, rates, 0) + op_seconds(op, rates, 1)) / 2

@@ -33,7 +33,8 @@ def kernels(bench, window) -> tuple[dict[str, float], int]:
 
 
 def family(kernel: str) -> str:
-    """
+    """The family of a kernel, by its name.
+
     >>> family("void cublasLt::splitKreduce_kernel<32>"), family("fmha_cutlassF_f16_aligned")
     ('matmul', 'attention')
     """
@@ -41,8 +42,10 @@ def family(kernel: str) -> str:
 
 
 def ceiling(dtype: torch.dtype, size: int = 8192, seconds: float = 2.0) -> dict[str, float]:
-    """FLOP/s of size³ matmuls on this GPU: `short` for ten after a rest, `sustained` once it is
-    warm."""
+    """FLOP/s of matmuls of two size x size matrices on this GPU.
+
+    `short` is the rate of the first ten matmuls. `sustained` is the rate after the GPU is warm.
+    """
     a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
 
     def rate(count: int) -> float:

@@ -59,14 +59,18 @@ class Bench:
                          self.options.documents)
 
     def described(self) -> dict:
-        """What a result says in addition to its rows: attention kernel, cap, GiB left for torch."""
+        """The fields of a result beside its rows: attention kernel, cap, GiB that torch may use."""
         several = {"documents": self.options.documents} if self.options.documents > 1 else {}
         return {"attention": self.options.attention, **several, "loss_mib": self.options.loss_mib,
                 "cap_gib": self.options.cap or None, "cap_for_torch_gib": self.cap_for_torch}
 
     def cap(self) -> float | None:
-        """Limit torch to --cap less CUDA's context and the optimizer's pages, which torch does not
-        count; returns the remaining GiB."""
+        """Limit torch's memory so that the whole process uses --cap GiB; return torch's limit in
+        GiB.
+
+        CUDA's context and the optimizer's pages are subtracted from --cap, because torch does not
+        count them.
+        """
         if not self.options.cap or self.card.device == "cpu":
             return None
         pages = paged_bytes(self.training.optimizer) / 2**30
@@ -79,7 +83,10 @@ class Bench:
         return left
 
     def begin(self, setting: Setting, *, capture: bool) -> None:
-        """Set micro-batch and recompute; eager, or as graphs from the second step on."""
+        """Prepare steps with the micro-batch and recompute of a setting.
+
+        They run eagerly. With capture=True they run as CUDA graphs from the second step on.
+        """
         limits, depth = self.training.limits, Config(recompute=setting.recompute)
         limits.micro_batch = setting.micro_batch
         limits.recompute = depth.blocks_to_recompute(self.model.config.n_layers)
@@ -87,18 +94,22 @@ class Bench:
         self.training.forward = forward_of(self.model, self.adapters, limits)
 
     def run(self, window: Window, mark=unmarked) -> StepStats:
-        """One optimizer step; raises torch.OutOfMemoryError where memory is too small."""
+        """Run one optimizer step. Raises torch.OutOfMemoryError if memory is too small."""
         return train_step(self.training, window, mark)
 
     def rows(self, settings: list[Setting], measure):
-        """Yields (setting, measure(bench, setting, window)) for each; the second is None if out of
-        memory."""
+        """Yield (setting, measure(bench, setting, window)) for each setting.
+
+        The second value is None if the measurement ran out of memory.
+        """
         for setting in settings:
             yield setting, self.attempt(measure, setting, self.window(setting))
 
     def attempt(self, measure, setting: Setting, window: Window):
-        """measure(bench, setting, window), or None if it runs out of memory. Frees what it used on
-        the GPU."""
+        """The result of measure(bench, setting, window), or None if it runs out of memory.
+
+        Afterwards its GPU memory is free again.
+        """
         self.model.train()
         try:
             with ATTENTION[self.options.attention]():
@@ -113,25 +124,25 @@ class Bench:
         return result
 
     def release(self) -> None:
-        """Free the graphs and cuBLAS's workspaces; each stream has one, and graphs have their own
-        stream."""
+        """Free the graphs and cuBLAS's workspaces. Each CUDA stream has a workspace, and graphs
+        have their own stream."""
         self.training.forward = self.model
         free_matmul_workspaces()
 
     @property
     def captured(self) -> bool:
-        """Whether the steps run as graphs: requested, possible, and every shape captured."""
+        """True if the steps run as CUDA graphs and every shape has been captured."""
         graphs = getattr(self.training.forward, "graphs", {})
         return bool(graphs) and all(graphs.values())
 
 
 def context_gib() -> float:
-    """GPU memory in use outside torch's allocator: CUDA's context, other processes."""
+    """GiB of GPU memory in use outside torch's allocator: CUDA's context and other processes."""
     return device_gib() - torch.cuda.memory_reserved() / 2**30
 
 
 def limit_torch_to(gib: float) -> None:
-    """Limit torch's allocator to `gib` GiB; 0: no limit."""
+    """Limit torch's allocator to `gib` GiB. 0 removes the limit."""
     _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total if gib else 1.0)
 
@@ -141,8 +152,11 @@ def limit_torch_to(gib: float) -> None:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peak GiB of an eager step by phase and kind; its loss; what its graphs reserve (None where it
-    does not run as graphs)."""
+    """The peak memory of a step.
+
+    by_phase: {phase: {kind: GiB}} of the eager step. loss: its loss. graphs: GiB that its CUDA
+    graphs reserve, or None if it does not run as graphs.
+    """
 
     by_phase: dict[str, dict[str, float]]
     loss: float
@@ -150,7 +164,8 @@ class Peaks:
 
 
 def peaks(bench: Bench, setting: Setting, window: Window) -> Peaks:
-    """Measure the second eager step: in the first, libraries allocate what they keep."""
+    """Measure the second eager step. In the first step, libraries allocate memory that they keep.
+    """
     bench.begin(setting, capture=False)
     bench.run(window)
     meter = MemoryMeter()
@@ -159,8 +174,10 @@ def peaks(bench: Bench, setting: Setting, window: Window) -> Peaks:
 
 
 def graph_memory(bench: Bench, setting: Setting, window: Window) -> dict[str, float] | None:
-    """GiB reserved once the step runs as graphs, and the peak before that (the first step is
-    eager); None where it does not run as graphs, or does not fit."""
+    """GiB that torch reserves when the step runs as CUDA graphs, and the peak up to that point.
+
+    The first step is eager. Returns None if the step does not run as graphs, or does not fit.
+    """
     bench.begin(setting, capture=bench.options.capture)
     if bench.training.forward is bench.model:
         return None
@@ -182,8 +199,12 @@ def graph_memory(bench: Bench, setting: Setting, window: Window) -> dict[str, fl
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds by phase of each timed step; whether it ran as graphs; its matmul FLOPs; seconds and
-    number of kernels in one further step."""
+    """The times of a step.
+
+    phases: {phase: seconds} of each timed step. captured: whether it ran as CUDA graphs. flops:
+    matmul FLOPs of a step. kernels_s: {family: seconds} of the kernels of one more step. kernels:
+    their number.
+    """
 
     phases: list[dict[str, float]]
     captured: bool
@@ -199,7 +220,7 @@ def times(bench: Bench, setting: Setting, window: Window) -> Times:
 
 
 def phase_times(bench: Bench, setting: Setting, window: Window) -> list[dict[str, float]]:
-    """Seconds by phase of each of --steps steps, after --warmup untimed ones."""
+    """{phase: seconds} of each of --steps steps. --warmup untimed steps run before them."""
     bench.begin(setting, capture=bench.options.capture)
     for _ in range(bench.options.warmup):
         bench.run(window)
@@ -216,15 +237,18 @@ def step_times(phases: list[dict[str, float]]) -> list[float]:
 
 
 def median_step(bench: Bench, setting: Setting, window: Window) -> float | None:
-    """Median seconds of a step over `window`; None where it does not fit in memory."""
+    """Median seconds of a step over `window`, or None if it does not fit in memory."""
     phases = bench.attempt(phase_times, setting, window)
     return phases and statistics.median(step_times(phases))
 
 
 def flops(bench: Bench, setting: Setting, window: Window) -> float:
-    """Matmul FLOPs of a step: 4 for each weight of the blocks and token (6 where recomputed, for
-    the second forward), 4 for each weight of the head and supervised row. Frozen weights have no
-    gradient."""
+    """Matmul FLOPs of a step.
+
+    A token costs 4 FLOPs for each weight of a block: 2 in forward, and 2 in backward for the
+    gradient of the activations. Frozen weights need no gradient. In a recomputed block a token
+    costs 6, because forward runs twice. A supervised row costs 4 for each weight of the head.
+    """
     config = bench.model.config
     block = (4 + 2 * config.expansion_ratio) * config.d_model**2
     recomputed = bench.training.limits.recompute / config.n_layers

@@ -1,11 +1,11 @@
-"""Bench of memory: the peak of a training step. Will it fit?
+"""Bench of memory: the peak of a training step. It shows which settings fit a GPU.
 
     python bench/memory.py                         7B5 on a T4 and a V100
     python bench/memory.py --card t4 --model 4b --seq-len 4096,8192
-    python bench/memory.py --measured --cap 14.56  on this GPU, as a T4
+    python bench/memory.py --measured --cap 14.56  on this GPU, with the memory of a T4
 
-The step is train.py's own. Without a GPU it is simulated for each card, on tensors without values.
-On a GPU it is measured, and simulated for comparison.
+The step is train.py's own. Without a GPU, the step is simulated for each card, on tensors without
+values. On a GPU, the step is measured, and simulated for comparison.
 """
 
 from dataclasses import asdict, replace
@@ -17,11 +17,11 @@ from phogpt_raw.cards import Card, dtype_name
 from phogpt_raw.refusal import exits_cleanly
 from phogpt_raw.show.console import out
 
-LONGEST = 16_384  # tokens; longer rows are not tried
+LONGEST = 16_384  # tokens of the longest row that is simulated
 
 
 def measure(options) -> None:
-    """Print a table of this machine's peaks, on a GPU beside the simulated ones."""
+    """Print a table of this machine's peaks. On a GPU it shows the simulated peaks too."""
     bench = Bench(options)
     out.print(report.remark(bench))
     gpu = bench.card.device == "cuda"
@@ -44,8 +44,11 @@ def measure(options) -> None:
 
 
 def simulate(options) -> None:
-    """Print a table for each card of --card; then a ledger and a figure for the most tokens that
-    fit it in rows no longer than the model was made for."""
+    """Print a table for each card of --card. Then show one step in a ledger and in a figure.
+
+    This step has the most tokens of all steps that fit the card. Its rows are not longer than the
+    model's context.
+    """
     shown: dict[str, OnCard] = {}
     for card, rates, traces in cards(options):
         found = [traces.on(card, setting) for setting in options.settings]
@@ -73,7 +76,7 @@ def simulate(options) -> None:
 
 
 def longest_row(traces: Traces, card: Card, found: list[OnCard], step: int = 512) -> int:
-    """Tokens of the longest row, in steps of `step`, that fits with all blocks recomputed."""
+    """Tokens of the longest row that fits if all blocks are recomputed, exact to `step` tokens."""
     def fits(length: int) -> bool:
         return traces.on(card, replace(found[0].setting, seq_len=length, recompute="all")).fits
 

@@ -1,7 +1,7 @@
 """For the benches: a stopwatch and a memory meter, passed to train_step as `mark`.
 
-`mark(phase)` ends the phase before and begins a new one. Time and memory need separate runs: to
-read a peak the host must wait for the GPU, which takes time.
+`mark(phase)` ends the current phase and starts a new one. Time and memory need separate runs. To
+read a peak, the host must wait for the GPU, and this wait would be measured as time.
 """
 
 import time
@@ -12,7 +12,8 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by phase, summed over a step: CUDA events on a GPU, the host's clock elsewhere."""
+    """Seconds by phase, summed over a step. It uses CUDA events on a GPU, and otherwise the host's
+    clock."""
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
@@ -27,7 +28,8 @@ class Stopwatch:
         self.points.append((phase, now))
 
     def read(self) -> dict[str, float]:
-        """End the last phase, wait for the GPU, and return seconds by phase; then start again."""
+        """End the last phase, wait for the GPU, and return {phase: seconds}. Reset the stopwatch.
+        """
         self("end")
         if self.cuda:
             torch.cuda.synchronize()
@@ -39,17 +41,18 @@ class Stopwatch:
 
 
 def device_gib() -> float:
-    """GPU memory in use by all processes, as the driver reports it."""
+    """GiB of GPU memory that all processes use, as the driver reports it."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**30
 
 
 class MemoryMeter:
-    """Peak GiB by phase: allocated and reserved by torch, and used on the whole device.
+    """Peak GiB by phase: allocated by torch, reserved by torch, and used on the whole device.
 
-    The last is what the driver reports at the phase's end, with CUDA context, paged optimizer state
-    and other programs. torch releases nothing within a phase, so that is the phase's peak too.
-    Without a GPU it is the process's resident memory at each phase's end.
+    The driver reports the device's memory at the end of the phase. It includes CUDA's context, the
+    optimizer's pages and other programs. torch releases no memory within a phase, so this value is
+    also the phase's peak. Without a GPU, the meter reads the process's resident memory at the end
+    of each phase.
     """
 
     def __init__(self):
@@ -77,7 +80,7 @@ class MemoryMeter:
         }
 
     def read(self) -> dict[str, dict[str, float]]:
-        """End the last phase and return {phase: {kind: peak GiB}}; then start again."""
+        """End the last phase and return {phase: {kind: peak GiB}}. Reset the meter."""
         self("end")
         peaks, self.peaks, self.phase = self.peaks, {}, None
         return peaks

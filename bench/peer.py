@@ -1,4 +1,4 @@
-"""Bench of steps: this loop against transformers' Trainer + PEFT + bitsandbytes.
+"""Bench of steps: this loop compared with transformers' Trainer, PEFT and bitsandbytes.
 
     python bench/peer.py --model 7b5 --work 1x512,1x1024,1x2048 --save
     python bench/peer.py --work 8x512 --dtype bf16 --cap 0 --loss-mib 1024
@@ -8,8 +8,8 @@ train on the same tokens. The biases are zero, because transformers' MPT has non
 the same function. First both train --losses steps from the same start, and their losses are
 compared. Then their steps are timed in turns: the Trainer, this loop, the Trainer, and so on.
 
-The Trainer is set up as its users do: gradient checkpointing, paged_adamw_8bit, mixed precision,
-LoRA on all four linears. The GPU needs memory for both at once.
+The Trainer is set up as its users set it up: gradient checkpointing, paged_adamw_8bit, mixed
+precision, LoRA on all four linears. The GPU needs memory for both sides at once.
 """
 
 import re
@@ -32,13 +32,14 @@ from phogpt_raw.show.console import out
 
 
 def adapter_weights(shape: ModelConfig, rank: int) -> int:
-    """Number of LoRA's weights on the four linears of every block."""
+    """The number of LoRA weights on the four linears of all blocks."""
     d, wide = shape.d_model, shape.expansion_ratio * shape.d_model
     return shape.n_layers * rank * ((d + 3 * d) + (d + d) + 2 * (d + wide))
 
 
 def compare(work: str, sides: dict[str, Side], options, cap_gib: float) -> dict:
-    """A row of the result: losses from one start, then timed runs of both sides in turns."""
+    """A row of the result: the losses from the same start, and timed runs of both sides in turns.
+    """
     micro_batch, seq_len = (int(part) for part in work.split("x"))
     order = {"micro_batch": micro_batch, "seq_len": seq_len, "recompute": options.recompute}
     ours, peer = sides["ours"], sides["peer"]
@@ -70,7 +71,10 @@ def compare(work: str, sides: dict[str, Side], options, cap_gib: float) -> dict:
 
 
 def summary(row: dict) -> dict:
-    """Medians over the pairs: seconds and GiB of each side, and how many times faster ours is."""
+    """Medians over the pairs: seconds and GiB of each side, and the speedup of ours.
+
+    It also has the largest difference of a loss, of each side to our eager steps.
+    """
     pairs = row["pairs"]
     found = {}
     for name in ("peer", "ours", "eager"):
@@ -98,7 +102,7 @@ def parse(arguments):
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of activations (default fp16)")
     parser.add_argument("--cap", type=within(0, MOST_GIB, float), default=14.56, metavar="GIB",
-                        help="use only so much memory; 0: all (default 14.56, a T4's)")
+                        help="the most memory to use; 0: all (default 14.56, as on a T4)")
     parser.add_argument("--recompute", default="none", metavar="all,none,N",
                         help="blocks that this loop recomputes (default none)")
     parser.add_argument("--rank", type=as_in_train("rank"), default=16, metavar="N",
@@ -109,18 +113,18 @@ def parse(arguments):
     parser.add_argument("--losses", type=within(1, MOST_STEPS), default=50, metavar="N",
                         help="steps whose losses are compared (default 50)")
     parser.add_argument("--pairs", type=within(1, 1000), default=3, metavar="N",
-                        help="how often both are measured in turn (default 3)")
+                        help="number of times that both are measured, in turns (default 3)")
     parser.add_argument("--steps", type=within(1, MOST_STEPS), default=8, metavar="N",
                         help="timed steps in each turn (default 8)")
     parser.add_argument("--warmup", type=within(0, MOST_STEPS), default=4, metavar="N",
-                        help="steps before them (default 4)")
+                        help="untimed steps before the timed ones (default 4)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
     if not re.fullmatch(r"[1-9]\d{0,6}x[1-9]\d{0,6}(, ?[1-9]\d{0,6}x[1-9]\d{0,6})*", options.work):
         raise Refusal(f"--work {options.work}: rows x tokens, such as 1x512,8x512")
     if not re.fullmatch(r"all|none|\d+", options.recompute):
         raise Refusal(f"--recompute {options.recompute}: all, none or a number of blocks")
-    # options of other benches, needed for the name of the result
+    # the name of the result needs these options of other benches
     options.attention, options.label, options.optimizer = "auto", None, Config.optimizer
     return options
 
@@ -129,10 +133,10 @@ def parse(arguments):
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.model not in PUBLISHED:
-        raise Refusal(f"--model {options.model}: 7b5 or 4b")
+        raise Refusal(f"--model {options.model}: must be 7b5 or 4b")
     card = this_card()
     if card.device == "cpu":
-        raise Refusal("peer.py: the Trainer's paged optimizer needs a GPU, here is none")
+        raise Refusal("peer.py: the Trainer's paged optimizer needs a GPU, and there is none here")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / options.model
         folder.mkdir()
@@ -145,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         cap = options.cap and options.cap - beside
         if cap:
             out.print(f"cap: {options.cap:g} GiB less {beside:.2f} for CUDA's context and the "
-                      f"optimizer's pages, which torch does not see")
+                      f"optimizer's pages, which torch does not count")
         rows = []
         for work in options.work.split(","):
             row = compare(work, sides, options, cap)
@@ -158,9 +162,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"seconds a step, medians of {options.pairs} pairs of runs of {options.steps} steps, "
         f"{options.model}, {options.dtype}, rank {options.rank}",
         ["work", "peer", "GiB", "ours", "GiB", "faster", "eager", "faster", "losses apart"],
-        caption="GiB allocated at the peak. faster: the peer's seconds over ours, in turns. losses "
-                f"apart: captured, peer against eager, at most over {options.losses} steps. * the "
-                "peer does not fit under the cap and ran without")
+        caption="GiB allocated at the peak. faster: the peer's seconds divided by ours. losses "
+                f"apart: largest difference to the eager losses in {options.losses} steps, of ours "
+                "captured and of the peer. * the peer does not fit under the cap and ran without "
+                "it")
     for row in rows:
         found = row["summary"]
         cells = [f"{found[k]:{spec}}" if k in found else "out of memory" for k, spec in (

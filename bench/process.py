@@ -1,8 +1,8 @@
 """For peer.py, epoch.py and decode.py: run a side of a comparison in its own process.
 
-The bench starts `python -m <module> …` as a `Side`; that module ends in `serve`. Requests and
-results are lines of JSON. No measurement includes the time to start a process and to load its
-weights, and no side's memory counts for another.
+The bench starts `python -m <module> …` as a `Side`. At its end that module calls `serve`. Requests
+and results are lines of JSON. The measurements do not include the time to start a process and to
+load its weights. The memory of each side is measured separately.
 """
 
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Side:
-    """A side's process; context_gib: GPU memory that it uses outside torch's allocator."""
+    """The process of a side. context_gib: GiB of the GPU that it uses outside torch's allocator."""
 
     def __init__(self, name: str, module: str, *arguments: str, **environment: str):
         self.name = name
@@ -50,10 +50,11 @@ class Side:
 
 
 def serve(make: Callable, run: Callable[..., dict]) -> None:
-    """Answer each request on standard input with run(side, **request) and its peaks on standard
-    output.
+    """Read requests from standard input, call run(side, **request) for each, and write its result
+    and its peak GiB to standard output.
 
-    make: builds the side. `cap_gib` in a request: what torch may allocate; 0: no limit.
+    make: a function that builds the side. `cap_gib` in a request: the GiB that torch may allocate;
+    0: no limit.
     """
     answers, sys.stdout = sys.stdout, sys.stderr
     side = make()
@@ -74,6 +75,6 @@ def serve(make: Callable, run: Callable[..., dict]) -> None:
 
 
 def now() -> float:
-    """Seconds of the host's clock, after waiting for the GPU."""
+    """Wait for the GPU; return the seconds of the host's clock."""
     torch.cuda.synchronize()
     return time.perf_counter()

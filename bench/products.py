@@ -1,11 +1,12 @@
-"""Bench of products of a few rows with a 4-bit matrix: bitsandbytes' kernels and ours.
+"""Bench of the product of a few rows with a 4-bit matrix: bitsandbytes' kernels and ours.
 
     python bench/products.py --save                  on a GPU
     python bench/products.py --model 4b --rows 1,2
 
-It measures every matrix shape of a model: microseconds of one product in a replayed CUDA graph,
-bias included. The calls use more copies of the matrix than the GPU's cache holds, in turn, like the
-layers of a model. TB/s: of the matrix's 4 bits and scales.
+For every matrix shape of a model, it measures the microseconds of one product with bias, in a
+replayed CUDA graph. The calls use several copies of the matrix in turns, like the layers of a
+model. The copies together are larger than the GPU's cache. TB/s is the rate of reading the matrix's
+4-bit values and scales.
 """
 
 import statistics
@@ -24,13 +25,12 @@ from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
 
-CACHE = 300e6  # bytes; more than any GPU's cache
+CACHE = 300e6  # bytes; larger than the cache of any GPU
 REPLAYS = 7
 
 
 def replayed_s(run, calls: int) -> float:
-    """Seconds of one call among run(0), run(1), … in a CUDA graph, the median of several
-    replays."""
+    """Seconds of one call of run(0), run(1), … in a CUDA graph: the median of REPLAYS replays."""
     run(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -51,7 +51,7 @@ def replayed_s(run, calls: int) -> float:
 
 @torch.no_grad()
 def measure(out_features: int, width: int, rows: list[int], dtype: torch.dtype) -> list[dict]:
-    """The results at this shape, one for each number of rows."""
+    """The rows of the result for a matrix of this shape, one for each number of rows in `rows`."""
     size = NF4_BYTES * out_features * width
     layers = []
     for _ in range(max(2, int(CACHE / size))):
@@ -74,14 +74,14 @@ def measure(out_features: int, width: int, rows: list[int], dtype: torch.dtype) 
 def parse(arguments):
     parser = Parser(usage="%(prog)s [options]", description=__doc__)
     parser.add_argument("--model", default="7b5", choices=PUBLISHED,
-                        help="the model whose matrices have these shapes (default 7b5)")
+                        help="the model whose matrix shapes are used (default 7b5)")
     parser.add_argument("--rows", type=several(1, MOST), default=[1, 2, 4, 8, 16], metavar="N,…",
                         help="rows that are multiplied with a matrix (default 1,2,4,8,16)")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of the rows (default fp16)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    # options of other benches, needed for the name of the result
+    # the name of the result needs these options of other benches
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     options.rank = Config.rank
     return options
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     card, shape = this_card(), PUBLISHED[options.model]
     if card.device == "cpu":
-        raise Refusal("products.py: the kernels need a GPU, here is none")
+        raise Refusal("products.py: the kernels need a GPU, and there is none here")
     d, wide = shape.d_model, shape.expansion_ratio * shape.d_model
     rows = [row for size in ((3 * d, d), (d, d), (wide, d), (d, wide))
             for row in measure(*size, options.rows, DTYPES[options.dtype])]

@@ -20,14 +20,14 @@ def random_tensors(
     dtype: torch.dtype = torch.bfloat16,
     zero_biases: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter of the shape, each created when it is requested.
+    """Yield (name, tensor) of every parameter of the shape. Each tensor is created when needed.
 
-    Matrices are normal with standard deviation 0.02. Biases and norms are random too (deviation
-    0.1, norm weights around 1), so that a test notices a lost one. zero_biases=True gives biases of
-    0 and norm weights of 1, as in an untrained model.
+    Matrices have normal values with standard deviation 0.02. Biases and norms are random too, so
+    that a test notices if one is lost. Their standard deviation is 0.1, and norm weights have mean
+    1. zero_biases=True gives biases of 0 and norm weights of 1, as in an untrained model.
 
-    The values depend on `seed` and on the kind of device. They are drawn in fp32: the largest
-    tensor, the embedding, temporarily needs 4 bytes per element (4.1 GB for 7B5).
+    The values depend on `seed` and on the kind of device. They are drawn in fp32. So the embedding,
+    the largest tensor, temporarily needs 4 bytes per element (4.1 GB for 7B5).
     """
     generator = torch.Generator(device).manual_seed(seed)
     for name, size in parameter_shapes(shape).items():
@@ -47,7 +47,7 @@ def random_tensor(name: str, size: torch.Size, generator: torch.Generator) -> to
 
 
 def random_base(shape: ModelConfig, dtype: torch.dtype, device: str) -> PhoGPT:
-    """A frozen PhoGPT with random NF4 weights: as large and as fast as a trained one."""
+    """A frozen PhoGPT with random NF4 weights. It is as large and as fast as a trained model."""
     with torch.device("meta"):
         phogpt = PhoGPT(shape)
     for name, tensor in random_tensors(shape, seed=0, device=device):
@@ -56,15 +56,16 @@ def random_base(shape: ModelConfig, dtype: torch.dtype, device: str) -> PhoGPT:
 
 
 def random_rows(vocabulary: int, rows: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Rows of random token ids, without the special ones."""
+    """Rows of random token ids, without the ids of special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, vocabulary, (rows, length), generator=generator).tolist()
 
 
 def window_of(rows: list[list[int]], documents: int = 1) -> Window:
-    """A window of rows of token ids; all but the first of each document carry loss.
+    """An accumulation window of rows of token ids.
 
-    Each row is cut into `documents` documents of equal length; the remainder is padding.
+    Each row is cut into `documents` documents of equal length. The rest of the row is padding. All
+    tokens of a document except its first carry loss.
     """
     length = len(rows[0]) // documents
     pieces = [ids[n * length : (n + 1) * length] for ids in rows for n in range(documents)]

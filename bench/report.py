@@ -28,14 +28,14 @@ def work(row: dict) -> str:
 
 
 def remark(bench: Bench) -> str:
-    """The line above a table: what was measured, and where."""
+    """The text above a table. It names the card, the model and the limit of memory."""
     line = f"measured on {bench.card.name}, {bench.options.model}, " \
            f"{dtype_name(bench.dtype)}, rank {bench.options.rank}"
     if bench.cap_for_torch:
         line += f"\nunder {bench.options.cap:g} GiB: {bench.cap_for_torch:.2f} for torch, the " \
-                "rest for CUDA's context and the optimizer's pages, which torch does not see"
+                "rest for CUDA's context and the optimizer's pages, which torch does not count"
     if bench.card.device == "cpu":
-        line += "\nno GPU here: this shows that the bench runs and says nothing about a card"
+        line += "\nno GPU here: these values are for a test of the bench, not for a card"
     return line
 
 
@@ -46,8 +46,8 @@ def measured_memory(rows: list[dict], gpu: bool) -> Table:
     columns = ["work", "recomp.", "allocated", "simul.", "apart", "reserved", "simul.", "apart",
                "device", "graphs", "at most"] if gpu else ["work", "recomp.", "resident"]
     made = table("peak GiB of a step", columns, caption=(
-        "device: with CUDA's context and the optimizer's pages; graphs: reserved once the step "
-        "runs as CUDA graphs, and at most on the way there" if gpu else None))
+        "device: with CUDA's context and the optimizer's pages; graphs: reserved when the step "
+        "runs as CUDA graphs; at most: the peak while they are captured" if gpu else None))
     for row in rows:
         cells = ["out of", "memory"]
         if row["fits"]:
@@ -78,13 +78,16 @@ def simulated_memory(rows: list[dict]) -> Table:
 
 
 def ledger(shown: dict[str, OnCard]) -> Table:
-    """What is alive at the peak, by kind, and what torch does not count; a column for each GPU."""
+    """A table of the memory at the peak, by kind, with a column for each GPU.
+
+    It includes memory that torch does not count.
+    """
     made = table("GiB by kind at the peak", ["kind", *(
         f"{card.split('-')[0]}, {f.setting.micro_batch} x {f.setting.seq_len}"
         for card, f in shown.items())], caption=(
         "rounding, fragmentation: of the simulated allocator; pages: the optimizer's moments, in "
-        "managed memory, which torch does not count; context: measured on an H200, smaller cards "
-        "take less; matmul workspace: what torch takes for cuBLAS"))
+        "managed memory, which torch does not count; context: measured on an H200, smaller on "
+        "smaller cards; matmul workspace: memory that torch allocates for cuBLAS"))
     rows = [f.memory_row() for f in shown.values()]
 
     def line(name: str, values) -> None:
@@ -107,15 +110,18 @@ def ledger(shown: dict[str, OnCard]) -> Table:
 
 
 def measured_time(rows: list[dict], steps: int, limit: dict | None) -> list[Table]:
-    """The measured times; on a GPU (limit: its matmul FLOP/s) also a table of the kernels."""
+    """The table of measured times. On a GPU a table of kernels follows.
+
+    limit: the GPU's matmul FLOP/s, or None on a CPU.
+    """
     known = any("simulated_s" in row for row in rows)
     made = table(
         f"milliseconds, medians of {steps} steps",
         ["work", "recomp.", "forward", "backward", "clip", "optim.", "step", "20 %", "80 %",
          "tokens/s", *(["of matmul"] if limit else []), *(["simul.", "apart"] if known else [])],
         caption="20 % and 80 %: quantiles of the step" + (
-            f"; of matmul: the step's matmul FLOPs a second, of {limit['sustained'] / 1e12:.0f} "
-            f"TFLOP/s that this card holds ({limit['short'] / 1e12:.0f} for a moment)"
+            f"; of matmul: the step's matmul FLOP/s as a share of {limit['sustained'] / 1e12:.0f} "
+            f"TFLOP/s, which this card sustains ({limit['short'] / 1e12:.0f} for a short time)"
             if limit else ""),
     )
     split = table("milliseconds of kernels in one step, by kind",
@@ -142,8 +148,8 @@ def measured_time(rows: list[dict], steps: int, limit: dict | None) -> list[Tabl
 def simulated_time(rows: list[dict], rates: Rates) -> Table:
     made = table("seconds of a step", [
         "work", "recomp.", "fits", "TFLOP", "GB", "seconds", "tokens/s", "s/example"],
-        caption=f"GB: read and written. *: eagerly (--no-capture) Python is slower than this "
-                f"card. Rates: {rates.source}")
+        caption=f"GB: read and written. *: without CUDA graphs (--no-capture), Python is slower "
+                f"than this card. Rates: {rates.source}")
     for row in rows:
         made.add_row(
             work(row), str(row["blocks_recomputed"]), "yes" if row["fits"] else "no",
@@ -157,7 +163,8 @@ def simulated_time(rows: list[dict], rates: Rates) -> Table:
 
 
 def who(row: dict) -> str:
-    """
+    """The name of a side, with its settings.
+
     >>> who({"who": "ours", "packing": False}), who({"who": "trainer", "micro_batch": 8})
     ('this loop, not packed', 'Trainer, 8 at once')
     """
@@ -168,16 +175,17 @@ def who(row: dict) -> str:
 
 
 def seconds_of(value) -> str:
-    """A measured time with three digits, a simulated one as a range."""
+    """The text of a measured time, with three digits, or of a simulated time, as a range."""
     return span(value) if isinstance(value, list) else f"{value:.3g}"
 
 
 def epoch(rows: list[dict], title: str, cap: float = 0) -> Table:
-    """A row for each side; cap: GiB that a run had to stay under, 0: none."""
+    """A table with a row for each side. cap: limit of memory in GiB; 0: no limit."""
     made = table(title, ["", "rows", "examples", "fill", "steady", "whole", "GiB", "times"],
-                 caption="rows: through the model in an epoch; examples: in a row; fill: what is "
-                 "not padding; seconds per example, GiB allocated; times: faster than the Trainer "
-                 "with 1 at once" + (f". *: not under {cap:g} GiB" if cap else ""))
+                 caption="rows: in an epoch; examples: in a row; fill: share of tokens that are "
+                 "not padding; steady, whole: seconds per example; GiB: allocated; times: how many "
+                 "times faster than the Trainer with 1 at once"
+                 + (f". *: needs more than {cap:g} GiB" if cap else ""))
     made.columns[0].no_wrap = False  # names can be long
     for row in rows:
         name = who(row) + ("" if row["fits"] else "*")
@@ -196,7 +204,7 @@ def epoch(rows: list[dict], title: str, cap: float = 0) -> Table:
 
 
 def decode(rows: list[dict], title: str) -> Table:
-    """Measured decoding: ours and transformers' for each prompt and batch."""
+    """The table of measured decoding. It has a row for each side at each prompt and batch."""
     made = table(title, ["", "prompt", "rows", "tokens/s", "first s", "GiB", "of bound", "times"],
                  caption="tokens/s: of all rows, after the first token; first s: until the first "
                  "token; GiB: allocated; of bound: the shortest possible time of a step, divided "
@@ -215,7 +223,7 @@ def decode(rows: list[dict], title: str) -> Table:
 
 
 def decode_bounds(rows: list[dict], title: str) -> Table:
-    """For a card that is not here: what its memory allows."""
+    """The table of computed bounds for a card. Its memory rate limits the tokens per second."""
     made = table(title, ["prompt", "rows", "GB a step", "tokens/s", "GiB"],
                  caption="tokens/s: if reading takes all of a step's time, at the card's lower and "
                  "higher memory rate; GiB: weights, cache and CUDA's context")
@@ -227,7 +235,8 @@ def decode_bounds(rows: list[dict], title: str) -> Table:
 
 def products(rows: list[dict], title: str) -> Table:
     made = table(title, ["out x in", "rows", "bitsandbytes us", "ours us", "TB/s", "times"],
-                 caption="of one product, as a CUDA graph; times: ours faster")
+                 caption="us, TB/s: of one product, as a CUDA graph; times: how many times faster "
+                 "ours is")
     for row in rows:
         made.add_row(f"{row['out']} x {row['in']}", str(row["rows"]),
                      f"{1e6 * row['bitsandbytes_s']:.1f}", f"{1e6 * row['ours_s']:.1f}",

@@ -1,4 +1,4 @@
-"""Save and load the results of the benches: one JSON in bench/results for each run with --save."""
+"""Save and load results of the benches. Each run with --save writes a JSON to bench/results."""
 
 import json
 import subprocess
@@ -25,7 +25,10 @@ def load(what: str) -> list[dict]:
 
 def save(what: str, card: Card, options, dtype: torch.dtype, rows: list[dict],
          source: str = "measured", **more) -> Path:
-    """Write bench/results/<what>-<card>-<model>-<dtype>-<date>.json; `more`: further fields."""
+    """Write bench/results/<what>-<card>-<model>-<dtype>-<date>.json; return its path.
+
+    more: further fields of the result.
+    """
     parts = [what, *([] if source == "measured" else [source]), card.name.replace(" ", "-"),
              Path(options.model).name, dtype_name(dtype)]
     if options.attention != "auto":

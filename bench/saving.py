@@ -2,12 +2,12 @@
 
     python bench/saving.py --model 7b5 --steps 500 --every 50 --save
 
-A run of train.py's loop over random rows with the lengths of 256 real pairs (lengths.json), with
-the values of the preset t4: 8 examples a step, packed. Every --every steps it writes a checkpoint:
-adapter, optimizer state and hashes, flushed to the disk under --out. The loop continues while a
-checkpoint is written; the end of the run waits for the last one. The same run without checkpoints
-is measured too, with the same rows in the same order. The two kinds of run take turns. The
-difference of their times is the cost of saving.
+train.py's loop runs over random rows with the lengths of 256 real pairs (lengths.json). It uses the
+values of the preset t4: 8 examples a step, packed. Every --every steps it writes a checkpoint to
+the disk, under --out. A checkpoint has the adapter, the optimizer state and hashes. The loop
+continues while a checkpoint is written. The end of the run waits for the last checkpoint. The same
+run without checkpoints is measured too, with the same rows in the same order. The two kinds of run
+take turns. The difference of their times is the cost of saving.
 """
 
 import tempfile
@@ -34,8 +34,12 @@ from phogpt_raw.training.shutdown import GracefulShutdown
 
 
 def measure(options, folder: Path) -> dict:
-    """Seconds of each run with and without saves, in turns after one that only counts for the wait
-    at its first save: there kernels are compiled, and page-locked memory is allocated, once."""
+    """Measure runs with and without checkpoints, in turns; return their seconds and the cost.
+
+    A short run comes first. Only the wait at its first save is used. This wait is longer than later
+    waits, because it includes work that a process does once, such as compiling kernels and
+    allocating page-locked memory.
+    """
     model = folder / "model"
     write_random_checkpoint(model, PUBLISHED[options.model])
 
@@ -51,8 +55,10 @@ def measure(options, folder: Path) -> dict:
 
 
 def one_run(options, steps: int, model: Path, folder: Path, saving: bool) -> dict:
-    """whole_s: seconds from the first step to the end, with the last checkpoint on the disk;
-    end_s: of these, the time after the last step; saves_s: how long the loop waited at each save.
+    """Do one run and return its times in seconds.
+
+    whole_s: from the start of the loop until the last checkpoint is on the disk. end_s: the part of
+    whole_s after the last step. saves_s: the wait of the loop at each save.
     """
     from train import train
 
@@ -84,9 +90,11 @@ def one_run(options, steps: int, model: Path, folder: Path, saving: bool) -> dic
 
 
 def costs(saving: list[dict], plain: list[dict], first_save_s: float) -> dict:
-    """The cost of saving, from the medians of the runs: in seconds, and as a share of a run that
-    saves. The first save of a process takes longer, and is added. end_share: the share of the time
-    after the last step, in which the run waits for the last checkpoint.
+    """The cost of saving, from the medians of the runs.
+
+    cost_s: seconds. The additional time of a process's first save is included. share: the cost as a
+    share of a run with checkpoints. end_share: the part of this share after the last step. In that
+    time the run waits for the last checkpoint.
 
     >>> costs([{"whole_s": 9.9, "end_s": 0.5, "saves_s": [0.1, 0.1]}],
     ...       [{"whole_s": 9.0, "end_s": 0.0, "saves_s": []}], first_save_s=0.2)
@@ -108,16 +116,16 @@ def parse(arguments):
     parser.add_argument("--every", type=within(1, MOST_STEPS), default=50, metavar="N",
                         help="steps between checkpoints (default 50)")
     parser.add_argument("--rounds", type=within(1, 100), default=2, metavar="N",
-                        help="runs with checkpoints, and as many without (default 2)")
+                        help="number of runs with checkpoints, and of runs without (default 2)")
     parser.add_argument("--dtype", default="fp16", choices=("fp16", "bf16"),
                         help="data type of activations (default fp16)")
     parser.add_argument("--rank", type=as_in_train("rank"), default=Config.rank, metavar="N",
                         help=f"LoRA rank (default {Config.rank})")
-    parser.add_argument("--out", metavar="FOLDER", help="where the run is written and removed "
-                        "again (default: the system's folder for temporary files)")
+    parser.add_argument("--out", metavar="FOLDER", help="the runs are written here and then "
+                        "deleted (default: the system's folder for temporary files)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    # what epoch.py's rows and results take besides
+    # epoch.py's functions and the name of the result need these options
     options.data, options.packing, options.batch_tokens = None, True, None
     options.loss_mib, options.epochs, options.max_len = Config.loss_mib, None, 1024
     options.recompute = "auto"
@@ -130,8 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     card = this_card()
     if card.device == "cpu":
-        raise Refusal("saving.py: needs a GPU, and here is none: on a CPU a step takes so long "
-                      "that no save counts")
+        raise Refusal("saving.py: needs a GPU, and there is none here; on a CPU steps are too slow "
+                      "to show the cost of saving")
     with tempfile.TemporaryDirectory(dir=options.out) as temporary:
         row = measure(options, Path(temporary))
     out.print(report.saving([row], f"measured on {card.name}: {options.model}, {options.dtype}, "

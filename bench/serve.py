@@ -1,14 +1,15 @@
-"""Bench of the server: clients over HTTP against the engine alone, in tokens per second.
+"""Bench of the server: tokens per second of HTTP clients, compared with the engine alone.
 
     python bench/serve.py --model 7b5 --save        on a GPU: random weights, 16 clients
-    python bench/serve.py --model nano              anywhere
+    python bench/serve.py --model nano              on any computer
 
-First the engine alone answers as many prompts as there are clients. Then `generate.py --serve` runs
-in a separate process, over the same weights and adapter, and each client streams the answer to
-one of the prompts. Both are warm: a run before them, which is not counted, has captured the graphs.
-Tokens per second count the tokens of all rows over the whole time, reading the prompts included.
-The time of the first token is measured twice: for one client alone, compared with the engine's time
-for one prompt; and for one more client while all others are being answered.
+First the engine alone answers one prompt for each client, all at once. Then `generate.py --serve`
+runs in a separate process, over the same weights and adapter. Each client streams the answer to one
+of the prompts. A warm-up run, which is not counted, comes before each measurement and captures the
+CUDA graphs. Tokens per second count the generated tokens of all rows. Their time includes reading
+the prompts. The time of the first token is measured twice. The first time, one client is alone, and
+the engine's time for one prompt is the comparison. The second time, all other clients are being
+answered.
 """
 
 import argparse
@@ -42,7 +43,10 @@ TURNS = 5  # measurements; the result is their median
 
 
 def prepare(folder: Path, options) -> str:
-    """Write what both sides load: a checkpoint, unless it is nano, and an adapter; the model."""
+    """Write the checkpoint and the adapter that both sides load; return the name of the model.
+
+    For nano only the adapter is written.
+    """
     model = options.model
     if model in PUBLISHED:
         model = str(folder / "base")
@@ -54,8 +58,10 @@ def prepare(folder: Path, options) -> str:
 
 
 def widen(file: Path, vocabulary: int) -> None:
-    """Give nano's tokenizer a token for every row of a larger embedding, so that each token of the
-    answer is text that the server must send."""
+    """Add tokens to nano's tokenizer until it has one for every row of a larger embedding.
+
+    So each token of an answer is text, which the server must send.
+    """
     content = json.loads(file.read_text("utf-8"))
     known = content["model"]["vocab"]
     known |= {f"Ġt{n}": n for n in range(len(known), vocabulary)}
@@ -63,7 +69,8 @@ def widen(file: Path, vocabulary: int) -> None:
 
 
 def engine_side(model: str, folder: Path, options) -> dict:
-    """The engine alone: tokens/s with a row for each client, and the first token of one prompt."""
+    """Measure the engine alone: tokens/s with one row per client, and seconds to the first token.
+    """
     phogpt, tokenizer = load_base(model, dtype=DTYPES[options.dtype])
     load_adapters(phogpt, folder / "adapter", trainable=False)
     with Engine(phogpt, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
@@ -71,7 +78,7 @@ def engine_side(model: str, folder: Path, options) -> dict:
         prompts = prompts_of(options)
 
         def run(prompts, new) -> tuple[float, float, int]:
-            """(seconds to the first token, seconds in all, tokens)."""
+            """Return (seconds to the first token, seconds in all, number of generated tokens)."""
             began, first, tokens = time.perf_counter(), None, 0
             for key, prompt in enumerate(prompts):
                 engine.add(key, prompt, new)
@@ -88,14 +95,14 @@ def engine_side(model: str, folder: Path, options) -> dict:
 
 
 def server_side(model: str, folder: Path, options) -> dict:
-    """The same through the server."""
+    """Measure the server: tokens/s of all clients, and seconds to the first token."""
     prompts = prompts_of(options)
     with Server("--model", model, "--adapter", f"bench={folder / 'adapter'}", "--dtype",
                 options.dtype, "--slots", options.clients) as server, \
             ThreadPoolExecutor(options.clients) as clients:
 
         def run(prompts, new) -> tuple[float, int, list[float]]:
-            """(seconds in all, tokens, seconds to each client's first token)."""
+            """Return (seconds in all, number of tokens, seconds to each client's first token)."""
             began = time.perf_counter()
             done = list(clients.map(lambda prompt: ask(server.port, prompt, new), prompts))
             return time.perf_counter() - began, sum(tokens for _, tokens in done), \
@@ -117,7 +124,7 @@ def server_side(model: str, folder: Path, options) -> dict:
 
 
 def ask(port: int, prompt: list[int], new: int) -> tuple[float, int]:
-    """Stream an answer: (seconds to its first text, its tokens)."""
+    """Stream an answer; return (seconds to its first text, number of its tokens)."""
     began, first, used = time.perf_counter(), None, None
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     link.request("POST", "/v1/completions", json.dumps({
@@ -144,19 +151,20 @@ def parse(arguments):
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="7b5" if torch.cuda.is_available() else "nano",
-                        choices=[*PUBLISHED, "nano"], help="random weights of that shape, or nano")
+                        choices=[*PUBLISHED, "nano"], help="7b5 or 4b: random weights of that "
+                        "shape; or nano")
     parser.add_argument("--clients", type=within(2, 1000), default=16)
     parser.add_argument("--prompt", type=within(1, MOST_TOKENS), default=128,
-                        help="tokens (default 128)")
+                        help="tokens in a prompt (default 128)")
     parser.add_argument("--new", type=within(2, MOST_TOKENS), default=256,
-                        help="tokens to write (default 256)")
+                        help="tokens to generate for each prompt (default 256)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16" if torch.cuda.is_available()
                         else "fp32")
     parser.add_argument("--rank", type=as_in_train("rank"), default=16)
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
     check_fits(options, [options.prompt])
-    # options of other benches, needed for the name of the result
+    # the name of the result needs these options of other benches
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     return options
 

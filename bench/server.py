@@ -1,4 +1,4 @@
-"""For serve.py and the tests: `generate.py --serve` in a separate process, on a free port."""
+"""For serve.py and the tests: run `generate.py --serve` in a separate process, on a free port."""
 
 import os
 import re
@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 
 class Server:
-    """The process of the server; port: its port; lines: its output. Use it as a context manager."""
+    """The server's process, as a context manager. port: its port. lines: the lines of its stderr.
+    """
 
     def __init__(self, *flags, **environment: str):
         self.process = subprocess.Popen(
@@ -40,7 +41,7 @@ class Server:
         self.wait()
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal and wait; the exit status."""
+        """Send a signal, wait for the end of the process, and return the exit status."""
         self.process.send_signal(number)
         return self.wait()
 

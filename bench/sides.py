@@ -1,8 +1,8 @@
 """A side of peer.py in its own process: this loop, or transformers' Trainer.
 
-Both train from one checkpoint of random weights and from the same adapters. The side that starts
-first saves the adapters' initial values beside the checkpoint. peer.py starts this file once for
-each side.
+Both start from one checkpoint of random weights and from the same adapters. The first side saves
+the initial values of the adapters in the checkpoint's folder. peer.py runs this file once for each
+side.
 """
 
 import tempfile
@@ -20,17 +20,17 @@ from phogpt_raw.model.checkpoint_format import vinai_config, write_checkpoint
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import NANO
 
-SHARDS = 8  # of 1.9 GB each for 7B5
+SHARDS = 8  # files of weights, of 1.9 GB each for 7B5
 
 
 def start(name: str, folder: Path, options) -> Side:
-    """Start the side `ours` or `peer` over the checkpoint in `folder`."""
+    """Start the process of the side `ours` or `peer` over the checkpoint in `folder`."""
     return Side(name, "bench.sides", name, "--model", str(folder), "--dtype", options.dtype,
                 "--rank", str(options.rank), "--loss-mib", str(options.loss_mib))
 
 
 class Ours:
-    """This loop over a checkpoint folder, captured or eager."""
+    """This loop over the checkpoint in a folder. Its steps run as CUDA graphs or eagerly."""
 
     def __init__(self, options):
         self.bench = Bench(options)
@@ -44,7 +44,10 @@ class Ours:
         adapters.load(start)
 
     def steps(self, micro_batch: int, seq_len: int, count: int, path: str, recompute: str):
-        """Yields (loss, seconds) for each of `count` steps, starting from the first adapters."""
+        """Yield (loss, seconds) for each of `count` steps. They start from the initial adapters.
+
+        path: "captured" for CUDA graphs, "eager" without.
+        """
         bench, vocabulary = self.bench, self.bench.model.config.vocab_size
         bench.adapters.flat.data.copy_(self.first)
         bench.adapters.cast()
@@ -61,7 +64,7 @@ class Ours:
 
 
 class Peer:
-    """transformers' Trainer over PEFT's layers over bitsandbytes' linears."""
+    """transformers' Trainer, with PEFT's adapters over bitsandbytes' linears."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         from peft import PeftModel, prepare_model_for_kbit_training
@@ -94,7 +97,7 @@ class Peer:
 
         class Watched(Trainer):
             def _get_train_sampler(self, *_):
-                return torch.utils.data.SequentialSampler(rows)  # in our order
+                return torch.utils.data.SequentialSampler(rows)  # the same order as this loop
 
             def compute_loss(self, *given, **named):
                 loss = super().compute_loss(*given, **named)
@@ -106,8 +109,10 @@ class Peer:
         yield from zip(losses, times, strict=True)
 
     def train(self, kind, rows: list[dict], clock, collator=None, **arguments) -> None:
-        """Train with a Trainer of class `kind`, starting from the first adapters, set up as its
-        users do; arguments: further TrainingArguments."""
+        """Train with a Trainer of class `kind`, starting from the initial adapters.
+
+        It is set up as its users set it up. arguments: further TrainingArguments.
+        """
         from transformers import TrainingArguments
 
         for name, p in self.model.named_parameters():
@@ -122,7 +127,7 @@ class Peer:
                 "bf16": self.dtype == torch.bfloat16, **arguments})
             trainer = kind(self.model, given, train_dataset=rows, data_collator=collator,
                            callbacks=[clock])
-            if trainer.accelerator.scaler is not None:  # 2^16 would skip the first steps
+            if trainer.accelerator.scaler is not None:  # the default 2^16 skips the first steps
                 trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12)
             trainer.train()
 
@@ -131,7 +136,7 @@ class Peer:
 
 
 def transformers_base(folder: Path, dtype: torch.dtype):
-    """transformers' MPT over bitsandbytes' NF4 linears, loaded as its users do."""
+    """transformers' MPT over bitsandbytes' NF4 linears, loaded as its users load it."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -143,16 +148,17 @@ def transformers_base(folder: Path, dtype: torch.dtype):
 
 
 def timed(side, **order) -> dict:
-    """The losses and the seconds of a side's steps."""
+    """Run the steps of a side; return their losses and their seconds."""
     losses, seconds = zip(*side.steps(**order), strict=True)
     return {"losses": [float(x) for x in losses], "seconds": seconds}
 
 
 def write_random_checkpoint(folder: Path, shape: ModelConfig, seed: int = 0) -> None:
-    """Random weights that our reader and transformers' MPT read alike, with nano's tokenizer.
+    """Write a checkpoint of random weights with nano's tokenizer.
 
-    transformers' MPT has no biases, so all are zero. For attn_pdrop it accepts only the integer 0;
-    VinAI's file has 0.0.
+    This project and transformers' MPT read the same model from it. transformers' MPT has no biases,
+    so all biases are zero. It accepts only the integer 0 for attn_pdrop, where VinAI's file has
+    0.0.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = vinai_config(shape, attn_config={"attn_pdrop": 0})

@@ -1,4 +1,7 @@
-"""For the benches: the step of a setting simulated on GPUs that are not here; traces are reused."""
+"""For the benches: simulate the step of a setting on GPUs that this computer does not have.
+
+A trace is the recorded operations of a step. Steps with the same shapes share a trace.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,31 +35,31 @@ def shape_of(model: str) -> ModelConfig:
 
 
 def check_fits(options, prompts: list[int]) -> None:
-    """Raise Refusal where a prompt and --new are more tokens than the model was made for."""
+    """Raise Refusal if a prompt and --new together are longer than the model's context."""
     longest = shape_of(options.model).max_seq_len
     if max(prompts) + options.new > longest:
-        raise Refusal(f"--prompt {max(prompts)} and --new {options.new}: {options.model} was made "
-                      f"for {longest} tokens in all")
+        raise Refusal(f"--prompt {max(prompts)} and --new {options.new}: {options.model} reads at "
+                      f"most {longest} tokens in all")
 
 
 @dataclass(frozen=True)
 class GivenBatch:
-    """A window of one given micro-batch, with all that a simulated step needs of a window."""
+    """An accumulation window of one given micro-batch, for a simulated step."""
 
     batch: MicroBatch
-    supervised: int = 1  # divides the loss, which has no value here
+    supervised: int = 1  # the loss is divided by it; a simulated loss has no value
 
     def micro_batches(self, _size: int):
         yield self.batch
 
 
 def shape_key(batch: MicroBatch) -> tuple:
-    """Micro-batches of one key give the same simulated step, since that has no values."""
+    """A key of the micro-batch's shapes. Micro-batches with the same key have the same trace."""
     return (*batch.ids_BL.shape, len(batch.rows_T), batch.bounds)
 
 
 class Traces:
-    """Traces of settings of one model; GPUs with the same attention kernel share them."""
+    """Traces of steps of one model. GPUs with the same attention kernel share a trace."""
 
     def __init__(self, options, dtype: torch.dtype):
         self.options, self.shape, self.dtype = options, shape_of(options.model), dtype
@@ -80,7 +83,7 @@ class Traces:
         return trace_step(self.training, window, kernel)
 
     def trace_batch(self, batch: MicroBatch, recompute: int, kernel) -> Trace:
-        """A step over one micro-batch."""
+        """The trace of a step over one micro-batch."""
         key = (shape_key(batch), recompute, kernel)
         if key not in self.batches:
             self.batches[key] = self.trace_window(GivenBatch(batch), len(batch.ids_BL), recompute,
@@ -92,7 +95,7 @@ class Traces:
         return attention_kernels(card, self.dtype)
 
     def recompute(self, setting: Setting, card: Card) -> int:
-        """The setting's recompute as a number of blocks; for auto the least that the GPU allows."""
+        """The number of blocks to recompute. For auto it is the smallest that fits the GPU."""
         if setting.recompute != "auto":
             return Config(recompute=setting.recompute).blocks_to_recompute(self.shape.n_layers)
         return self.least(lambda n: self.trace(setting, n, self.kernel(card)), card).recompute
@@ -106,7 +109,7 @@ class Traces:
 
 
 def resolved(traces: Traces | None, setting: Setting, card: Card) -> Setting:
-    """A setting with a definite recompute; on a CPU memory is not the limit."""
+    """The setting with a number in place of recompute="auto". On a CPU, this number is 0."""
     if setting.recompute != "auto":
         return setting
     return replace(setting, recompute=str(traces.recompute(setting, card) if traces else 0))
@@ -135,7 +138,7 @@ class OnCard:
         return True
 
     def memory_row(self) -> dict:
-        """A row of the result: GiB at the peak by phase and, for the whole step, by kind."""
+        """A row of the result: peak GiB of each phase, and GiB by kind at the peak of the step."""
         workspace = matmul_workspace(self.card)
         allocator = self.trace.replay(workspace=workspace)
         moments = self.trace.moments(workspace)
@@ -176,7 +179,7 @@ def both_ends(seconds: Seconds) -> tuple[float, float]:
 
 
 def cards(options) -> Iterator[tuple[Card, Rates, Traces]]:
-    """The GPUs of --card, with traces in the dtype that each trains in."""
+    """Yield the GPUs of --card, each with traces in the dtype in which it trains."""
     traces: dict[torch.dtype, Traces] = {}
     for known in known_cards(options):
         dtype, _ = training_dtype(known.card, options.dtype)

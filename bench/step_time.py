@@ -1,13 +1,13 @@
-"""Bench of time: seconds of a training step. How long will an example take?
+"""Bench of time: seconds of a training step, and seconds per example.
 
     python bench/step_time.py                           7B5 on a T4 and a V100
     python bench/step_time.py --data rows.jsonl         hours for your rows
     python bench/step_time.py --measured --seq-len 512  on this GPU
 
-The step is train.py's own. Without a GPU it is simulated for each card: every operation takes the
-time of its arithmetic or of its memory access, whichever is longer, at the card's sustained rates.
-On a GPU it is measured after warm-up, by phase and by kind of kernel, and simulated for comparison.
-A setting that does not fit has a row that says so.
+The step is train.py's own. Without a GPU, the step is simulated for each card. A simulated
+operation takes the time of its arithmetic or of its memory access, whichever is longer, at the
+card's sustained rates. On a GPU, the step is measured after a warm-up, by phase and by kind of
+kernel, and simulated for comparison. A setting that does not fit in memory is marked in the table.
 """
 
 import argparse
@@ -33,8 +33,8 @@ PHASES = ("forward", "backward", "clip", "optimizer")
 
 
 def measure(options) -> None:
-    """Print a table of this machine's times, on a GPU beside the simulated ones."""
-    dataset = dataset_time.read(options) if options.data else None  # find a bad file first
+    """Print a table of this machine's times. On a GPU it shows the simulated times too."""
+    dataset = dataset_time.read(options) if options.data else None  # reports a bad file early
     bench = Bench(options)
     out.print(report.remark(bench))
     gpu = bench.card.device == "cuda"
@@ -42,7 +42,7 @@ def measure(options) -> None:
     traces = Traces(options, bench.dtype) if gpu else None
     card = replace(bench.card, memory_gib=options.cap or bench.card.memory_gib)
     known = next((k for k in KNOWN.values() if gpu and k.card.name == bench.card.name), None)
-    # with the matmul rate measured on this card in this dtype
+    # use the matmul rate that was measured on this card in this dtype
     rates = known and replace(known.rates, matmul=(limit["sustained"],) * 2)
     settings = [resolved(traces, s, card) for s in options.settings]
     rows = []
@@ -80,8 +80,8 @@ def measured_row(setting: Setting, found: Times, limit: dict | None) -> dict:
 
 
 def window_seconds(bench: Bench, epoch: Epoch):
-    """A function that gives the median seconds of a step over a window here, None if it does not
-    fit."""
+    """A function of a window. It returns the median seconds of a step over the window on this
+    machine, as a tuple of one value, or None if the step does not fit in memory."""
     def seconds(window: Window) -> tuple[float] | None:
         length = max(length for _, length in window.shapes(epoch.micro_batch))
         setting = Setting(length, epoch.micro_batch, 1, str(epoch.choice.recompute))
@@ -92,12 +92,12 @@ def window_seconds(bench: Bench, epoch: Epoch):
 
 
 def simulate(options) -> None:
-    """Print a table for each card of --card: seconds at its higher and lower rates."""
+    """Print a table for each card of --card. It shows seconds at the card's higher and lower rates.
+    """
     dataset = dataset_time.read(options) if options.data else None
     for card, rates, traces in cards(options):
         if traces.dtype == torch.float32:
-            raise Refusal("--dtype fp32: the rates of the cards are of 16-bit products; leave the "
-                          "flag out")
+            raise Refusal("--dtype fp32: only 16-bit types can be simulated; leave the flag out")
         out.print(f"simulated for {card.name}: {options.model}, {dtype_name(traces.dtype)}, rank "
                   f"{options.rank}, as CUDA graphs")
         rows = [asdict(setting) | {"rank": options.rank} | traces.on(card, setting).time_row(rates)
@@ -118,7 +118,7 @@ def simulate(options) -> None:
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """(20 %, median, 80 %) of one or more values."""
+    """Return (20 % quantile, median, 80 % quantile) of one or more values."""
     ordered = sorted(values)
     low, high = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.2, 0.8))
     return low, statistics.median(values), high
@@ -130,9 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=within(1, MOST_STEPS), default=10, metavar="N",
                         help="with --measured: timed steps for each result (default 10)")
     parser.add_argument("--warmup", type=within(0, MOST_STEPS), default=3, metavar="N",
-                        help="with --measured: steps before them (default 3)")
+                        help="with --measured: untimed steps before the timed ones (default 3)")
     parser.add_argument("--data", metavar="FILE",
-                        help="rows: print the seconds per example and the hours of a run")
+                        help="a file of rows: print its seconds per example and the hours of a run")
     parser.add_argument("--epochs", type=within(0.001, 1_000_000, float), default=3,
                         metavar="X", help="passes over --data (default 3)")
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True,

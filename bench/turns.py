@@ -17,7 +17,7 @@ WARM = 4  # the Trainer's steady steps are those after the first 1/WARM
 
 
 class Runs:
-    """The runs of both sides over one checkpoint in a temporary folder, one at a time."""
+    """Runs both sides, one at a time, over one checkpoint in a temporary folder."""
 
     def __init__(self, options, config: Config, folder: Path, examples: list[Example]):
         self.options, self.folder, self.made = options, folder, 0
@@ -27,18 +27,18 @@ class Runs:
         self.trainers: Side | None = None
 
     def start(self, name: str, config: Config) -> Side:
-        """A new process, with an empty cache of compiled kernels."""
+        """Start a new process with an empty cache of compiled kernels."""
         self.made += 1
         return Side(name, "bench.epoch_sides", name, json.dumps(asdict(config)),
                     str(self.folder / "examples.json"),
                     TRITON_CACHE_DIR=str(self.folder / f"triton-{self.made}"))
 
     def cap(self, side: Side) -> float:
-        """GiB for torch: --cap less CUDA's context and the optimizer's pages."""
+        """GiB that torch may use: --cap minus CUDA's context and the optimizer's pages."""
         return self.options.cap and self.options.cap - side.context_gib - self.pages
 
     def ours(self) -> dict:
-        """A run of one epoch and a run of --epochs epochs, each in a new process."""
+        """Do a run of one epoch and a run of --epochs epochs, each in a new process."""
         whole, steady = (self.run_ours(epochs) for epochs in (1.0, self.options.epochs))
         if "seconds" not in whole or "seconds" not in steady:
             return {"fits": False}
@@ -56,7 +56,7 @@ class Runs:
         return found
 
     def trainer(self, micro_batch: int) -> dict:
-        """An epoch of the Trainer; one row at a time runs under the cap if it fits."""
+        """Do an epoch of the Trainer. Only one row at a time has the cap, and only if it fits."""
         self.trainers = self.trainers or self.start("trainer", self.config)
         cap = self.cap(self.trainers) if micro_batch == 1 else 0
         found = self.trainers.run(cap_gib=cap, micro_batch=micro_batch)
@@ -79,7 +79,10 @@ def example_seconds(run: dict, after: int = 0) -> float:
 
 
 def take(sides, trainers: list[int], pairs: int) -> dict[str, list[dict]]:
-    """Runs of each side: ours before each run of the Trainer, or ours alone without one."""
+    """Do `pairs` runs of each side; return {name of a side: its runs}.
+
+    Each run of the Trainer comes after a run of ours. If `trainers` is empty, only ours runs.
+    """
     runs: dict[str, list[dict]] = {}
     for _ in range(pairs):
         for micro_batch in trainers or [None]:
@@ -97,12 +100,14 @@ def say(name: str, run: dict) -> None:
                              if "steady_s" in run else "out of memory"))
 
 
-EACH_STEP = ("seconds", "whole_seconds", "step_examples")  # left out of a row
+EACH_STEP = ("seconds", "whole_seconds", "step_examples")  # fields that a row does not have
 
 
 def summary(runs: dict[str, list[dict]]) -> list[dict]:
-    """A row for each side: the median of its runs' seconds, the most memory, and how many times
-    faster it was than the Trainer with one row at a time."""
+    """A row for each side: median seconds, peak memory and speedup.
+
+    The speedup is relative to the Trainer with one row at a time.
+    """
     rows = []
     for name, those in runs.items():
         row = {"who": name.split()[0], "micro_batch": int(name.partition(" ")[2] or 1)}

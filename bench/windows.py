@@ -1,7 +1,8 @@
-"""For epoch.py and step_time.py --data: simulate the windows of an epoch as train.py makes them.
+"""For epoch.py and step_time.py --data: simulate the accumulation windows of an epoch of train.py.
 
-A window's time is the sum over its micro-batches. Their shapes repeat, so each shape is traced
-once. What a step does once (clip, update) is counted once for each window.
+A window is the examples of one step. Its time is the sum over its micro-batches. Their shapes
+repeat, so each shape is traced once. Clipping and the update happen once in each step, so they are
+counted once for each window.
 """
 
 from dataclasses import dataclass
@@ -23,14 +24,17 @@ from phogpt_raw.training.setup import PLANNED, make_stream
 
 @dataclass(frozen=True)
 class Epoch:
-    """The windows of a run's first epoch on a card, and what was chosen for it."""
+    """The accumulation windows of a run's first epoch on a card.
+
+    choice: the packing and the number of recomputed blocks.
+    """
 
     windows: list[Window]
     micro_batch: int
     choice: Choice
 
     def some(self, most: int) -> list[Window]:
-        """At most `most` windows that represent all: evenly chosen by their tokens."""
+        """At most `most` windows that represent all. They are chosen evenly by number of tokens."""
         ordered = sorted(self.windows, key=lambda window: window.tokens)
         count = min(most, len(ordered))
         return [ordered[int((n + 0.5) * len(ordered) / count)] for n in range(count)]
@@ -38,9 +42,9 @@ class Epoch:
 
 def plan(examples: list[Example], config: Config, card: Card, blocks: int,
          traces: Traces | None) -> Epoch:
-    """The first epoch of a run over these examples on a card; for a GPU the choice needs `traces`.
+    """The first epoch of a run over these examples on a card. For a GPU, `traces` is needed.
 
-    Raises Refusal for an example that is longer than a window may be.
+    Raises Refusal for an example that is too long for an accumulation window.
     """
     stream = stream_of(examples, config)
     planned = range(min(PLANNED, config.steps or stream.steps(config.epochs)))
@@ -56,18 +60,21 @@ def plan(examples: list[Example], config: Config, card: Card, blocks: int,
 
 
 def stream_of(examples: list[Example], config: Config):
-    """train.py's windows of these examples; raises Refusal for one that is too long for them."""
+    """train.py's accumulation windows of these examples. Raises Refusal for a too long example."""
     return make_stream(all_train(examples), config, PINNED_IDS["pad"])
 
 
 def all_train(examples: list[Example]) -> Examples:
-    """The examples in the form that set_up takes, without held-out ones."""
+    """The examples in the form that set_up needs. None of them is held out."""
     return Examples(examples, [], [], "none", "the ids are given", "ids")
 
 
 def layout(windows: list[Window], micro_batch: int) -> dict:
-    """How an epoch goes through the model. fill: the share of its tokens that is not padding;
-    row_lengths: tokens of its rows, padding included."""
+    """The numbers of steps, examples and rows of an epoch.
+
+    examples_a_row: mean number of examples in a row. fill: share of the tokens in rows that are not
+    padding. row_lengths: the different lengths of rows in tokens, with padding.
+    """
     shapes = [shape for window in windows for shape in window.shapes(micro_batch)]
     rows = sum(rows for rows, _ in shapes)
     examples = sum(len(window.examples) for window in windows)
@@ -86,7 +93,7 @@ class Simulation:
     def __init__(self, traces: Traces, epoch: Epoch, card: Card, rates: Rates):
         self.traces, self.epoch, self.card, self.rates = traces, epoch, card, rates
         self.shapes: dict[tuple, OnCard] = {}
-        self.seconds_of: dict[tuple, tuple] = {}  # (of the micro-batch, of the rest of a step)
+        self.seconds_of: dict[tuple, tuple] = {}  # shape: (micro-batch, rest of the step)
 
     def seconds(self, window: Window) -> tuple[float, float]:
         """Seconds of a step over the window, at the card's higher and lower rates."""
@@ -112,7 +119,8 @@ class Simulation:
         return OnCard(self.card, Setting(length, rows, 1, str(depth)), depth, trace)
 
     def memory_row(self) -> dict:
-        """The peaks over all shapes so far: GiB that torch allocates, and of the whole device."""
+        """The peaks over all simulated shapes, in GiB: allocated by torch, and on the whole device.
+        """
         found = list(self.shapes.values())
         rows = [on_card.memory_row() for on_card in found]
         return {"blocks_recomputed": self.epoch.choice.recompute,

@@ -1,11 +1,11 @@
-"""PhoGPT raw: QLoRA fine-tuning of VinAI's PhoGPT by a training loop written by hand."""
+"""QLoRA fine-tuning of VinAI's PhoGPT with a training loop written by hand in PyTorch."""
 
 import logging
 import sys
 
 
 def in_one_line(kind, error, trace) -> None:
-    """Report an uncaught exception; a Ctrl-C while torch is imported is not an error."""
+    """Print an uncaught exception. A Ctrl-C during the import of torch prints one line only."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped by hand", file=sys.stderr)
     else:
@@ -14,7 +14,8 @@ def in_one_line(kind, error, trace) -> None:
 
 sys.excepthook = in_one_line
 
-# bitsandbytes asks for an optional CPU kernel, which would repack frozen weights, on import.
+# On import, bitsandbytes may log a warning that an optional CPU kernel is missing. The project
+# must not use this kernel, because it repacks frozen weights.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from phogpt_raw.model.weights import load_base  # noqa: E402

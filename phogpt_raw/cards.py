@@ -1,8 +1,7 @@
-"""The GPU of a run: its memory, its compute capability, and the dtype in which it computes, with
-the reason.
+"""Find the GPU of a run, and choose the dtype of its computation.
 
-`torch.cuda.is_bf16_supported()` says yes on a T4 and a V100, because it counts emulation. The
-compute capability decides instead: bf16 has hardware from 8.0 (Ampere) on.
+`torch.cuda.is_bf16_supported()` returns True on a T4 and a V100, although they only emulate bf16.
+So this module uses the compute capability: GPUs from 8.0 (Ampere) on have bf16 in hardware.
 """
 
 from contextlib import suppress
@@ -19,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Card:
-    """A device as the run sees it; memory_gib is what a process can use, 0 for the CPU."""
+    """A GPU, or the CPU. memory_gib is the memory that a process can use; it is 0 for the CPU."""
 
     name: str
     device: str
@@ -27,8 +26,8 @@ class Card:
     memory_gib: float = 0.0
 
 
-# The cards that --card can name, as a run would see them. They need not be in this computer. The
-# memory is what a process can use; the sources are in simulate/rates.py.
+# The cards that --card can name. They need not be in this computer. The last value is the memory
+# in GiB that a process can use. simulate/rates.py names the sources.
 KNOWN_CARDS = {
     "t4": Card("Tesla T4", "cuda", (7, 5), 14.56),
     "v100": Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 15.77),
@@ -39,14 +38,17 @@ KNOWN_CARDS = {
 
 
 def known_card(name: str) -> Card:
-    """A card by its short name; Refusal for one that is not in the list."""
+    """Return the card with this short name. Raises Refusal for an unknown name."""
     if name.lower() not in KNOWN_CARDS:
         raise Refusal(f"--card {name}: choose from {', '.join(KNOWN_CARDS)}")
     return KNOWN_CARDS[name.lower()]
 
 
 def this_card() -> Card:
-    """The first visible GPU, or the CPU."""
+    """Return the first visible GPU, or the CPU if there is no GPU.
+
+    Raises Refusal if this build of torch does not run on the GPU.
+    """
     if not torch.cuda.is_available():
         return Card("CPU", "cpu")
     properties = torch.cuda.get_device_properties(0)
@@ -54,8 +56,8 @@ def this_card() -> Card:
     built_for = torch.cuda.get_arch_list()
     if built_for and not any(runs_on(built, arch) for built in built_for):
         raise Refusal(
-            f"{properties.name} is {arch}, this torch {torch.__version__} is built for "
-            f"{' '.join(built_for)}; for a V100 install with -c constraints-v100.txt"
+            f"{properties.name} is {arch}, but torch {torch.__version__} is built for "
+            f"{' '.join(built_for)}; on a V100, install with -c constraints-v100.txt"
         )
     return Card(
         properties.name,
@@ -66,7 +68,11 @@ def this_card() -> Card:
 
 
 def runs_on(built: str, arch: str) -> bool:
-    """Machine code runs on its own major generation, from its minor version on; PTX also later."""
+    """Return whether code that was built for `built`, such as sm_70, runs on a GPU of `arch`.
+
+    Machine code (sm) runs on GPUs of the same major version with the same or a higher minor
+    version. PTX (compute) also runs on GPUs of all later major versions.
+    """
     kind, b = built.split("_")
     b, a = int(b.rstrip("af")), int(arch.split("_")[1])
     return b <= a and (kind == "compute" or b // 10 == a // 10)
@@ -74,30 +80,36 @@ def runs_on(built: str, arch: str) -> bool:
 
 def training_dtype(card: Card, asked: str = "auto",
                    by: str = "--dtype") -> tuple[torch.dtype, str]:
-    """The compute dtype on `card`, and the reason for it, which is shown. `by`: what asks for it,
-    the flag --dtype or a preset."""
+    """Choose the compute dtype on `card`. Returns the dtype, and the reason as a text for the user.
+
+    `asked` is the requested dtype, or auto. `by` is the flag or the preset that requests it.
+    Raises Refusal if the card cannot compute in the requested dtype.
+    """
     bf16 = card.capability >= (8, 0)
     if asked != "auto":
         if asked == "bf16" and card.device == "cuda" and not bf16:
             raise Refusal(f"{by} asks for bf16, which {card.name} (compute capability "
                           f"{capability(card)}) only emulates; give --dtype auto")
         if asked == "fp16" and card.device == "cpu":
-            raise Refusal(f"{by} asks for fp16, and there is no GPU here: the CPU computes in fp32 "
-                          f"or bf16; give --dtype auto, or plan for a card that is not here with "
-                          f"train.py --dry-run --card t4, or v100")
-        return DTYPES[asked], _("asked for by {flag}", flag=by)
+            raise Refusal(f"{by} asks for fp16, but this computer has no GPU, and its CPU computes "
+                          f"in fp32 or bf16; give --dtype auto, or plan for another card with "
+                          f"train.py --dry-run --card t4")
+        return DTYPES[asked], _("set by {flag}", flag=by)
     if card.device == "cpu":
         return torch.float32, _("the fastest type on a CPU")
     if bf16:
         return torch.bfloat16, _("compute capability {version} has bf16 in hardware",
                                  version=capability(card))
-    return torch.float16, _("compute capability {version} has no bf16 (8.0 and up do)",
+    return torch.float16, _("compute capability {version} has no bf16 (bf16 needs 8.0)",
                             version=capability(card))
 
 
 def recorded_dtype(card: Card, asked: str, recorded: str) -> torch.dtype:
-    """The dtype that a flag names. Without a flag, the dtype that the run recorded; if this card
-    does not compute in it, the card's own."""
+    """Return the compute dtype for a trained adapter on `card`.
+
+    The first of these applies: the dtype of the flag (`asked`) if it is not auto; the `recorded`
+    dtype of the training run if the card can compute in it; the card's default dtype.
+    """
     if asked == "auto" and recorded != "auto":
         with suppress(Refusal):
             return training_dtype(card, recorded)[0]
@@ -105,10 +117,10 @@ def recorded_dtype(card: Card, asked: str, recorded: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """fp32, fp16 or bf16."""
+    """Return the short name of a dtype: fp32, fp16 or bf16."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def capability(card: Card) -> str:
-    """7.5, as NVIDIA writes it."""
+    """Return the compute capability as NVIDIA writes it, such as "7.5"."""
     return ".".join(map(str, card.capability))

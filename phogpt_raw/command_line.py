@@ -1,7 +1,7 @@
-"""The command line of a run, built from Config's fields: default < preset < flag.
+"""The command line of a run, built from Config's fields.
 
-A field of Config is a flag (`--micro-batch` or `--micro_batch`). Its trailing comment is the help
-text, so there is no second list that could differ.
+A flag overrides the preset, and the preset overrides the default. Each field of Config is a flag,
+written with - or _ (`--micro-batch`, `--micro_batch`). The field's trailing comment is its help.
 """
 
 import argparse
@@ -24,29 +24,29 @@ from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
 PRESETS = Path(__file__).parent / "presets"
-# Only one of these can be given; a flag replaces either of them in a preset.
+# A command line may have one flag of each pair. This flag replaces both values of a preset.
 EITHER = (("steps", "epochs"), ("batch_size", "batch_tokens"), ("val", "hold_out"))
-ADAPTERS_OWN = ("rank", "alpha", "dropout", "targets")  # fields that --adapter decides
+ADAPTERS_OWN = ("rank", "alpha", "dropout", "targets")  # fields whose values come from --adapter
 SEVERAL = tuple[str, ...]  # a flag that may be given several times
 CARDS = {"T4": "t4", "V100": "v100"}  # part of a GPU's name: its preset
 
 
 def comments() -> dict[str, str]:
-    """Each field's trailing comment, which is its help text."""
+    """{field name: its trailing comment, which is the help text}."""
     lines = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE)
     return dict(lines)
 
 
 def field_type(field: dataclasses.Field) -> type:
-    """int for `int` and for `int | None`."""
+    """The type of a field without None: int for both `int` and `int | None`."""
     if isinstance(field.type, types.UnionType):
         return next(t for t in typing.get_args(field.type) if t is not type(None))
     return field.type
 
 
 class Help(argparse.HelpFormatter):
-    """Wraps the paragraphs of a description; indented lines, which are commands, stay as they
-    are."""
+    """A formatter that wraps the paragraphs of a description. It does not change indented lines,
+    which are commands."""
 
     def _fill_text(self, text, width, indent):
         parts = [part if part.startswith(" ") else "\n".join(self._split_lines(part, width))
@@ -58,8 +58,8 @@ class Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, for flags with - or _. Its errors are one line, which suggests the most similar
-    flag."""
+    """An ArgumentParser that reads flags written with - or _. It reports an error in one line and
+    suggests the most similar flag."""
 
     def __init__(self, **settings):
         super().__init__(**{"allow_abbrev": False, "formatter_class": Help, **settings})
@@ -72,7 +72,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def refuse_empty(self, args: list[str]) -> None:
-        """Raise Refusal for a flag with an empty value, as `--out "$NAME"` has without a NAME."""
+        """Raise Refusal for a flag with an empty value, for example `--out "$NAME"` if NAME is not
+        set."""
         for action in self._actions:
             for name in action.option_strings:
                 empty = f"{name}=" in args or (
@@ -86,14 +87,13 @@ class Parser(argparse.ArgumentParser):
         if meant:
             advice = f"did you mean {meant}?"
         elif unknown and not unknown[0].startswith("-"):
-            advice = "each value stands behind its flag, several words in quotes; see --help"
+            advice = "write each value after its flag, and several words in quotes; see --help"
         else:
             advice = "see --help"
         raise Refusal(f"{message}; {advice}")
 
     def nearest(self, unknown: str) -> str | None:
-        """The flag of --help that is spelled most like an unknown one; None where none is like
-        it."""
+        """The listed flag with the spelling most similar to `unknown`; None if none is similar."""
         shown = [name for action in self._actions if action.help is not argparse.SUPPRESS
                  for name in action.option_strings if name.startswith("--")]
         longer = [name for name in shown if name.startswith(unknown) and unknown.startswith("--")]
@@ -102,7 +102,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def with_hyphens(argument: str) -> str:
-    """An argument with - in place of _ in a flag's name; values and other arguments do not change.
+    """The argument with - instead of _ in the name of a flag. Values and other arguments stay the
+    same.
 
     >>> with_hyphens("--hold_out=a_b"), with_hyphens("a_b")
     ('--hold-out=a_b', 'a_b')
@@ -112,7 +113,7 @@ def with_hyphens(argument: str) -> str:
 
 
 def share_or_count(text: str) -> float:
-    """argparse's type for --hold-out: 32, 0.05 or 5%.
+    """The argparse type of --hold-out. It reads a count (32) or a share (0.05 or 5%).
 
     >>> share_or_count("5%"), share_or_count("32")
     (0.05, 32.0)
@@ -122,16 +123,16 @@ def share_or_count(text: str) -> float:
     except ValueError:
         value = math.nan
     if math.isnan(value) or (text.endswith("%") and value >= 100):
-        raise argparse.ArgumentTypeError(f"{text} is no count (32) and no share (0.05 or 5%)")
+        raise argparse.ArgumentTypeError(f"{text} is neither a count (32) nor a share (0.05 or 5%)")
     return value / 100 if text.endswith("%") else value
 
 
-TYPES = {"hold_out": share_or_count}  # of flags that are written in more ways than their field
+TYPES = {"hold_out": share_or_count}  # flags whose text needs a parser of its own
 METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
 def parser(description: str) -> Parser:
-    """A flag for every field, in the groups of Config's own headings."""
+    """A parser with one flag for each field of Config, grouped by the headings in Config."""
     built = Parser(usage="%(prog)s [options]", description=description,
                    argument_default=argparse.SUPPRESS)
     nano, help_texts = read_preset("nano"), comments()
@@ -156,7 +157,7 @@ def parser(description: str) -> Parser:
 
 
 def headings() -> dict[str, list[str]]:
-    """Config's fields, grouped under the comments above them."""
+    """{heading: names of its fields}; a heading is a comment line in Config."""
     found, names = {}, []
     for line in inspect.getsource(Config).splitlines():
         if heading := re.fullmatch(r"    # (.+)", line):
@@ -172,11 +173,11 @@ def from_command_line(arguments: list[str] | None, description: str) -> Config:
     preset = given.pop("preset", None) or preset_for(
         given.get("model", Config.model), given.get("card"))
     if preset and not preset.endswith(".toml"):
-        preset = preset.lower()  # T4
+        preset = preset.lower()  # T4 means t4
     values = {} if preset in (None, "none") else read_preset(preset)
     if "pack_len" in given and not {**values, **given}.get("packing", True):
-        raise Refusal(f"--pack-len {given['pack_len']}: is the length of packed rows; leave it out "
-                      f"with --no-packing")
+        raise Refusal(f"--pack-len {given['pack_len']}: has no effect with --no-packing; leave out "
+                      f"one of them")
     if any({"batch_size", "batch_tokens"} <= set(source) for source in (given, values)):
         raise Refusal("--batch-size and --batch-tokens: give one of them")
     for pair in EITHER:
@@ -185,14 +186,15 @@ def from_command_line(arguments: list[str] | None, description: str) -> Config:
     if given.get("adapter"):
         for name in ADAPTERS_OWN:
             if name in given:
-                raise Refusal(f"--{name}: an adapter has its own; leave the flag out with "
-                              f"--adapter, or start a new adapter without it")
+                raise Refusal(f"--{name}: the adapter of --adapter has its own value; leave out "
+                              f"--{name}, or leave out --adapter to train a new one")
     return Config(preset=preset, **{**values, **given})
 
 
 def preset_for(model: str, card: str | None) -> str | None:
-    """The preset where none is named: nano's, for it wants another learning rate than a 7B; else
-    that of --card or of the GPU at hand, None for a GPU without one."""
+    """The name of the preset if --preset is not given. The model nano has its own preset, with a
+    higher learning rate. For other models it is the preset of the GPU that --card names, or of this
+    computer's GPU. None if there is no such preset."""
     if model == "nano":
         return "nano"
     name = (known_card(card) if card else this_card()).name
@@ -200,7 +202,7 @@ def preset_for(model: str, card: str | None) -> str | None:
 
 
 def asked_by(config: Config, field: str) -> str:
-    """The origin of a setting, as it is printed: `--preset t4` or `--dtype`."""
+    """The flag that a setting comes from, for messages: `--preset t4` or `--dtype`."""
     preset = config.preset
     if preset not in (None, "none") and read_preset(preset).get(field) == getattr(config, field):
         return f"--preset {preset}"
@@ -212,7 +214,8 @@ def preset_names() -> list[str]:
 
 
 def read_preset(preset: str) -> dict:
-    """The keys of presets/<preset>.toml, or of a TOML file; unknown keys are refused."""
+    """{field: value} of a preset, which is a name in presets/ or the path of a TOML file. Raises
+    Refusal for an unknown key or a value of the wrong type."""
     file = expanded(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     if not file.is_file():
         raise Refusal(f"--preset {preset}: no such preset; choose from "
@@ -220,7 +223,7 @@ def read_preset(preset: str) -> dict:
     try:
         values = tomllib.loads(file.read_text("utf-8"))
     except ValueError as error:  # not TOML, or not UTF-8
-        raise Refusal(f"{file}: not TOML ({error})") from None
+        raise Refusal(f"{file}: is not TOML ({error})") from None
     fields = {field.name: field for field in dataclasses.fields(Config) if field.name != "preset"}
     for key, value in values.items():
         if key not in fields:

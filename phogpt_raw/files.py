@@ -1,8 +1,8 @@
-"""Files and folders that are written completely or not at all.
+"""Write files and folders completely or not at all.
 
 A file is written under a temporary name, flushed to the disk, and renamed at the end. A killed run
-leaves only the file with the temporary name. The next write of the same file removes it. A lock
-lets only one process at a time write a folder. The lock ends with the process.
+leaves only the file with the temporary name. The next write of the same file removes this temporary
+file. A lock lets only one process at a time write a folder. The lock ends with the process.
 """
 
 import errno
@@ -19,26 +19,28 @@ from pathlib import Path
 from phogpt_raw.refusal import Refusal
 
 UNFINISHED = ".unfinished"
-LOCK = ".lock"  # in a folder that is being written; its content tells whose it is
+LOCK = ".lock"  # a file in an unfinished folder; its content, SIGN, marks the folder as ours
 SIGN = b"a folder that phogpt-raw is writing\n"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_THERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's error, which has no errno
+CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's error on a full disk: no errno
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def expanded(path: str | Path) -> Path:
-    """A path in which ~ is the home folder."""
+    """Replace a ~ at the start of a path with the home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise Refusal(f"{path}: no user of that name has a home folder here; write the whole path "
-                      f"if it is a file's name") from None
+        raise Refusal(f"{path}: this computer has no user of that name; if ~ is part of a file's "
+                      f"name, write the full path") from None
 
 
 def script(name: str) -> str:
-    """train.py or generate.py as a command names it: by its whole path in another folder than
-    theirs."""
+    """Return the name of train.py or generate.py for a printed command.
+
+    It is the bare name in the folder of the scripts, and the full path in every other folder.
+    """
     file = Path(__file__).parents[1] / name
     here = not file.is_file() or os.path.samefile(file.parent, ".")
     return name if here else shlex.quote(str(file))
@@ -46,7 +48,7 @@ def script(name: str) -> str:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A path to write `file` under; it takes its name when the block ends without an error."""
+    """Yield a temporary path, which is renamed to `file` if the block ends without an error."""
     unfinished = file.with_name(file.name + UNFINISHED)
     with in_words(unfinished), removed_on_error(unfinished):
         if file.is_dir():
@@ -59,8 +61,10 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 def read_object(file: Path, remedy: str) -> dict:
-    """The JSON object in a file. Raises Refusal, which ends with `remedy`, if the file contains
-    something else."""
+    """Return the JSON object in a file.
+
+    Raises Refusal if the file contains anything else. The message ends with `remedy`.
+    """
     try:
         content = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
@@ -71,19 +75,21 @@ def read_object(file: Path, remedy: str) -> dict:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file so that it is always complete: the old one or the new one, even if the
-    program is killed."""
+    """Write a text file completely or not at all. A killed program leaves the old file."""
     with whole_file(file) as unfinished:
         unfinished.write_text(text, "utf-8")
 
 
 def save_tensors(file: Path, tensors: dict) -> None:
-    """Write a safetensors file completely or not at all, with the permissions of other new files.
-    safetensors itself lets only the owner read it."""
+    """Write a safetensors file completely or not at all.
+
+    The file gets the same permissions as other new files. safetensors itself would let only the
+    owner read it.
+    """
     from safetensors.torch import save_file
 
     with whole_file(file) as unfinished:
-        save_file(tensors, unfinished, metadata={"format": "pt"})  # which transformers requires
+        save_file(tensors, unfinished, metadata={"format": "pt"})  # transformers requires it
         mask = os.umask(0)
         os.umask(mask)
         unfinished.chmod(0o666 & ~mask)
@@ -91,23 +97,23 @@ def save_tensors(file: Path, tensors: dict) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
-    """A folder to write the files of `folder` into, which must not exist; it takes its name when
-    the block ends without an error.
+    """Yield a temporary folder, which is renamed to `folder` if the block ends without an error.
 
-    Raises Refusal where `folder` exists at the start or at the end, another process is writing it,
-    or its temporary name belongs to something that this program has not created. `ours`: only this
-    program writes there, and the block itself removes an older `folder`.
+    Raises Refusal if `folder` exists at the start or at the end, or if another process is writing
+    it. Also raises Refusal if another program has created a file or folder with the temporary name.
+    With `ours`, nobody else writes at this place. Then `folder` may exist at the start, and the
+    block must remove it.
     """
     unfinished = folder.with_name(folder.name + UNFINISHED)
     with in_words(unfinished):
         try:
             unfinished.mkdir(parents=True)
         except FileExistsError:
-            if not os.path.lexists(unfinished):  # a broken link
+            if not os.path.lexists(unfinished):  # the parent folder is a broken link
                 raise Refusal(f"{unfinished.parent}: is not a folder; name another place") from None
             if not (ours or is_ours(unfinished)):
-                raise Refusal(f"{unfinished}: is in the way, because {folder} is written under "
-                              f"that name; move it away, or name another folder") from None
+                raise Refusal(f"{unfinished}: exists, but this name is needed to write {folder}; "
+                              f"move it away, or name another folder") from None
         with locked(unfinished / LOCK, f"{folder}: another process is writing it"):
             with removed_on_error(unfinished):
                 for left in unfinished.iterdir():
@@ -125,8 +131,11 @@ def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
 
 
 def is_ours(unfinished: Path) -> bool:
-    """Whether a killed process of this program left this folder: it has our lock, or it is
-    empty, as it is before the lock is created."""
+    """Return whether a killed process of this program left this folder.
+
+    Such a folder has our lock file. If the process was killed very early, the folder is empty, or
+    its lock file is empty.
+    """
     if not unfinished.is_dir() or unfinished.is_symlink():
         return False
     lock = unfinished / LOCK
@@ -138,19 +147,20 @@ def is_ours(unfinished: Path) -> bool:
 def check_free(folder: Path) -> None:
     """Raise Refusal if a file or folder of this name exists."""
     if os.path.lexists(folder):
-        raise Refusal(f"{folder}: exists already; name a folder that does not")
+        raise Refusal(f"{folder}: exists already; give another name")
 
 
 @contextmanager
 def awaited_file(file: Path) -> Iterator[None]:
-    """Hold the place of a new file that is written at the end of the block, whose folder is made.
+    """Reserve the name of a new file during the block. The file's folder is created.
 
-    Raises Refusal where `file` exists or cannot be written, or another process holds its place.
+    The caller writes the file at the end of the block. Raises Refusal if `file` exists, if it
+    cannot be written, or if another process has reserved its name.
     """
     check_place(file)
     lock = file.with_name(file.name + LOCK)
-    with locked(lock, f"{file}: another process is about to write it; wait for its end, or name "
-                      f"another place"):
+    with locked(lock, f"{file}: another process is about to write it; wait until that process "
+                      f"ends, or name another place"):
         try:
             check_free(file)
             yield
@@ -161,7 +171,7 @@ def awaited_file(file: Path) -> Iterator[None]:
 def check_place(file: Path) -> None:
     """Raise Refusal if a new file of this name cannot be written. Its folder is created."""
     check_free(file)
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}{UNFINISHED}")  # no other process's
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}{UNFINISHED}")  # for this process only
     try:
         with in_words(unfinished):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,9 +185,11 @@ def check_place(file: Path) -> None:
 
 @contextmanager
 def locked(file: Path, busy: str) -> Iterator[None]:
-    """Hold a lock on a file, which is made where it is missing; Refusal with the text `busy` where
-    another process holds it, or has just moved it away. The lock ends with the process, however
-    that ends."""
+    """Hold a lock on a file during the block. A missing file is created.
+
+    Raises Refusal with the text `busy` if another process holds the lock, or has just moved or
+    removed the file. The lock ends with the process, even if the process is killed.
+    """
     with in_words(file):
         opened = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
@@ -199,7 +211,7 @@ def locked(file: Path, busy: str) -> Iterator[None]:
 
 @contextmanager
 def removed_on_error(path: Path) -> Iterator[None]:
-    """Remove what a write leaves under this name when it fails."""
+    """Remove the file or folder `path` if the block fails."""
     try:
         yield
     except BaseException:
@@ -210,27 +222,27 @@ def removed_on_error(path: Path) -> Iterator[None]:
 
 @contextmanager
 def in_words(path: Path) -> Iterator[None]:
-    """Raise Refusal where the disk is full or the place of `path` cannot be written to."""
+    """Turn an error of the block into a Refusal if the disk is full or `path` cannot be written."""
     try:
         yield
     except Exception as error:
         number = error_number(error)
         place = next(folder for folder in path.parents if not folder.name.endswith(UNFINISHED))
         if number in FULL or CUT_SHORT.match(str(error)):
-            raise Refusal(f"{place}: the disk is full; older files stay whole. Free some space, or "
-                          f"name another place") from None
+            raise Refusal(f"{place}: the disk is full, older files are unchanged; free some space, "
+                          f"or name another place") from None
         if number == errno.ENAMETOOLONG:
-            raise Refusal(f"{path.name}: the name is too long; name another") from None
+            raise Refusal(f"{path.name}: the name is too long; give a shorter name") from None
         if number == errno.ENOENT and not place.is_dir():
-            raise Refusal(f"{place}: is not there, or no longer: it cannot be made, or was moved "
-                          f"or deleted meanwhile; move it back, or name another place") from None
+            raise Refusal(f"{place}: this folder is missing or cannot be created; move it back if "
+                          f"it was moved, or name another place") from None
         if number in CLOSED:
             raise Refusal(f"{place}: cannot be written to; name another place") from None
         raise
 
 
 def error_number(error: BaseException) -> int | None:
-    """The errno of an error; safetensors, which is written in Rust, has it only in the text.
+    """Return the errno of an error, or None. Errors of safetensors have it only in their text.
 
     >>> error_number(ValueError("Error while serializing: I/O error: No space (os error 28)"))
     28
@@ -249,7 +261,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file's content, or a folder's list of names, to the disk."""
+    """Write a file's buffered content, or a folder's list of names, to the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -261,10 +273,12 @@ def flush(path: Path) -> None:
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Raise Refusal where the disk of `folder` (which may not exist yet) has not `size` bytes
-    free."""
+    """Raise Refusal if the disk of `folder` has less than `size` bytes free.
+
+    The folder may not exist yet.
+    """
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     if size > free:
-        raise Refusal(f"{folder}: {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free "
-                      f"on that disk; free some, or name another place")
+        raise Refusal(f"{folder}: {size / 1e9:.2f} GB are needed, but {free / 1e9:.2f} GB are free "
+                      f"on that disk; free some space, or name another place")

@@ -13,14 +13,14 @@ SECONDS, MIB = 10, 512
 
 
 class OverLimit(Exception):
-    """A limit was exceeded. The text is the end of a sentence: "takes more than 10 s"."""
+    """The function exceeded a limit. The text is a predicate, such as "takes more than 10 s"."""
 
 
 def limited(function: Callable, *args):
-    """The result of `function(*args)`, which must be small and picklable.
+    """Return the result of `function(*args)`. The result must be small and picklable.
 
-    Raises OverLimit if it takes more than SECONDS or MIB. Also raises the function's own
-    exceptions.
+    Raises OverLimit if the function takes more time than SECONDS or more memory than MIB. An
+    exception of the function is raised as a ValueError with the same text.
     """
     forking = multiprocessing.get_context("fork")
     receiver, sender = forking.Pipe(duplex=False)
@@ -44,20 +44,22 @@ def limited(function: Callable, *args):
 
 
 def send_result(sender, function: Callable, args: tuple) -> None:
-    """Send (value, None) or (None, exception); runs in the process that is limited."""
+    """Send (value, None) or (None, exception). This function runs in the forked process."""
     limit_memory()
     try:
         found = function(*args), None
     except MemoryError:
         found = None, MemoryError()
-    except Exception as error:  # its class may not be picklable
+    except Exception as error:  # the class of `error` may not be picklable
         found = None, ValueError(str(error) or type(error).__name__)
     sender.send(found)
 
 
 def limit_memory() -> None:
-    """Limit the memory of this process to its present size plus MIB. Only Linux tells the present
-    size."""
+    """Limit the memory of this process to its present size plus MIB.
+
+    Only Linux has a file with the present size. On other systems the memory is not limited.
+    """
     pages = Path("/proc/self/statm")
     if pages.is_file():
         size = int(pages.read_text().split()[0]) * resource.getpagesize()

@@ -1,9 +1,10 @@
 """Every private API of torch and bitsandbytes that the project calls, in one place.
 
-A private API can change or disappear in any version without notice. No other module may name one.
-tests/test_private_apis.py checks that, tests each entry, and says what to do when the entry is
-gone. The title of a section names the oldest version with which the tests have passed: torch 2.10
-(also 2.11 and 2.13), bitsandbytes 0.50.
+A private API can change or disappear in any version without notice. No other module may use a
+private API. tests/test_private_apis.py checks this rule, and it tests each entry of this file. If
+an entry disappears, its test says what to do. The title of each section names the oldest version
+with which the tests have passed. For torch this is 2.10; the tests also passed with 2.11 and 2.13.
+For bitsandbytes it is 0.50.
 
 B micro-batch, H heads, L queries, S keys, K head width, T tokens.
 """
@@ -14,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.attention import SDPBackend
 
-# torch 2.10: a context in which each operation passes through __torch_dispatch__ before it runs;
-# and the formula of each operation's FLOPs.
+# torch 2.10. TorchDispatchMode is a context in which each operation passes through
+# __torch_dispatch__ before it runs. flop_registry has a formula for the FLOPs of each operation.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils.flop_counter import flop_registry as flop_registry
 
@@ -24,13 +25,14 @@ aten = torch.ops.aten
 
 # -- torch 2.10: the fused attention kernels behind F.scaled_dot_product_attention
 #
-# Called directly, because the public function would choose a kernel for each block of queries, and
-# its backward would make gradients of the keys' full length for each block. A forward returns the
-# output, then what its backward takes after `out`; bias is [1 or B, H, L, S] in the inputs' dtype.
+# The project calls these kernels directly, for one block of queries at a time. The public function
+# would choose a kernel for each block. In backward it would also allocate gradients of the keys'
+# full length for each block. A forward returns the output, then the values that its backward takes
+# after `out`. The bias is [1 or B, H, L, S] in the inputs' dtype.
 
 
 def efficient_attention(q, k, v, bias, scale):
-    """The memory-efficient kernel, for every CUDA card."""
+    """Attention by the memory-efficient kernel, which runs on every CUDA card."""
     bias = bias.expand(len(q), q.shape[1], -1, -1)
     return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
 
@@ -43,7 +45,7 @@ def efficient_attention_backward(g, q, k, v, bias, out, lse, seed, offset, scale
 
 
 def cudnn_attention(q, k, v, bias, scale):
-    """cuDNN's kernel, which torch prefers on Hopper in 16 bits."""
+    """Attention by cuDNN's kernel, which torch prefers on Hopper for 16-bit dtypes."""
     return aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, scale=scale)[:-1]
 
 
@@ -56,7 +58,7 @@ def cudnn_attention_backward(g, q, k, v, bias, out, lse, cum_q, cum_k, max_q, ma
 
 
 def cpu_attention(q, k, v, bias, scale):
-    """The CPU's fused kernel."""
+    """Attention by the CPU's fused kernel."""
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
 
 
@@ -66,21 +68,24 @@ def cpu_attention_backward(g, q, k, v, bias, out, lse, scale):
         g, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
 
 
-CAUSAL = 1  # custom_mask_type: query i sees the keys up to i, counted from each document's start
+CAUSAL = 1  # a custom_mask_type: token i of a document attends to tokens 0 to i of that document
 
 
 def efficient_documents(q, k, v, starts, longest: int, scale):
-    """The memory-efficient kernel over [1, T, H, K], causal within each document. Returns the
-    output, then what its backward takes after `out`. starts: [documents + 1]; longest: an upper
-    bound on the length of a document."""
+    """Causal attention within each document, by the memory-efficient kernel. q, k, v: [1, T, H, K].
+
+    Returns the output, then the values that its backward takes after `out`. starts: the first
+    position of each document, and T at the end, [documents + 1]. longest: an upper bound on the
+    tokens of a document.
+    """
     return aten._efficient_attention_forward(q, k, v, None, starts, starts, longest, longest, 0.0,
                                              CAUSAL, True, scale=scale)[:4]
 
 
 def efficient_documents_backward(g, q, k, v, out, lse, seed, offset, starts, longest: int, scale):
     """The gradients (dq, dk, dv) of efficient_documents."""
-    # torch's version for the meta device lacks the argument `out` (to 2.13), so it cannot take the
-    # scale as well, which changes no shape.
+    # Up to torch 2.13, the implementation for the meta device lacks the argument `out`. It would
+    # therefore fail with `scale`. The scale changes no shape, so the meta device can omit it.
     more = {} if g.is_meta else {"scale": scale}
     return aten._efficient_attention_backward(
         g, q, k, v, None, out, starts, starts, longest, longest, lse, 0.0, seed, offset, CAUSAL,
@@ -88,8 +93,11 @@ def efficient_documents_backward(g, q, k, v, out, lse, seed, offset, starts, lon
 
 
 def flash_documents(q, k, v, starts, longest: int, scale):
-    """The flash kernel over [T, H, K], causal within each document. Returns the output, then what
-    its backward takes after `out`."""
+    """Causal attention within each document, by the flash kernel. q, k, v: [T, H, K].
+
+    Returns the output, then the values that its backward takes after `out`. starts and longest:
+    see efficient_documents.
+    """
     return aten._flash_attention_forward(q, k, v, starts, starts, longest, longest, 0.0, True,
                                          False, scale=scale)[:4]
 
@@ -101,22 +109,27 @@ def flash_documents_backward(g, q, k, v, out, lse, state, unused, starts, longes
 
 
 def choose_attention_kernel(q, k, v, bias) -> SDPBackend:
-    """The kernel that F.scaled_dot_product_attention chooses for these tensors; bias None: causal.
+    """Return the kernel that F.scaled_dot_product_attention chooses for these tensors.
 
-    The choice depends on shapes, dtypes and devices, not on values.
+    If bias is None, the attention is causal. The choice depends on shapes, dtypes and devices, not
+    on values.
     """
     return SDPBackend(torch._fused_sdp_choice(q, k, v, attn_mask=bias, is_causal=bias is None))
 
 
 def is_attention_choice(operation) -> bool:
-    """Whether a dispatched operation is the one behind choose_attention_kernel. Its bias is the
-    fourth argument or `attn_mask`."""
+    """Return whether a dispatched operation is the choice in choose_attention_kernel.
+
+    The bias of this operation is its fourth argument, or its keyword argument `attn_mask`.
+    """
     return operation is aten._fused_sdp_choice.default
 
 
 def is_document_attention(operation) -> bool:
-    """Whether a dispatched operation is one of the four document operations above. Their first
-    argument is [1, T, H, K] or [T, H, K]."""
+    """Return whether a dispatched operation is one of the four document operations above.
+
+    The first argument of these operations is [1, T, H, K] or [T, H, K].
+    """
     return operation in (
         aten._efficient_attention_forward.default, aten._efficient_attention_backward.default,
         aten._flash_attention_forward.default, aten._flash_attention_backward.default)
@@ -126,20 +139,21 @@ def is_document_attention(operation) -> bool:
 
 
 def current_saved_tensor_hooks() -> tuple[Callable, Callable] | None:
-    """(pack, unpack) of the innermost active saved_tensors_hooks, or None.
+    """Return (pack, unpack) of the innermost active saved_tensors_hooks, or None.
 
-    Of nested hooks autograd calls only the innermost; it must call the outer ones itself.
+    If hooks are nested, autograd calls only the innermost hook. This hook must call the outer hooks
+    itself.
     """
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor, or another view of its memory, was changed in place."""
+    """Return how many times a tensor was changed in place. Changes through its views count too."""
     return tensor._version
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor of which `tensor` is a view; `tensor` itself where it is no view."""
+    """Return the base of the view `tensor`, or `tensor` itself if it is not a view."""
     return tensor if tensor._base is None else tensor._base
 
 
@@ -147,8 +161,11 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def found_inf(scaler: torch.amp.GradScaler, optimizer) -> torch.Tensor | None:
-    """The flag (1.0 or 0.0, on the device) by which GradScaler skips the optimizer's update, after
-    `unscale_` has looked for inf and nan; None where the scaler is disabled."""
+    """Return GradScaler's flag for skipping an update, or None if the scaler is disabled.
+
+    The flag is a tensor on the device. It is 1.0 if a gradient is inf or nan, else 0.0. Call
+    `scaler.unscale_(optimizer)` first, because it sets the flag.
+    """
     if not scaler.is_enabled():
         return None
     [flag] = scaler._found_inf_per_device(optimizer).values()
@@ -159,25 +176,29 @@ def found_inf(scaler: torch.amp.GradScaler, optimizer) -> torch.Tensor | None:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """A number that identifies a storage while it is alive; all its Python objects share it.
+    """Return a number that identifies a storage during its lifetime.
 
-    data_ptr() does not: on the meta device it is 0 for every storage.
+    All Python objects of one storage give the same number. data_ptr() cannot identify a storage on
+    the meta device: it is 0 for every storage there.
     """
     return storage._cdata
 
 
 def schema_of(operation):
-    """The signature of an operation: arguments, returns, and which of them it writes."""
+    """Return the signature of an operation: its arguments, its results, and its in-place writes."""
     return operation._schema
 
 
 def unsafe_view():
-    """The view that matrix products use internally; autograd does not track it as a view."""
+    """Return the view operation that matrix products use internally.
+
+    Autograd does not track its result as a view.
+    """
     return aten._unsafe_view.default
 
 
 def free_matmul_workspaces() -> None:
-    """Free cuBLAS's workspaces: one for each stream, 32 MiB on Hopper."""
+    """Free cuBLAS's workspaces. Each stream has one workspace, of 32 MiB on Hopper."""
     torch._C._cuda_clearCublasWorkspaces()
 
 
@@ -185,42 +206,46 @@ def free_matmul_workspaces() -> None:
 
 
 def nf4_state(weight: torch.Tensor):
-    """The QuantState of a 4-bit weight, None for any other tensor."""
+    """Return the QuantState of a 4-bit weight, or None for any other tensor."""
     return getattr(weight, "quant_state", None)
 
 
 def held_by(module: torch.nn.Module) -> list:
-    """What a module itself holds: parameters, buffers, and the QuantState of an NF4 weight."""
+    """List a module's own parameters and buffers, and the QuantState of its NF4 weight.
+
+    Those of its submodules are not included.
+    """
     held = (*module._parameters.values(), *module._buffers.values(), nf4_state(module))
     return [value for value in held if value is not None]
 
 
 class NF4Fields(NamedTuple):
-    """All that is needed to decode an NF4 weight with double quantisation.
+    """The values that decode an NF4 weight with double quantisation.
 
-    A block of 64 weights has one scale; a block of 256 scales has one scale for the scales.
+    Each block of 64 weights shares one scale. The scales are quantised too: each block of 256
+    scales shares one scale of scales.
     """
 
-    scales: torch.Tensor  # [blocks] uint8: the scale of each block of weights, coded
-    code: torch.Tensor  # [16] fp32: the value of each nibble, in -1 … 1
-    offset: torch.Tensor  # [] fp32: the mean of all scales, which was subtracted from each
-    scale_scales: torch.Tensor  # [blocks of scales] fp32
-    scale_code: torch.Tensor  # [256] fp32: the value of each coded scale
+    scales: torch.Tensor  # [blocks] uint8: the quantised scale of each block of weights
+    code: torch.Tensor  # [16] fp32: the value of each 4-bit code, from -1 to 1
+    offset: torch.Tensor  # [] fp32: the mean of all scales; it was subtracted before quantisation
+    scale_scales: torch.Tensor  # [blocks of scales] fp32: the scale of each block of scales
+    scale_code: torch.Tensor  # [256] fp32: the value of each 8-bit code in `scales`
     shape: torch.Size  # of the weight
-    dtype: torch.dtype  # of the weight when dequantised
+    dtype: torch.dtype  # of the dequantised weight
 
     def tensors(self) -> list[torch.Tensor]:
         return [field for field in self if isinstance(field, torch.Tensor)]
 
 
 def nf4_fields(state) -> NF4Fields:
-    """The fields of a QuantState that quantize_4bit(…, compress_statistics=True) made."""
+    """Return the fields of a QuantState from quantize_4bit(…, compress_statistics=True)."""
     return NF4Fields(state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code,
                      state.shape, state.dtype)
 
 
 def make_nf4_state(fields: NF4Fields):
-    """The QuantState with these fields, equal to the one that nf4_fields read them from."""
+    """Return a QuantState with these fields. This function is the inverse of nf4_fields."""
     from bitsandbytes.functional import QuantState
 
     of_scales = QuantState(absmax=fields.scale_scales, code=fields.scale_code, blocksize=256,
@@ -235,20 +260,21 @@ def set_dequantised_dtype(state, dtype: torch.dtype) -> None:
 
 
 def attach_state(linear, state) -> None:
-    """Set the QuantState of a Linear4bit to that of its weight.
+    """Give a Linear4bit the QuantState of its weight.
 
-    It also switches off bitsandbytes' repacking: on a CPU with avx512_bf16 the layer would repack
-    its weight for inference, in place and not exactly, but a frozen weight must not change.
+    This function also switches off bitsandbytes' repacking. On a CPU with avx512_bf16, the layer
+    would repack its weight in place for inference, which changes the values slightly. A frozen
+    weight must not change.
     """
     linear.quant_state = state
     linear.support_avx512bf16_for_cpu = False
 
 
 def make_scale_code() -> None:
-    """Create the 256 values of coded scales now, on the CPU.
+    """Create bitsandbytes' table of the 256 possible quantised scales now, on the CPU.
 
-    bitsandbytes creates them on the first device on which it quantises and reuses them for all
-    others. Created on the meta device they would have no values.
+    bitsandbytes creates this table on the first device on which it quantises, and reuses it on all
+    other devices. A table on the meta device would have no values.
     """
     from bitsandbytes import functional
 
@@ -259,7 +285,7 @@ def make_scale_code() -> None:
 
 
 def make_state(optimizer, parameter: torch.nn.Parameter) -> None:
-    """Allocate the state of a bitsandbytes optimizer now; otherwise its first step does.
+    """Allocate the state of a bitsandbytes optimizer now, not in its first step.
 
     On a GPU the moments of a paged optimizer are in CUDA's managed memory.
     """

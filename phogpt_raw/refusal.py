@@ -1,8 +1,8 @@
-"""Errors that a person reads as one line instead of a traceback.
+"""Errors that are printed as one line instead of a traceback.
 
-A Refusal is raised where a file, a flag, a row or a GPU cannot be used as asked (exit status 2). A
-RunFailed ends a training run that produced nothing usable (exit status 1). A bug is neither: it
-keeps its traceback.
+A Refusal means that a file, a flag, a row or a GPU cannot be used as the user requested (exit
+status 2). A RunFailed ends a training run without a usable result (exit status 1). The exceptions
+of bugs keep their traceback.
 """
 
 import errno
@@ -21,9 +21,12 @@ OF_THE_PLACE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP,
 
 
 def write_utf8(stream) -> None:
-    """Have a stream write Vietnamese where the system's encoding cannot, as a redirected output on
-    Windows: in UTF-8; a terminal keeps its encoding and shows `?` for what it lacks. What UTF-8
-    lacks, such as half a character in the name of a file, is written as its code."""
+    """Switch an output stream to UTF-8, so that it can write Vietnamese.
+
+    A redirected output on Windows, for example, has another encoding by default. An incomplete
+    character, for example from the name of a file, is written as its code. A terminal with another
+    encoding keeps it, and shows `?` for each character that this encoding lacks.
+    """
     encoding = getattr(stream, "encoding", None) or "utf-8"
     if not hasattr(stream, "reconfigure"):
         return
@@ -34,16 +37,21 @@ def write_utf8(stream) -> None:
 
 
 def open_missing_streams() -> None:
-    """If a program is started without an input or an output stream, Python's sys has None in its
-    place."""
+    """Open os.devnull in place of each missing standard stream.
+
+    If a program is started without a standard stream, Python sets sys.stdin, sys.stdout or
+    sys.stderr to None.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def discard_unwritable() -> None:
-    """Send what is still to be printed nowhere where its reader is gone or its disk is full: at
-    its end Python would print it once more, and fail."""
+    """Discard buffered output that cannot be written, because its reader or its disk space is gone.
+
+    Otherwise Python would try to write the output again at exit, and would fail.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -52,41 +60,47 @@ def discard_unwritable() -> None:
 
 
 def tell(text: str) -> None:
-    """Print a line on stderr, if anybody reads it."""
+    """Print a line on stderr. An error of the stream, such as a closed pipe, is ignored."""
     with suppress(OSError):
         print(text, file=sys.stderr)
 
 
 class Refusal(ValueError):
-    """One sentence: what is wrong, where (file and line, flag, tensor), and what to do."""
+    """An error that the user can correct.
+
+    The text is one sentence: the fault, its place (file and line, flag, tensor), and the remedy.
+    """
 
 
 class RunFailed(RuntimeError):
-    """One sentence: why the run ends without a result, and what is left of it."""
+    """A training run ended without a usable result. The text is one sentence with the reason."""
 
 
-signalled: list[int] = []  # signals that have asked the command to end
+signalled: list[int] = []  # the signals to end that the command has received
 
 
 def end(number: int, _frame) -> None:
-    """The handler of SIGTERM and SIGHUP. Where it runs inside a `__del__`, Python prints SystemExit
-    and goes on; so the signal is remembered."""
+    """Handle SIGTERM and SIGHUP: store the signal, then exit with status 128 + its number.
+
+    If the handler runs inside a `__del__`, Python prints the SystemExit and continues. The rest of
+    the program can then still find the signal in `signalled`.
+    """
     signalled.append(number)
     sys.exit(128 + number)
 
 
 def exits_cleanly(main):
-    """Decorate a command: an error for people becomes one line on stderr and an exit status.
+    """Decorate a command so that a known error becomes one line on stderr and an exit status.
 
-    Refusal, a full GPU, a file or disk that cannot be used: 2; RunFailed: 1; Ctrl-C: 130, with the
-    text of the KeyboardInterrupt where it has one; SIGTERM: 143; SIGHUP: 129, after what is
-    unfinished has been removed.
+    The status is 2 for a Refusal, for a full GPU, and for a file or disk that cannot be used. It is
+    1 for a RunFailed, 130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP. If the KeyboardInterrupt
+    of a Ctrl-C has a text, this text is the line. Unfinished files are removed before the exit.
     """
     @functools.wraps(main)
     def command(*args, **kwargs):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                     signal.signal(number, end)
         signalled.clear()
         open_missing_streams()
@@ -99,7 +113,7 @@ def exits_cleanly(main):
         except (Refusal, RunFailed) as error:
             tell(_("error: {text}", text=" ".join(str(error).split())))
             sys.exit(2 if isinstance(error, Refusal) else 1)
-        except BrokenPipeError:  # the reader of the output has gone, as `head` does
+        except BrokenPipeError:  # the reader of the output, such as `head`, has ended
             sys.exit(1)
         except OSError as error:
             if error.errno not in OF_THE_PLACE:
@@ -110,9 +124,9 @@ def exits_cleanly(main):
         except Exception as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
                 raise
-            tell(_("error: the GPU's memory is full; train.py: --micro-batch 1, --recompute all "
-                   "or --no-capture, then go on with the same --out; generate.py: fewer "
-                   "--max-new-tokens"))
+            tell(_("error: the GPU's memory is full; with train.py, give --micro-batch 1, "
+                   "--recompute all or --no-capture, and resume with the same --out; with "
+                   "generate.py, give a smaller --max-new-tokens"))
             sys.exit(2)
         except KeyboardInterrupt as stop:
             tell(str(stop) or _("stopped by hand"))

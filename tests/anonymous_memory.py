@@ -1,5 +1,7 @@
-"""Measure anonymous host memory during a load, for scripts of tests. Pages mapped
-from a file can be dropped at any time and are not counted."""
+"""Measure the anonymous host memory that a load needs, in scripts that tests run.
+
+Pages mapped from a file are not counted, because the system can drop them at any time.
+"""
 
 import gc
 import threading
@@ -7,14 +9,14 @@ import time
 
 
 def rss_anon() -> int:
-    """Bytes of this process."""
+    """The anonymous memory of this process, in bytes."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
 def growth(load):
-    """(the result of load(), the largest increase of memory in bytes while it ran)."""
-    gc.collect()  # what was loaded before may still wait for it
+    """Run load(); return (its result, the largest increase of anonymous memory in bytes)."""
+    gc.collect()  # frees the objects of earlier loads
     before, highest, loading = rss_anon(), 0, True
 
     def watch():

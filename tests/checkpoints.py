@@ -1,6 +1,6 @@
-"""Write random checkpoints in VinAI's format, of any size: shards, index, config.json as shipped.
+"""Write random checkpoints of any size in VinAI's format: shards, their index and config.json.
 
-    python tests/checkpoints.py 7b5 DIR      two bf16 .bin shards, 15 GB; never committed
+    python tests/checkpoints.py 7b5 DIR      two bf16 .bin shards, 15 GB; do not commit them
     python tests/checkpoints.py 4b DIR
 """
 
@@ -22,13 +22,14 @@ SHAPES = {
 
 
 def vinai_config(**fields) -> dict:
-    """config.json with VinAI's fields and values: those of SIZES, and any others to override."""
+    """VinAI's config.json as a dict. `fields` gives all of SIZES and may override other fields."""
     shape = ModelConfig(**{size: fields.pop(size) for size in SIZES})
     return checkpoint_format.vinai_config(shape, **fields)
 
 
 def random_tensors(config: dict, seed: int = 0, dtype=torch.bfloat16, device="cpu") -> dict:
-    """Every tensor of the checkpoint: biases and norms are random too, so that a lost one shows."""
+    """Every tensor of a checkpoint. Biases and norms are random too: a test must notice a lost one.
+    """
     shape = ModelConfig.from_json(config)
     pairs = random_data.random_tensors(shape, seed=seed, device=device, dtype=dtype)
     return {name: tensor.cpu() for name, tensor in pairs}
@@ -37,7 +38,7 @@ def random_tensors(config: dict, seed: int = 0, dtype=torch.bfloat16, device="cp
 def write_checkpoint(folder: Path, config: dict | None = None, *, tensors: dict | None = None,
                      shards: int = 1, kind: str = "bin", dtype=torch.bfloat16,
                      device="cpu") -> dict:
-    """Write config, tokenizer (nano's) and weights to `folder`; returns the tensors."""
+    """Write the config, nano's tokenizer and the weights to `folder`; return the tensors."""
     config = config or vinai_config(**SHAPES["tiny"])
     tensors = tensors or random_tensors(config, dtype=dtype, device=device)
     checkpoint_format.write_checkpoint(folder, config, tensors, shards=shards, kind=kind,
@@ -46,7 +47,7 @@ def write_checkpoint(folder: Path, config: dict | None = None, *, tensors: dict 
 
 
 def main(name: str, folder: str) -> None:
-    """Write a published shape; one shard is in memory at a time."""
+    """Write a checkpoint of a published shape; only one shard is in memory at a time."""
     config = vinai_config(**SHAPES[name])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = random_data.random_tensors(ModelConfig.from_json(config), seed=0, device=device)

@@ -18,7 +18,8 @@ from phogpt_raw.show import plots
 from phogpt_raw.training.loss import summed_loss
 from phogpt_raw.training.run import CARD
 
-torch.set_num_threads(1)  # with models this small a second thread only waits
+PICTURES = plots.pictures
+torch.set_num_threads(1)  # a second thread does not speed up models this small
 
 
 def pytest_collection_modifyitems(items):
@@ -44,8 +45,10 @@ def tokenizer(tiny):
 
 @pytest.fixture(scope="session")
 def first_command(tmp_path_factory):
-    """The run of `python train.py --steps 60`: its folder. With `pytest -n` all processes share
-    it, and the first that needs it trains."""
+    """The folder of a run of `python train.py --steps 60`.
+
+    With `pytest -n` all test processes share this folder. The first process that needs it trains.
+    """
     import train
 
     place = tmp_path_factory.getbasetemp()
@@ -54,14 +57,14 @@ def first_command(tmp_path_factory):
     folder = place / "first" / "nano"
     with (place / "first.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / CARD).is_file():  # the last file of a run
+        if not (folder / CARD).is_file():  # a run writes this file last
             train.main(["--steps", "60", "--out", str(folder)])
     return folder
 
 
 @pytest.fixture
 def adapted(tiny):
-    """A function that loads tiny with LoRA adapters whose B is not zero any more."""
+    """A function that loads tiny with LoRA adapters. Their B is random; a new B would be zero."""
 
     def load(*, nf4=False, dtype=torch.float32, **lora):
         model, _ = load_base(str(tiny), nf4=nf4, dtype=dtype, device="cpu")
@@ -89,19 +92,19 @@ def lively(adapted):
 
 
 def example(ids: list[int], answer: int, where: str) -> Example:
-    """A document of which the last `answer` tokens are supervised."""
+    """A document; its last `answer` tokens are supervised."""
     return Example(ids, next_tokens(ids, start=len(ids) - answer), where=where)
 
 
 def batch_loss(model, batch, chunk=16, **forward) -> torch.Tensor:
-    """The loss of a micro-batch's supervised rows, summed, as train_step has it."""
+    """The summed loss of a micro-batch's supervised tokens, computed as train_step does."""
     hidden_BLD = model(batch.ids_BL, batch.doc_BL, **forward)
     hidden_TD = hidden_BLD.flatten(0, 1).index_select(0, batch.rows_T)
     return summed_loss(hidden_TD, model.head, batch.targets_T, chunk)
 
 
 def ragged_examples(count: int, *, seed: int = 0, vocabulary: int = 4096, longest: int = 60):
-    """Examples of very different lengths, so that a wrong average of averages is noticed."""
+    """Examples of very different lengths. With them an average of averages is clearly wrong."""
     dice = torch.Generator().manual_seed(seed)
     examples = []
     for n in range(count):
@@ -143,15 +146,19 @@ def rows(tmp_path) -> Path:
 
 @pytest.fixture
 def train(tiny, rows, capsys, monkeypatch):
-    """A function that runs train.py on tiny in this process: (exit status, stdout, stderr). Its
-    pictures are empty, because they would take half of the time; test_plots.py draws them."""
+    """A function that runs train.py on tiny in this process; it returns (status, stdout, stderr).
+
+    Its pictures are empty, because drawing takes half of the time. test_plots.py draws them.
+    """
     import train as script
 
     monkeypatch.setattr(plots, "pictures", lambda *_: (b"<svg/>", b"PNG"))
 
     def run(*flags, at=None):
-        """`at` = (step, exception): raises the exception when the learning rate of that step is
-        computed."""
+        """`at` = (n, exception): call number n (0, 1, …) of lr_at raises the exception.
+
+        train.py computes the learning rate once in each step.
+        """
         with monkeypatch.context() as patch:
             if at:
                 patch.setattr(script, "lr_at", breaking_off(script.lr_at, *at))
@@ -169,13 +176,20 @@ def train(tiny, rows, capsys, monkeypatch):
     return run
 
 
+@pytest.fixture
+def train_and_draw(train, monkeypatch):
+    """The fixture `train`, with its pictures."""
+    monkeypatch.setattr(plots, "pictures", PICTURES)
+    return train
+
+
 SMALL = {"--steps": 7, "--batch-size": 4, "--micro-batch": 2, "--rank": 4, "--lr": 1e-2,
          "--warmup": 2, "--hold-out": 3, "--eval-every": 2, "--eval-answers": 2,
          "--answer-tokens": 4, "--save-every": 3}
 
 
 def command_line(settings: dict, flags) -> list[str]:
-    """`settings` as arguments, without those that `flags` (--a 1 --b) set again."""
+    """The arguments of `settings`, then `flags`. A flag removes the setting of the same name."""
     either = {"--epochs": "--steps", "--batch-tokens": "--batch-size"}
     named = {either.get(flag, flag) for flag in flags}
     kept = [(name, value) for name, value in settings.items() if name not in named]
@@ -183,7 +197,7 @@ def command_line(settings: dict, flags) -> list[str]:
 
 
 def breaking_off(lr_at, step, exception):
-    """lr_at, but call number `step` (0, 1, …) raises."""
+    """A function like lr_at, but its call number `step` (0, 1, …) raises `exception`."""
     calls = iter(range(10_000))
 
     def rate(*args):

@@ -1,5 +1,7 @@
-"""Shared by the tests of one-token steps: caches that hold prompts, and the model's own forward, to
-compare a fast step with."""
+"""Helpers for the tests of one-token decoding steps.
+
+They fill a key-value cache with prompts and compare a fast step with the model's own forward.
+"""
 
 import torch
 
@@ -7,7 +9,7 @@ from phogpt_raw.model.cache import Piece
 
 
 def filled(model, lengths=(7, 3, 12), rows=None, positions=20):
-    """A cache whose first rows hold random prompts of these lengths."""
+    """A key-value cache whose first rows hold random prompts of these lengths."""
     device = model.head.device
     cache = model.new_cache(rows or len(lengths), positions)
     dice = torch.Generator().manual_seed(0)
@@ -19,8 +21,10 @@ def filled(model, lengths=(7, 3, 12), rows=None, positions=20):
 
 
 def reads_as_the_models_forward(model, step_over) -> None:
-    """Assert that a prompt that is read in two pieces gives the hidden states, keys and values of
-    the forward. step_over(cache): the fast step."""
+    """Assert that the fast step and the model's forward read a prompt in two pieces alike.
+
+    Hidden states, keys and values must be equal. `step_over(cache)` returns the fast step.
+    """
     mine, other = model.new_cache(3, 30), model.new_cache(3, 30)
     fast = step_over(mine)
     ids_BL = torch.randint(4, 4096, (2, 25), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""A local hub for tests: the endpoints that huggingface_hub calls to upload, and what arrived."""
+"""A local hub for tests: it answers the upload requests of huggingface_hub and keeps the files."""
 
 import base64
 import hashlib
@@ -11,14 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Hub:
-    """The requests that reached the server, as (method, path, headers, body), and the files of
-    commits."""
+    """The requests that reached the server, as (method, path, headers, body), and the uploaded
+    files."""
 
     url: str = ""
     requests: list[tuple[str, str, dict, bytes]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)  # large files, by their SHA-256
-    answers: dict[str, tuple[int, dict]] = field(default_factory=dict)  # path's beginning: refusal
+    answers: dict[str, tuple[int, dict]] = field(default_factory=dict)  # refusals by path prefix
 
     def bodies(self, path: str) -> list[dict]:
         return [json.loads(body) for _, asked, _, body in self.requests if asked == path]
@@ -59,7 +59,7 @@ class Hub:
 
 @contextmanager
 def fake_hub():
-    """A Hub that listens on a free port of this machine until the block ends."""
+    """A Hub that listens on a free port of this machine until the `with` block ends."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):

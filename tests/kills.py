@@ -2,10 +2,10 @@
 
     python tests/kills.py nf4 0 10      the setting nf4, kills number 0 to 9
 
-Every run is a forked copy of one process that has imported and read everything before. A run dies
-by SIGKILL before one of its file operations, or by SIGALRM, which nothing here handles, a few
-milliseconds after a step, an evaluation, a save or the restoring of a checkpoint has begun. It is
-killed one to three times and is then resumed to its end.
+Every run is a forked copy of one process that has already imported all modules. Some kills send
+SIGKILL before a file operation. The other kills send SIGALRM, for which the program has no handler.
+It arrives at most 50 ms after the start of a step, of an evaluation, or of the loading of a
+checkpoint. Each run is killed one to three times and is then resumed to its end.
 """
 
 import os
@@ -25,15 +25,18 @@ SETTINGS = {
     "dropout": ["--dropout", 0.3],
 }
 RUN = {"--steps": 8, "--save-every": 2, "--eval-every": 3, "--keep": 2}
-MOMENTS = ("start", "step", "evaluation", "save", "resume")  # the first kill of each in turn
+MOMENTS = ("start", "step", "evaluation", "save", "resume")  # run n starts with n modulo 5
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
 
 @dataclass
 class Kill:
-    """Where a process dies: before its file operation number `call`, or `delay` seconds after call
-    number `call` of what `moment` names."""
+    """The point at which a process is killed.
+
+    `moment` is "files": before file operation number `call`. Any other `moment` names a function:
+    `delay` seconds after the start of its call number `call`.
+    """
 
     moment: str
     call: int
@@ -41,7 +44,7 @@ class Kill:
 
 
 def choose(dice: random.Random, moment: str) -> Kill:
-    if moment == "start":  # of a new run or of one that goes on
+    if moment == "start":  # the start of a new run or of a resumed run
         return Kill("files", dice.randrange(16))
     if moment in ("step", "evaluation"):
         return Kill(moment, dice.randrange(8 if moment == "step" else 4), dice.uniform(0, 0.05))
@@ -51,7 +54,7 @@ def choose(dice: random.Random, moment: str) -> Kill:
 
 
 def plan(setting: str, number: int) -> list[Kill]:
-    """The kills of one run, in their order."""
+    """The kills of one run, in the order in which they happen."""
     dice = random.Random(f"{setting} {number}")
     first = MOMENTS[number % len(MOMENTS)]
     kills = [choose(dice, "save" if first == "resume" else first)]
@@ -61,7 +64,7 @@ def plan(setting: str, number: int) -> list[Kill]:
 
 
 def arm(kill: Kill, folder: Path) -> None:
-    """Make this process die at the place of `kill`."""
+    """Prepare this process so that it is killed at the point that `kill` describes."""
     import train
     from phogpt_raw.training import checkpoint, setup
 
@@ -90,7 +93,7 @@ def arm(kill: Kill, folder: Path) -> None:
 
 
 def run(arguments: list[str], folder: Path, kill: Kill | None = None) -> int:
-    """train.py in a forked process: its exit status, negative for the signal that killed it."""
+    """Run train.py in a forked process; return its exit status, or -N if signal N killed it."""
     child = os.fork()
     if child == 0:
         import train
@@ -114,7 +117,7 @@ def run(arguments: list[str], folder: Path, kill: Kill | None = None) -> int:
 
 def killed_and_straight(setting: str, numbers: range, place: Path) -> None:
     """Raise AssertionError if a killed and resumed run differs from the uninterrupted one."""
-    import bitsandbytes  # noqa: F401  imported once, for all copies of this process
+    import bitsandbytes  # noqa: F401  imported once, before the process is forked
     import checkpoints
     import matplotlib.pyplot  # noqa: F401
     import peft  # noqa: F401

@@ -1,10 +1,10 @@
 """Run llama.cpp for tests, as a server in its own process.
 
-    python tests/llama.py MODEL.gguf [ADAPTER.gguf]    prints its address, serves until killed
+    python tests/llama.py MODEL.gguf [ADAPTER.gguf]    prints its address, runs until it is killed
 
 xllamacpp has no function for tokenising, and its threads block a normal exit. So tests use the
-server over HTTP and kill its process. The cache is fp32 and flash attention is off: the only
-difference left is llama.cpp's GELU, a table of the tanh approximation.
+server over HTTP and kill its process. The key-value cache is fp32 and flash attention is off. Only
+GELU still differs from this project: llama.cpp uses a table of the tanh approximation.
 """
 
 import json
@@ -14,11 +14,11 @@ import threading
 import time
 import urllib.request
 
-FULL_STOP = 17  # in nano's vocabulary
+FULL_STOP = 17  # the id of "." in nano's vocabulary
 
 
 class Llama:
-    """A server over a model and, if given, an adapter; `log`: its most verbose output."""
+    """A llama.cpp server with a model and, if given, an adapter. `log` holds its log messages."""
 
     def __init__(self, model, adapter=None):
         command = [sys.executable, __file__, str(model), *([str(adapter)] if adapter else [])]
@@ -49,16 +49,18 @@ class Llama:
         return self.ask("/tokenize", content=text, parse_special=False)["tokens"]
 
     def answer(self, prompt: list[int], count: int) -> dict:
-        """Greedy: `tokens`, and `stop_type`, "eos" where the model ended by itself."""
+        """The greedy answer: a dict with `tokens` and `stop_type`.
+
+        `stop_type` is "eos" if the model itself ended the answer.
+        """
         return self.ask("/completion", prompt=prompt, n_predict=count, temperature=0,
                         return_tokens=True, cache_prompt=False)
 
     def log_probability(self, ids: list[int], token: int) -> float:
         """The log-probability of `token` after `ids`; it must be among the 20 most likely tokens.
 
-        The answer is forced to be a full stop, because a token that ends inside a character is
-        given without probabilities. The probabilities are the model's own, from before the answer
-        is forced.
+        llama.cpp returns no probabilities for a token that ends inside a character. So a logit bias
+        forces the answer to be a full stop. The probabilities are those from before the bias.
         """
         found = self.ask("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=20,
                          logit_bias=[[FULL_STOP, 1000]])
@@ -67,7 +69,7 @@ class Llama:
 
     def warnings(self) -> list[str]:
         """Lines that llama.cpp marks as warnings or errors."""
-        time.sleep(0.2)  # what is still in the pipe
+        time.sleep(0.2)  # waits for log lines that are still in the pipe
         return [line.rstrip() for line in self.log if line[:24].split()[1:2] in (["W"], ["E"])]
 
 

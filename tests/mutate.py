@@ -1,11 +1,11 @@
-"""Damage the files of a base, an adapter or a run, one mutation at a time, and use them.
+"""Damage a file of a base, an adapter or a run, then use the files; one mutation at a time.
 
     python tests/mutate.py base 0 100      mutations 0 to 99 of a base's files
 
-Every mutation runs in a forked copy of one process that has imported everything, under a limit of
-20 s of CPU time and of 1 GiB more memory. It must end in one line of error and status 2, or in the
-result of the undamaged files; another result is allowed only if the mutation gave a valid value, or
-other weights in a file without a checksum.
+The damaged files are used in a forked copy of one process that has imported all modules. The copy
+may use 20 s of CPU time and 1 GiB of additional memory. It must end in one of two ways: with one
+line of error and status 2, or with the result of the undamaged files. Another result is allowed in
+two cases: the mutation gave a valid value, or it changed weights in a file without a checksum.
 """
 
 import json
@@ -35,7 +35,7 @@ KINDS = {".json": ["json", "json", "json", "bytes", "text"],
 
 
 def mutate(folder: Path, names: list[str], dice: random.Random) -> tuple[str, bool]:
-    """Damage one file of a folder; returns (a description, whether another result is allowed)."""
+    """Damage one file of a folder; return (a description, whether another result is allowed)."""
     file = folder / dice.choice(names)
     kind = dice.choice(KINDS.get(file.suffix, ["bytes"]))
     what, other = {"json": change_json, "text": change_text, "bytes": change_bytes,
@@ -44,7 +44,7 @@ def mutate(folder: Path, names: list[str], dice: random.Random) -> tuple[str, bo
 
 
 def places(value, path=()) -> list[tuple]:
-    """The paths of all values in a nest of dicts and lists; of a long list the first three."""
+    """The paths of the values in nested dicts and lists; only the first three values of a list."""
     found = [path] if path else []
     if isinstance(value, dict):
         for key in value:
@@ -56,7 +56,7 @@ def places(value, path=()) -> list[tuple]:
 
 
 def changed(content, dice: random.Random) -> tuple[str, bool]:
-    """Change one value in place. Another of the same type may be valid."""
+    """Change or delete one value in place; return (a description, whether it may be valid)."""
     by_depth = [p for p in places(content) if len(p) <= 2] or [("a",)]
     path = dice.choice(by_depth)
     inner = content
@@ -65,7 +65,7 @@ def changed(content, dice: random.Random) -> tuple[str, bool]:
     old = inner[path[-1]] if by_depth != [("a",)] else None
     if dice.random() < 0.2:
         del inner[path[-1]]
-        return f"{path} deleted", True  # has a default
+        return f"{path} deleted", True  # the field may have a default
     new = dice.choice(SET)
     inner[path[-1]] = new
     plain = isinstance(new, int | float) and math.isfinite(new) and new >= 0
@@ -79,7 +79,7 @@ def change_json(file: Path, dice: random.Random) -> tuple[str, bool]:
     if not isinstance(content, dict | list) or not content:
         return change_text(file, dice)
     what, other = changed(content, dice)
-    file.unlink()  # it may be a link to the one that others read
+    file.unlink()  # if the file is a link, its target must not change
     file.write_text(json.dumps(content), "utf-8")
     return what, other
 
@@ -117,7 +117,7 @@ def change_bytes(file: Path, dice: random.Random) -> tuple[str, bool]:
     file.unlink()
     if how != "gone":
         file.write_bytes(data)
-    return f"{how} at {at}", True  # in the text of a template, in a weight
+    return f"{how} at {at}", True  # the byte may belong to a template's text or to a weight
 
 
 def header_of(data: bytes) -> tuple[dict, bytes]:
@@ -144,17 +144,17 @@ def put_nan(file: Path, dice: random.Random) -> tuple[str, bool]:
     start = len(data) - max(e["data_offsets"][1] for e in header.values())
     begin, end = entry["data_offsets"]
     at = start + begin + width * dice.randrange((end - begin) // width)
-    data[at:at + width] = b"\xff" * width  # NaN in each of them
+    data[at:at + width] = b"\xff" * width  # NaN in each of these dtypes
     file.unlink()
     file.write_bytes(data)
     return f"NaN in {name}", False
 
 
-# -- what uses the files
+# -- programs that use the files
 
 
 class Base:
-    """A question to a base."""
+    """Ask a base one question."""
 
     def __init__(self, place: Path):
         import checkpoints
@@ -170,7 +170,7 @@ class Base:
 
 
 class Adapter(Base):
-    """A question to a base with an adapter."""
+    """Ask a base with an adapter one question."""
 
     def __init__(self, place: Path):
         from phogpt_raw.model.adapters import new_adapters
@@ -192,8 +192,10 @@ class Adapter(Base):
 
 
 class Run:
-    """A run that is resumed from its newest undamaged checkpoint. Its files have checksums or are
-    compared, so no other result is allowed."""
+    """Resume a run from its newest undamaged checkpoint.
+
+    train.py checks each file by a checksum or a comparison, so no other result is allowed.
+    """
 
     def __init__(self, place: Path):
         import checkpoints
@@ -226,7 +228,10 @@ USES = {"base": Base, "adapter": Adapter, "run": Run}
 
 
 def ran(use, said: Path) -> tuple[int, str]:
-    """(exit status, output) of `use` in a forked process; the status is negative for a signal."""
+    """Run `use` in a forked process; return (exit status, output).
+
+    The status is -N if signal N killed the process.
+    """
     child = os.fork()
     if child == 0:
         status = 1
@@ -254,8 +259,8 @@ def ran(use, said: Path) -> tuple[int, str]:
 
 
 def faults(what: str, numbers: range, place: Path) -> list[str]:
-    """The failures among the mutations with these numbers, one text for each."""
-    import bitsandbytes  # noqa: F401  imported once, for all copies of this process
+    """Test the mutations with these numbers; return one line of text for each failure."""
+    import bitsandbytes  # noqa: F401  imported once, before the process is forked
     import peft  # noqa: F401
     import torch
 
@@ -263,7 +268,7 @@ def faults(what: str, numbers: range, place: Path) -> list[str]:
     import train  # noqa: F401
     from phogpt_raw.show import plots
 
-    plots.pictures = lambda *_: (b"<svg/>", b"PNG")  # from metrics.jsonl alone, and slow
+    plots.pictures = lambda *_: (b"<svg/>", b"PNG")  # slow; made from metrics.jsonl alone
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     use = USES[what](place)
@@ -282,7 +287,7 @@ def faults(what: str, numbers: range, place: Path) -> list[str]:
 
 
 def result(ended: tuple[int, str]) -> str:
-    """The last line: an answer, or an adapter."""
+    """The last line of the output: an answer, or the bytes of an adapter."""
     return ended[1].strip().splitlines()[-1] if ended[1].strip() else ""
 
 

@@ -1,7 +1,7 @@
-"""Deliberately bad or odd files of rows, and the exact line that each gets.
+"""Bad or unusual files of rows. The program must print one exact line for each file.
 
-odd_lines.txt has the line of each file: the text of its Refusal, or the number of rows read and the
-notes on them.
+odd_lines.txt has these lines. A line is an error message, or the number of rows read and the notes
+on the rows.
 """
 
 import gzip
@@ -27,8 +27,11 @@ def talk(*turns) -> str:
 
 
 def sheet(rows, *, formulas=(), more=(), hidden=None, cells=None) -> bytes:
-    """An .xlsx file; formulas: (cell, text); more: rows of a second sheet; hidden: the number of
-    the sheet that is; cells: the range that the file names, in place of the right one."""
+    """The bytes of an .xlsx file with these rows.
+
+    formulas: pairs of a cell and its formula. more: the rows of a second sheet. hidden: the index
+    of the hidden sheet. cells: the cell range that the file states instead of the right range.
+    """
     openpyxl = __import__("openpyxl")
     book = openpyxl.Workbook()
     for values in rows:
@@ -48,7 +51,7 @@ def sheet(rows, *, formulas=(), more=(), hidden=None, cells=None) -> bytes:
 
 
 def in_range(book: io.BytesIO, cells: str) -> bytes:
-    """The same file with another range of cells, as some programs write it."""
+    """The same file, but it states the cell range `cells`. Some programs write a wrong range."""
     made = io.BytesIO()
     with zipfile.ZipFile(book) as old, zipfile.ZipFile(made, "w") as new:
         for name in old.namelist():
@@ -58,7 +61,7 @@ def in_range(book: io.BytesIO, cells: str) -> bytes:
 
 
 def parquet(records, **types) -> bytes:
-    """types: of the columns that are not as pyarrow would take them."""
+    """The bytes of a .parquet file. `types` gives the types that pyarrow must not infer itself."""
     import pyarrow
     from pyarrow.parquet import write_table
 
@@ -83,7 +86,7 @@ def cp1258(text: str) -> bytes:
 
 
 FILES: list[tuple[str, bytes | str]] = [
-    # lines of JSON
+    # .jsonl
     ("empty.jsonl", ""),
     ("blank.jsonl", "\n \r\n\t\n"),
     ("broken.jsonl", GOOD + '{"prompt": "a", "response": "b"\n'),
@@ -140,7 +143,7 @@ FILES: list[tuple[str, bytes | str]] = [
     ("control_name.jsonl", row(prompt=Q, response=A, **{"\x1b[2Jtên": 1}) + "\n"),
     ("dolly.jsonl", row(instruction=Q, context="Ở Huế.", response=A, category="qa") + "\n"),
     ("turn_of_a_tree.jsonl", row(text=Q, role="prompter", message_id="1") + "\n"),
-    # turns
+    # conversations of several turns
     ("vietnamese_roles.jsonl", row(messages=[{"vai trò": "Người dùng", "nội dung": Q},
                                              {"Vai trò": "Trợ lý ", "Nội dung": A}]) + "\n"),
     ("weight.jsonl", row(messages=[{"role": "user", "content": Q},

@@ -1,8 +1,10 @@
 """The oracle: transformers' MptForCausalLM with PhoGPT's biases added.
 
-transformers builds MPT without biases and only mentions a checkpoint's biases as UNEXPECTED. With
-them its logits are those of VinAI's own code. It ignores expansion_ratio (always 4) and
-alibi_bias_max (always 8); test_phogpt.py has a slow reference for those two.
+transformers builds MPT without biases. It drops the biases of a checkpoint and only lists them as
+UNEXPECTED. With the biases added, its logits equal the logits of VinAI's own code.
+
+transformers also ignores two fields of the config: expansion_ratio is always 4, and alibi_bias_max
+is always 8. test_phogpt.py has a slow reference for these two fields.
 """
 
 import copy
@@ -15,12 +17,15 @@ from transformers import MptConfig, MptForCausalLM
 
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 
-torch.set_num_threads(1)  # with models this small a second thread only waits
+torch.set_num_threads(1)  # a second thread does not speed up models this small
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 class MptWithBiases(MptForCausalLM):
-    """MptForCausalLM whose linears (but the head) and norms have biases unless config.no_bias."""
+    """MptForCausalLM with biases in every norm and in every linear layer except the head.
+
+    If config.no_bias is true, no layer has a bias.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -33,15 +38,18 @@ class MptWithBiases(MptForCausalLM):
 
 
 def oracle(config: dict, tensors: dict, dtype=torch.float32) -> MptWithBiases:
-    """The oracle of VinAI's `config` holding `tensors`, every key of both accounted for."""
+    """The oracle for VinAI's `config` with the weights `tensors`.
+
+    The names of the tensors must be exactly the names of the oracle's parameters.
+    """
     config = copy.deepcopy(config)
     assert config["attn_config"]["attn_pdrop"] == 0
-    config["attn_config"]["attn_pdrop"] = 0  # VinAI's 0.0 is refused: the field is an int
+    config["attn_config"]["attn_pdrop"] = 0  # an int: transformers refuses VinAI's 0.0
     config["use_cache"] = True
     model = MptWithBiases(MptConfig.from_dict(config))
     keys = model.load_state_dict(tensors, strict=False)
     assert keys.unexpected_keys == []
-    assert keys.missing_keys == ["lm_head.weight"]  # tied
+    assert keys.missing_keys == ["lm_head.weight"]  # tied to the embedding
     assert model.lm_head.weight is model.transformer.wte.weight
     names = {name for name, _ in model.named_parameters()}
     assert names == set(tensors)
@@ -49,24 +57,24 @@ def oracle(config: dict, tensors: dict, dtype=torch.float32) -> MptWithBiases:
 
 
 def ours(config: dict, tensors: dict, dtype=torch.float32) -> PhoGPT:
-    """PhoGPT of `config` holding `tensors`, strictly."""
+    """PhoGPT for `config` with the weights `tensors`; the names must match exactly."""
     model = PhoGPT(ModelConfig.from_json(config))
     model.load_state_dict(tensors)
     return model.to(dtype).eval()
 
 
 def small_config(heads=8, width=8, layers=2, **fields) -> dict:
-    """VinAI's config.json, small enough for a test: 256 tokens, rows of up to 64."""
+    """VinAI's config.json for a small model: a vocabulary of 256, rows of up to 64 tokens."""
     shape = dict(d_model=heads * width, n_heads=heads, n_layers=layers, vocab_size=256,
                  max_seq_len=64)
     return vinai_config(**shape, **fields)
 
 
 def lively_tensors(config: dict, seed=0, dtype=torch.float32) -> dict:
-    """Random tensors with linear weights of deviation 0.1, so that attention prefers some keys.
+    """Random tensors. Linear weights have a standard deviation of 0.1: attention prefers some keys.
 
-    With the 0.02 of an initialised model all scores are near zero, so a mistake in them would not
-    be noticed.
+    A new model has a deviation of 0.02. Then all attention scores are near zero, and a test would
+    not notice a mistake in them.
     """
     tensors = random_tensors(config, seed, torch.float32)
     return {name: (t * (5 if t.dim() == 2 and "wte" not in name else 1)).to(dtype)
@@ -74,12 +82,12 @@ def lively_tensors(config: dict, seed=0, dtype=torch.float32) -> dict:
 
 
 def twins(config: dict, seed=0) -> tuple[PhoGPT, MptWithBiases]:
-    """Ours and the oracle with the same random tensors, in fp32."""
+    """Our model and the oracle with the same random tensors, in fp32."""
     tensors = lively_tensors(config, seed)
     return ours(config, tensors), oracle(config, tensors)
 
 
 def random_ids(config: dict, rows: int, length: int, seed=1) -> torch.Tensor:
-    """Token ids [B, L] without the four special ones."""
+    """Random token ids [B, L] without the ids of the four special tokens."""
     dice = torch.Generator().manual_seed(seed)
     return torch.randint(4, config["vocab_size"], (rows, length), generator=dice)

@@ -1,4 +1,4 @@
-"""A real server for tests: its answers to clients, and its output and memory."""
+"""A real server for tests, with functions that send requests and read its memory."""
 
 import http.client
 import json
@@ -9,7 +9,7 @@ from bench.server import Server
 
 
 class served(Server):
-    """`generate.py --serve` with these flags; key: its API key."""
+    """A process that runs `generate.py --serve` with these flags. `key` is its API key."""
 
     def __init__(self, *flags):
         self.key = flags[flags.index("--api-key") + 1] if "--api-key" in flags else "none"
@@ -20,14 +20,17 @@ class served(Server):
         assert "Traceback" not in "".join(self.lines), "".join(self.lines)
 
     def client(self, **how):
-        """The protocol's official client."""
+        """OpenAI's own client, connected to this server."""
         import openai
 
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1",
                              **{"api_key": self.key, "max_retries": 0, "timeout": 120, **how})
 
     def send(self, method: str, path: str, body=None, **headers) -> tuple[int, dict | str]:
-        """(status, JSON or text) of a request with exactly these headers, Host by default."""
+        """Send a request with these headers; return (status, parsed JSON or text).
+
+        Without a `Host` header the request has the usual one.
+        """
         link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         if not isinstance(body, bytes | None):
             body = json.dumps(body).encode()
@@ -42,6 +45,6 @@ class served(Server):
         return self.send("GET", "/health")[1]
 
     def rss(self) -> int:
-        """Bytes of memory without mapped files."""
+        """The memory of the server's process in bytes, without mapped files."""
         info = psutil.Process(self.process.pid).memory_info()
         return info.rss - info.shared

@@ -1,4 +1,4 @@
-"""An adapter's folder: its config is checked, and the settings of its run are found."""
+"""An adapter's folder: the check of its config, and the settings of the run that trained it."""
 
 import json
 import shutil
@@ -54,14 +54,14 @@ def test_what_peft_can_have_is_read(tmp_path, changed):
     ({"alpha_pattern": {"Wqkv": None}}, "alpha_pattern Wqkv None"),
     ({"lora_dropout": 1}, "lora_dropout 1"), ({"lora_dropout": "x"}, "lora_dropout 'x'"),
     ({"target_modules": "("}, "'\\(' is not a regular expression"),
-    ({"target_modules": [3]}, "target_modules \\[3\\] holds something else"),
+    ({"target_modules": [3]}, "target_modules \\[3\\] is not a list of names"),
     ({"target_modules": None}, "target_modules names no layers"),
-    ({"target_modules": 5}, "target_modules 5 holds something else"),
-    ({"exclude_modules": 5}, "exclude_modules 5 holds something else"),
+    ({"target_modules": 5}, "target_modules 5 is not a list of names"),
+    ({"exclude_modules": 5}, "exclude_modules 5 is not a list of names"),
     ({"exclude_modules": "("}, "exclude_modules '\\(' is not a regular expression"),
     ({"layers_to_transform": "all"}, "layers_to_transform 'all' is not the number of a block"),
     ({"layers_to_transform": [0, True]}, "layers_to_transform True is not the number of a block"),
-    ({"layers_pattern": 3}, "layers_pattern 3 holds something else"),
+    ({"layers_pattern": 3}, "layers_pattern 3 is not a list of names"),
     ({"bias": 5}, "bias 5 must be one of none, all, lora_only"), ({"bias": "zz"}, "bias 'zz'"),
     ({"use_rslora": "false"}, "use_rslora 'false' is neither true nor false"),
     ({"use_dora": "no"}, "use_dora 'no' is neither"), ({"lora_bias": 1}, "lora_bias 1 is neither"),
@@ -127,8 +127,8 @@ def test_an_adapter_in_a_runs_folder_is_not_of_that_run(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"model": "nano", "tem', '{"model": "nano"}'])
 def test_a_damaged_record_is_refused_and_never_taken_for_none(tmp_path, text):
     (adapter(tmp_path) / "config.json").write_text(text)
-    with pytest.raises(Refusal, match=f"{tmp_path}/config.json: is not a whole config.json of a "
-                                      f"run"):
+    with pytest.raises(Refusal, match=f"{tmp_path}/config.json: is not a complete config.json of "
+                                      f"a run"):
         read_origin(tmp_path)
 
 
@@ -148,7 +148,7 @@ def test_a_folder_that_hides_the_hubs_base_is_said(tmp_path, monkeypatch):
     folder = adapter(tmp_path / "a", base_model_name_or_path="vinai/PhoGPT-4B", revision="v7")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vinai" / "PhoGPT-4B").mkdir(parents=True)
-    with pytest.raises(Refusal, match="vinai/PhoGPT-4B in revision v7, of the hub, and a folder"):
+    with pytest.raises(Refusal, match="vinai/PhoGPT-4B on the hub, revision v7, but there is"):
         chosen_base(folder, read_origin(folder), None, None)
 
 
@@ -166,7 +166,7 @@ def test_an_adapter_is_not_put_over_a_base_that_has_it_already(tmp_path):
 
 def test_an_adapter_from_elsewhere_names_its_base_alone(tmp_path):
     assert read_origin(adapter(tmp_path / "a", revision="v2")) == Origin("nano", "v2")
-    # a model's config.json beside it, or above it, is not a run's
+    # a model's config.json in this folder, or in the folder above it, does not describe a run
     for folder in (tmp_path, tmp_path / "a"):
         (folder / "config.json").write_text(json.dumps({"model_type": "mpt", "d_model": 64}))
     assert read_origin(tmp_path / "a") == Origin("nano", "v2")
@@ -183,8 +183,8 @@ def test_a_recorded_value_that_cannot_be_is_one_line(tmp_path, field, value):
 def test_a_base_that_is_no_longer_there_is_said_to_be_the_adapters(tmp_path):
     base = tmp_path / "base"
     folder = adapter(tmp_path / "a", base_model_name_or_path=str(base))
-    with pytest.raises(Refusal, match=f"a: its base is {base}, and no such folder is there; say "
-                                      f"with --model where it is now"):
+    with pytest.raises(Refusal, match=f"a: its base is {base}, but no such folder exists; name "
+                                      f"its new folder with --model"):
         named_base(folder)
     base.mkdir()
     assert named_base(folder) == str(base)

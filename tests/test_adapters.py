@@ -1,4 +1,7 @@
-"""Adapters in their flat buffer; their files are exchanged with stock PEFT over the oracle."""
+"""The adapters' flat buffer, and adapter files that are exchanged with stock PEFT.
+
+Stock PEFT runs on the oracle: transformers' MPT with biases added (oracle.py).
+"""
 
 import json
 import shutil
@@ -21,10 +24,10 @@ from phogpt_raw.model.flat import FlatBuffer
 from phogpt_raw.model.weights import load_base
 from phogpt_raw.refusal import Refusal
 
-CONFIG = small_config(6, 8, 2)  # rank 5: pieces of 240 to 960 elements, none a multiple of 256
+CONFIG = small_config(6, 8, 2)  # at rank 5 no matrix has a multiple of 256 elements
 SUBSETS = pytest.mark.parametrize("targets", [TARGETS, ("Wqkv",), ("out_proj", "down_proj")],
                                   ids="+".join)
-# Stock PEFT adds up the same products of the same weights, W x + s B (A x), in another order.
+# Stock PEFT computes the same W x + s B (A x), but adds the products in another order.
 STOCK = dict(rtol=0, atol=3e-5)
 
 
@@ -33,7 +36,7 @@ def base():
 
 
 def trained(*, rank=5, alpha=7, seed=1, **kwargs):
-    """A model with adapters whose B is not zero any more."""
+    """A model with adapters. Their B is random; a new B would be zero."""
     model = base()
     adapters = new_adapters(model, rank=rank, alpha=alpha, base="vinai/PhoGPT-4B", **kwargs)
     dice = torch.Generator().manual_seed(seed)
@@ -70,7 +73,7 @@ def check_flat(model, adapters):
         assert parameter.data_ptr() == view.data_ptr() and parameter.shape == view.shape
         assert first <= view.data_ptr() and view.data_ptr() + view.nbytes <= last
         offset = (view.data_ptr() - first) // 4
-        assert offset % 256 == 0 and offset >= end  # the 8-bit optimizer's block
+        assert offset % 256 == 0 and offset >= end  # 256: the 8-bit optimizer's block size
         assert parameter.grad.data_ptr() - flat.grad.data_ptr() == 4 * offset
         end, count = offset + view.numel(), count + view.numel()
     assert count == adapters.count
@@ -99,19 +102,21 @@ def test_adapters_are_fp32_and_all_that_trains_over_any_base(adapted, nf4, dtype
     logits_BLV = model.logits(model(torch.tensor([[5, 6, 7]])))
     assert logits_BLV.dtype == dtype
     logits_BLV.float().square().sum().backward()
-    check_flat(model, adapters)  # autograd has added into the views, not replaced them
+    check_flat(model, adapters)  # autograd added to the views and did not replace them
     assert adapters.flat.grad.isfinite().all()
     assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
     assert all(p.grad is None for p in frozen)
 
 
 def test_gradients_land_in_the_flat_buffer():
-    """The gradients are slices of the flat buffer and add up over two backward passes; the gaps
-    between them stay zero."""
+    """The gradients of the adapters are views of one flat buffer.
+
+    They accumulate over two backward passes. The gaps between the views stay zero.
+    """
     model, adapters = trained()
     plain, _ = trained()
     for parameter in plain.parameters():
-        parameter.grad = None  # torch makes its own
+        parameter.grad = None  # torch then allocates a separate gradient
     ids_BL = random_ids(CONFIG, 2, 9)
     for _ in range(2):
         for m in (model, plain):
@@ -126,7 +131,7 @@ def test_gradients_land_in_the_flat_buffer():
         piece = adapters.flat.grad[start : start + view.numel()].view_as(view)
         assert torch.equal(piece, expected[name]) and torch.equal(parameter.grad, piece), name
         total += piece.double().square().sum().item()
-    # The norm of the whole buffer is that of the adapters: nothing else is in it.
+    # The whole buffer has the same norm as the adapters' gradients, so the gaps are zero.
     assert adapters.flat.grad.double().square().sum().item() == pytest.approx(total, rel=1e-12)
     assert total > 0
 
@@ -135,7 +140,10 @@ def test_gradients_land_in_the_flat_buffer():
 
 
 def bf16_pair(adapted, **lora):
-    """Two models of the same weights: with the shared copy, and with a cast a layer and use."""
+    """Two models with the same weights.
+
+    The first reads the adapters' shared bf16 copy. The second casts an adapter at each use.
+    """
     model, adapters = adapted(dtype=torch.bfloat16, **lora)
     reference, theirs = adapted(dtype=torch.bfloat16, **lora)
     for p in reference.parameters():
@@ -145,7 +153,7 @@ def bf16_pair(adapted, **lora):
 
 
 def step(model, ids_BL, recompute):
-    """Logits; the loss's gradient is added to what is there."""
+    """Return the logits, and add the gradient of the loss to the accumulated gradients."""
     logits = model.logits(model(ids_BL, recompute=recompute)).float()
     logits.square().mean().backward()
     return logits.detach()
@@ -154,15 +162,17 @@ def step(model, ids_BL, recompute):
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 @pytest.mark.parametrize("recompute", [0, 2])
 def test_one_cast_an_update_gives_what_a_cast_a_layer_gives(adapted, nf4, recompute):
-    """Equal bit for bit: over two accumulated micro-batches, after the weights change, and without
-    gradients."""
+    """The results are equal bit for bit.
+
+    This holds for two accumulated micro-batches, after a change of the weights, and in no_grad.
+    """
     model, adapters, reference, theirs = bf16_pair(adapted, nf4=nf4)
     assert adapters.compute.dtype == torch.bfloat16 and adapters.flat.dtype == torch.float32
     dice = torch.Generator().manual_seed(7)
     for _ in range(3):
         change = 0.01 * torch.randn(adapters.flat.shape, generator=dice)
         for a in (adapters, theirs):
-            a.flat.data += change  # what an optimizer does
+            a.flat.data += change  # stands for an optimizer's update
             a.cast()
             a.flat.grad.zero_()
         for _ in range(2):
@@ -220,11 +230,11 @@ def test_the_copy_is_no_part_of_what_is_saved(adapted, tmp_path):
     assert len(saved) == len(adapters.views)
 
 
-# -- adapters that are only read
+# -- adapters that are not trained
 
 
 class Reads(TorchDispatchMode):
-    """Counts the operations that take a tensor in the memory of `buffer`."""
+    """Counts the operations that have an argument in the memory of `buffer`."""
 
     def __init__(self, buffer):
         super().__init__()
@@ -238,7 +248,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture
 def loaded(adapted, tiny, tmp_path):
-    """A function that loads a saved adapter over tiny: (model, adapters)."""
+    """A function that loads tiny with a saved adapter and returns (model, adapters)."""
     adapted()[1].save(tmp_path / "adapter")
 
     def load(dtype, trainable, nf4=True):
@@ -250,7 +260,8 @@ def loaded(adapted, tiny, tmp_path):
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 def test_decoding_in_bf16_casts_no_adapter(monkeypatch, loaded, nf4):
-    """No forward reads the fp32 buffer: neither `cast` nor a cast of a single weight runs."""
+    """Decoding does not read the fp32 buffer. So it casts neither the buffer nor a single weight.
+    """
     model, adapters = loaded(torch.bfloat16, trainable=False, nf4=nf4)
     casts = []
     monkeypatch.setattr(FlatBuffer, "cast", casts.append)
@@ -288,7 +299,7 @@ def test_adapters_that_are_not_trained_can_be_saved_and_loaded_into(loaded, tmp_
     assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "adapter" / file).read_bytes()
 
 
-# -- fresh adapters
+# -- new adapters
 
 
 def test_a_fresh_adapter_changes_nothing_and_follows_the_seed():
@@ -352,7 +363,7 @@ def test_files_are_as_stock_peft_writes_them(saved):
     assert "base_model.model.transformer.blocks.1.ffn.up_proj.lora_B.weight" in tensors
     assert all(t.dtype == torch.float32 for t in tensors.values())
     size = (folder / "adapter_model.safetensors").stat().st_size
-    assert size < 4 * adapters.count + 10_000  # the views, not the buffer once for each
+    assert size < 4 * adapters.count + 10_000  # the whole buffer is not written for each view
 
 
 def test_saving_leaves_the_model_training(saved):
@@ -362,12 +373,12 @@ def test_saving_leaves_the_model_training(saved):
 
 
 def test_saving_does_not_ask_the_hub(tmp_path, monkeypatch):
-    """The base's name looks like a hub id; PEFT would by default ask for its config."""
+    """The base's name looks like a hub id. By default PEFT would ask the hub for its config."""
     asked = []
 
     def no_network(*address, **kwargs):
         asked.append(address)
-        raise OSError("no network")  # PEFT would swallow it
+        raise OSError("no network")  # PEFT would catch this error silently
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
@@ -394,7 +405,7 @@ def test_stock_peft_loads_what_we_save(tmp_path, targets, recwarn):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_injected_layers_are_in_the_models_mode(training):
-    """Also dropout: in eval mode the new layers must not apply it."""
+    """For example, the new layers must not apply dropout in eval mode."""
     model = base().train(training)
     new_adapters(model, rank=2, alpha=2, dropout=0.5)
     assert {module.training for module in model.modules()} == {training}
@@ -405,7 +416,7 @@ def test_injected_layers_are_in_the_models_mode(training):
 def test_what_stock_peft_saves_is_loaded(tmp_path, targets):
     stock = peft.get_peft_model(oracle(CONFIG, lively_tensors(CONFIG)), peft.LoraConfig(
         r=3, lora_alpha=12, lora_dropout=0.1, target_modules=list(targets), task_type="CAUSAL_LM",
-        init_lora_weights=False))  # B random as well
+        init_lora_weights=False))  # B is random too
     stock.save_pretrained(tmp_path)
     model = base()
     adapters = load_adapters(model, tmp_path)
@@ -429,7 +440,7 @@ def test_gradients_are_stock_pefts(tmp_path):
               for n, p in stock.named_parameters() if p.requires_grad}
     mine = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert mine.keys() == theirs.keys()
-    for name, grad in theirs.items():  # fp32 sums in two orders, through two blocks
+    for name, grad in theirs.items():  # fp32: both sides add in different orders
         size = grad.abs().max().item()
         assert size > 0
         torch.testing.assert_close(mine[name], grad, rtol=1e-4, atol=1e-5 * size)
@@ -446,7 +457,7 @@ def test_an_adapter_folders_rank_and_alpha_win(tmp_path):
     assert torch.equal(logits_of(model), logits_of(other))
 
 
-# -- what is refused
+# -- refusals
 
 
 @pytest.mark.parametrize("targets", [("q_proj",), ("Wqkv", "q_proj"), ("Wqkv", "lm_head"),
@@ -482,12 +493,12 @@ def test_a_file_that_does_not_fit_is_refused_by_the_tensors_name(saved, change, 
 
 
 def test_an_adapter_without_pefts_prefix_is_refused(saved):
-    """Stock PEFT would only warn, and apply nothing."""
+    """Stock PEFT would only warn and not load the adapter's weights."""
     folder, _, adapters = saved
     tensors = load_file(folder / "adapter_model.safetensors")
     stripped = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
     save_file(stripped, folder / "adapter_model.safetensors")
-    with pytest.raises(Refusal, match=r"lacks base_model\.model\.transformer\.blocks\.0"):
+    with pytest.raises(Refusal, match=r"lacks tensor base_model\.model\.transformer\.blocks\.0"):
         adapters.load(folder)
 
 
@@ -538,13 +549,13 @@ def test_a_spoiled_folder_is_refused_by_file(saved, tmp_path):
 @pytest.mark.parametrize("changed, line", [
     ({"layers_to_transform": [0, 40]}, "layers_to_transform 40, but the base's blocks are 0 to 1"),
     ({"layers_to_transform": 2}, "layers_to_transform 2, but the base's blocks are 0 to 1"),
-    ({"rank_pattern": {"q_proj": 3}}, "rank_pattern names q_proj, and no layer of that name has"),
-    ({"alpha_pattern": {"blocks.7.attn.Wqkv": 3}}, "alpha_pattern names blocks.7.attn.Wqkv, and"),
-    ({"alpha_pattern": {"kv": 3}}, "alpha_pattern names kv, and no layer of that name has"),
-    ({"r": 2**16}, "rank 65536, but the highest in the file of its weights is 5"),
-    ({"rank_pattern": {"Wqkv": 6}}, "rank 6, but the highest in the file of its weights is 5"),
-    ({"target_modules": ".*"}, "its layers are not this base's"),
-    ({"target_modules": "zz"}, "its layers are not this base's .*zz not found")])
+    ({"rank_pattern": {"q_proj": 3}}, "rank_pattern names q_proj, but no layer of that name has"),
+    ({"alpha_pattern": {"blocks.7.attn.Wqkv": 3}}, "alpha_pattern names blocks.7.attn.Wqkv, but"),
+    ({"alpha_pattern": {"kv": 3}}, "alpha_pattern names kv, but no layer of that name has"),
+    ({"r": 2**16}, "rank 65536, but the highest rank of its weights is 5"),
+    ({"rank_pattern": {"Wqkv": 6}}, "rank 6, but the highest rank of its weights is 5"),
+    ({"target_modules": ".*"}, "its layers do not match this base"),
+    ({"target_modules": "zz"}, "its layers do not match this base .*zz not found")])
 def test_a_configuration_of_another_model_is_one_line_with_its_file(saved, tmp_path, changed, line):
     other = shutil.copytree(saved[0], tmp_path / "other")
     file = other / "adapter_config.json"
@@ -569,7 +580,7 @@ def test_strengths_of_single_layers_are_honoured(saved, tmp_path):
 def test_an_adapter_that_names_no_base_says_so(tmp_path):
     model = base()
     new_adapters(model, rank=2, alpha=2).save(tmp_path)
-    with pytest.raises(Refusal, match="names no base model; say which with --model"):
+    with pytest.raises(Refusal, match="names no base model; name it with --model"):
         named_base(tmp_path)
 
 
@@ -586,7 +597,7 @@ def test_targets_by_regular_expression_survive_saving(tmp_path):
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_an_adapter_that_trains_biases_is_refused_in_sixteen_bits(adapted, tmp_path, tiny, bias):
-    """In 16 bits the biases would be trained in a copy that no forward reads."""
+    """The biases of a base in 16 bits are frozen, so this adapter cannot be used with it."""
     adapted()[1].save(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"bias": bias}))
@@ -600,7 +611,7 @@ def test_no_target_at_all_is_refused():
         new_adapters(base(), rank=4, alpha=8, targets=[])
 
 
-# -- adapters from elsewhere
+# -- adapters from other programs
 
 
 def test_an_adapter_in_the_older_format_is_read_weights_only(saved, tmp_path):
@@ -616,7 +627,7 @@ def test_an_adapter_in_the_older_format_is_read_weights_only(saved, tmp_path):
 
 
 class Unpickled:
-    """A class outside torch, of which weights_only=True creates no object."""
+    """A class outside torch. torch.load with weights_only=True does not create its objects."""
 
 
 @pytest.mark.parametrize("kind", ["orthogonal", "gaussian", False])
@@ -629,7 +640,7 @@ def test_how_an_adapter_was_initialised_does_not_matter(saved, tmp_path, kind):
 
 
 def test_a_target_that_matches_nothing_is_no_fault_of_a_finished_adapter(saved, tmp_path):
-    """Stock PEFT made it so, and its file has every tensor that the others need."""
+    """Stock PEFT can write such a config. The file has every tensor of the other targets."""
     folder, _, adapters = saved
     other = shutil.copytree(folder, tmp_path / "other")
     file = other / "adapter_config.json"

@@ -1,4 +1,4 @@
-"""The simulated allocator: each of its rules, and a comparison with torch's on a GPU."""
+"""The simulated allocator: each of its rules, and a comparison with torch's allocator on a GPU."""
 
 import gc
 import random
@@ -13,7 +13,7 @@ KIB, MIB = 2**10, 2**20
 
 
 def filled(*sizes):
-    """An allocator and the blocks of these sizes, in order."""
+    """An allocator and its allocated blocks, in the order of `sizes`."""
     allocator = Allocator()
     return allocator, [allocator.take(size) for size in sizes]
 
@@ -25,9 +25,9 @@ def test_what_is_taken_is_rounded_up_to_512_bytes(nbytes, counted):
 
 
 @pytest.mark.parametrize("nbytes, segment", [
-    (1, 2 * MIB), (MIB, 2 * MIB),                        # small
+    (1, 2 * MIB), (MIB, 2 * MIB),                        # small blocks
     (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB),
-    (10 * MIB - 511, 10 * MIB),                          # rounded to 10 MiB: a segment of its own
+    (10 * MIB - 511, 10 * MIB),                          # rounded up to 10 MiB: its own segment
     (10 * MIB, 10 * MIB), (10 * MIB + 1, 12 * MIB), (33 * MIB, 34 * MIB),
 ])
 def test_a_segment_is_of_2_of_20_or_of_whole_2_mib(nbytes, segment):
@@ -50,7 +50,7 @@ def test_small_and_large_blocks_never_share():
 
 @pytest.mark.parametrize("rest, cut", [(MIB, False), (MIB + 512, True)])
 def test_a_large_block_is_cut_where_more_than_a_mib_is_left(rest, cut):
-    allocator, _ = filled(9 * MIB)  # 11 MiB of 20 are left
+    allocator, _ = filled(9 * MIB)  # 11 of the segment's 20 MiB are free
     before = allocator.allocated
     allocator.take(11 * MIB - rest)
     assert allocator.allocated - before == 11 * MIB - (rest if cut else 0)
@@ -64,7 +64,7 @@ def test_a_small_block_is_always_cut():
 
 
 def test_the_smallest_free_block_that_is_large_enough_is_taken():
-    allocator, (five, _, three, _) = filled(5 * MIB, 2 * MIB, 3 * MIB, 2 * MIB)  # of one segment
+    allocator, (five, _, three, _) = filled(5 * MIB, 2 * MIB, 3 * MIB, 2 * MIB)  # one segment
     allocator.give(five)
     allocator.give(three)
     assert allocator.take(int(2.5 * MIB)).start == three.start
@@ -85,8 +85,8 @@ def test_freed_neighbours_are_joined_and_used_again(order):
 def test_what_is_in_use_is_not_joined():
     allocator, (first, _, third) = filled(*[6 * MIB] * 3)
     allocator.give(first)
-    allocator.give(third)  # merges with the last 2 MiB
-    allocator.take(9 * MIB)  # does not fit 6 or 8 MiB
+    allocator.give(third)  # merges with the last 2 MiB, which are free
+    allocator.take(9 * MIB)  # larger than both free blocks, 6 and 8 MiB
     assert allocator.reserved == 40 * MIB
 
 
@@ -104,12 +104,12 @@ def test_peaks_stay_and_begin_again_from_what_is_there():
 
 def test_only_segments_that_nothing_is_in_are_given_back():
     allocator, (first, second, _, small) = filled(6 * MIB, 16 * MIB, 2 * MIB, 100)
-    for block in (first, second, small):  # the third stays, in the segment of the first
+    for block in (first, second, small):  # the third shares a segment with the first
         allocator.give(block)
     assert allocator.reserved == (20 + 16 + 2) * MIB
     allocator.empty_cache()
     assert (allocator.allocated, allocator.reserved) == (2 * MIB, 20 * MIB)
-    assert allocator.take(5 * MIB).start == first.start  # from the segment that stays
+    assert allocator.take(5 * MIB).start == first.start  # from the remaining segment
     assert allocator.reserved == 20 * MIB
 
 
@@ -118,9 +118,9 @@ def test_at_the_limit_what_is_cached_goes_first_and_then_it_fails():
     allocator.give(allocator.take(5 * MIB))
     allocator.take(MIB)
     assert allocator.reserved == 22 * MIB
-    allocator.take(22 * MIB)  # fits only after the empty segment of 20 is freed
+    allocator.take(22 * MIB)  # fits only after the empty segment of 20 MiB is freed
     assert allocator.reserved == 24 * MIB
-    allocator.take(MIB)  # needs nothing new
+    allocator.take(MIB)  # needs no new segment
     with pytest.raises(MemoryError):
         allocator.take(1)
     assert (allocator.allocated, allocator.reserved) == (24 * MIB, 24 * MIB)

@@ -1,5 +1,5 @@
-"""generate.py --input: the questions, the order of the output, and how an interrupted file is
-continued."""
+"""generate.py --input: the questions, the order of the answers, and resuming an interrupted file.
+"""
 
 import json
 import os
@@ -34,7 +34,7 @@ def asked(tmp_path):
 
 @pytest.fixture
 def run(tiny, capsys):
-    """A function that runs generate.py on tiny: (exit status, stderr)."""
+    """A function that runs generate.py on tiny and returns (exit status, stderr)."""
 
     def call(*flags):
         status = 0
@@ -56,7 +56,7 @@ def test_an_answer_a_line_in_the_order_of_the_questions(run, asked, tmp_path, ti
     found = lines(tmp_path / "a.jsonl")
     assert [row["question"] for row in found] == [row["question"] for row in lines(asked)]
     assert [row["where"] for row in found] == [f"{asked}:{n}" for n in range(1, 10)]
-    for row in found[::4]:  # alone it is answered in the same way
+    for row in found[::4]:  # a question alone gets the same answer
         generate.main(["--model", str(tiny), "--max-new-tokens", "8", row["question"]])
         assert capsys.readouterr().out.strip() == row["answer"]
     assert {file.name for file in tmp_path.iterdir()} == {"questions.jsonl", "a.jsonl"}
@@ -80,15 +80,15 @@ def test_killed_and_gone_on_it_is_the_straight_run(run, asked, tmp_path, tiny):
         os.kill(process.pid, signal.SIGKILL)
     assert not output.exists()
     with half.open("a") as cut:
-        cut.write('{"n": 26, "question": "ha')  # as a power failure leaves it
+        cut.write('{"n": 26, "question": "ha')  # a cut line, as after a power failure
     status, said = run("--input", asked, "--output", output, *flags)
-    assert status == 0 and "there already" in said
+    assert status == 0 and "already finished" in said
     assert output.read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
 
 
 def test_every_letter_that_ends_a_line_somewhere_is_kept_in_the_progress(tmp_path):
-    """Unicode has more line separators than files use: U+2028 occurs in text copied from web
-    pages."""
+    """Unicode has more line separators than the newline. For example, U+2028 occurs in text that is
+    copied from web pages."""
     for n, letter in enumerate("\x0b\x0c\x1c\x85\u2028\u2029\r}"):
         line = module.Line(f"a{letter}b", f"c{letter}", True, 0, "q:1")
         progress = module.Progress(tmp_path / str(n), "key")
@@ -98,7 +98,7 @@ def test_every_letter_that_ends_a_line_somewhere_is_kept_in_the_progress(tmp_pat
 
 @pytest.mark.parametrize("cut", range(1, 25))
 def test_a_line_that_is_cut_anywhere_is_answered_again(tmp_path, cut):
-    """A full disk can also cut a file inside a character."""
+    """A full disk can cut a line at any byte, also inside a character."""
     progress = module.Progress(tmp_path / "a", "key")
     for n in range(2):
         progress.add(n, module.Line("ở {}", "}ạ}", True, 0, "ở:1}"))
@@ -141,7 +141,7 @@ def test_who_ends_it_hears_how_it_goes_on(run, asked, tmp_path, monkeypatch, how
     monkeypatch.setattr(module, "answered", broken_off)
     status, said = run("--input", asked, "--output", tmp_path / "a")
     assert status in (130, 143)
-    assert f"(1 answer kept in {tmp_path}/a.progress; the same command goes on)" in said
+    assert f"(1 answer saved in {tmp_path}/a.progress; the same command continues)" in said
 
 
 def test_a_disk_that_gets_full_keeps_what_is_answered(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_disk_that_gets_full_keeps_what_is_answered(tmp_path, monkeypatch):
     progress.add(0, line)
     progress.file.unlink()
     progress.file.symlink_to("/dev/full")
-    with pytest.raises(Refusal, match="No space left on device; 1 answer kept there"):
+    with pytest.raises(Refusal, match="No space left on device; it holds 1 answer; free some"):
         progress.add(1, line)
 
 
@@ -166,7 +166,7 @@ def test_what_was_begun_otherwise_is_refused(run, asked, tmp_path):
     output = tmp_path / "a.jsonl"
     (tmp_path / "a.jsonl.progress").write_text("another key\n")
     status, said = run("--input", asked, "--output", output)
-    assert status == 2 and "was begun with other questions, flags or another model" in said
+    assert status == 2 and "belongs to other questions, flags or another model" in said
     output.touch()
     assert "exists already" in run("--input", asked, "--output", output)[1]
 
@@ -209,7 +209,7 @@ def test_another_context_is_another_run(run, asked, tmp_path, monkeypatch):
         patched.setattr(module.Progress, "add", lambda *_: sys.exit(143))
         assert run("--input", asked, "--output", tmp_path / "a")[0] == 143
     status, said = run("--input", asked, "--output", tmp_path / "a", "--context", 100)
-    assert status == 2 and "was begun with other questions, flags" in said
+    assert status == 2 and "belongs to other questions, flags" in said
 
 
 @pytest.mark.parametrize("row, turns, system", [

@@ -1,4 +1,4 @@
-"""A real server and the protocol's official client: answers, errors, many clients, the end."""
+"""A real server and OpenAI's own client: answers, errors, access, many clients, shutdown."""
 
 import http.client
 import itertools
@@ -48,7 +48,7 @@ def nano():
 
 
 def alone(nano, ids, tokens) -> str:
-    """The greedy answer by the engine itself, decoded at once."""
+    """The engine's greedy answer without a server, decoded in one piece."""
     model, tokenizer = nano
     [found] = answer(model, [ids], eos_id=2, pad_id=3, max_new_tokens=tokens)
     return tokenizer.decode(found.ids).rstrip(HALF)
@@ -146,7 +146,7 @@ def test_a_seed_repeats_an_answer_and_no_seed_does_not(client):
 
 def test_several_choices_are_drawn_apart_and_repeat_with_the_seed(client):
     how = {"model": "nano", "messages": asked("Kể chuyện"), "temperature": 1.0, "max_tokens": 10,
-           "n": 6, "seed": 3}  # more than there are slots
+           "n": 6, "seed": 3}  # six choices, four slots
     replies = [client.chat.completions.create(**how) for _ in range(2)]
     texts = [[c.message.content for c in reply.choices] for reply in replies]
     assert texts[0] == texts[1] and len(set(texts[0])) == 6
@@ -174,7 +174,7 @@ def test_completions_continue_plain_text(client, nano):
 
 
 def test_an_answer_ends_where_the_model_ends(client, nano):
-    """At the end of the context the answer ends, with fewer tokens than the request asked for."""
+    """The answer ends at the end of the context, before it has `max_tokens` tokens."""
     ids = encode_text(nano[1], "Phở " * 600)
     reply = client.completions.create(model="nano", prompt=ids[:1015], max_tokens=100)
     assert reply.usage.completion_tokens == nano[0].config.max_seq_len - 1015
@@ -206,7 +206,7 @@ def test_errors_have_the_protocols_form_and_status(client):
             client.completions.create(model="nano", prompt=prompt)
     with pytest.raises(openai.BadRequestError, match="no token"):
         client.completions.create(model="nano", prompt="")
-    with pytest.raises(openai.BadRequestError) as caught:  # before any event
+    with pytest.raises(openai.BadRequestError) as caught:  # before the first event of the stream
         client.chat.completions.create(model="nano", messages=asked("a"), stream=True, n=0)
     assert caught.value.param == "n"
 
@@ -242,7 +242,7 @@ def test_garbage_instead_of_http_does_no_harm(server):
     assert server.health()["status"] == "ok"
 
 
-# -- who may ask
+# -- access
 
 
 @pytest.mark.parametrize("host, status", [
@@ -252,7 +252,7 @@ def test_garbage_instead_of_http_does_no_harm(server):
     ("evil.example@127.0.0.1", 403), ("127.0.0.1@evil.example", 403), ("[", 403),
 ])
 def test_only_this_servers_own_names_are_answered(server, host, status):
-    """A page whose domain was pointed at this computer sends its own domain (DNS rebinding)."""
+    """DNS rebinding: a foreign page points its domain at this computer and sends that domain."""
     headers = {} if host is None else {"host": host}
     for path in ("/", "/health", "/v1/models"):
         assert server.send("GET", path, **headers)[0] == status
@@ -314,12 +314,14 @@ def test_the_page_loads_nothing_from_elsewhere(server):
     link.close()
 
 
-# -- many clients, and those that leave
+# -- many clients, and clients that disconnect
 
 
 def test_32_clients_at_once_get_what_each_gets_alone(server, nano):
-    """Greedy, streamed and not, more than there are slots; some leave early. With SOAK_S=120 in the
-    environment the test runs for two minutes and prints what it measured."""
+    """32 clients share 4 slots. Some answers are streamed. Some clients disconnect early.
+
+    With SOAK_S=120 in the environment the test runs for two minutes and prints its measurements.
+    """
     questions = [f"Câu {n}: {'phở ' * (n % 7)}là gì?" for n in range(32)]
     tokens = [8 + n % 5 for n in range(32)]
     wanted = [alone(nano, encode_history(nano[1], TEMPLATE, [Turn(question)]), most).lstrip()
@@ -362,7 +364,7 @@ def test_32_clients_at_once_get_what_each_gets_alone(server, nano):
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_leaves_frees_its_slots(server, stream):
-    """The waiting choices of the request are dropped too."""
+    """The choices of the request that still wait for a slot are dropped too."""
     body = {"messages": asked("Kể chuyện"), "max_tokens": ENDLESS, "stream": stream, "n": 6}
     link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     link.request("POST", "/v1/chat/completions", json.dumps(body).encode())
@@ -372,7 +374,7 @@ def test_a_client_that_leaves_frees_its_slots(server, stream):
     if stream:
         link.close()
     until(lambda: idle(server))
-    assert time.monotonic() - began < 4  # the answers themselves take longer
+    assert time.monotonic() - began < 4  # complete answers would take longer
 
 
 def test_memory_does_not_grow_with_the_number_of_requests(server, client):
@@ -387,7 +389,7 @@ def test_memory_does_not_grow_with_the_number_of_requests(server, client):
     assert server.rss() - before < 8 * 2**20
 
 
-# -- the end
+# -- shutdown
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -411,7 +413,7 @@ def test_a_signal_finishes_what_is_written_and_refuses_what_waits(nano, number):
         server.process.send_signal(number)
         waiting.join(30)
         assert refused == [(503, "shutting_down")]
-        assert server.process.poll() is None  # it still writes
+        assert server.process.poll() is None  # it still writes the answer
         text += "".join(c.choices[0].delta.content or "" for c in stream)
         assert text == alone(nano, ids, 400).lstrip()
         assert server.wait() == 128 + number
@@ -444,15 +446,15 @@ def test_ctrl_c_twice_breaks_answers_off_with_an_error_in_the_protocols_form():
 
 def test_sigterm_ends_an_idle_server_at_once(tiny):
     with served("--model", tiny) as server:
-        link = http.client.HTTPConnection("127.0.0.1", server.port)  # kept open
+        link = http.client.HTTPConnection("127.0.0.1", server.port)  # stays open
         link.request("GET", "/health")
         link.getresponse().read()
         began = time.monotonic()
-        assert server.end() == 143 and time.monotonic() - began < 30  # not GRACE_S
+        assert server.end() == 143 and time.monotonic() - began < 30  # less than GRACE_S
 
 
 def test_an_address_in_use_is_refused_before_anything_is_loaded(server):
     done = subprocess.run([sys.executable, "generate.py", "--serve", str(server.port)], cwd=ROOT,
                           capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "cannot be listened on" in done.stderr
+    assert done.returncode == 2 and "this address cannot be used" in done.stderr
     assert done.stderr.count("\n") == 1

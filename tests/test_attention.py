@@ -1,7 +1,10 @@
-"""ALiBi slopes, the bias with its masks, blocks and packing, against slow loops and transformers.
+"""ALiBi slopes and attention with a bias: masks, blocks and packed documents.
 
-fp32: sums of at most 40 terms of size 4 in another order, a few units in the last place of each. 16
-bits: errors are norms, in units of eps; one rounding is at most eps / 2 of each value.
+The results are compared with slow loops, and the slopes with those of transformers.
+
+Tolerances in fp32: both sides add up to 40 terms of size 4, in different orders. Each addition may
+be wrong by a few units in the last place. Tolerances in 16 bits: the norm of the error is compared
+with a number of roundings. One rounding changes a value by at most eps / 2 of its size.
 """
 
 import doctest
@@ -35,12 +38,16 @@ from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.recompute import recomputed
 from phogpt_raw.refusal import Refusal
 
-# Documents of two rows of 7: right padding (document 9) behind two packed ones, left padding.
+# Document numbers of two rows of 7 tokens; 9 is padding. Row 0: two packed documents, then padding.
+# Row 1: padding, then one document.
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 9, 9], [9, 9, 9, 0, 0, 0, 0]])
 
 
 def slow_bias(slopes_H, queries, keys, doc_BS):
-    """The bias [B, H, L, S] as defined, one element at a time; doc_BS None is one document."""
+    """The bias [B, H, L, S] by its definition, one element at a time.
+
+    If doc_BS is None, a row is one document.
+    """
     if doc_BS is None:
         doc_BS = torch.zeros(1, keys)
     bias = torch.full((len(doc_BS), len(slopes_H), queries, keys), torch.finfo(torch.float32).min)
@@ -55,7 +62,7 @@ def slow_bias(slopes_H, queries, keys, doc_BS):
 
 
 def whole_bias(*args):
-    """The bias as one tensor."""
+    """The bias of all queries as one tensor."""
     bias = Bias(*args)
     return bias.of(slice(0, bias.queries))
 
@@ -66,7 +73,7 @@ def rows_of(bias):
 
 @pytest.mark.parametrize("heads", [1, 3, 6, 8, 24, 32])
 def test_slopes_are_transformers(heads):
-    # Exact: a slope is one rounding of a power of two, in fp32 on both sides.
+    # Equal bit for bit: both sides round a power of two to fp32 once.
     alibi_H1L = build_mpt_alibi_tensor(heads, 2)  # slope * -1, slope * 0
     assert torch.equal(alibi_slopes(heads), -alibi_H1L[:, 0, 0])
 
@@ -87,14 +94,14 @@ def test_slopes_are_real_numbers_while_a_model_is_built_on_meta():
 def test_bias_is_that_of_a_slow_loop(heads, queries, documents):
     slopes_H = alibi_slopes(heads)
     bias = whole_bias(slopes_H, queries, 7, torch.float32, documents)
-    # Exact: the same fp32 product of a slope and a small whole number.
+    # Equal bit for bit: both sides compute the same fp32 product of a slope and a small integer.
     torch.testing.assert_close(bias, slow_bias(slopes_H, queries, 7, documents), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bias_in_16_bits_is_rounded_once(dtype):
-    # 1,500 positions: where MPT's own form, slope * (j - L + 1), is off by whole units in bf16
-    # next to the diagonal, ours is exact to half a unit in the last place of its own size.
+    # 1,500 positions: in bf16, MPT's own form slope * (j - L + 1) is wrong by whole numbers next to
+    # the diagonal. Our bias is wrong by at most half a unit in its last place.
     slopes_H = alibi_slopes(6)
     exact = whole_bias(slopes_H, 1, 1500, torch.float32)
     rounded = whole_bias(slopes_H, 1, 1500, dtype).float()
@@ -114,7 +121,8 @@ def test_no_row_is_nan_with_padding_on_either_side(dtype, block):
 
 
 def test_packed_documents_are_what_they_are_alone():
-    """Values and gradients; the kernel may add up in another order, hence fp32's few units."""
+    """Outputs and gradients agree, except for fp32 rounding: the kernel may add in another order.
+    """
     slopes_H, lengths = alibi_slopes(6), (5, 1, 9, 4)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
     q, k, v = heads_of((1, sum(lengths)), heads=6)
@@ -139,7 +147,7 @@ def test_attention_is_a_slow_softmax():
     scores = torch.einsum("bhlk,bhsk->bhls", q.double(), k.double()) / math.sqrt(q.shape[-1])
     weights = torch.softmax(scores + slow_bias(slopes_H, 7, 7, DOCUMENTS), -1)
     slow = torch.einsum("bhls,bhsk->bhlk", weights, v.double())
-    # fp32 against fp64: sums of at most 8 terms of size 4.
+    # fp32 is compared with fp64: sums of at most 8 terms of size 4.
     torch.testing.assert_close(attend(q, k, v, bias, None).double(), slow, rtol=1e-5, atol=5e-6)
 
 
@@ -158,14 +166,17 @@ PACKED = pytest.mark.parametrize("packed", [False, True], ids=["one-document", "
 
 
 def documents(keys):
-    """Row 0: two packed documents and right padding; row 1: left padding and one document."""
+    """Document numbers [2, keys].
+
+    Row 0: two packed documents, then padding. Row 1: padding, then one document.
+    """
     j = torch.arange(keys)
     first, second = (j * 3 // keys), (j < keys // 3).long()
     return torch.stack([first, 9 * second])
 
 
 def slow_attention(q, k, v, bias, scale=None):
-    """The formula in fp64 over the whole score matrix."""
+    """Attention by its formula, with the whole score matrix at once."""
     scale = scale or q.shape[-1] ** -0.5
     scores = scale * torch.einsum("bhlk,bhsk->bhls", q, k)
     return torch.einsum("bhls,bhsk->bhlk", torch.softmax(scores + bias, -1), v)
@@ -176,7 +187,7 @@ def part_of(x, queries):
 
 
 def values_and_gradients(function, q, k, v, *rest):
-    """[out, dq, dk, dv] in fp64, for a random incoming gradient that is the same for every call."""
+    """[out, dq, dk, dv] as fp64. The incoming gradient is random, and the same in every call."""
     out = function(q, k, v, *rest)
     slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
     return [t.detach().double() for t in (out, *torch.autograd.grad(out, (q, k, v), slope))]
@@ -196,10 +207,10 @@ def test_blocks_of_the_bias_are_those_of_a_slow_loop(queries, keys, block, packe
     covered = []
     for rows, seen in bias.blocks():
         assert 0 < rows.stop - rows.start <= block
-        assert torch.equal(bias.of(rows), whole[:, :, rows, seen])  # exact, as above
+        assert torch.equal(bias.of(rows), whole[:, :, rows, seen])  # equal bit for bit
         assert (whole[:, :, rows, seen.stop :] == future).all()
         covered = [*range(rows.start, rows.stop), *covered]
-        assert seen.stop == keys - queries + rows.stop  # no future block is computed
+        assert seen.stop == keys - queries + rows.stop  # later keys are left out
     assert covered == list(range(queries))
 
 
@@ -221,9 +232,12 @@ def test_blocks_attend_as_the_whole_and_as_a_slow_softmax(queries, keys, block, 
 @PACKED
 @SHAPES
 def test_blocks_in_bf16_are_off_by_roundings_only(queries, keys, block, packed):
-    """In units of eps/2, each at most one: the scores' slope and the probabilities, twice each in a
-    gradient, and the result; a block's share of dk and dv is rounded, and so is each sum, a random
-    walk of as many steps as there are blocks."""
+    """The limit counts roundings; each of them changes a value by at most eps / 2.
+
+    Five do not depend on the number of blocks. The scores' gradient and the probabilities count
+    twice each, the result once. In dk and dv each block adds two: its share is rounded, and so is
+    the sum of the shares. The signs are random, so n blocks add only 2 sqrt(n).
+    """
     dtype = torch.bfloat16
     qkv, doc_BS = problem(queries, keys, packed, dtype)
     bias = Bias(alibi_slopes(3), queries, keys, dtype, doc_BS, block)
@@ -233,7 +247,7 @@ def test_blocks_in_bf16_are_off_by_roundings_only(queries, keys, block, packed):
     steps = len(list(bias.blocks()))
     for mine, wanted in zip(values_and_gradients(attend, *qkv, bias, None), slow, strict=True):
         limit = (5 + 2 * math.sqrt(steps)) * torch.finfo(dtype).eps / 2
-        assert (mine - wanted).norm() <= limit * wanted.norm() + 1e-9  # one key: dq, dk are 0
+        assert (mine - wanted).norm() <= limit * wanted.norm() + 1e-9  # with one key dq = dk = 0
 
 
 def test_blocks_accumulate_where_only_some_need_gradients():
@@ -258,8 +272,7 @@ def test_blocks_need_no_gradient():
 @pytest.mark.parametrize("around", ["checkpoint", "recomputed", "both"])
 @PACKED
 def test_blocks_give_the_same_gradients_recomputed_and_under_hooks(around, packed):
-    """Bit for bit: the operations and values are the same, only the memory of the results
-    differs."""
+    """The gradients are equal bit for bit. Only the place of the results in memory differs."""
     (q, k, v), doc_BS = problem(11, 11, packed)
     bias = Bias(alibi_slopes(3), 11, 11, q.dtype, doc_BS, 4)
 
@@ -281,7 +294,7 @@ def test_blocks_give_the_same_gradients_recomputed_and_under_hooks(around, packe
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 @PACKED
 def test_a_model_of_blocks_is_the_model_of_whole_rows(monkeypatch, recompute, packed):
-    """fp32 through two layers: a hundred-thousandth of each gradient's largest entry."""
+    """The tolerance for fp32 and two layers is 1e-5 of each gradient's largest element."""
     config = small_config(6, 8, 2)
     model = ours(config, lively_tensors(config)).train()
     ids_BL, doc_BL = random_ids(config, 2, 21), documents(21) if packed else None
@@ -347,7 +360,7 @@ def test_a_bias_stays_within_its_memory_however_long_the_row(heads, dtype):
     for n, size in zip(range(5, 20), sizes, strict=True):
         bytes_a_row = heads * 2**n * dtype.itemsize
         assert size <= BLOCK and size * bytes_a_row <= BIAS_MIB * 2**20
-        assert size == BLOCK or 2 * size * bytes_a_row > BIAS_MIB * 2**20  # and no smaller
+        assert size == BLOCK or 2 * size * bytes_a_row > BIAS_MIB * 2**20  # the largest that fits
         assert size % ALIGNMENT == 0 or size * 2 > BIAS_MIB * 2**20 // bytes_a_row
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == BLOCK > sizes[-1]
     assert block_size(heads, 2**40, dtype) == 1
@@ -393,7 +406,7 @@ def test_a_model_without_a_fused_kernel_refuses_instead_of_holding_the_scores(mo
 def test_the_choice_is_the_fused_kernel_and_the_blocks_that_attention_runs(monkeypatch, dtype):
     config = ModelConfig(48, 6, 1, vocab_size=8, max_seq_len=64)
     slopes_H = alibi_slopes(6)
-    kernel = "FLASH_ATTENTION"  # the only fused one of the CPU
+    kernel = "FLASH_ATTENTION"  # the only fused kernel on the CPU
     assert choose_attention(slopes_H, config, 64, dtype) == AttentionChoice(kernel, 64, 1)
     monkeypatch.setattr(attention, "BLOCK", 16)
     for length in (15, 16, 17, 32, 40):
@@ -426,8 +439,8 @@ def heads_of(shape, *, heads, dtype=torch.float32, scale=1.0, width=8):
 
 
 def test_documents_are_masked_once_a_block_and_pass(monkeypatch):
-    """The bias of a block is written once in forward and once in backward. Choosing the kernel
-    writes none."""
+    """The bias of a block is computed once in forward and once in backward. The choice of the
+    kernel computes no bias."""
     doc_BS = torch.tensor([[0] * 20 + [1] * 20])
     bias = Bias(alibi_slopes(3), 40, 40, torch.float32, doc_BS, block=16)
     q, k, v = heads_of((1, 40), heads=3)

@@ -1,4 +1,5 @@
-"""Another base under the same path is noticed; the same base in another place is the same."""
+"""The hash of a base: another base in the same folder differs, a copy in another folder does not.
+"""
 
 import json
 import shutil
@@ -21,7 +22,7 @@ def test_other_bytes_are_another_base(tiny, tmp_path, place):
     shutil.copytree(tiny, tmp_path / "copy")
     [file] = [f for f in (tmp_path / "copy").iterdir() if f.suffix in (".bin", ".safetensors")]
     size = file.stat().st_size
-    assert size < 64 * SAMPLE  # so small a base is hashed whole
+    assert size < 64 * SAMPLE  # a base this small is hashed completely
     with file.open("r+b") as opened:
         opened.seek(int(place * (size - 1)))
         [byte] = opened.read(1)
@@ -43,10 +44,10 @@ def test_another_value_that_decides_results_is_another_base(tiny, tmp_path, chan
 
 def test_an_adapter_over_another_base_is_said(tiny, tmp_path, capsys):
     say_if_another(tiny, base_hash(tiny), tmp_path)
-    say_if_another(tiny, None, tmp_path)  # of a foreign adapter nothing is known
+    say_if_another(tiny, None, tmp_path)  # another program's adapter has no hash of its base
     assert capsys.readouterr().err == ""
     say_if_another(tiny, "0" * 32, tmp_path)
-    assert "holds other weights, or another config.json, than those" in capsys.readouterr().err
+    assert "its weights or config.json differ from the base that" in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_over_another_base_and_its_adapter_says_so(train, tmp_path, tiny,
@@ -57,9 +58,9 @@ def test_a_run_does_not_go_on_over_another_base_and_its_adapter_says_so(train, t
     shutil.rmtree(base)
     write_checkpoint(base, tensors={name: tensor + 0.01 for name, tensor in tensors.items()})
     generate.main(["--adapter", str(out), "--max-new-tokens", "1", "Phở?"])
-    assert f"{base}: holds other weights, or another config.json, than those {out} was trained" in (
+    assert f"{base}: its weights or config.json differ from the base that {out} was trained" in (
         capsys.readouterr().err)
     monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
     status, _, line = train("--model", base, "--out", out, "--steps", 5)
-    assert status == 2 and "have changed since this run began" in line and line.count("\n") == 1
+    assert status == 2 and "have changed since this run started" in line and line.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""Windows of micro-batches: their examples, their documents and their targets."""
+"""Accumulation windows and their micro-batches: examples, documents and targets."""
 
 import doctest
 import math
@@ -24,8 +24,10 @@ def stream(examples, **how):
 
 
 def supervised_pairs(batches):
-    """(what came before in its document, what is predicted) of every supervised token: independent
-    of padding and of other documents in the row."""
+    """Count the pairs (tokens before it in its document, target) of all supervised tokens.
+
+    Padding and the other documents in a row do not change these pairs.
+    """
     pairs = Counter()
     for batch in batches:
         length = batch.ids_BL.shape[1]
@@ -48,7 +50,7 @@ def expected_pairs(examples):
 
 
 def rows_of(window):
-    """The examples' ids in a window; ragged examples hold no PAD, so that is what is taken off."""
+    """The token ids of each example in a window, without padding. The examples contain no PAD."""
     return [tuple(ids[ids != PAD].tolist())
             for batch in window.micro_batches(2) for ids in batch.ids_BL]
 
@@ -61,7 +63,7 @@ def test_targets_are_the_next_tokens_of_the_rows_named():
     batch = collate([[example([10, 11, 12, 13, 14], 3, "a:1")], [example([20, 21, 22], 1, "a:2")]],
                     8, PAD, rows_multiple=6)
     assert batch.ids_BL.tolist() == [[10, 11, 12, 13, 14, 3, 3, 3], [20, 21, 22, 3, 3, 3, 3, 3]]
-    # 11 predicts 12, 12 predicts 13, 13 predicts 14; in row 1 (places 8…15) 21 predicts 22
+    # Row 0: 11 predicts 12, 12 predicts 13, 13 predicts 14. Row 1, places 8 to 15: 21 predicts 22.
     assert batch.rows_T.tolist() == [1, 2, 3, 9, 0, 0]
     assert batch.targets_T.tolist() == [12, 13, 14, 22, IGNORED, IGNORED]
     assert batch.ids_BL.flatten()[batch.rows_T[:4]].tolist() == [11, 12, 13, 21]
@@ -83,9 +85,10 @@ def test_a_batch_goes_to_a_device_with_or_without_documents(documents):
 
 
 def test_a_padded_row_gives_the_hidden_states_that_it_gives_alone(adapted):
-    """This also holds for a row that contains the padding's id.
+    """This also holds for a row that contains the id of padding.
 
-    fp32 and another length of the sums: a few units in the last place of values around 1."""
+    In fp32 the sums have another length, so values around 1 may differ in their last places.
+    """
     model, _ = adapted()
     examples = [*ragged_examples(3), example([5, PAD, 7, PAD, PAD, 9], 2, "a:1")]
     with torch.no_grad():
@@ -127,7 +130,7 @@ def test_a_window_is_the_same_whether_or_not_earlier_ones_were_asked_for():
             assert a.doc_BL is b.doc_BL is None
             assert all(torch.equal(getattr(a, n), getattr(b, n))
                        for n in ("ids_BL", "rows_T", "targets_T"))
-    again = straight.window(2)  # and going back changes nothing
+    again = straight.window(2)  # an earlier window, after later ones
     assert rows_of(again) == rows_of(stream(examples, batch_size=3).window(2))
 
 
@@ -140,7 +143,7 @@ def test_a_pass_covers_every_row_once_and_the_next_in_another_order(batch_size):
     assert passes[0] != passes[1] != passes[2]
     seen = Counter(row for step in range(10) for row in rows_of(order.window(step)))
     assert sum(seen.values()) == 10 * batch_size
-    assert set(seen.values()) == {batch_size}  # 10 windows are batch_size passes
+    assert set(seen.values()) == {batch_size}  # 10 windows are batch_size passes over 10 rows
 
 
 def test_the_seed_decides_the_order():
@@ -149,7 +152,7 @@ def test_the_seed_decides_the_order():
                            for seed in (0, 1, 0))
     assert first == again
     assert first[0] != other[0]
-    assert first[1] != other[0]  # the second pass of one seed is not another seed's
+    assert first[1] != other[0]  # pass 2 of seed 0 differs from pass 1 of seed 1
 
 
 @pytest.mark.parametrize("rows, batch_size, epochs, steps", [
@@ -160,13 +163,16 @@ def test_epochs_become_windows_that_cover_them(rows, batch_size, epochs, steps):
 
 
 def test_a_window_without_supervised_tokens_has_no_loss_and_is_never_made():
-    """A row that is read has at least one (test_prompt.py); the loss would be divided by zero."""
+    """Without a supervised token the loss would be divided by zero.
+
+    Every row that the program reads has at least one (test_prompt.py).
+    """
     with pytest.raises(AssertionError, match="without supervised tokens"):
         Window([example([5, 6, 7], 0, "a:1")], PAD)
 
 
 def test_a_fully_supervised_row_predicts_all_but_its_first_token():
-    """No loss is on the first token of a row, also not from the last position of the row before."""
+    """The first token of a row is never a target, not even of the last position of another row."""
     text = Example([5, 6, 7], next_tokens([5, 6, 7], start=0))
     batch = collate([[text], [text]], 4, PAD, rows_multiple=4)
     assert batch.rows_T.tolist() == [0, 1, 4, 5]
@@ -174,7 +180,7 @@ def test_a_fully_supervised_row_predicts_all_but_its_first_token():
 
 
 def test_several_supervised_spans_are_one_case():
-    """Two turns of a chat: question, answer, question, answer."""
+    """The example is a chat with two turns: question, answer, question, answer."""
     ids = [10, 11, 12, 13, 14, 15, 16, 17]
     first, second = next_tokens(ids, 2, 4), next_tokens(ids, 6)
     both = [a if a != IGNORED else b for a, b in zip(first, second, strict=True)]
@@ -191,7 +197,7 @@ PACKINGS = [Packing((32, 64, 96), longest=64, most=3), Packing((64,), longest=64
 @pytest.mark.parametrize("packing", PACKINGS, ids=["three lengths", "one length"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 100])
 def test_packing_only_changes_the_layout_of_a_window(packing, micro_batch):
-    """No token is lost or doubled, and each is predicted from its own document alone."""
+    """No token is lost or repeated. Each token is predicted from its own document alone."""
     examples = ragged_examples(11)
     window = Window(examples, PAD, packing)
     batches = list(window.micro_batches(micro_batch))
@@ -216,7 +222,7 @@ def test_documents_ascend_in_their_row_within_the_bounds_and_padding_is_document
 
 
 def test_a_packed_row_never_predicts_across_a_border():
-    """Plain text supervises all its tokens, and still not the first of the next document."""
+    """In plain text all tokens are supervised, except the first token of each document."""
     texts = [Example(ids, next_tokens(ids, start=0)) for ids in ([5, 6, 7], [8, 9], [10, 11, 12])]
     [batch] = Window(texts, PAD, Packing((8,), longest=3, most=5)).micro_batches(1)
     assert supervised_pairs([batch]) == expected_pairs(texts)
@@ -246,7 +252,7 @@ def test_windows_by_tokens_hold_each_example_once_an_epoch_and_are_about_equal(t
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300))
 @settings(max_examples=50)
 def test_windows_by_tokens_are_neither_empty_nor_too_full(sizes, tokens):
-    """None is empty or too full, whatever the lengths; with one example in each it always ends."""
+    """This holds for examples of any lengths, and the search for such windows always ends."""
     order = token_stream([example([7] * n, max(1, n // 2), f"row:{i}")
                           for i, n in enumerate(sizes)], tokens)
     for epoch in range(3):
@@ -256,17 +262,21 @@ def test_windows_by_tokens_are_neither_empty_nor_too_full(sizes, tokens):
 
 
 def test_lengths_that_fill_a_window_exactly_take_no_more_windows():
-    """Answers cut at --max-len have equal lengths: the room left for shuffling must not cost half
-    as many windows again."""
+    """Examples that are cut at --max-len have equal lengths.
+
+    Free space for shuffling must not raise the number of windows by half.
+    """
     order = token_stream([example([7] * 100, 50, f"row:{i}") for i in range(99)], 300)
     assert order.windows == 33
 
 
 @pytest.mark.parametrize("tokens", [1024, 2048, 4096])
 def test_which_examples_share_a_window_is_random(tokens):
-    """Two examples of one window meet again as often as any other two. The lengths from 21 to
-    1,000, each once, are the hard case, because they have few short examples to fill the
-    windows."""
+    """Two examples that share a window share the next one no more often than any other two.
+
+    The lengths from 21 to 1,000, each once, are a hard case: few examples are short enough to fill
+    the windows.
+    """
     order = token_stream([example([7] * n, n // 2, f"row:{n}") for n in range(21, 1001)], tokens)
     epochs = [{pair for w in order.order(epoch) for pair in combinations(sorted(w), 2)}
               for epoch in range(4)]
@@ -280,7 +290,7 @@ def test_windows_by_tokens_follow_from_seed_epoch_and_data():
     for step in range(3 * straight.windows):
         assert rows_of(straight.window(step)) == rows_of(token_stream(examples).window(step))
     epochs = [{frozenset(w) for w in straight.order(epoch)} for epoch in range(3)]
-    assert epochs[0] != epochs[1] != epochs[2]  # other windows, not only in another order
+    assert epochs[0] != epochs[1] != epochs[2]  # the windows differ, not only their order
     assert token_stream(examples, seed=1).order(0) != token_stream(examples).order(0)
 
 

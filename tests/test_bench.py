@@ -1,4 +1,4 @@
-"""The benches run the step that trains, report what they measured, and survive a full card."""
+"""The benches run the real training step, report measured values, and survive full GPU memory."""
 
 import doctest
 import json
@@ -38,7 +38,7 @@ def test_a_bench_prints_a_table_and_saves_only_when_asked(bench, what, tmp_path,
     said = capsys.readouterr().out
     assert said.count("1 x 32") == 2 and said.count("1 x 64") == 2
     if not torch.cuda.is_available():
-        assert "says nothing about a card" in said
+        assert "not for a card" in said
     assert not list(tmp_path.iterdir())
 
     monkeypatch.setattr(sys, "argv", [f"{what}.py", "--save"])
@@ -93,13 +93,13 @@ def test_the_bench_changes_the_adapters_as_training_does():
 
 @pytest.mark.gpu
 def test_each_kind_of_kernel_is_found_in_a_step():
-    """The kinds are found by the names of kernels. A renamed kernel would be counted among the
-    others."""
+    """The bench finds the kind of a kernel by its name. It would count a renamed kernel as "other".
+    """
     bench = measure.Bench(command_line.parse(command_line.parser(""), [*HERE, "--dtype", "fp16"]))
     setting = Setting(seq_len=512, micro_batch=1, accumulate=1, recompute="none")
     bench.begin(setting, capture=False)
     window = bench.window(setting)
-    bench.run(window)  # kernels are compiled, cuBLAS sets itself up
+    bench.run(window)  # compiles kernels, initialises cuBLAS
     seconds, count = gpu_kernels.kernels(bench, window)
     assert set(gpu_kernels.FAMILIES) <= set(seconds), seconds
     assert seconds.get("other", 0.0) < 0.05 * sum(seconds.values()), seconds
@@ -108,8 +108,10 @@ def test_each_kind_of_kernel_is_found_in_a_step():
 
 @pytest.mark.parametrize("recompute, blocks", [("none", 0), ("3", 3), ("all", 8)])
 def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, blocks):
-    """The counted FLOPs are those of the trace without adapters and attention, which are few in
-    such a short row."""
+    """The counted FLOPs equal those of the trace within 7 %.
+
+    The count leaves out adapters and attention, which need few FLOPs in a row this short.
+    """
     options = command_line.parse(command_line.parser(""), [*HERE, "--rank", "1"])
     bench = measure.Bench(options)
     setting = Setting(seq_len=32, micro_batch=2, accumulate=1, recompute=recompute)
@@ -168,7 +170,7 @@ def test_an_impossible_flag_of_a_bench_is_one_line(flags, capsys):
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--measured", "--card", "t4"], "--card simulates and --measured measures here"),
+    (["--measured", "--card", "t4"], "--card simulates, --measured measures this computer"),
     (["--card", "t4", "--cap", "14.56"], "--cap 14.56 is for measuring on a GPU"),
     (["--card", "t4,k80"], "--card k80: choose from"), (["--card", "t4,"], "--card : choose from"),
 ])
@@ -215,6 +217,6 @@ def test_a_step_is_called_captured_only_where_every_shape_was(graphs, captured):
 
     bench = object.__new__(measure.Bench)
     bench.training = SimpleNamespace(forward=Forward())
-    assert bench.captured is False  # the model itself
+    assert bench.captured is False  # the model itself, without graphs
     bench.training.forward.graphs = graphs
     assert bench.captured is captured

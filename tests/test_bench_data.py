@@ -1,5 +1,7 @@
-"""The bench of reading rows: rows from the cache equal those from the file; an endless row costs
-little."""
+"""The bench of reading rows.
+
+Rows from the cache equal the rows of the file. A very long row is refused and takes little memory.
+"""
 
 import json
 
@@ -22,8 +24,8 @@ def test_a_row_of_40_million_letters_is_refused_before_it_takes_memory(tmp_path)
     row = {"prompt": "a", "response": "ạ" * LONG}
     file.write_text(json.dumps(row, ensure_ascii=False), "utf-8")
     found, grown = growth(lambda: measured(str(file), str(tmp_path / "cache"), "nano"))
-    assert "long.jsonl:1: a row of more than 10,000,000 characters" in found["refused"]
-    assert grown < 250e6  # bytes; the file has 120 million, its text would have 80 million more
+    assert "long.jsonl:1: a row has more than 10,000,000 characters" in found["refused"]
+    assert grown < 250e6  # bytes; the file has 120 million, its text 80 million more
 
 
 def test_the_command_measures_each_way_in_a_process_of_its_own(capsys, monkeypatch):

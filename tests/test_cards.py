@@ -1,4 +1,4 @@
-"""The compute dtype of a card, and whether this build of torch runs on it at all."""
+"""The compute dtype of a GPU, and the check that this build of torch runs on it."""
 
 import pytest
 import torch
@@ -45,19 +45,19 @@ def test_fp16_on_the_cpu_is_refused():
     (A100, "bf16", torch.bfloat16), (CPU, "bf16", torch.bfloat16), (CPU, "fp32", torch.float32),
 ])
 def test_a_dtype_that_the_card_computes_in_is_taken_as_asked(card, asked, dtype):
-    assert training_dtype(card, asked) == (dtype, "asked for by --dtype")
+    assert training_dtype(card, asked) == (dtype, "set by --dtype")
 
 
 @pytest.mark.parametrize("built, arch, runs", [
-    ("sm_75", "sm_70", False),      # today's default builds on a V100
+    ("sm_75", "sm_70", False),      # the default build of torch on a V100
     ("compute_75", "sm_70", False),
     ("sm_70", "sm_70", True),
     ("sm_70", "sm_75", True),
     ("sm_80", "sm_86", True),
     ("sm_80", "sm_89", True),
-    ("sm_86", "sm_80", False),      # machine code does not run on an earlier minor version
-    ("sm_80", "sm_90", False),      # nor on another generation
-    ("compute_80", "sm_90", True),  # but PTX is compiled for a later one
+    ("sm_86", "sm_80", False),      # machine code needs its minor version or a later one
+    ("sm_80", "sm_90", False),      # machine code does not run on a later generation
+    ("compute_80", "sm_90", True),  # PTX is compiled for a later generation
     ("compute_90", "sm_80", False),
     ("sm_90a", "sm_90", True),
     ("sm_100", "sm_120", False),
@@ -107,7 +107,7 @@ def test_every_known_card_has_rates_from_low_to_high_and_says_where_from(name):
 
 
 def test_the_known_cards_are_those_that_a_run_would_see():
-    """This file states the values a second time, taken from the cards themselves."""
+    """The values in this file were read from real cards."""
     assert [known.card for known in KNOWN.values()] == [T4, V100, L4, A100, H200]
 
 

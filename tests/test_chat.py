@@ -1,4 +1,4 @@
-"""Other programs' templates give the text that the model was trained on."""
+"""The exported templates for other programs give the same text as the training."""
 
 import re
 
@@ -39,7 +39,10 @@ def test_several_turns_are_those_of_the_tokenizers_own_template():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_conversation_with_a_system_text_is_the_one_of_training(name):
-    """The exported template, nano's own, the Modelfile's question, generate.py and training."""
+    """These give the same text: the exported template, nano's template, generate.py and training.
+
+    The Modelfile puts the system text before the question.
+    """
     tokenizer = read_tokenizer(NANO, read_config(NANO))
     turns = [{"role": "system", "content": "Trả lời ngắn. "}, *TURNS,
              {"role": "assistant", "content": "Dạ, món khô."}]
@@ -65,7 +68,7 @@ def test_an_empty_system_text_leaves_nothing():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_modelfile_gives_the_prompt_and_the_stop(name):
-    """Rendered as Ollama does it for one question: up to the answer."""
+    """The template is rendered for one question as Ollama does, up to the answer."""
     text = modelfile(TEMPLATES[name], 8192)
     assert text.splitlines()[1] == "FROM ./model.gguf"
     template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]

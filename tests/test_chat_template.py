@@ -1,4 +1,4 @@
-"""Which template a base asks for, and that its own chat template can do no harm."""
+"""The choice of the prompt template for a base, and protection from a harmful chat template."""
 
 import time
 
@@ -19,7 +19,7 @@ def fresh():
 
 
 class Words(dict):
-    """A tokenizer's face: a chat template and a size."""
+    """A stand-in for a tokenizer: it has only a chat template and a size."""
 
     def __init__(self, size, chat_template=None):
         super().__init__()
@@ -31,12 +31,13 @@ class Words(dict):
 
 def test_template_by_chat_template_by_vocabulary_and_by_flag(fresh):
     assert choose_template(fresh) == ("4b-chat", "the tokenizer's chat template")
-    assert choose_template(fresh, "7b5-instruct") == ("7b5-instruct", "asked for by --template")
+    assert choose_template(fresh, "7b5-instruct") == ("7b5-instruct", "set by --template")
     fresh.chat_template = ("{{ '### Câu hỏi:\\n' + messages[0]['content'] }}"
                            "{{ '\\n\\n### Trả lời:' if add_generation_prompt }}")
     assert choose_template(fresh) == ("7b5-instruct", "the tokenizer's chat template")
-    assert choose_template(Words(250_680)) == ("7b5-instruct", "a vocabulary of 250,680 is 7B5's")
-    assert choose_template(Words(20_480)) == ("4b-chat", "a vocabulary of 20,480 is 4B's")
+    assert choose_template(Words(250_680)) == (
+        "7b5-instruct", "a vocabulary of 250,680 tokens fits 7B5")
+    assert choose_template(Words(20_480)) == ("4b-chat", "a vocabulary of 20,480 tokens fits 4B")
 
 
 def test_a_foreign_chat_template_is_refused_unless_a_template_is_named(fresh):
@@ -66,7 +67,8 @@ def test_a_template_that_fails_loops_or_grows_is_one_line(fresh, monkeypatch, te
     if not template:
         assert choose_template(fresh)[1].startswith(line)
         return
-    with pytest.raises(Refusal, match=line + ".*; name one of PhoGPT's with --template$") as said:
+    with pytest.raises(Refusal, match=line + ".*; choose one of PhoGPT's templates with --template$"
+                       ) as said:
         choose_template(fresh)
     assert len(str(said.value)) < 400 and "\n" not in str(said.value)
     assert time.monotonic() - begun < 20

@@ -1,4 +1,4 @@
-"""An interrupted and resumed run ends as an uninterrupted one does, bit for bit."""
+"""An interrupted and resumed run gives the same files as an uninterrupted run, bit for bit."""
 
 import errno
 import io
@@ -32,7 +32,7 @@ def without_speed(rows):
 
 
 def same(mine, reference):
-    """Whether two nests of dicts and lists with tensors in them are equal bit for bit."""
+    """Whether two nested dicts or lists with tensors are equal bit for bit."""
     if isinstance(reference, torch.Tensor):
         return torch.equal(mine, reference)
     if isinstance(reference, dict):
@@ -43,8 +43,10 @@ def same(mine, reference):
 
 
 def assert_same_run(mine, reference):
-    """Two folders with the same name, because the model card and the curves have it as their
-    title."""
+    """Assert that two run folders are equal, apart from times and speeds.
+
+    The folders must have the same name, because the model card and the curves show it as a title.
+    """
     assert without_speed(metrics(mine)) == without_speed(metrics(reference))
     names = sorted(p.relative_to(reference) for p in reference.rglob("*") if p.is_file())
     assert sorted(p.relative_to(mine) for p in mine.rglob("*") if p.is_file()) == names
@@ -60,7 +62,7 @@ def assert_same_run(mine, reference):
 
 @pytest.mark.parametrize("how", [
     ["--no-nf4"],
-    ["--dropout", 0.3],  # NF4, and random values in every step
+    ["--dropout", 0.3],  # NF4 base, random values in every step
     ["--dropout", 0.3, "--optimizer", "adamw", "--recompute", "none", "--micro-batch", 4],
 ], ids=["plain", "nf4-dropout", "adamw-dropout"])
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_bit(train, tmp_path, how):
@@ -68,14 +70,14 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_bit(trai
     assert train("--out", straight, *how)[0] == 0
     status, _, said = train("--out", broken, *how, at=(5, STOPPED))
     assert status == 130
-    assert said == (f"stopped by hand after step 5; with --out {broken} it goes on from "
+    assert said == (f"stopped by hand after step 5; with --out {broken} it resumes from "
                     f"checkpoint-4\n")
     assert [row["step"] for row in metrics(broken) if "loss" in row] == [1, 2, 3, 4, 5]
     assert not (broken / "checkpoint-7").exists()
-    torch.manual_seed(12345)  # other work between the two parts of the run
+    torch.manual_seed(12345)  # changes the generator between the two parts
     status, out, _ = train("--out", broken, *how)
     assert status == 0
-    assert "step 5/7" in out  # from the checkpoint of the evaluation after step 4
+    assert "step 5/7" in out  # resumed from the checkpoint after step 4
     assert "step 4/7" not in out
     assert_same_run(broken, straight)
 
@@ -91,7 +93,8 @@ def test_a_run_may_be_interrupted_several_times(train, tmp_path):
 
 
 def test_dropout_differs_without_the_saved_generators(train, tmp_path, monkeypatch):
-    """If the random generators are not restored, the test above fails: here they are not."""
+    """Here the random generators are not restored. So the comparison of the test above must fail.
+    """
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     train("--out", straight, "--dropout", 0.3)
     train("--out", broken, "--dropout", 0.3, at=(5, STOPPED))
@@ -109,15 +112,15 @@ def test_a_checkpoint_that_was_not_finished_is_not_there(train, tmp_path):
     (broken / "checkpoint-6.unfinished" / "left-over").write_bytes(b"")
     assert checkpoint.newest(broken) == broken / "checkpoint-4"
     assert train("--out", broken)[0] == 0
-    assert_same_run(broken, straight)  # and what was left over is gone
+    assert_same_run(broken, straight)  # the unfinished folder is deleted
 
 
 @pytest.mark.parametrize("size", [0, 100, 600, 1_100, 10_000, 30_000, 34_500])
 def test_a_disk_that_is_full_at_any_file_is_one_line_and_loses_nothing(train, tmp_path, size):
-    """Limit every file to `size` bytes; a longer write fails as on a full disk."""
+    """A limit of `size` bytes for every file makes a longer write fail, as on a full disk."""
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     assert train("--out", straight)[0] == 0
-    assert train("--out", broken, at=(4, STOPPED))[0] == 130  # from step 3 it goes on
+    assert train("--out", broken, at=(4, STOPPED))[0] == 130  # checkpoint-3 is the newest
     before = whole_files(broken)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -133,14 +136,13 @@ def test_a_disk_that_is_full_at_any_file_is_one_line_and_loses_nothing(train, tm
 
 
 def whole_files(run):
-    """The files of a run that must never be lost, with their bytes."""
+    """The bytes of the files in a run's checkpoints. No failure may damage these files."""
     return {file.relative_to(run): file.read_bytes() for file in run.rglob("*")
             if file.is_file() and file.parent != run}
 
 
 class AlmostFull(io.BytesIO):
-    """A file of which one write fails, as on a disk that has no room for this write, but room for
-    the next."""
+    """A file. Write number `call` fails as on a full disk; later writes succeed."""
 
     def __init__(self, call):
         super().__init__()
@@ -181,7 +183,7 @@ def test_a_torn_last_line_of_the_metrics_is_dropped(train, tmp_path):
     ("adapter_model.safetensors", None),
 ])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train, tmp_path, name, damage):
-    """The run then ends as the uninterrupted one does."""
+    """The resumed run then gives the same files as the uninterrupted run."""
     straight, out = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
     assert train("--out", straight)[0] == 0
     assert train("--out", out, at=(6, STOPPED))[0] == 130
@@ -213,20 +215,23 @@ def test_a_checkpoint_of_another_step_than_its_folders_is_not_used(adapted, tmp_
     folder = checkpoint.write(tmp_path, checkpoint.take(trained_in_fp16(adapted), {"step": 4}))
     moved = folder.rename(tmp_path / "checkpoint-9")
     assert checkpoint.newest_whole(tmp_path) == (
-        None, [f"{moved}: its progress.json is of another step"])
+        None, [f"{moved}: its progress.json belongs to another step"])
 
 
 def test_a_checkpoint_of_another_run_is_named_and_the_runs_own_is_used(train, tmp_path):
-    """The same model, rows and settings, but another seed; its hashes are right."""
+    """The other run has the same model, rows and settings, but another seed.
+
+    The hashes in its checkpoint are correct.
+    """
     straight, out, other = (tmp_path / name / "run" for name in ("straight", "broken", "other"))
     assert train("--out", straight)[0] == 0
     assert train("--out", other, "--seed", 1)[0] == 0
     assert train("--out", out, at=(4, STOPPED))[0] == 130
     foreign = shutil.copytree(other / "checkpoint-7", out / "checkpoint-7")
     status, said, _ = train("--out", out, at=(0, STOPPED))
-    assert status == 130 and f"not used: {foreign}: is of another run" in said
+    assert status == 130 and f"not used: {foreign}: belongs to another run" in said
     assert "resumed after step 4" in said
-    assert train("--out", out)[0] == 0  # the run's own checkpoint-7 takes its place
+    assert train("--out", out)[0] == 0  # replaces it with this run's checkpoint-7
     assert_same_run(out, straight)
 
 
@@ -238,7 +243,7 @@ def test_where_every_checkpoint_is_another_runs_the_run_is_refused(train, tmp_pa
         shutil.rmtree(folder)
         shutil.copytree(other / folder.name, folder)
     status, _, said = train("--out", out)
-    assert status == 2 and "no checkpoint can be used" in said and "is of another run" in said
+    assert status == 2 and "no checkpoint can be used" in said and "belongs to another run" in said
 
 
 def test_where_none_is_whole_the_run_is_refused(train, tmp_path):
@@ -270,9 +275,9 @@ def test_damaged_checkpoints_of_later_steps_do_not_count_as_the_newest(tmp_path)
 def test_a_run_that_goes_on_below_a_damaged_checkpoint_keeps_what_it_saves(train, tmp_path):
     out = tmp_path / "run"
     train("--out", out, "--keep", 1, at=(3, STOPPED))
-    (out / "checkpoint-500").mkdir()  # another program's
+    (out / "checkpoint-500").mkdir()  # from another program
     _, _, said = train("--out", out, "--keep", 1, "--save-every", 1, at=(2, STOPPED))
-    assert "goes on from checkpoint-5" in said
+    assert "resumes from checkpoint-5" in said
     assert checkpoint.newest_whole(out)[0] == out / "checkpoint-5"
 
 
@@ -315,7 +320,7 @@ def test_a_run_that_goes_on_does_not_write_its_checkpoint_again(train, tmp_path)
 
 
 def test_what_is_saved_is_what_is_loaded(adapted, tmp_path):
-    """Adapter, optimizer, loss scale and generators, without a run around them."""
+    """Saves and loads adapter, optimizer, loss scale and random generators without a whole run."""
     training = trained_in_fp16(adapted)
     training.scaler.scale(torch.ones(()))  # GradScaler creates its tensors at the first use
     training.adapters.flat.grad.normal_()
@@ -336,13 +341,13 @@ def test_what_is_saved_is_what_is_loaded(adapted, tmp_path):
     assert same(other.optimizer.state_dict(), state)
     assert other.scaler.get_scale() == 512.0
     assert checkpoint.read_state(folder) == {"step": 4, "first": {}}
-    # the model computes with what was loaded, and the optimizer moves the same buffer
+    # the model's adapters are still views of the buffer that the optimizer updates
     start = other.adapters.flat.untyped_storage().data_ptr()
     assert all(view.untyped_storage().data_ptr() == start for _, view in other.adapters.views)
 
 
 def trained_in_fp16(adapted, **lora):
-    """The parts of a step over tiny, with fp16's loss scaling."""
+    """The parts of a training step of tiny, with the loss scaling of fp16."""
     training = wire(*adapted(**lora), lr=1e-2)
     training.scaler = make_scaler(torch.float16, "cpu")
     return training
@@ -356,7 +361,7 @@ def test_the_newest_good_checkpoint_is_the_newest_up_to_a_step(tmp_path):
 
 
 def test_a_checkpoint_of_several_gpus_opens_where_there_is_one(monkeypatch):
-    """Only this run's own GPU counts; older checkpoints list all of the machine's."""
+    """Only the state of this run's GPU is restored. Older checkpoints have all GPUs' states."""
     state = checkpoint.random_state()
     restored = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -364,7 +369,7 @@ def test_a_checkpoint_of_several_gpus_opens_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda _: pytest.fail("of all GPUs"))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "mine")
     checkpoint.restore_random_state(state | {"cuda": ["first", "second"]})
-    checkpoint.restore_random_state(state | {"cuda": []})  # made on a CPU
+    checkpoint.restore_random_state(state | {"cuda": []})  # a checkpoint from a CPU
     assert restored == ["first"]
     assert checkpoint.random_state()["cuda"] == ["mine"]
 

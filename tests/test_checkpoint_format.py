@@ -1,4 +1,4 @@
-"""Checkpoints are written in VinAI's format, shard by shard; wrong tensors leave no checkpoint."""
+"""Checkpoints in VinAI's format are written shard by shard. Wrong tensors leave no checkpoint."""
 
 import gc
 import json
@@ -18,7 +18,7 @@ EMBEDDING = "transformer.wte.weight"
 
 
 def tensors(dtype=torch.bfloat16):
-    """(name, tensor) of every parameter, each made when it is asked for."""
+    """Yield (name, tensor) of every parameter. A tensor is created when it is requested."""
     for number, (name, shape) in enumerate(parameter_shapes(SHAPE).items()):
         yield name, torch.full(shape, float(number), dtype=dtype)
 
@@ -67,7 +67,7 @@ def test_shards_are_of_about_equal_size_and_hold_every_tensor(tmp_path, kind, sh
     total = sum(t.nbytes for t in expected.values())
     assert len(files) == shards
     largest = max(t.nbytes for t in expected.values())
-    headers = 200 * len(expected)  # the zip's or safetensors' own bytes for each tensor
+    headers = 200 * len(expected)  # bytes of the format itself, per tensor
     for file in files:
         size = file.stat().st_size
         assert abs(size - total / shards) <= largest + (headers if kind == "safetensors" else 30e3)
@@ -85,8 +85,10 @@ def test_safetensors_name_their_format_as_transformers_asks(tmp_path):
 
 
 def test_at_most_one_shard_is_in_memory(tmp_path):
-    """Memory is counted each time a tensor is requested. This test's tensors are in fp64, which no
-    other tensor is."""
+    """The test counts the memory of all fp64 tensors each time a tensor is requested.
+
+    No other tensor in this process is fp64.
+    """
     peak = 0
 
     def watched():
@@ -99,7 +101,7 @@ def test_at_most_one_shard_is_in_memory(tmp_path):
 
     write_checkpoint(tmp_path, CONFIG, watched(), shards=4, kind="safetensors")
     sizes = {name: shape.numel() * 8 for name, shape in parameter_shapes(SHAPE).items()}
-    # by the rule of sizes, a shard is a quarter and at most one tensor more
+    # a shard has at most a quarter of all bytes plus the largest tensor
     assert sizes[EMBEDDING] < peak <= sum(sizes.values()) / 4 + max(sizes.values())
 
 
@@ -111,8 +113,8 @@ def test_a_view_is_stored_without_the_rest_of_its_storage(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda pairs: pairs[:-1], "1 tensors are missing, the first is transformer.norm_f.bias"),
-    (lambda pairs: [*pairs, pairs[0]], "wte.weight comes twice"),
-    (lambda pairs: [*pairs, ("lm_head.weight", pairs[0][1])], "lm_head.weight comes twice or is"),
+    (lambda pairs: [*pairs, pairs[0]], "wte.weight is given twice"),
+    (lambda pairs: [*pairs, ("lm_head.weight", pairs[0][1])], "lm_head.weight is given twice or"),
     (lambda pairs: [(n, t.flatten()) for n, t in pairs], r"wte.weight: shape \[12800\], not \[400"),
 ])
 def test_tensors_of_another_model_are_an_error_and_leave_no_checkpoint(tmp_path, change, message):
@@ -123,7 +125,7 @@ def test_tensors_of_another_model_are_an_error_and_leave_no_checkpoint(tmp_path,
 
 
 def test_more_shards_than_the_tensors_fill_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="500 shards: the tensors fill only 75; ask for fewer"):
+    with pytest.raises(ValueError, match="500 shards: the tensors fill only 75; use fewer shards"):
         write_checkpoint(tmp_path, CONFIG, tensors(), shards=500)
 
 

@@ -1,4 +1,4 @@
-"""bench/compare.py: the tables of README and docs/ are made from the results and equal them."""
+"""bench/compare.py writes the tables of README and docs/ from the files in bench/results."""
 
 import json
 
@@ -14,7 +14,8 @@ H200 = {"name": "NVIDIA H200", "device": "cuda", "capability": [9, 0], "memory_g
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """A folder of results and a README with one table; gives a function that saves a result."""
+    """Make a folder of results and a README with one table; return a function that saves a result.
+    """
     monkeypatch.setattr(results_module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
@@ -51,7 +52,7 @@ def test_tables_are_written_between_their_markers_and_nothing_else_changes(resul
         "| 9 | does not fit |", "| 512 | 7.8 |", "| 8,192 | 13.6 (25) |", "<!-- end -->", "B"]
     assert "README.md: tables written" in capsys.readouterr().out
     compare.main(["--check"])
-    assert "as bench/results has it" in capsys.readouterr().out
+    assert "agrees with bench/results" in capsys.readouterr().out
 
 
 def test_documents_beside_the_readme_have_tables_too(results, tmp_path, capsys):
@@ -108,7 +109,7 @@ def test_a_simulation_that_fails_is_one_line_and_the_old_ones_stay(results, tmp_
                                                                    capsys):
     results("memory", "simulated", T4, [row(512, 7.77)])
     before = list((tmp_path / "results").iterdir())
-    with pytest.raises(SystemExit) as stopped:  # that folder has no benches to run
+    with pytest.raises(SystemExit) as stopped:  # the folder has no benches
         compare.main(["--simulate"])
     assert stopped.value.code == 2
     assert "failed; see its error above" in " ".join(capsys.readouterr().err.split())
@@ -145,7 +146,7 @@ def test_a_file_shows_its_worst_setting(results):
 
 
 @pytest.mark.parametrize("text, line", [
-    ("<!-- table: speed -->\n<!-- end -->\n", "README.md: no table speed; there is memory, time"),
+    ("<!-- table: speed -->\n<!-- end -->\n", "README.md: no table speed; the tables are memory"),
     ("<!-- table: memory -->\n", "README.md: the marker of table memory has no <!-- end -->"),
 ])
 def test_a_bad_marker_is_one_line(results, tmp_path, capsys, text, line):
@@ -161,8 +162,10 @@ def test_the_readme_is_as_the_results_have_it(capsys):
 
 
 def test_the_saved_simulation_is_what_the_code_says_today():
-    """If this fails, run `python bench/compare.py --simulate`. The tolerance of 1 % is for other
-    versions of torch."""
+    """If this fails, run `python bench/compare.py --simulate`.
+
+    Other versions of torch may change the values by up to 1 %.
+    """
     asked = command_line.parse(command_line.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, rates, traces)] = simulated.cards(asked)
     found = traces.on(card, Setting(512, 1, 1, "auto"))

@@ -1,4 +1,4 @@
-"""Defaults, presets and flags; every mistake on the command line is refused in one line."""
+"""Defaults, presets and flags. Every mistake on the command line is refused in one line."""
 
 import dataclasses
 import doctest
@@ -65,7 +65,7 @@ def test_nano_brings_its_own_preset_and_another_model_none():
     values = tomllib.loads((PRESETS / "nano.toml").read_text("utf-8"))
     assert read().lr == read("--model", "nano").lr == values["lr"]
     assert read("--model", "x/y") == Config(model="x/y")
-    assert read("--preset", "t4").lr == Config.lr  # nano with t4's values
+    assert read("--preset", "t4").lr == Config.lr  # the model nano with t4's values
 
 
 def test_a_flag_takes_the_place_of_its_other_in_a_preset(tmp_path):
@@ -93,7 +93,7 @@ def test_a_share_may_be_written_as_a_percentage():
 
 
 def test_pack_len_without_packing_is_refused():
-    with pytest.raises(Refusal, match=r"--pack-len 512: .* leave it out with --no-packing"):
+    with pytest.raises(Refusal, match=r"--pack-len 512: has no effect with --no-packing"):
         read("--no-packing", "--pack-len", "512")
 
 
@@ -105,7 +105,7 @@ def test_a_preset_may_be_written_in_capitals():
 def test_a_run_does_not_write_over_the_adapter_that_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for adapter in ("runs/a", "./runs/a/", "runs/a/checkpoint-5"):
-        with pytest.raises(Refusal, match="would write over the adapter"):
+        with pytest.raises(Refusal, match="would overwrite the adapter"):
             read("--adapter", adapter, "--out", "runs/a")
     read("--adapter", "runs/a", "--out", "runs/b")
 
@@ -160,13 +160,13 @@ def test_there_are_presets_for_nano_and_both_cards():
     (["--learning-rate", "1"], "--learning-rate"),
     (["--micro", "2"], "--micro"),  # an abbreviation could name another flag in a later version
     (["--epoch", "3"], "did you mean --epochs?"),
-    (["rows.jsonl"], "rows.jsonl; each value stands behind its flag, several words in quotes"),
-    (["--data", "a.csv", "b.csv"], "b.csv; each value stands behind its flag"),
+    (["rows.jsonl"], "rows.jsonl; write each value after its flag, and several words in quotes"),
+    (["--data", "a.csv", "b.csv"], "b.csv; write each value after its flag"),
     (["--batchsize=3"], "did you mean --batch-size?"),
     (["--no_pack"], "did you mean --no-packing?"),
     (["--zzz"], "--zzz; see --help"),
-    (["--hold-out", "100%"], "100% is no count (32) and no share (0.05 or 5%)"),
-    (["--hold-out", "some"], "some is no count (32) and no share (0.05 or 5%)"),
+    (["--hold-out", "100%"], "100% is neither a count (32) nor a share (0.05 or 5%)"),
+    (["--hold-out", "some"], "some is neither a count (32) nor a share (0.05 or 5%)"),
     (["--steps"], "--steps"),
     (["--steps", "many"], "many"),
     (["--rank", "1.5"], "1.5"),
@@ -297,7 +297,7 @@ def test_data_may_be_named_once_or_several_times(tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--json"], "--json: is how --inspect N prints"), (["--inspect", "0"], "must be from 1 to"),
+    (["--json"], "--json: needs --inspect N"), (["--inspect", "0"], "must be from 1 to"),
     (["--too-long", "chop"], "choose from cut, split, drop"),
     (["--data-cache", ""], "--data-cache: is empty")])
 def test_a_flag_of_the_rows_that_cannot_be_is_refused(flags, said):
@@ -314,7 +314,7 @@ def test_no_value_is_too_large_or_small_for_what_follows(name, text):
 
 
 def test_every_command_refuses_an_empty_value(monkeypatch):
-    """As `--out "$NAME"` has without a NAME, in both spellings."""
+    """In a shell, `--out "$NAME"` gives an empty value if NAME is not set."""
     parser = command_line.Parser()
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chat", action="store_true")

@@ -1,4 +1,4 @@
-"""generate.py --chat: turns, what the model is given, and how a person leaves."""
+"""generate.py --chat: turns, the prompts for the model, and how a user leaves."""
 
 import codecs
 import fcntl
@@ -40,7 +40,7 @@ def conversation(tokenizer, *, holds=200, most=20, system="", template="4b-chat"
 
 @pytest.fixture
 def chat(capsys, monkeypatch):
-    """A function that gives generate.py --chat the lines of a pipe: (exit status, out, err)."""
+    """A function that pipes lines to generate.py --chat and returns (status, stdout, stderr)."""
 
     def run(lines, *flags):
         content = io.TextIOWrapper(io.BytesIO(lines if isinstance(lines, bytes)
@@ -59,7 +59,8 @@ def chat(capsys, monkeypatch):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_prompt_is_the_history_of_the_base(tokenizer, template):
-    """If the model's answers have the same tokens as their text, which is nearly always true."""
+    """This assumes that the tokens of an answer are those of its text, which is nearly always true.
+    """
     talk, said = conversation(tokenizer, template=template), []
     for question, written in (("Phở bò là gì?", "Dạ, món ăn ạ."), ("Còn mèo?", "Con vật ạ."),
                               ("Cảm ơn", None)):
@@ -73,8 +74,8 @@ def test_the_prompt_is_the_history_of_the_base(tokenizer, template):
 
 
 def test_each_prompt_begins_with_all_that_was_said(tokenizer):
-    """If a prompt begins with the previous one and its answer, the engine reads only the new
-    tokens."""
+    """The engine reads only the new tokens if a prompt begins with the previous prompt and answer.
+    """
     talk, before = conversation(tokenizer), []
     for question, ids in (("a", [50, 60]), ("b", [70]), ("c", [])):
         prompt, _, _ = talk.ask(question)
@@ -92,7 +93,7 @@ def test_the_oldest_turns_go_when_the_model_holds_no_more(tokenizer):
         seen.append((left_out, len(talk.turns)))
         talk.answered([50] * 12)
     assert seen[0] == (0, 0) and sum(n for n, _ in seen) > 0
-    assert prompt[:4] == talk.ask("câu 0")[0][:4]  # a conversation begins like any other
+    assert prompt[:4] == talk.ask("câu 0")[0][:4]  # it begins as a new conversation does
 
 
 def test_an_answer_is_shorter_before_the_question_is_refused(tokenizer):
@@ -179,8 +180,8 @@ def test_lines_that_are_no_questions_are_said_and_the_next_is_answered(chat, tin
     status, out, err = chat(b"\xff\xfe x\n/foo\n" + "dài ".encode() * 900 + b"\n/help\na\n",
                             "--model", tiny, "--max-new-tokens", 9)
     assert status == 0 and out == chat("a\n", "--model", tiny, "--max-new-tokens", 9)[1]
-    for said in ("(the question is not UTF-8", "(/foo is no command", "(the question is too long",
-                 "/xoá (/reset) begins a new conversation"):
+    for said in ("(the question is not UTF-8", "(/foo is not a command",
+                 "(the question is too long", "/xoá (/reset) starts a new conversation"):
         assert said in err
 
 
@@ -204,7 +205,7 @@ def test_ctrl_c_is_raised_once_and_only_where_it_is_expected():
             try:
                 signal.raise_signal(signal.SIGINT)
             finally:
-                signal.raise_signal(signal.SIGINT)  # while the answer is put away
+                signal.raise_signal(signal.SIGINT)  # while the first one is handled
         with ctrl_c.ends():
             pass
         signal.raise_signal(signal.SIGINT)
@@ -220,7 +221,7 @@ def test_a_question_or_a_conversation(flags, line, capsys):
 
 
 class Terminal:
-    """generate.py --chat in a separate real terminal."""
+    """generate.py --chat in its own pseudo-terminal."""
 
     def __init__(self, *flags, output=None, **environment):
         self.ours, theirs = pty.openpty()
@@ -233,7 +234,7 @@ class Terminal:
         self.seen, self.decode = "", codecs.getincrementaldecoder("utf-8")().decode
 
     def until(self, text, seconds=60):
-        """Read on until this text appears."""
+        """Read the output until this text appears; return the output before it."""
         end = time.monotonic() + seconds
         while text not in self.seen:
             ready, _, _ = select.select([self.ours], [], [], max(0, end - time.monotonic()))
@@ -243,7 +244,7 @@ class Terminal:
         return before
 
     def type(self, text):
-        time.sleep(0.2)  # as a person: Python loses a Ctrl-C while a prompt is being shown
+        time.sleep(0.2)  # types slowly: Python can lose a Ctrl-C while it shows a prompt
         os.write(self.ours, text.encode("utf-8"))
 
 
@@ -256,8 +257,8 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_program():
     terminal.type("\x03")
     terminal.until("(stopped by hand)")
     terminal.until("> ")
-    terminal.type("\x03")  # at the prompt: what was typed goes, the program stays
-    terminal.until("Ctrl-D leaves")
+    terminal.type("\x03")  # at the prompt: deletes the typed text, does not end the program
+    terminal.until("Ctrl-D ends the program")
     terminal.until("> ")
     terminal.type("\x1b[A")  # the arrow key brings back the question
     terminal.until("Phở")
@@ -298,7 +299,7 @@ def test_the_prompt_is_not_in_an_output_that_goes_elsewhere(tmp_path):
         terminal.until("(cut at 3 tokens")
         terminal.until("> ")
         terminal.type("\x03")
-        terminal.until("Ctrl-D leaves")
+        terminal.until("Ctrl-D ends the program")
         terminal.until("> ")
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0

@@ -1,4 +1,4 @@
-"""Records of every format become the same conversations; what is otherwise is said."""
+"""Records of every format become the same conversations. The program names what it leaves out."""
 
 import doctest
 import json
@@ -106,8 +106,9 @@ def test_a_map_names_other_columns_and_takes_the_meaning_from_usual_ones():
 
 
 @pytest.mark.parametrize("spec, said", [
-    ("response", "is FIELD=NAME"), ("reply=x", "is FIELD=NAME with a FIELD of prompt, response"),
-    ("response=", "is FIELD=NAME"), ("response=a,response=b", "names response twice"),
+    ("response", "must be FIELD=NAME"),
+    ("reply=x", "must be FIELD=NAME, where FIELD is one of prompt, response"),
+    ("response=", "must be FIELD=NAME"), ("response=a,response=b", "names response twice"),
     ("prompt=a,response=a", "names a twice")])
 def test_a_map_that_cannot_be_is_refused(spec, said):
     with pytest.raises(Refusal, match=said):
@@ -140,7 +141,7 @@ def test_a_last_question_without_an_answer_is_left_out_and_noted():
     ({"prompt": "a", "response": b"b"}, "response is not text but bytes"),
     ({"prompt": None, "response": "b"}, "prompt is empty (null)"),
     ({"messages": "a"}, "messages is not a list of turns"),
-    ({"messages": [{"role": 3, "content": "a"}]}, "turn 1 of messages is by a number"),
+    ({"messages": [{"role": 3, "content": "a"}]}, "turn 1 of messages has the role a number"),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]},
      "value of turn 2 is not text but null"),
     ({"instruction": "a", "output": "b", "history": [["a"]]}, "history is not a list of ["),

@@ -1,4 +1,4 @@
-"""The report on the rows that is printed before the first step."""
+"""The report on the rows. train.py prints it before the first step."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_what_was_found_and_left_out_is_said_with_its_place(train, tmp_path):
     assert "not used: id" in said
     assert f"left out  2 of 41 rows; {file}:40: response is not text" in said
     assert f"{file}:41: fields prompt" in said
-    assert "rows that are there already: 19" in said
+    assert "rows that repeat an earlier row: 19" in said
     assert f"rows without any Vietnamese letters: 1 (the first: {file}:39)" in said
 
 
@@ -60,7 +60,7 @@ def test_strict_refuses_what_would_be_left_out(train, tmp_path):
     assert train("--dry-run", "--data", file)[0] == 0
     status, _, error = train("--dry-run", "--data", file, "--strict")
     assert status == 2 and f"{file}:20: fields prompt" in error and error.count("\n") == 1
-    assert "1 of 20 rows cannot be used; with --strict none is left out" in error
+    assert "1 of 20 rows cannot be used; with --strict, bad rows are not left out" in error
 
 
 def test_a_file_of_another_encoding_is_one_line_and_nothing_else(train, tmp_path):

@@ -1,4 +1,4 @@
-"""bench/decode.py: the bytes of a step, both sides, and the bounds of cards that are not here."""
+"""bench/decode.py: the bytes that a step reads, both sides, and the bounds for other GPUs."""
 
 import json
 import re
@@ -27,7 +27,10 @@ def folder(tmp_path_factory):
 
 
 def test_a_step_reads_the_weights_as_they_lie_in_memory(folder):
-    """The 4 bits and both kinds of scales, the head, the adapter; norms and biases are nothing."""
+    """The size counts the 4-bit weights, both kinds of scales, the head and the adapter.
+
+    Norms and biases are too small to matter.
+    """
     model, _ = load_base(str(folder), dtype=torch.bfloat16, device="cpu")
     adapters = new_adapters(model, rank=4, alpha=8)
     size = 2 * model.head.numel() + 2 * adapters.count
@@ -46,7 +49,7 @@ def test_7b5_reads_five_and_a_half_gigabytes_a_token():
 
 
 class Side:
-    """Answers a step's figures without a GPU."""
+    """A stand-in for one side of the bench: it returns fixed times without a GPU."""
 
     def __init__(self, step_s, full=False):
         self.step_s, self.full, self.orders = step_s, full, []
@@ -87,7 +90,7 @@ def test_cards_elsewhere_have_bounds_alone(tmp_path, monkeypatch, capsys):
     low, high = row["tokens_per_s"]
     assert low == pytest.approx(0.22e12 / row["bytes"]) and low < high
     decode.main(["--card", "t4", "--batch", "1", "--new", "64", "--save"])
-    assert len(compare.decoding(all_settings=True)) == 5  # the other run has its own file and rows
+    assert len(compare.decoding(all_settings=True)) == 5  # the second run has its own file and rows
     lines = compare.decoding()
     assert len(lines) == 4
     assert lines[2].startswith("| T4, simulated | 7B5 | 128 | 1 | bound | 39.4 to 57.3 |")
@@ -95,8 +98,8 @@ def test_cards_elsewhere_have_bounds_alone(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, line", [
     (["--new", "1"], "argument --new: '1': must be a whole number from 2 to"),
-    (["--peers", "vllm"], "--peers vllm: shipped, static"),
-    (["--prompt", "2000"], "--prompt 2000 and --new 256: 7b5 was made for 2048 tokens in all"),
+    (["--peers", "vllm"], "--peers vllm: must be shipped, static"),
+    (["--prompt", "2000"], "--prompt 2000 and --new 256: 7b5 reads at most 2048 tokens in all"),
     (["--prompt", "x"], "argument --prompt: 'x': must be a whole number from 1 to"),
     (["--card", "k80"], "--card k80: choose")])
 def test_what_is_not_possible_is_refused_in_one_line(flags, line, capsys):
@@ -135,7 +138,10 @@ def test_both_sides_write_what_they_are_asked_for(folder):
 
 @pytest.mark.gpu
 def test_both_sides_write_the_same_tokens(folder):
-    """Weights without biases, so that transformers' MPT is the same model; but for near ties."""
+    """The weights have no biases, so transformers' MPT is the same model.
+
+    Rounding may still change a token where two tokens are almost equally likely.
+    """
     pytest.importorskip("accelerate")
     ours = decode_sides.Ours(folder, torch.float16, 4)
     theirs = decode_sides.Transformers(folder, torch.float16, 4)

@@ -1,4 +1,4 @@
-"""The memory of answering, against what was measured, and against the operations themselves."""
+"""The predicted memory of answering, compared with measurements and with the real operations."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ H100 = Card("NVIDIA H100 80GB HBM3", "cuda", (9, 0), 79.2)
 
 
 def measured():
-    """(shape's name, tokens written, row) of every measured setting of decoding."""
+    """Yield (name of the model's shape, tokens written, row of results) of every measurement."""
     for file in sorted(RESULTS.glob("decode-NVIDIA*.json")):
         result = json.loads(file.read_text("utf-8"))
         words = result["command"].split()
@@ -43,7 +43,10 @@ def measured():
 
 
 def test_memory_is_what_was_measured():
-    """Allocated within 1%; reserved not below what was measured, and at most 0.35 GiB above it."""
+    """Compared with the measured values, allocated memory agrees within 1 %.
+
+    Reserved memory is larger by at most 0.35 GiB.
+    """
     settings = list(measured())
     assert len(settings) == 26
     for name, new, row in settings:

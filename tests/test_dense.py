@@ -1,4 +1,4 @@
-"""Decoding on a CPU with dequantised weights: same results, and the 4-bit weights do not change."""
+"""Decoding on a CPU with dequantised weights: equal results, and unchanged 4-bit weights."""
 
 import pytest
 import torch

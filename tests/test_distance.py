@@ -1,4 +1,4 @@
-"""The stated distance of two models is that of the models as they are loaded and used."""
+"""The exporter's distance of two models equals the distance of the two loaded models."""
 
 import checkpoints
 import pytest
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @torch.no_grad()
 def test_it_is_that_of_the_two_models_loaded(first_command, tmp_path, monkeypatch):
-    monkeypatch.setattr("phogpt_raw.export.distance.ROWS", 1000)  # the head in five parts
+    monkeypatch.setattr("phogpt_raw.export.distance.ROWS", 1000)  # splits the head into five parts
     merger = Merger(NANO, first_command)
     write_merged(merger, tmp_path / "merged", torch.bfloat16, "nano")
     dice = torch.Generator().manual_seed(0)
@@ -33,11 +33,11 @@ def test_it_is_that_of_the_two_models_loaded(first_command, tmp_path, monkeypatc
     p = one_TV.softmax(1)
     nats = float((p * (one_TV.log_softmax(1) - other_TV.log_softmax(1))).sum(1).mean())
     assert found.divergence == pytest.approx(nats, rel=1e-3)
-    assert 0 < found.divergence < 0.2 and found.same > 0.6  # random tokens: nothing is likely
+    assert 0 < found.divergence < 0.2 and found.same > 0.6  # random tokens: no token is likely
 
 
 def test_a_checkpoint_of_the_rounded_weights_has_none(first_command, monkeypatch):
-    """With the same weights on both sides, the stated difference comes only from rounding."""
+    """Both sides have the same rounded weights, so only the rounding of sums can differ."""
     from phogpt_raw.export import distance as module
 
     merger = Merger(NANO, first_command)
@@ -63,7 +63,7 @@ def test_the_largest_difference_may_have_either_sign(first_command, monkeypatch,
 
 @torch.no_grad()
 def test_the_configs_own_values_count(tmp_path):
-    """Norms' epsilon, ALiBi's slopes, a head wider than one part."""
+    """The config changes the norms' epsilon and ALiBi's slopes."""
     from phogpt_raw.export.distance import final_states
 
     config = checkpoints.vinai_config(

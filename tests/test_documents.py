@@ -1,4 +1,4 @@
-"""Attention of packed documents: each sees only itself, in every implementation."""
+"""Attention of packed documents: in every implementation a document attends only to itself."""
 
 import math
 from contextlib import nullcontext
@@ -34,7 +34,7 @@ LENGTHS = {1: [96], 2: [70, 26], 7: [5, 30, 1, 20, 12, 18, 10], 40: [*range(1, 3
 
 
 def documents_of(lengths: list[int], device="cpu") -> torch.Tensor:
-    """doc_BL of one row."""
+    """doc_BL [1, L] of one row with documents of these lengths."""
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].to(
         device)
 
@@ -44,13 +44,13 @@ def distance(mine, reference) -> float:
     return float((mine - reference).norm() / reference.norm())
 
 
-# -- the plain form, the masked bias and the columns are one function
+# -- the plain form, the masked bias and the columns compute the same function
 
 
 @pytest.mark.parametrize("block", [None, 32])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_the_masked_bias_is_each_document_alone(lengths, block):
-    """fp32: sums in another order."""
+    """In fp32 only the order of the sums differs."""
     torch.manual_seed(0)
     length, heads, width = sum(lengths), 3, 16
     q, k, v = (torch.randn(length, heads, width) for _ in range(3))
@@ -65,7 +65,10 @@ def test_the_masked_bias_is_each_document_alone(lengths, block):
                                           (torch.bfloat16, 1e-5)])
 @pytest.mark.parametrize("heads, length", [(32, 2048), (24, 8192)])
 def test_the_columns_hold_alibi_far_below_the_rounding_of_a_score(dtype, bound, heads, length):
-    """Three parts of 11 bits hold more than fp32 does, of 8 bits as much as fp32."""
+    """Three columns hold one ALiBi term as a sum of three parts.
+
+    Three fp16 values of 11 bits are more exact than fp32. Three bf16 values of 8 bits are as exact.
+    """
     slopes, place, scale = alibi_slopes(heads), torch.arange(length), 1 / math.sqrt(128)
     of_queries, of_keys, of_values = columns(slopes, place, dtype, scale).unbind(1)
     assert of_queries.dtype == of_keys.dtype == dtype and of_keys.isfinite().all()
@@ -78,7 +81,7 @@ def test_the_columns_hold_alibi_far_below_the_rounding_of_a_score(dtype, bound, 
 def test_the_starts_of_documents_and_the_place_of_each_token():
     doc = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]])
     starts, place = starts_of(doc, count=4)
-    assert starts.tolist() == [0, 3, 5, 6, 6, 7, 12, 12, 12]  # the fourth of each is empty
+    assert starts.tolist() == [0, 3, 5, 6, 6, 7, 12, 12, 12]  # documents without tokens are empty
     assert place.tolist() == [0, 1, 2, 0, 1, 0, 0, 0, 1, 2, 3, 4]
     assert starts.dtype == torch.int32
 
@@ -87,8 +90,10 @@ def test_the_starts_of_documents_and_the_place_of_each_token():
 
 
 class StandIn:
-    """`plain` over queries and keys with their columns, in fp32 as kernels compute it. ALiBi comes
-    from the columns alone: the slopes are zero."""
+    """Calls `plain` for queries and keys with columns, in fp32 as kernels do.
+
+    The slopes are zero, so ALiBi comes from the columns alone.
+    """
 
     @staticmethod
     def attention(q, k, v, documents, scale):
@@ -118,9 +123,11 @@ def stand_in(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_documents_with_columns_are_each_document_alone(stand_in, lengths, dtype):
-    """Output and gradients of two rows. In fp32 sums in another order. In 16 bits the result is
-    rounded once, which is at most eps / sqrt(12) in the norm. The slopes and the scale are not all
-    powers of two, so with one part instead of three the error would be larger.
+    """Compares output and gradients of two rows.
+
+    In fp32 only the order of the sums differs. In 16 bits the result is rounded once; the norm of
+    this error is at most eps / sqrt(12). Some slopes and the scale are not powers of two. So with
+    one part for an ALiBi term instead of three the error would be larger.
     """
     torch.manual_seed(0)
     length, heads, width = sum(lengths), 12, 24
@@ -142,7 +149,10 @@ def test_documents_with_columns_are_each_document_alone(stand_in, lengths, dtype
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_a_model_with_bounds_is_the_model_with_the_masked_bias(stand_in, recompute):
-    """fp32 through two layers, with norms and GELU recomputed always and blocks where asked."""
+    """The tolerance is for fp32 and two layers.
+
+    Norms and GELU are always recomputed; `recompute` is the number of recomputed blocks.
+    """
     config = small_config(6, 8, 2)
     model, ids = ours(config, lively_tensors(config)).train(), random_ids(config, 2, 21)
     doc = torch.tensor([[0] * 9 + [1] * 12, [0] * 5 + [1] * 7 + [2] * 9])
@@ -158,7 +168,7 @@ def test_a_model_with_bounds_is_the_model_with_the_masked_bias(stand_in, recompu
         torch.testing.assert_close(mine, masked, rtol=0, atol=1e-5 * masked.abs().max().item())
 
 
-# -- what is chosen
+# -- the choice of the kernel
 
 
 @pytest.mark.parametrize("chosen, longest, kernel", [
@@ -183,7 +193,7 @@ def test_heads_that_the_kernels_cannot_read_in_vectors_have_the_masked_bias(monk
     found = choose_kernel(torch.empty(2, device="meta"), width, 1024, torch.float16,
                           DocumentBounds(8, 100))
     assert found == (FLASH if taken else None)
-    assert not taken or asked == [width + 8]  # the width that the kernel gets
+    assert not taken or asked == [width + 8]  # the width that the kernel sees
 
 
 def test_without_bounds_or_on_a_cpu_it_is_the_masked_bias():
@@ -206,7 +216,7 @@ def test_a_simulated_step_takes_the_kernel_of_documents_and_no_bias(causal, name
     window = Window(examples, 3, Packing((320,), longest=112, most=16))
     found = trace_step(training, window, Kernels(EFFICIENT, causal))
     attention = [op for op in found.ops if "attention" in op.name]
-    # two blocks, forward and backward; and one more forward for each recomputed block
+    # a forward and a backward for each of two blocks, one more forward for a recomputed block
     assert [names in op.name for op in attention] == (4 + recompute) * [True]
     assert attention[0].flops == 2 * 2 * 2 * 320 * 112 * 6 * (32 + 8)
     assert attention[-1].flops == 5 / 2 * attention[0].flops
@@ -218,7 +228,7 @@ def test_a_simulated_step_takes_the_kernel_of_documents_and_no_bias(causal, name
 
 
 def reference(q, k, v, g, slopes, doc_BL):
-    """Output and gradients in fp64, every score computed."""
+    """(out, dq, dk, dv) in fp64, from the whole score matrix."""
     q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
     length = q.shape[2]
     place = torch.arange(length, device=q.device)
@@ -269,7 +279,7 @@ def test_variable_length_kernels_are_as_near_as_the_masked_bias(dtype, kernel, r
 
 
 def nano_step(packing, dtype, graphs=False, steps=1, recompute=0):
-    """(losses, gradient of the last step) of nano over the same window."""
+    """Train nano on one window; return (losses, gradient of the last step, parts of the step)."""
     model, _ = load_base("nano", dtype=dtype, device="cuda")
     training = wire(model.train(), new_adapters(model, rank=16, alpha=32), lr=0.0, clip=1e9,
                     graphs=graphs, recompute=recompute)
@@ -285,7 +295,7 @@ def nano_step(packing, dtype, graphs=False, steps=1, recompute=0):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("forced", [None, EFFICIENT], ids=["torch's choice", "a T4's kernel"])
 def test_a_packed_step_of_nano_is_the_step_over_single_rows(dtype, forced):
-    """Equal within the rounding of 16 bits, as single rows in other micro-batches are."""
+    """The steps differ only by 16-bit rounding, as steps with other micro-batch sizes do."""
     packing = Packing((272,), longest=96, most=16)
     with sdpa_kernel(forced) if forced else nullcontext():
         [loss], gradient, _ = nano_step(None, dtype)
@@ -299,7 +309,7 @@ def test_a_packed_step_of_nano_is_the_step_over_single_rows(dtype, forced):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("forced", [None, EFFICIENT], ids=["torch's choice", "a T4's kernel"])
 def test_a_packed_step_of_nano_is_the_step_with_the_masked_bias(monkeypatch, dtype, forced):
-    """The same rows: only attention differs, by rounding in another order."""
+    """Both steps use the same packed rows. Only the rounding in attention differs."""
     packing, chosen = Packing((272,), longest=96, most=16), []
 
     def noted(*args):
@@ -309,7 +319,7 @@ def test_a_packed_step_of_nano_is_the_step_with_the_masked_bias(monkeypatch, dty
     monkeypatch.setattr(module, "choose_kernel", noted)
     with sdpa_kernel(forced) if forced else nullcontext():
         [loss], gradient, _ = nano_step(packing, dtype)
-        assert chosen and None not in chosen  # otherwise this would compare the bias with itself
+        assert chosen and None not in chosen  # else the test compares the bias with itself
         monkeypatch.setattr(module, "choose_kernel", lambda *_: None)
         [masked_loss], masked, _ = nano_step(packing, dtype)
     rounding = 2.0**-10 if dtype == torch.float16 else 2.0**-7
@@ -333,7 +343,7 @@ def test_captured_it_is_the_eager_step(forced, recompute):
 
 @pytest.mark.gpu
 def test_a_graph_serves_rows_with_other_documents():
-    """The documents' places are data of a graph, not part of it."""
+    """A graph reads the places of documents from its inputs, so it also serves other documents."""
     packing = Packing((272,), longest=96, most=16)
     _, _, training = nano_step(packing, torch.float16, graphs=True, steps=2)
     dice = torch.Generator().manual_seed(1)
@@ -348,7 +358,8 @@ def test_a_graph_serves_rows_with_other_documents():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", [EFFICIENT, FLASH], ids=["efficient", "flash"])
 def test_a_long_document_is_as_near_as_with_the_masked_bias(kernel):
-    """Its largest scores are over 3,000, which fp32 holds to 2^-12: less than fp16's rounding."""
+    """The largest scores exceed 3,000. There fp32 rounds by 2^-12, which is less than fp16 rounds.
+    """
     doc, slopes = documents_of([4000, 96], "cuda"), alibi_slopes(32).cuda()[:4]
     qkv = torch.randn(1, 4096, 3, 4, 128, dtype=torch.float16, device="cuda")
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
@@ -363,8 +374,11 @@ def test_a_long_document_is_as_near_as_with_the_masked_bias(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", [EFFICIENT, FLASH], ids=["efficient", "flash"])
 def test_8192_tokens_of_documents_need_no_bias(kernel):
-    """A bias of the masked form has 512 MiB, 32 times the queries; here are queries, keys, values,
-    with columns and without, the output and the gradients of each."""
+    """A masked bias would take 512 MiB, 32 times the memory of the queries.
+
+    The limit of 24 times has room for queries, keys and values with and without columns, for the
+    output, and for the gradients of all these.
+    """
     doc = documents_of([205] * 39 + [197], "cuda")
     qkv = torch.randn(1, 8192, 3, 8, 128, dtype=torch.float16, device="cuda")
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))

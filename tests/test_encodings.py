@@ -13,7 +13,7 @@ TEXT = ("Phở bò ở Hà Nội có gì đặc biệt? Dạ, nước dùng ng�
 
 
 def as_vni(text: str) -> bytes:
-    """Each letter by VNI's table, as single letters or as a letter and its marks."""
+    """The text in VNI: a letter becomes one byte, or its base letter and a byte for its marks."""
     marks = {found: byte for byte, found in VNI.items() if "̀" <= found[0] <= "ͯ"
              and byte >= 0xE0}
     letters = {found: byte for byte, found in VNI.items() if found.isalpha()}
@@ -24,7 +24,7 @@ def as_vni(text: str) -> bytes:
             made.append(letters[letter])
         elif letter.isascii():
             made += letter.encode()
-        elif "̛" in parts:  # ơ and ư are letters of their own
+        elif "̛" in parts:  # VNI has separate codes for ơ and ư
             horn = unicodedata.normalize("NFC", parts[:2])
             made += bytes([letters[horn], marks[parts[2]]])
         else:
@@ -34,7 +34,10 @@ def as_vni(text: str) -> bytes:
 
 
 def as_cp1258(text: str) -> bytes:
-    """As Windows writes it: a tone is a combining letter wherever the code page has no other."""
+    """The text in cp1258 as Windows writes it.
+
+    A letter that the code page lacks becomes a letter without its tone and a combining tone.
+    """
     made = b""
     for letter in text:
         try:

@@ -1,4 +1,4 @@
-"""Answers through the cache equal those of the full forward, alone and in a batch."""
+"""Answers with the key-value cache equal answers with full forwards, alone and in a batch."""
 
 from itertools import islice
 
@@ -12,7 +12,7 @@ from phogpt_raw.model.cache import Cache
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import load_base
 
-NEVER, PAD = -1, 3  # an end token that is never chosen, for answers of full length
+NEVER, PAD = -1, 3  # NEVER: no token has this id, so an answer has full length
 
 
 def prompts(*lengths):
@@ -26,7 +26,7 @@ def write(model, asked, *, eos_id=NEVER, max_new_tokens=12, **how):
 
 @torch.no_grad()
 def without_cache(model, prompt, count):
-    """The argmax of a full forward, taken again for every token."""
+    """A greedy answer without a cache: each token is the argmax of a full forward."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(model.logits(model(torch.tensor([ids]))[0, -1]).argmax()))
@@ -37,7 +37,7 @@ def test_the_cache_changes_no_token(lively):
     for prompt in prompts(1, 2, 9, 33):
         [written] = write(lively, [prompt])
         assert written.ids == without_cache(lively, prompt, 12)
-        assert len(set(written.ids)) > 3  # a repeated token would prove nothing
+        assert len(set(written.ids)) > 3  # one repeated token would prove nothing
         assert not written.stopped
 
 
@@ -89,7 +89,7 @@ def test_tokens_are_given_one_by_one_as_they_are_written(lively):
     assert streamed == first.ids
     end, streamed = first.ids[5], []
     write(lively, asked, eos_id=end, on_token=streamed.append)
-    assert streamed == first.ids[: first.ids.index(end)]  # the end itself is not
+    assert streamed == first.ids[: first.ids.index(end)]  # without the end token
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -107,12 +107,12 @@ def test_dropout_is_off_while_writing(adapted):
     assert write(model, prompts(6)) == write(model, prompts(6))
 
 
-# -- 200 tokens, adapters, rows that come and go
+# -- 200 tokens, adapters, rows that start and end at different times
 
 
 @pytest.fixture(params=["adapter", "base"])
 def long_model(request, adapted, tiny):
-    """Over NF4, with an adapter that changes the answer or without one."""
+    """tiny in NF4, with an adapter that changes the answers, or without an adapter."""
     if request.param == "base":
         return load_base(str(tiny))[0].eval()
     model, adapters = adapted(nf4=True)
@@ -123,7 +123,7 @@ def long_model(request, adapted, tiny):
 
 
 def test_200_tokens_are_those_of_the_full_forward_whatever_comes_and_goes(long_model):
-    """Unequal prompts, three rows for five of them, ends at different places."""
+    """Five prompts of unequal length share three rows. Their answers have different lengths."""
     asked, most = prompts(5, 40, 1, 23, 11), [200, 30, 77, 5, 120]
     written = [[] for _ in asked]
     with Engine(long_model, eos_id=NEVER, pad_id=PAD, rows=3) as engine:
@@ -132,7 +132,7 @@ def test_200_tokens_are_those_of_the_full_forward_whatever_comes_and_goes(long_m
         for token in engine.run():
             if token.id is not None:
                 written[token.key].append(token.id)
-        assert engine.steps <= 280  # without batching 432
+        assert engine.steps <= 280  # without batching there are 432
     for prompt, count, ids in zip(asked, most, written, strict=True):
         assert ids == without_cache(long_model, prompt, count)
 
@@ -200,13 +200,12 @@ def test_requests_may_come_while_others_are_answered(lively):
 
 
 def test_a_row_that_has_ended_stays_where_it_is(lively):
-    """On a GPU the ended row takes part in one more step, because the host reads the tokens of a
-    step one step later."""
+    """On a GPU an ended row takes part in one more step: the host reads tokens one step late."""
     with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=2) as engine:
         engine.add(0, *prompts(4), 1)
         engine.add(1, *prompts(4), 9)
         engine.admit()
-        engine.rows.append(engine.rows[0])  # row 1 has ended; row 0 is in its place too
+        engine.rows.append(engine.rows[0])  # row 1 has ended; row 0 replaces it
         places = []
         for _ in range(3):
             engine.step(2, Needs.of([]))
@@ -250,7 +249,7 @@ def test_after_a_consumer_has_raised_the_next_answer_is_right(lively):
 
 
 def test_a_request_that_waits_can_be_dropped(lively, monkeypatch):
-    """In the queue, and while prompts before it are read."""
+    """A request can be dropped in the queue, and while the engine reads earlier prompts."""
     monkeypatch.setattr(module, "PREFILL", 16)
     asked = prompts(12, 14, 13)
     for rows in (1, 3):
@@ -279,15 +278,15 @@ def test_requests_that_cannot_be_are_errors(lively):
     with pytest.raises(ValueError, match="0 rows"):
         Engine(lively, eos_id=NEVER, pad_id=PAD, rows=0)
     with Engine(lively, eos_id=NEVER, pad_id=PAD) as engine:
-        with pytest.raises(ValueError, match="a prompt of 0 tokens"):
+        with pytest.raises(ValueError, match="the prompt has 0 tokens"):
             engine.add(0, [], 5)
-        with pytest.raises(ValueError, match="0 to write"):
+        with pytest.raises(ValueError, match="max_new_tokens is 0"):
             engine.add(0, [5], 0)
         engine.add(0, [5], 5)
-        with pytest.raises(ValueError, match="request 0: there is one of this key already"):
+        with pytest.raises(ValueError, match="request 0: this key is already in use"):
             engine.add(0, [6], 5)
         assert [token.key for token in engine.run()] == [0] * 6
-        engine.add(0, [6], 1)  # the key is free again
+        engine.add(0, [6], 1)  # request 0 has ended: its key is free
 
 
 DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.3)
@@ -309,8 +308,7 @@ def test_drawn_answers_repeat_and_are_the_same_alone_and_in_a_batch(lively):
 
 
 def test_drawn_answers_of_any_lengths_and_seeds_are_those_alone(lively, monkeypatch):
-    """Rows end at different times; the moved rows keep their history and their seed, also when the
-    cache grows."""
+    """Rows end at different times, and the cache grows. Moved rows keep their history and seed."""
     monkeypatch.setattr(module, "STEP", 8)
     monkeypatch.setattr(module, "AHEAD", 5)
     asked, most = prompts(3, 17, 1, 8, 8), [30, 4, 22, 9, 40]
@@ -353,8 +351,10 @@ def test_rows_with_other_sampling_do_not_influence_each_other(lively, monkeypatc
 
 
 def test_a_conversation_reads_only_what_is_new(lively):
-    """The prompt of each turn begins with the conversation so far; its answer is the one to the
-    whole prompt."""
+    """The prompt of each turn begins with the conversation so far.
+
+    The answer equals the answer of a new engine to the whole prompt.
+    """
     turns = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
     read = []
     with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=1) as engine:
@@ -367,7 +367,7 @@ def test_a_conversation_reads_only_what_is_new(lively):
             [alone] = write(lively, [conversation], max_new_tokens=6)
             assert ids == alone.ids
             conversation = conversation + ids
-    assert read == [4, 2 + 1, 3 + 1]  # the last token written was not read yet
+    assert read == [4, 2 + 1, 3 + 1]  # + 1: the last written token was not read yet
 
 
 def test_another_conversation_is_read_from_where_it_differs(lively):
@@ -381,7 +381,7 @@ def test_another_conversation_is_read_from_where_it_differs(lively):
 
 
 def test_what_a_broken_off_prompt_has_overwritten_is_read_again(lively, monkeypatch):
-    """Ctrl-C while another conversation is being read, then the first one again."""
+    """Ctrl-C interrupts the reading of a second prompt. Then the first prompt is asked again."""
     first, second, forward = [5, 6, 7, 8, 9], [5, 9, 10, 11, 12, 13], lively.forward
     with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=1) as engine:
         engine.add(0, first, 5)
@@ -417,7 +417,7 @@ def test_a_dropped_answer_leaves_what_it_had_read(lively):
 
 
 def test_what_was_written_is_penalised_and_what_stands_behind_a_row_is_not(lively):
-    """Compared with transformers' processor over exactly the tokens so far."""
+    """transformers' processor, applied to exactly the tokens so far, chooses the same tokens."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
     penalty = RepetitionPenaltyLogitsProcessor(5.0)

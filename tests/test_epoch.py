@@ -1,4 +1,4 @@
-"""bench/epoch.py: real lengths, train.py's own loop, padding, and the simulation for a card."""
+"""bench/epoch.py: real lengths, train.py's own loop, padding, and the simulation for a GPU."""
 
 import json
 import re
@@ -66,7 +66,10 @@ def test_examples_survive_the_way_to_a_side(tmp_path):
 
 
 def test_ours_is_train_py_and_says_what_went_through_the_model(folder):
-    """Ten examples, four a step: two epochs are five steps, of which three cover the last one."""
+    """With ten examples and four per step, two epochs are five steps.
+
+    Only the last three steps count. They cover the second epoch.
+    """
     examples = ragged_examples(10, longest=40)
     ours = epoch_sides.Ours(config(folder), examples)
     found = ours.run(memory_gib=0)
@@ -75,13 +78,13 @@ def test_ours_is_train_py_and_says_what_went_through_the_model(folder):
     assert (found["steps"], found["examples"], len(found["seconds"])) == (3, 12, 5)
     assert found["step_examples"] == [4] * 5 and len(rows) == 5
     assert found["rows"] == sum(row["rows"] for row in rows[2:])
-    assert found["examples_a_row"] == 12 / found["rows"] > 1  # packed
+    assert found["examples_a_row"] == 12 / found["rows"] > 1  # rows are packed
     windows_ = [ours.job.stream.window(step) for step in (2, 3, 4)]
     padded = sum(batch.ids_BL.numel() for window in windows_ for batch in window.micro_batches(1))
     assert found["fill"] == sum(w.tokens for w in windows_) / padded > 0.5
     assert found["row_lengths"] == sorted(found["row_lengths"])
-    assert (folder / "adapters" / "adapter_model.safetensors").is_file()  # the Trainer's start
-    # a step lasts from the end of the one before, so nothing of the loop is left out
+    assert (folder / "adapters" / "adapter_model.safetensors").is_file()  # for the Trainer
+    # a step's time begins at the end of the previous step, so it covers the whole loop
     for step, (took, row) in enumerate(zip(found["seconds"], rows, strict=True)):
         assert took >= 0.999 * ours.job.stream.window(step).tokens / row["tokens_per_s"]
 
@@ -133,7 +136,7 @@ EPOCHS = pytest.mark.parametrize("micro_batch, steps, sizes",
 @EPOCHS
 def test_the_trainers_steps_are_so_many_examples_grouped_by_length(folder, micro_batch, steps,
                                                                    sizes, monkeypatch):
-    """On the CPU, in fp32 and with another optimizer: the paged one needs a GPU."""
+    """The test runs on the CPU in fp32, with another optimizer: the paged optimizer needs a GPU."""
     pytest.importorskip("accelerate")
     from peft import LoraConfig, get_peft_model
     from transformers import MptForCausalLM
@@ -172,7 +175,7 @@ def test_the_trainers_steps_are_so_many_examples_grouped_by_length(folder, micro
 def test_the_trainer_takes_an_epoch(folder, micro_batch, steps, sizes):
     examples = ragged_examples(10)
     asked = config(folder, dtype="fp16")
-    epoch_sides.Ours(asked, examples)  # writes the first adapters
+    epoch_sides.Ours(asked, examples)  # writes the adapters at the start
     side = epoch_sides.TrainersEpoch(asked, examples)
     found = side.run(micro_batch)
     assert (found["steps"], found["examples"], found["rows"]) == (steps, 10, 10)
@@ -180,11 +183,11 @@ def test_the_trainer_takes_an_epoch(folder, micro_batch, steps, sizes):
     assert found["fill"] == 1.0 if micro_batch == 1 else 0.5 < found["fill"] < 1
 
 
-# -- turns
+# -- the two sides run in turn
 
 
 class Sides:
-    """Both sides, in the order in which they run."""
+    """A stand-in for both sides. It records the order in which they run."""
 
     def __init__(self):
         self.order = []
@@ -245,7 +248,10 @@ def nano_traces():
 
 
 def test_an_epoch_is_the_sum_of_its_steps(nano_traces):
-    """Micro-batches of one shape are traced once; the trace of a whole window agrees."""
+    """The simulation traces each shape of a micro-batch once and adds up the times.
+
+    The sum agrees with a trace of the whole accumulation window.
+    """
     card, rates, traces = nano_traces
     asked = Config(batch_size=4, epochs=1, recompute="none")
     planned = windows.plan(ragged_examples(8, longest=40), asked, card, 8, traces)
@@ -253,7 +259,7 @@ def test_an_epoch_is_the_sum_of_its_steps(nano_traces):
     for window in planned.windows:
         trace = traces.trace_window(window, 1, 0, traces.kernel(card))
         whole = simulated.both_ends(step_seconds(trace.ops, rates))
-        # what is between micro-batches (moving the next one) counts for the window's first alone
+        # the simulation counts the move of a micro-batch to the GPU only once per window
         assert simulation.seconds(window) == pytest.approx(whole, rel=0.01)
     shapes = {shape for window in planned.windows for shape in window.shapes(1)}
     assert {key[:2] for key in simulation.shapes} == shapes
@@ -335,7 +341,7 @@ def test_the_table_has_measured_and_simulated_rows(monkeypatch):
         "| T4, simulated | 7B5 | this loop | 32 | 0.24 to 0.31 |  | 9.50 |  |"]
 
 
-# -- what cannot be
+# -- refusals
 
 
 @pytest.mark.parametrize("flags, line", [
@@ -362,7 +368,7 @@ def test_a_tokenizer_of_another_model_is_refused(rows, monkeypatch, capsys):
         epoch.main(["--card", "t4", "--data", str(rows)])
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and said.count("\n") == 1
-    assert re.match(r"error: --tokenizer nano: gives token \d+, and 7b5 has 96", said)
+    assert re.match(r"error: --tokenizer nano: gives token \d+, but 7b5 has only 96", said)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -1,4 +1,4 @@
-"""The held-out loss per token, and how many answers the model ends itself."""
+"""The held-out loss per token, and the number of answers that the model itself ends."""
 
 import math
 
@@ -20,7 +20,7 @@ PAD = 3
 
 
 def test_loss_is_plain_cross_entropy_over_all_supervised_tokens(adapted):
-    """fp32: a mean over some hundred tokens summed in another order."""
+    """The tolerance is for fp32: a mean over some hundred tokens, added in another order."""
     model, _ = adapted()
     examples = ragged_examples(7)
     losses = []
@@ -31,7 +31,7 @@ def test_loss_is_plain_cross_entropy_over_all_supervised_tokens(adapted):
                                       torch.tensor(e.ids[-e.supervised :]), reduction="none"))
     expected = float(torch.cat(losses).mean())
     means = float(torch.stack([loss.mean() for loss in losses]).mean())
-    assert abs(means - expected) > 1e-3  # an average of rows would be another number
+    assert abs(means - expected) > 1e-3  # the mean of the rows' means is wrong
     for micro_batch in (1, 2, 3, 7, 50):
         for chunk in (1, 1000):
             loss = held_out_loss(model, Window(examples, PAD), Limits(micro_batch, chunk))
@@ -39,7 +39,7 @@ def test_loss_is_plain_cross_entropy_over_all_supervised_tokens(adapted):
 
 
 def test_packing_gives_the_same_loss(adapted):
-    """fp32: sums in another order."""
+    """In fp32 only the order of the sums differs."""
     model, _ = adapted()
     examples, limits = ragged_examples(7), Limits(1, 16)
     packed = Window(examples, PAD, Packing((64, 160), longest=64, most=16))
@@ -72,7 +72,7 @@ def test_stops_counts_the_answers_that_end_by_themselves(lively, tokenizer):
     def alone():
         return [answer(model, [p], eos_id=2, pad_id=PAD, max_new_tokens=5)[0] for p in asked]
 
-    with torch.no_grad():  # </s> replaces a token of an answer
+    with torch.no_grad():  # swaps </s> and a token of an answer in the head
         token = alone()[0].ids[3]
         model.head[[2, token]] = model.head[[token, 2]]
     alone = alone()
@@ -111,7 +111,7 @@ def test_perplexity_is_the_exponential_and_never_overflows():
 
 
 def test_texts_have_a_loss_and_no_question_to_answer(adapted, tokenizer):
-    """A {text} row carries loss from its second token on, and has no question."""
+    """A {text} row has a loss from its second token on, and it has no question."""
     model, _ = adapted()
     asking = ragged_examples(2)
     text = Example(asking[0].ids, next_tokens(asking[0].ids, start=0), where="notes.txt:1")

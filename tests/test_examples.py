@@ -1,4 +1,4 @@
-"""Which rows are trained on and which are held out."""
+"""The choice of the rows to train on and of the held-out rows."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_a_count_is_held_out(hold_out, held):
     train, held_out = divide(rows(*range(100)), hold_out, 1, "f")
     assert len(held_out) == held and len(train) == 100 - held
     assert asked(train).isdisjoint(asked(held_out))
-    for part in (train, held_out):  # in the file's order
+    for part in (train, held_out):  # both parts keep the order of the file
         assert [int(row.question.split()[-1]) for row in part] == sorted(
             int(row.question.split()[-1]) for row in part)
 
@@ -42,7 +42,7 @@ def test_the_default_holds_out_a_few_rows_at_least(tmp_path):
     for count in (40, 60, 80):
         assert 4 <= len(loaded(tmp_path, count).held_out) <= 10
     assert len(loaded(tmp_path, 45).held_out) == 4
-    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # no minimum
+    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # a share has no minimum
 
 
 def test_few_rows_move_when_a_file_with_the_least_held_out_rows_grows(tmp_path):
@@ -65,7 +65,7 @@ def test_rows_that_differ_only_in_spaces_and_capitals_are_on_one_side():
         same = [{" ".join(prompt.casefold().split()) for prompt in asked(part)}
                 for part in (train, held_out)]
         assert same[0].isdisjoint(same[1])
-    assert len(held_out) == 12  # 11 would separate two equal rows
+    assert len(held_out) == 12  # with 11, two equal rows would be separated
 
 
 @pytest.mark.parametrize("numbers, hold_out", [(range(12), 12), (range(12), 40), ([3] * 12, 1),
@@ -120,7 +120,7 @@ def test_a_map_that_names_no_column_is_refused(tmp_path):
 
 
 def both(tmp_path, first, second, count=200, **config):
-    """The examples of two files, each with its weight."""
+    """The examples of two files; `first` and `second` are the weights of the files."""
     names = []
     for name, weight in (("a", first), ("b", second)):
         file = write_rows(tmp_path / f"{name}.jsonl",
@@ -195,7 +195,7 @@ def test_duplicates_and_lengths_are_reported(tmp_path):
 
 
 def test_held_out_rows_have_no_weight(tmp_path):
-    with pytest.raises(Refusal, match=r"--val .*rows.jsonl=2: these rows count once"):
+    with pytest.raises(Refusal, match=r"--val .*rows.jsonl=2: only --data can have a weight"):
         loaded(tmp_path, 5, val=f"{tmp_path}/rows.jsonl=2")
 
 
@@ -207,7 +207,7 @@ def test_an_empty_name_is_not_the_folder_that_one_is_in(tmp_path):
 
 
 def test_a_part_of_the_rows_is_a_part_of_those_that_are_not_held_out(tmp_path):
-    """The weight and the choice of held-out rows must use different bits of the hash."""
+    """A file's weight and the choice of held-out rows must use different bits of a row's hash."""
     loaded(tmp_path, 400)
     found = loaded(tmp_path, 400, data=f"{tmp_path}/rows.jsonl=0.5", hold_out=0.3)
     assert 80 < len(found.held_out) < 160

@@ -1,4 +1,4 @@
-"""python -m phogpt_raw.export: what it writes, prints and refuses."""
+"""python -m phogpt_raw.export: the files that it writes, its output and its refusals."""
 
 import json
 import resource
@@ -33,14 +33,14 @@ def test_all_kinds_in_one_folder(first_command, tmp_path, capsys):
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "model.gguf", "Modelfile", "adapter.gguf", "README.md"}
     said = " ".join(capsys.readouterr().out.split())
-    assert "The merged checkpoint (bf16) beside the adapter on its NF4 base" in said
+    assert "The merged checkpoint (bf16) compared with the adapter on its NF4 base" in said
     assert f"llama-quantize {tmp_path}/out/model.gguf {tmp_path}/out/model-q4_k_m.gguf Q4_K_M" in (
         said)
     assert f"--lora {tmp_path}/out/adapter.gguf" in said and "ollama create phogpt" in said
 
 
 def test_the_merged_folder_answers(first_command, tmp_path, capsys):
-    """It gives the answer that the adapter gives over the base's plain weights."""
+    """The merged model gives the same answer as the adapter on a base without NF4."""
     import generate
 
     export(first_command, tmp_path / "out", "--merged", "--dtype", "fp32")
@@ -56,7 +56,7 @@ def test_the_merged_folder_answers(first_command, tmp_path, capsys):
 
 def test_the_printed_command_asks_the_checkpoint_that_was_compared(first_command, tmp_path, capsys,
                                                                    monkeypatch):
-    """The exported folder may be named like the built-in base, or begin like a flag."""
+    """The exported folder may have the name of the built-in base, or look like rich's markup."""
     import shlex
 
     import generate
@@ -110,7 +110,7 @@ def test_a_base_in_nf4_is_what_later_starts_read(tiny, tmp_path, capsys, monkeyp
     assert f"--model {tiny} --dtype fp32 --nf4-cache {tmp_path}/out/nf4 --data rows.jsonl" in said
     [file] = (tmp_path / "out" / "nf4").glob("*.safetensors")
     assert list((tmp_path / "out").iterdir()) == [file.parent]
-    monkeypatch.setattr("phogpt_raw.model.weights.nf4_linear", None)  # nothing is quantised
+    monkeypatch.setattr("phogpt_raw.model.weights.nf4_linear", None)  # loading must not quantise
     load_base(str(tiny), device="cpu", nf4_cache=file.parent)
     assert f"base read from NF4 cache {file}" in capsys.readouterr().err
 
@@ -142,7 +142,7 @@ def oldest(run):
 
 
 def test_a_merged_folder_knows_its_template(first_command, tmp_path):
-    """The base has another template, in a separate file."""
+    """The base has another chat template, in a separate file."""
     from phogpt_raw.data.chat_template import choose_template
     from phogpt_raw.model.weights import read_config, read_tokenizer
 
@@ -161,7 +161,7 @@ def test_a_run_over_plain_weights_is_compared_with_those(first_command, tmp_path
     (run / "config.json").write_text(json.dumps(config | {"nf4": False}))
     export(run, tmp_path / "out", "--merged", "--dtype", "fp32")
     said = " ".join(capsys.readouterr().out.split())
-    assert "beside the adapter on its base" in said and "the same in 100.0%" in said
+    assert "compared with the adapter on its base" in said and "the same in 100.0%" in said
     assert "weights are rounded to 4 bits;" not in said
 
 
@@ -183,11 +183,11 @@ def test_a_revision_is_for_the_hub_alone(tiny, tmp_path, capsys):
 
 
 def test_commands_that_are_printed_name_revision_and_dtype(tiny, tmp_path, capsys, monkeypatch):
-    """The revision is the adapter's run's; a hub's base is imitated."""
+    """The revision comes from the adapter's config. `tiny` stands for a base on the hub."""
     from phogpt_raw.export import __main__, source
 
     asked = []
-    for module in (source, __main__):  # its config, then its weights
+    for module in (source, __main__):  # they find the config and the weights
         monkeypatch.setattr(module, "find_folder", lambda base, revision, *_:
                             asked.append((base, revision)) or tiny)
     (tmp_path / "run").mkdir()
@@ -237,7 +237,7 @@ def test_a_signal_leaves_nothing(tiny, tmp_path, signal_):
     (lambda base: (base / "tokenizer.json").write_text("{}"),
      "its tokenizer.json, or another tokenizer file, cannot be read"),
     (lambda base: write_json(base / "tokenizer.json", normalizer={"type": "NFC"}),
-     "not a tokenizer of PhoGPT's kind")])
+     "is not byte-level BPE with BLOOM's pattern")])
 def test_what_needs_no_weights_is_refused_before_they_are_read(tmp_path, capsys, spoil, line):
     base = shutil.copytree(ROOT / "phogpt_raw" / "nano" / "base", tmp_path / "base")
     (base / "pytorch_model.bin").write_bytes(b"damaged")
@@ -276,7 +276,7 @@ def test_the_space_needed_is_that_of_the_files(flags, first_command, tmp_path, m
 
 
 def test_the_space_of_the_nf4_file_is_counted():
-    """nano's is less than what is added for small files, 7B5's is not."""
+    """The test uses 7B5: nano's NF4 file is smaller than the space added for small files."""
     from phogpt_raw.export.__main__ import bytes_needed
     from phogpt_raw.model.phogpt import PUBLISHED
 
@@ -325,12 +325,12 @@ def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--merged", "--nf4", "--dtype", "fp16"], "--dtype asks for fp16, and there is no GPU here"),
+    (["--merged", "--nf4", "--dtype", "fp16"], "--dtype asks for fp16, but this computer has no"),
     (["--lora-gguf", "--no-nf4"], "--no-nf4: has no effect without --merged; leave it out"),
     (["--gguf", "f16", "--dtype", "fp32"], "--dtype fp32: has no effect on what is written"),
     (["--nf4", "--template", "4b-chat"], "--template 4b-chat: has no effect"),
-    ([], "what to write, and where? name a folder OUT and one or more of --merged"),
-    (["--push", "me/it"], "what to write, and where?"),
+    ([], "nothing to write: name a folder OUT and one or more of --merged"),
+    (["--push", "me/it"], "nothing to write: name a folder"),
     (["--nf4", "--push", "me/it"], "which is not uploaded; add --merged"),
     (["--merged", "--push", "me/a--b"], "--push me/a--b: not a name the hub allows"),
     (["--gguf", "q4_k_m"], "argument --gguf: invalid choice"),
@@ -347,7 +347,7 @@ def test_what_is_not_possible_is_refused_in_one_line(first_command, tmp_path, fl
     ("nano", ["--lora-gguf"], "nano: holds no adapter (adapter_config.json), and --lora-gguf"),
     ("runs/typo", ["--merged", "--model", "nano"], "runs/typo: holds no adapter"),
     ("runs/not-there", ["--gguf", "f16"], "error: runs/not-there: no such folder"),
-    ("~nobody-of-that-name", ["--gguf", "f16"], "no user of that name has a home folder"),
+    ("~nobody-of-that-name", ["--gguf", "f16"], "no user of that name"),
     ("x" * 300, ["--gguf", "f16"], "File name too long")])
 def test_a_run_that_is_none_is_one_line(run, flags, line, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -388,7 +388,7 @@ def test_an_existing_folder_is_refused_and_left_alone(tiny, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit):
         export(tiny, tmp_path / "out", "--gguf", "f16")
-    assert "exists already; name a folder that does not" in capsys.readouterr().err
+    assert "exists already; give another name" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -402,7 +402,7 @@ def test_an_adapter_of_another_base_is_one_line_before_anything_is_written(
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, tmp_path):
-    """The real error, from a limit on the size of a file."""
+    """A limit on the size of a file makes a real write fail."""
     def limit(size):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -410,8 +410,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, tmp_path):
     export(tiny, tmp_path / "whole", "--gguf", "f16")
     whole = (tmp_path / "whole" / "model.gguf").stat().st_size
     shutil.rmtree(tmp_path / "whole")
-    for flags, size in ((["--merged"], 100_000), (["--gguf", "f16"], 100_000),  # in its header
-                        (["--gguf", "f16"], whole - 10_000)):  # in a tensor
+    for flags, size in ((["--merged"], 100_000), (["--gguf", "f16"], 100_000),  # in the header
+                        (["--gguf", "f16"], whole - 10_000)):  # fails in a tensor
         ended = subprocess.run(
             [sys.executable, "-m", "phogpt_raw.export", tiny, tmp_path / "out", *flags], cwd=ROOT,
             capture_output=True, text=True, preexec_fn=partial(limit, size))
@@ -446,7 +446,7 @@ def test_killed_in_the_middle_nothing_stands_under_the_final_name(tiny, tmp_path
 
 
 def test_refusals_come_before_the_weights_are_read(first_command, tmp_path):
-    """A wrong flag on a large base must not wait for it."""
+    """A wrong flag must be refused before a large base is read."""
     begun = time.monotonic()
     ended = subprocess.run([sys.executable, "-m", "phogpt_raw.export", first_command,
                             tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A file is written completely, or not at all."""
+"""A file or folder is written completely, or not at all."""
 
 import errno
 import os
@@ -117,7 +117,7 @@ def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
 def test_a_folder_that_appears_meanwhile_stays(tmp_path):
     with pytest.raises(Refusal, match="a: exists already"), whole_folder(tmp_path / "a") as made:
         (made / "one").write_text("1")
-        (tmp_path / "a").mkdir()  # empty: a rename would replace it
+        (tmp_path / "a").mkdir()  # a rename would replace an empty folder
     assert [f.name for f in tmp_path.rglob("*")] == ["a"]
 
 
@@ -125,17 +125,17 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     other = tmp_path / ("a" + files.UNFINISHED)
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    with pytest.raises(Refusal, match="is in the way"), whole_folder(tmp_path / "a"):
+    with pytest.raises(Refusal, match="exists, but this name"), whole_folder(tmp_path / "a"):
         pass
     assert (other / "notes.txt").read_text() == "mine"
 
 
 def test_a_lock_that_is_not_ours_is_left_alone(tmp_path):
-    """Other programs call a lock .lock too."""
+    """Other programs also name their lock files .lock."""
     other = tmp_path / ("a" + files.UNFINISHED)
     other.mkdir()
     (other / files.LOCK).write_text("pid 1")
-    with pytest.raises(Refusal, match="is in the way"), whole_folder(tmp_path / "a"):
+    with pytest.raises(Refusal, match="exists, but this name"), whole_folder(tmp_path / "a"):
         pass
     assert (other / files.LOCK).read_text() == "pid 1"
 
@@ -152,7 +152,7 @@ def test_what_is_left_of_a_process_killed_before_it_signed_is_taken_over(tmp_pat
 
 
 def test_a_folder_made_before_the_lock_was_ours_is_refused(tmp_path, monkeypatch):
-    """Another process finished between our check and our lock."""
+    """This happens if another process finishes between our check and our lock."""
     (tmp_path / "a").mkdir()
     with pytest.raises(Refusal, match="a: exists already"), whole_folder(tmp_path / "a"):
         raise AssertionError("nothing should be written")
@@ -160,7 +160,10 @@ def test_a_folder_made_before_the_lock_was_ours_is_refused(tmp_path, monkeypatch
 
 
 def test_a_lock_that_was_moved_away_between_is_not_held(tmp_path, monkeypatch):
-    """The process that held it has renamed its folder, and another may have begun there."""
+    """The process that held the lock has renamed its folder.
+
+    Another process may already write to a new folder with the old name.
+    """
     flock = files.fcntl.flock
 
     def late(opened, how):
@@ -175,7 +178,7 @@ def test_a_lock_that_was_moved_away_between_is_not_held(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_drive_without_locks_and_flushes_is_written_all_the_same(tmp_path, monkeypatch, code):
-    """Such as a drive in the cloud that is mounted as a folder."""
+    """An example is a cloud drive that is mounted as a folder."""
     def missing(*_):
         raise OSError(code, os.strerror(code))
 
@@ -205,7 +208,7 @@ def test_tensors_may_be_read_by_those_who_read_other_files(tmp_path):
 
 
 def test_a_home_folder_that_is_not_there_is_one_line():
-    with pytest.raises(Refusal, match="~nobody-of-that-name/x: no user of that name"):
+    with pytest.raises(Refusal, match="~nobody-of-that-name/x: this computer has no user of"):
         expanded("~nobody-of-that-name/x")
     assert expanded("~/x").is_absolute()
 
@@ -256,7 +259,7 @@ def test_a_trial_of_a_place_leaves_what_another_process_is_writing(tmp_path):
 
 
 def test_a_folder_that_is_gone_is_one_line(tmp_path):
-    with pytest.raises(Refusal, match="gone: is not there"), whole_file(tmp_path / "gone" / "a"):
+    with pytest.raises(Refusal, match="gone: this folder is"), whole_file(tmp_path / "gone" / "a"):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
 

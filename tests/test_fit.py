@@ -1,4 +1,4 @@
-"""How many blocks must be recomputed on a card, against a simulation of every number."""
+"""The number of blocks to recompute on a GPU, compared with a simulation of each number."""
 
 import re
 from dataclasses import replace
@@ -36,15 +36,14 @@ TINY, LARGE = replace(CARD, memory_gib=0.01), CARD
 
 @pytest.fixture(scope="module")
 def traces():
-    """A trace for each number of recomputed blocks, 0 to all."""
+    """A trace for each number of recomputed blocks, from 0 to all."""
     model, adapters = on_meta(BLOCKS)
     return [step_of(model, adapters, length=256, recompute=n) for n in range(BLOCKS + 1)]
 
 
 @pytest.fixture
 def no_answers(monkeypatch):
-    """No memory is reserved for an evaluation, which needs much more than a step of a tiny
-    model."""
+    """Reserve no memory for an evaluation. It would need much more than a step of a tiny model."""
     monkeypatch.setattr(module, "CACHE_MIB", 0)
 
 
@@ -76,14 +75,14 @@ def test_as_few_blocks_as_fit_are_recomputed(traces, no_answers, least):
     assert least == min(n for n in range(BLOCKS + 1) if need[n] <= memory)
     asked = []
     chosen = least_recompute(lambda n: asked.append(n) or traces[n], BLOCKS, of(memory))
-    assert asked == [0, BLOCKS - 1]  # the rest is arithmetic
+    assert asked == [0, BLOCKS - 1]  # other numbers follow from these two
     assert chosen.recompute == least
     assert chosen.gib == pytest.approx(need[least], abs=1e-5)
     assert (chosen.least, chosen.of) == (need[BLOCKS - 1], memory)
 
 
 def test_a_card_of_exactly_the_least_gets_no_block_more_by_rounding(monkeypatch):
-    """(none - least) / slope is a little above 25 here."""
+    """With these values, rounding makes (none - least) / slope slightly larger than 25."""
     none, least = 7.032436214336734, 0.6225875887122312
     monkeypatch.setattr(module, "needed", lambda gib, card: gib)
     assert least_recompute(lambda n: least if n else none, 26, of(least)).recompute == 25
@@ -133,10 +132,10 @@ def test_what_is_needed_is_the_peak_with_a_share_and_the_graphs_context_and_page
     found, workspace = traces[0], matmul_workspace(CARD)
     peak = found.peak(workspace).allocated
     evaluating = found.resident + 512 * 2**20
-    assert evaluating > peak  # of a model this small
+    assert evaluating > peak  # true for a model this small
     rest = (0.6 + 0.81) * 2**30 + found.pages
     assert needed(found, CARD) * 2**30 == pytest.approx(1.05 * evaluating + rest)
-    gib = replace(found.events[-1][0], nbytes=2**30), True  # one more that is taken
+    gib = replace(found.events[-1][0], nbytes=2**30), True  # one more allocation
     wide = replace(found, events=[*found.events, gib])
     assert needed(wide, CARD) * 2**30 == pytest.approx(
         1.05 * wide.peak(workspace).allocated + rest)
@@ -146,8 +145,10 @@ def test_what_is_needed_is_the_peak_with_a_share_and_the_graphs_context_and_page
 
 
 def asked_for(model, card, *, examples=None, **settings):
-    """What is chosen for a run of these settings, its rows unpacked unless it says otherwise; the
-    model's values are fp16, as on a card."""
+    """The choice for a run with these settings. By default its rows are not packed.
+
+    The model's dtype is fp16, as on a GPU.
+    """
     train = examples or ragged_examples(6)
     stand_in = SimpleNamespace(config=model.config, peft_config=model.peft_config,
                                head=torch.empty(0, dtype=torch.float16))
@@ -183,7 +184,8 @@ def test_on_the_cpu_nothing_is_recomputed(adapted, monkeypatch):
 @pytest.mark.parametrize("more", [dict(optimizer="adamw"), dict(loss_mib=4), dict(nf4=False)],
                          ids=str)
 def test_what_the_run_is_asked_for_is_simulated(adapted, no_answers, more):
-    """32-bit state, more logits at once or weights in 16 bits take more than what is usual."""
+    """Each of these takes more memory: 32-bit optimizer state, more logits at once, 16-bit weights.
+    """
     less = dict(loss_mib=1)
     plain = asked_for(adapted(nf4=True)[0], LARGE, **less).gib
     assert asked_for(adapted(nf4=more.get("nf4", True))[0], LARGE, **less | more).gib > plain
@@ -223,8 +225,7 @@ def test_choosing_changes_neither_the_model_nor_random_generators(adapted):
 
 @pytest.mark.parametrize("settings", [dict(rank=32), dict(dropout=0.1)], ids=str)
 def test_the_adapters_are_those_of_the_model(adapted, no_answers, settings):
-    """The targets are those of the adapter, not those of the command line: the adapter may come
-    from a folder."""
+    """The model's own adapters count, not the flags: an adapter may come from a folder."""
     plain, other = (asked_for(adapted(nf4=True, **lora)[0], LARGE).gib for lora in ({}, settings))
     assert other > plain
 
@@ -246,7 +247,7 @@ def test_the_window_that_is_simulated_holds_the_longest_rows_and_of_these_the_lo
     assert longest_rows(examples, 99).tokens == sum(len(e.ids) for e in examples)
 
 
-# -- how long packed rows are
+# -- the lengths of packed rows
 
 
 SHORT = [example([5] * n, 4, f"row:{n}") for n in (20, 30, 40, 50, 60, 70)]
@@ -271,7 +272,7 @@ def test_rows_are_shorter_where_memory_is_short_before_anything_is_recomputed(ad
     assert one.packing.lengths[-1] <= between.packing.lengths[-1] < whole.packing.lengths[-1]
     assert between.recompute == 0 and between.gib <= between.of
     tiny = asked_for(model, TINY, examples=SHORT, packing=True)
-    assert tiny.packing.lengths[-1] == 80 and tiny.recompute == 2  # not less than the longest
+    assert tiny.packing.lengths[-1] == 80 and tiny.recompute == 2  # the longest example must fit
 
 
 @pytest.mark.parametrize("card", [TINY, LARGE, Card("CPU", "cpu")], ids=lambda c: c.name)
@@ -290,8 +291,7 @@ def test_a_row_length_is_rounded_down_where_the_longest_example_allows(adapted, 
 
 
 def test_a_longer_example_of_a_later_step_is_counted_too(adapted, no_answers):
-    """The longest example is in none of the steps that are considered; the run must still have
-    memory for it."""
+    """The choice looks at a few steps only. A longer example in a later step must still fit."""
     model, _ = adapted(nf4=True)
     short = [example([5] * 20, 4, f"row:{n}") for n in range(40)]
     order = Stream(short, batch_size=1, pad_id=3).order(0)

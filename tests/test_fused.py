@@ -1,5 +1,7 @@
-"""Decoding in few kernels: plain versions equal the model's forward, kernels their plain
-versions."""
+"""Decoding with fused kernels.
+
+Each plain version equals the model's forward. Each kernel equals its plain version.
+"""
 
 import pytest
 import torch
@@ -24,14 +26,14 @@ from phogpt_raw.model.weights import load_base
 
 @pytest.fixture
 def plain(monkeypatch):
-    """The plain versions in place of the kernels."""
+    """Replace the kernels with their plain versions."""
 
     def product(x_B2, linear, scratch, low=None, add_NO=None, gelu=False, in_halves=False):
         y = product_plain(x_B2, linear, low, add_NO, gelu)
         return halves(y) if in_halves else y
 
     monkeypatch.setattr(module, "product", product)
-    monkeypatch.setattr(module, "fits", lambda *_: True)  # of the kernels' shapes; tiny is smaller
+    monkeypatch.setattr(module, "fits", lambda *_: True)  # tiny is too small for kernels
     monkeypatch.setattr(module, "can_fuse", lambda _: True)
     monkeypatch.setattr(module, "dequantise_fused", lambda packed, fields, _:
                         dequantise_plain(packed, fields))
@@ -94,14 +96,14 @@ def test_on_a_cpu_and_for_more_than_lora_it_is_not_for_use(adapted):
 
 
 def close(found, wanted, dtype, times=4):
-    """Equal within `times` roundings of the largest value."""
+    """Whether the error is less than `times` * eps of the largest value."""
     error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
     return bool(error < times * torch.finfo(dtype).eps)
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def on_gpu(request):
-    """nano over NF4 with an adapter that matters."""
+    """nano in NF4 with a random adapter that changes its answers."""
     model, _ = load_base("nano", dtype=request.param, device="cuda")
     adapters = new_adapters(model, rank=16, alpha=32)
     with torch.no_grad():
@@ -184,7 +186,7 @@ def prompts(*lengths):
     ids=["greedy", "drawn", "each its own"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fused", "the model's forward"])
 def test_captured_answers_are_the_eager_ones(on_gpu, samplings, fast, monkeypatch):
-    """Unequal prompts, rows that leave, a cache that grows."""
+    """The prompts have different lengths, rows end at different times, and the cache grows."""
     monkeypatch.setattr("phogpt_raw.decode.engine.AHEAD", 40)
     if not fast:
         monkeypatch.setattr("phogpt_raw.decode.engine.fused_step", lambda *_: None)
@@ -203,7 +205,7 @@ def test_captured_answers_are_the_eager_ones(on_gpu, samplings, fast, monkeypatc
         key: 21 + 30 * key for key in range(6)}
     if fast:
         assert captured == eager
-    else:  # a longer cache is another sum: the same tokens but for near ties
+    else:  # with a longer cache sums round differently, so near ties may change a token
         same = sum(a == b for key in range(6) for a, b in zip(captured[key], eager[key],
                                                               strict=True))
         assert same > 0.5 * sum(map(len, eager.values()))
@@ -211,8 +213,10 @@ def test_captured_answers_are_the_eager_ones(on_gpu, samplings, fast, monkeypatc
 
 @pytest.mark.gpu
 def test_a_row_whose_end_is_read_late_takes_no_other_rows_token():
-    """The host reads one step later: a row that has ended is in the next step too; then another row
-    moves to its place. In fp32, so that a batch is the same as each alone."""
+    """The host reads tokens one step late. So an ended row is in one more step.
+
+    Then another row moves to its place. In fp32 a batch gives the same tokens as each row alone.
+    """
     model, _ = load_base("nano", dtype=torch.float32, device="cuda", nf4=False)
     asked = prompts(5, 90, 33, 1, 60, 2, 7, 21)
     most = [3, 40, 1, 17, 2, 29, 8, 40]
@@ -227,7 +231,7 @@ def test_a_row_whose_end_is_read_late_takes_no_other_rows_token():
         return found
 
     whole = answers(range(8), rows=1, capture=False)
-    end = whole[7][1]  # several answers have it
+    end = whole[7][1]  # this token is in several answers
     alone = {key: ids for n in range(8) for key, ids in answers([n], end, capture=False).items()}
     assert len(alone[7]) == 2 and sum(map(len, alone.values())) > 60
     for rows in (2, 3, 4, 8):
@@ -238,7 +242,7 @@ def test_a_row_whose_end_is_read_late_takes_no_other_rows_token():
 def test_an_engine_gives_its_memory_back(on_gpu):
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    with Engine(on_gpu, eos_id=-1, pad_id=3, rows=2) as engine:  # compiles
+    with Engine(on_gpu, eos_id=-1, pad_id=3, rows=2) as engine:  # compiles kernels
         engine.answers(prompts(5, 9), 10)
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     with Engine(on_gpu, eos_id=-1, pad_id=3, rows=8) as engine:
@@ -267,8 +271,10 @@ def test_a_conversation_goes_on_from_its_cache_captured_as_eagerly(on_gpu):
 
 @pytest.mark.gpu
 def test_no_step_waits_for_the_gpu(on_gpu):
-    """Neither a replay nor an eager fused step asks the device for a value; reading a token waits
-    for an event alone."""
+    """Neither a graph replay nor an eager fused step reads a value from the GPU.
+
+    Only the reading of a token waits, and it waits for an event.
+    """
     for capture in (True, False):
         with Engine(on_gpu, eos_id=-1, pad_id=3, rows=2, capture=capture) as engine:
             for key, prompt in enumerate(prompts(5, 9)):

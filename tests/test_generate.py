@@ -1,4 +1,4 @@
-"""generate.py from a question to the answer on standard output."""
+"""generate.py, from a question to the answer on standard output."""
 
 import io
 import json
@@ -28,7 +28,7 @@ QUESTION = "Phở bò là gì?"
 
 @pytest.fixture
 def ask(capsys):
-    """A function that runs generate.py in this process: (exit status, stdout, stderr)."""
+    """A function that runs generate.py in this process and returns (status, stdout, stderr)."""
 
     def run(*arguments):
         status = 0
@@ -43,7 +43,7 @@ def ask(capsys):
 
 
 def expected(folder, tokens, adapter=None, template="4b-chat"):
-    """The same answer by the parts that generate.py is made of, decoded at once."""
+    """The expected answer, from the functions that generate.py calls, decoded in one piece."""
     model, tokenizer = load_base(str(folder))
     if adapter:
         load_adapters(model, adapter)
@@ -71,7 +71,7 @@ def test_the_answer_is_written_on_standard_output(ask, tiny):
     assert status == 0
     assert out == expected(tiny, 6).lstrip() + "\n"
     assert len(out) > 6
-    assert "(cut at 6 tokens" in err  # apart from the answer, so that a pipe gets it alone
+    assert "(cut at 6 tokens" in err  # on stderr, so that a pipe gets only the answer
 
 
 def test_a_hyphen_reads_the_question_from_standard_input(ask, tiny, monkeypatch):
@@ -97,13 +97,13 @@ def test_an_adapter_brings_its_base_and_changes_the_answer(ask, train, tiny, tmp
 
 
 def test_an_answer_that_ends_by_itself_is_not_called_cut(ask, train, tmp_path):
-    """Nano, which a few steps teach one row by heart, its </s> included."""
+    """In a few steps nano learns one row by heart, including its </s>."""
     data = write_rows(tmp_path / "one.jsonl", [(QUESTION, "Dạ, món nước ạ.")])
     train("--model", "nano", "--data", data, "--out", tmp_path / "run", "--steps", 25, "--hold-out",
           0, "--batch-size", 1, "--rank", 16, "--recompute", "none")
     status, out, err = ask("--adapter", tmp_path / "run", QUESTION)
     assert (status, err) == (0, "")
-    assert out == "Dạ, món nước ạ.\n"  # without the space that 4B's template begins with
+    assert out == "Dạ, món nước ạ.\n"  # without the leading space of 4B's template
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -150,9 +150,9 @@ def test_prompt_and_answer_fit_what_the_model_was_made_for_and_it_is_said(ask, t
     status, out, err = ask("--model", tiny, "--max-new-tokens", 500, QUESTION)
     assert status == 0 and len(out) > 10
     first, second, *_ = err.splitlines()
-    assert re.fullmatch(r"\(at most \d+ tokens: the model was made for 128, and the question has "
-                        r"\d+\)", first)
-    assert re.fullmatch(r"\(cut at \d+ tokens: the model was made for no more\)", second)
+    assert re.fullmatch(r"\(the answer has at most \d+ tokens: the model was made for 128, the "
+                        r"question has \d+\)", first)
+    assert re.fullmatch(r"\(cut at \d+ tokens: the model's context is full\)", second)
 
 
 def test_a_question_that_is_too_long_is_refused_before_the_weights_are_read(ask, tiny, monkeypatch):
@@ -166,11 +166,11 @@ def test_a_question_that_is_too_long_is_refused_before_the_weights_are_read(ask,
     (["--temperature", "-1"], "--temperature -1.0: must be from 0 to 100"),
     (["--temperature", "nan"], "--temperature nan: must be from 0"),
     (["--top-p", "0", "--temperature", "1"], "--top-p 0.0: must be from 0 to 1, and not 0"),
-    (["--top-k", "5"], "--top-k 5: is for drawing at random; give --temperature too"),
+    (["--top-k", "5"], "--top-k 5: needs random sampling; give --temperature too"),
     (["--min-p", "1.5", "--temperature", "1"], "--min-p 1.5: must be from 0 to 1"),
     (["--repetition-penalty", "0"], "--repetition-penalty 0.0: must be from 0 to 100, and not 0"),
     (["--seed", "-1"], "--seed -1: must be from 0"),
-    (["--seed", "0"], "--seed 0: is for drawing at random; give --temperature too"),
+    (["--seed", "0"], "--seed 0: needs random sampling; give --temperature too"),
 ])
 def test_sampling_that_cannot_be_is_one_line(ask, flags, said):
     status, out, err = ask(*flags, QUESTION)
@@ -201,7 +201,7 @@ def test_each_flag_of_drawing_changes_the_draw(ask, tiny):
 
 
 def test_an_answer_that_loops_is_said(ask, tiny):
-    """tiny's weights are random, and its answer one token over and over."""
+    """tiny has random weights, and its answer repeats one token."""
     _, _, err = ask("--model", tiny, "--max-new-tokens", 60, QUESTION)
     assert "(the answer repeats itself; --repetition-penalty 1.2 may help" in err
     _, _, err = ask("--model", tiny, "--max-new-tokens", 60, "--temperature", 5, QUESTION)
@@ -209,7 +209,7 @@ def test_an_answer_that_loops_is_said(ask, tiny):
 
 
 def test_a_stop_string_in_other_letters_of_the_same_look_is_the_same(ask, tiny, monkeypatch):
-    """NFD, as a Mac's keyboard may give it. Nothing is written after it."""
+    """A Mac may give the stop string in NFD. The program compares it in NFC."""
     monkeypatch.setattr(streaming, "TextStream", lambda tokenizer, stops: seen.append(stops)
                         or module.TextStream(tokenizer, stops))
     seen = []
@@ -233,7 +233,7 @@ def test_a_question_that_is_no_text_is_refused(ask):
 @pytest.mark.parametrize("question", ["P\0h\0o\0", "Ph\ufffd là gì?"])
 def test_a_question_that_lost_letters_in_a_conversion_is_refused(ask, question):
     status, _, err = ask(question)
-    assert status == 2 and "which no text has" in err and err.count("\n") == 1
+    assert status == 2 and "which is not part of a text" in err and err.count("\n") == 1
 
 
 def test_a_question_is_read_as_utf8_where_the_system_has_another_encoding(monkeypatch):
@@ -259,7 +259,7 @@ def test_stats_are_said_beside_the_answer(ask, tiny):
 
 
 def test_the_runs_template_and_precision_are_the_answers(ask, first_command, tmp_path, monkeypatch):
-    """What a flag says counts more."""
+    """A flag overrides the template or the precision of the run."""
     run = shutil.copytree(first_command, tmp_path / "run")
     made = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(made | {"template": "7b5-instruct", "nf4": False}))

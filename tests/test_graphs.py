@@ -1,6 +1,7 @@
-"""When a model is captured as CUDA graphs, and what happens where it cannot be.
+"""When a model is captured as CUDA graphs, and what happens if it cannot be captured.
 
-Only GraphedModel's bookkeeping, with stand-ins for graphs; test_gpu.py has the real ones.
+These tests check only GraphedModel's bookkeeping, with stand-ins for graphs. test_gpu.py tests real
+graphs.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory")
 
 
 class Twin(GraphedModel):
-    """A stand-in that records captured shapes; for shapes longer than `room` memory is too full."""
+    """A GraphedModel that only records captures. Rows longer than `room` run out of memory."""
 
     def __init__(self, model, flat, room=10**9):
         super().__init__(model, flat, Limits(1, 16, graphs=True))
@@ -32,7 +33,7 @@ class Twin(GraphedModel):
 
 @pytest.fixture
 def twin(adapted, monkeypatch):
-    """A function that makes a Twin, which knows what its model has run and what was replayed."""
+    """A function that makes a Twin. The Twin records the eager runs and the replays."""
     def make(**settings):
         model, adapters = adapted()
         for name in ("MemPool", "Stream", "synchronize", "empty_cache"):
@@ -58,7 +59,7 @@ def test_a_shape_runs_eagerly_once_and_then_as_graphs_made_once(twin):
     for _ in range(3):
         made(ids(2, 64))
         made(ids(2, 96))
-        made(ids(2, 64), ids(2, 64))  # with documents it is another shape
+        made(ids(2, 64), ids(2, 64))  # documents count as another shape
     assert made.ran == [(2, 64), (2, 96), (2, 64)]
     assert made.tries == [(2, 64, False), (2, 96, False), (2, 64, True)]
     assert made.replayed_shapes == 2 * made.ran
@@ -78,7 +79,7 @@ def test_a_shape_with_too_few_micro_batches_to_come_is_not_captured(twin):
     for _ in range(4):
         made(ids(1, 64))
         made(ids(1, 96))
-        made(ids(1, 32))  # not foreseen
+        made(ids(1, 32))  # not in `expected`
     assert [shape[1] for shape in made.tries] == [64]
     assert made.replayed_shapes == 3 * [(1, 64)]
 
@@ -131,15 +132,15 @@ def test_the_peak_of_a_step_counts_the_activations_of_its_replays(twin, monkeypa
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70)
     made.replayed = {graphs.Graphs(*[None] * 6, size) for size in saved}
     assert made.peak_bytes() == peak
-    assert made.peak_bytes() == 70  # the next step begins again at zero
+    assert made.peak_bytes() == 70  # the next step has no replays yet
     captured = graphs.Graphs(*[None] * 6, 30)
     made.replayed, made.new = {captured}, {captured}
-    assert made.peak_bytes() == 70  # torch counted its activations while it was captured
+    assert made.peak_bytes() == 70  # torch counted the activations at capture
     made.replayed = {captured}
     assert made.peak_bytes() == 100
 
 
-# -- the policy of trying again
+# -- when a capture is tried again
 
 
 def tried_again(work, made, said):
@@ -160,7 +161,7 @@ def test_work_that_runs_out_of_memory_is_done_again_without_graphs_and_says_so(t
     assert done(1, 2) == 3 and said == []
     assert done(3, 4) == 7 and calls == [True, True, False]
     assert said == [
-        "GPU memory is too full for CUDA graphs: going on without, as with --no-capture"]
+        "GPU memory is too full for CUDA graphs: continuing without them, as with --no-capture"]
     assert done(5, 6) == 11 and len(said) == 1
 
 
@@ -205,10 +206,10 @@ def test_there_are_no_graphs_on_the_cpu(adapted, dropout):
 
 
 def test_dropout_is_not_captured(adapted):
-    """PEFT puts an nn.Dropout into each layer; with probability 0 it is an Identity."""
+    """PEFT puts an nn.Dropout into each layer, or an Identity if the probability is 0."""
     model, _ = adapted(dropout=0.1)
     assert "dropout" in why_not(model, "cuda", True)
-    assert "dropout" in why_not(model.eval(), "cuda", True)  # it is trained later
+    assert "dropout" in why_not(model.eval(), "cuda", True)  # training may follow
     for layer in model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0

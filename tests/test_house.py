@@ -11,7 +11,7 @@ PACKAGE = ROOT / "phogpt_raw"
 
 
 def reading_order() -> list[str]:
-    """The modules of docs/reading.md, in its order: `data.rows` for data/rows.py."""
+    """The modules in docs/reading.md, in the same order. data/rows.py has the name `data.rows`."""
     page = (ROOT / "docs" / "reading.md").read_text("utf-8")
     links = re.findall(r"^\| \[.*?\]\(\.\./phogpt_raw/([\w/]+)\.py\)", page, re.MULTILINE)
     return [link.replace("/", ".") for link in links]
@@ -22,14 +22,16 @@ ABOVE_NANO = MODULES[: MODULES.index("training.loss")]
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package but the packages' own __init__, under its dotted name."""
+    """The file of every module of the package except __init__, by dotted name."""
     return {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file
             for file in PACKAGE.rglob("*.py") if file.name != "__init__.py"}
 
 
 def imported(file: Path) -> set[str]:
-    """Dotted names of all that a file imports, at its top or inside a function; a name taken from
-    the package itself (`from phogpt_raw import console`) counts as the module it is."""
+    """The dotted names of all imports in a file, also of imports inside functions.
+
+    `from phogpt_raw import console` counts as an import of the module `phogpt_raw.console`.
+    """
     names = set()
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""--inspect shows the rows that the step gets; every format and kind of file gives the same."""
+"""--inspect shows the rows of a training step. Every format and kind of file gives equal rows."""
 
 import csv
 import gzip
@@ -96,7 +96,7 @@ def test_the_rows_are_those_of_the_first_epochs_windows(tmp_path, capsys):
     file = written(tmp_path, "rows.jsonl", "prompt")
     rows = inspected(capsys, "--data", file, "--batch-size", 5)
     assert sorted(where for row in rows for where in row["where"])[0] == f"{file}:1"
-    assert sum(len(row["where"]) for row in rows) == 15  # three windows of five
+    assert sum(len(row["where"]) for row in rows) == 15  # three windows of five examples
     for row in rows:
         for place, target in enumerate(row["targets"]):
             if target != -100:  # a target is the next token of the same document

@@ -1,4 +1,4 @@
-"""JSON is read piece by piece: where a piece ends makes no difference."""
+"""JSON is read in pieces. The places where the pieces end do not change the result."""
 
 import io
 import json
@@ -15,7 +15,7 @@ ROWS = [{"prompt": "Phở \\ \"là\" gì?\n😀", "response": "Món\tnước"},
 
 
 def plain(value):
-    """The value with numbers as their text."""
+    """The value with each number replaced by its text."""
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -45,13 +45,13 @@ def test_the_ends_of_pieces_do_not_show(monkeypatch, piece, ascii):
 
 
 @pytest.mark.parametrize("text, said", [
-    ('[{"a": 1}', "f:1: is not JSON: the file ends where a comma or ] should be"),
-    ('[1,\n\n2 3]', "f:3: is not JSON: there is '3' where a comma or ] should be"),
-    ('[1,]', "f:1: is not JSON (Expecting value where there is ])"),
-    ('{"a": 1,\n b: 2}', "f:2: is not JSON: there is 'b' where a name in double quotes"),
-    ('{"a" 1}', "f:1: is not JSON: there is '1' where a colon should be"),
-    ('{"a": tru', "f:1: is not JSON (Expecting value where there is tru)"),
-    ('{"prompt": "a", "more": [{"b": 1}]}', "f:1: an object with a row's field prompt and a list"),
+    ('[{"a": 1}', "f:1: is not JSON (a comma or ] is missing before the end of the file)"),
+    ('[1,\n\n2 3]', "f:3: is not JSON (a comma or ] is missing before '3')"),
+    ('[1,]', "f:1: is not JSON (Expecting value before ])"),
+    ('{"a": 1,\n b: 2}', "f:2: is not JSON (a name in double quotes is missing before 'b')"),
+    ('{"a" 1}', "f:1: is not JSON (a colon is missing before '1')"),
+    ('{"a": tru', "f:1: is not JSON (Expecting value before tru)"),
+    ('{"prompt": "a", "more": [{"b": 1}]}', "f:1: this object has a row's field, prompt, and"),
 ])
 def test_text_that_is_not_json_is_refused_with_its_line(text, said):
     with pytest.raises(Refusal) as refused:
@@ -71,7 +71,7 @@ def test_a_row_with_lists_is_a_row():
 def test_a_value_without_end_is_refused_before_it_fills_the_memory(monkeypatch):
     monkeypatch.setattr(json_text, "LONGEST", 1000)
     monkeypatch.setattr(json_text, "PIECE", 100)
-    with pytest.raises(Refusal, match=r"f:2: a row of more than"):
+    with pytest.raises(Refusal, match=r"f:2: a row has more than"):
         read('[1,\n{"a": "' + "x" * 100_000)
 
 

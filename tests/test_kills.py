@@ -1,4 +1,4 @@
-"""A run that is killed and resumed ends as an uninterrupted run does (tests/kills.py kills it).
+"""A killed and resumed run gives the same files as an uninterrupted run. tests/kills.py kills it.
 
 `pytest tests/test_kills.py` kills ten runs, two with each setting; `pytest -m slow` kills fifty
 more.
@@ -12,7 +12,7 @@ import pytest
 from kills import MOMENTS, SETTINGS, plan
 
 NUMBERS = {"fp32": (0, 2), "nf4": (2, 4), "packed": (4, 6), "accumulation": (6, 8),
-           "dropout": (8, 10)}  # of ten runs, two are killed first at each kind of moment
+           "dropout": (8, 10)}  # ten runs: each kind of first kill occurs twice
 
 
 def kill(setting: str, start: int, end: int) -> None:

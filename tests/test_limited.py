@@ -1,4 +1,4 @@
-"""A function with limits returns, raises, or is ended."""
+"""A function with limits of time and memory returns, raises, or is stopped."""
 
 import os
 import time
@@ -21,7 +21,7 @@ def test_it_runs_in_another_process_and_leaves_none_behind():
 
 
 class Odd(Exception):
-    """Cannot be pickled and read again: it needs two arguments."""
+    """An exception that cannot be unpickled, because its constructor needs two arguments."""
 
     def __init__(self, one, two):
         super().__init__(one)
@@ -47,5 +47,5 @@ def test_a_function_that_does_not_end_is_ended(monkeypatch):
 def test_a_function_that_fills_the_memory_is_ended():
     with pytest.raises(OverLimit, match="needs more than 512 MiB"):
         limited(lambda: len(bytearray(2**30)))
-    with pytest.raises(OverLimit, match="needs more than 512 MiB"):  # what the kernel would do
+    with pytest.raises(OverLimit, match="needs more than 512 MiB"):  # as the OOM killer does
         limited(lambda: os.kill(os.getpid(), 9))

@@ -1,4 +1,4 @@
-"""llama.cpp gives the same tokens from the exported files as this engine."""
+"""llama.cpp gives the same tokens from the exported files as this project's engine."""
 
 import json
 import random
@@ -24,14 +24,14 @@ from llama import Llama
 PHOGPT_4B = Path(__file__).parents[2] / "shared" / "data" / "phogpt4b_tokenizer"
 QUESTIONS = [json.loads(line)["prompt"] for line in
              (NANO.parent / "pairs" / "heldout.jsonl").read_text("utf-8").splitlines()[:20]]
-NEAR_TIE = 0.02  # between the two largest logits; llama.cpp's other GELU may swap them
-CLOSE = 0.02  # in log-probability, for the same reason
+NEAR_TIE = 0.02  # between the two largest logits; llama.cpp's GELU may swap them
+CLOSE = 0.02  # limit for log-probabilities; GELU differs
 EXPECTED = "no API key is set"  # a warning of the server; only this computer can reach it
 
 
 @pytest.fixture(scope="module")
 def exported(first_command, tmp_path_factory):
-    """The trained nano, merged in fp32 and as a LoRA, beside the base's GGUF."""
+    """GGUF files by name: the merged trained nano in fp32, and the base with a LoRA."""
     folder = tmp_path_factory.mktemp("gguf")
     export([str(first_command), str(folder / "merged"), "--gguf", "f32", "--lora-gguf"])
     export(["nano", str(folder / "base"), "--gguf", "f32"])
@@ -42,7 +42,7 @@ def exported(first_command, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(first_command):
-    """The trained nano over fp32 weights."""
+    """The trained nano with fp32 weights, and its tokenizer."""
     model, tokenizer = load_base("nano", nf4=False, dtype=torch.float32, device="cpu")
     load_adapters(model, first_command, trainable=False)
     return model.eval(), tokenizer
@@ -54,13 +54,16 @@ def prompts(tokenizer) -> list[list[int]]:
 
 @torch.no_grad()
 def log_probabilities(model, ids: list[int]) -> torch.Tensor:
-    """[L, V]"""
+    """The log-probabilities [L, V] of the next token at each position."""
     return model.logits(model(torch.tensor([ids]))[0]).log_softmax(-1)
 
 
 def answers_are_ours(llama: Llama, model, asked: list[list[int]], probed: int, count=64) -> int:
-    """Assert that greedy tokens are equal up to the first near tie, and log-probabilities along
-    ours close for the first `probed` prompts; how many tokens were compared."""
+    """Assert that llama.cpp's greedy tokens equal ours up to the first near tie.
+
+    For the first `probed` prompts the log-probabilities of our tokens must be close too. Returns
+    the number of compared tokens.
+    """
     with Engine(model, eos_id=-1, pad_id=3) as engine:
         ours = [answer.ids for answer in engine.answers(asked, count)]
     compared = 0
@@ -68,7 +71,7 @@ def answers_are_ours(llama: Llama, model, asked: list[list[int]], probed: int, c
         logs_LV = log_probabilities(model, prompt + ids)[len(prompt) - 1 : -1]
         first, second = logs_LV.topk(2).values.unbind(-1)
         ties = ((first - second) < NEAR_TIE).nonzero().flatten().tolist()
-        ids = ids[: ids.index(2) if 2 in ids else count]  # llama.cpp stops there
+        ids = ids[: ids.index(2) if 2 in ids else count]  # llama.cpp stops at </s>
         sure = ids[: ties[0] if ties else count]
         theirs = llama.answer(prompt, count)["tokens"]
         assert theirs[: len(sure)] == sure, (n, sure, theirs)
@@ -111,8 +114,11 @@ def test_a_chat_gives_the_text_that_the_model_was_trained_on(exported):
                                                    ("q4_0", 0.1, 2)])
 def test_fewer_bits_stay_within_a_stated_distance(first_command, trained, tmp_path, kind, mean_nats,
                                                   most):
-    """Quantising makes this engine's tokens less likely: by 0.0001, 0.001 and 0.004 nats on
-    average, and by 0.009, 0.07 and 0.5 at most."""
+    """Quantising lowers the log-probability of this engine's tokens.
+
+    For f16, q8_0 and q4_0 the mean is 0.0001, 0.001 and 0.004 nats, the largest 0.009, 0.07 and
+    0.5.
+    """
     model, tokenizer = trained
     write_model(Merger(NANO, first_command), tmp_path / "model.gguf", kind, name="nano",
                 chat_template="")
@@ -132,7 +138,7 @@ def test_fewer_bits_stay_within_a_stated_distance(first_command, trained, tmp_pa
 
 @pytest.mark.parametrize("heads", [24, 6])
 def test_heads_that_are_no_power_of_two_have_mpts_slopes(tmp_path, heads):
-    """The shape of 4B: its slopes are interleaved. The adapter has rsLoRA and different ranks."""
+    """4B has 24 heads, so its slopes are interleaved. The adapter has rsLoRA and two ranks."""
     from peft import LoraConfig
 
     from phogpt_raw.model.adapters import inject
@@ -142,7 +148,7 @@ def test_heads_that_are_no_power_of_two_have_mpts_slopes(tmp_path, heads):
     tensors = checkpoints.random_tensors(config)
     for name, tensor in tensors.items():
         if tensor.dim() == 2 and "wte" not in name:
-            tensor.mul_(10)  # so that attention matters
+            tensor.mul_(10)  # then attention changes the tokens
     checkpoints.write_checkpoint(tmp_path / "base", config, tensors=tensors)
     model, _ = load_base(str(tmp_path / "base"), nf4=False, dtype=torch.float32, device="cpu")
     adapters = inject(model, LoraConfig(
@@ -159,7 +165,7 @@ def test_heads_that_are_no_power_of_two_have_mpts_slopes(tmp_path, heads):
     dice = torch.Generator().manual_seed(0)
     asked = [torch.randint(4, 4096, (n,), generator=dice).tolist() for n in (3, 40, 90)]
     with Llama(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as llama:
-        # with random weights near ties are frequent, so probabilities are compared
+        # random weights give many near ties, so the probabilities are compared too
         assert answers_are_ours(llama, model.eval(), asked, probed=3, count=8) > 0
 
 
@@ -181,7 +187,7 @@ def random_texts(count: int) -> list[str]:
 
 @pytest.mark.parametrize("which", ["nano", "PhoGPT-4B"])
 def test_text_becomes_the_same_tokens(tmp_path, which):
-    """2,000 strings of Vietnamese, English, emoji and punctuation."""
+    """The strings contain Vietnamese, English, emoji and punctuation."""
     folder = NANO
     if which == "PhoGPT-4B":
         if not PHOGPT_4B.is_dir():
@@ -196,8 +202,8 @@ def test_text_becomes_the_same_tokens(tmp_path, which):
     write_model(merger, tmp_path / "model.gguf", "f32", name="x",
                 chat_template=jinja(TEMPLATES["4b-chat"]))
     with Llama(tmp_path / "model.gguf") as llama:
-        for text in random_texts(2000):  # without \r, which PhoGPT-4B's vocabulary lacks: both drop
-            # it, and llama.cpp does not merge what stood on its two sides
+        for text in random_texts(2000):  # without \r: PhoGPT-4B's vocabulary lacks it.
+            # Both sides drop it, but llama.cpp does not merge the text around it.
             wanted = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
             assert llama.tokens(text) == wanted["input_ids"], repr(text)
 

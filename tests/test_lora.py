@@ -1,6 +1,6 @@
-"""The fused LoRA layer against its plain version and against PEFT's forward: values and gradients.
+"""Outputs and gradients of the fused LoRA layer equal those of its plain version and of PEFT.
 
-fp32 tolerance 1e-5 of the largest element: the same products in another order, sums of up to 96.
+The tolerance in fp32 is 1e-5 of the largest element: up to 96 products are added in another order.
 """
 
 import math
@@ -22,7 +22,7 @@ BASES = pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 
 
 class Net(nn.Module):
-    """A frozen linear with random weights and bias, for PEFT to wrap."""
+    """A model of one frozen linear layer with random weights, for PEFT to wrap."""
 
     def __init__(self, d_in, d_out, *, nf4, bias=True, dtype=torch.float32):
         super().__init__()
@@ -32,7 +32,7 @@ class Net(nn.Module):
         weight = torch.randn(d_out, d_in).to(dtype) / math.sqrt(d_in)
         plain.weight = nn.Parameter(weight)
         self.linear = nf4_linear(weight, dtype, "cpu", plain.bias) if nf4 else plain
-        self.head = torch.empty(0, dtype=dtype)  # the dtype in which all computes
+        self.head = torch.empty(0, dtype=dtype)  # its dtype is the compute dtype
         self.requires_grad_(False)
 
     def forward(self, x):
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 
 def lora_layer(d_in=32, d_out=48, *, nf4=False, base_bias=True, dtype=torch.float32, **config):
-    """A LoRA layer of PEFT's, fused, with fp32 adapters in a flat buffer and a B that is not 0."""
+    """(model, adapters): PEFT's LoRA layer, fused. A and B are random, fp32, in a flat buffer."""
     net = Net(d_in, d_out, nf4=nf4, bias=base_bias, dtype=dtype)
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["linear"], **config})
     inject_adapter_in_model(config, net)
@@ -66,14 +66,14 @@ def random(*shape, seed=2, dtype=torch.float32):
 
 
 def run(forward, x, parameters, grad):
-    """[y, dx, dA, dB] of `forward`, gradients from zero."""
+    """[y, dx, dA, dB] of `forward` for the incoming gradient `grad`."""
     x = x.clone().requires_grad_()
     y = forward(x)
     return [y.detach(), *torch.autograd.grad(y, [x, *parameters], grad)]
 
 
 def both(net, x):
-    """(fused, PEFT's own) [y, dx, dA, dB] of net's layer for the same x and the same incoming g."""
+    """[y, dx, dA, dB] of the fused forward and of PEFT's, for the same x and incoming gradient."""
     layer = net.linear
     parameters = [p for p in layer.parameters() if p.requires_grad]
     grad = random(*x.shape[:-1], layer.out_features, seed=3, dtype=x.dtype)
@@ -88,7 +88,7 @@ def assert_near(got, wanted, tolerance=1e-5):
 
 
 def calls_fused(monkeypatch):
-    """A list that grows by one with each call of the fused function."""
+    """A list that gets one entry for each call of the fused function."""
     calls = []
 
     def counting(*args):
@@ -117,9 +117,11 @@ def test_values_and_gradients_are_those_of_the_plain_version(nf4, bias, shape):
 
 @BASES
 def test_in_bf16_it_is_as_near_to_fp64_as_the_plain_version(nf4):
-    """Both round the weights, each product and the sum, the plain version the scaled product once
-    more: its error is at least as large, but for the chance of a few per cent in which way single
-    roundings fall."""
+    """Both versions round the weights, each product and the sum.
+
+    The plain version also rounds the scaled product, so its error is usually larger. By chance the
+    fused version may be a few per cent worse.
+    """
     net = Net(96, 64, nf4=nf4, dtype=torch.bfloat16)
     A, B = (random(*s, seed=n).requires_grad_() for n, s in enumerate([(4, 96), (64, 4)]))
     x, grad = (random(2, 50, n, seed=n, dtype=torch.bfloat16) for n in (96, 64))
@@ -162,7 +164,7 @@ def test_ranks_and_scalings_are_pefts(nf4, config):
 
 
 def test_a_changed_scale_and_a_changed_adapter_count_at_once():
-    """Nothing of A, B or the scaling is remembered from an earlier call."""
+    """The layer keeps no copy of A, B or the scaling from an earlier call."""
     net, adapters = lora_layer(nf4=True)
     x = random(5, 32)
     before = net(x).detach()
@@ -218,10 +220,14 @@ def relative_error(got, exact):
 
 @BASES
 def test_bf16_is_as_near_to_fp64_as_pefts_own(nf4):
-    """y and dx round as often as PEFT's do over NF4. Over plain weights PEFT adds in fp32 what the
-    adapter gives: y is rounded once less there, a tenth of the error with an adapter as large as
-    the base. dA and dB are rounded to bf16 once, s g B before them too, where PEFT stays in fp32
-    from the bf16 g on: two roundings, 2^-9 each, less than g itself carries (see the last test)."""
+    """The limits of the error depend on the number of roundings.
+
+    Over NF4 our y and dx are rounded as often as PEFT's. Over plain weights PEFT adds the adapter's
+    output in fp32. So PEFT rounds y once less, and our limit for y is 15 % higher.
+
+    For dA and dB we round two values to bf16, s g B and the result; PEFT keeps both in fp32. Each
+    rounding is at most 2^-9. This is less than the rounding of g itself (see the last test).
+    """
     net, _ = lora_layer(96, 64, nf4=nf4, dtype=torch.bfloat16)
     x = random(2, 50, 96, dtype=torch.bfloat16)
     fused, own = both(net, x)
@@ -234,7 +240,7 @@ def test_bf16_is_as_near_to_fp64_as_pefts_own(nf4):
 
 
 def exact_twin(layer, x):
-    """[y, dx, dA, dB] in fp64 of the weights that `layer` has."""
+    """[y, dx, dA, dB] in fp64 for the weights of `layer`."""
     A, B = (p[n].weight.detach().double().requires_grad_()
             for p, n in ((layer.lora_A, "default"), (layer.lora_B, "default")))
     w, bias = dense(layer.base_layer.weight).double(), layer.base_layer.bias.double()
@@ -243,7 +249,7 @@ def exact_twin(layer, x):
                x.double(), [A, B], grad)
 
 
-# -- what is kept, and where gradients go
+# -- saved tensors and the place of gradients
 
 
 @BASES
@@ -256,8 +262,8 @@ def test_only_x_and_its_product_with_A_are_kept(nf4, dtype):
         y = net(x)
     assert {(t.shape, t.dtype) for t in kept} == {(x.shape, dtype), ((100, 4), dtype)}
     assert len(kept) == 2 and any(t.data_ptr() == x.data_ptr() for t in kept)
-    # Nor anywhere else on the node: what it holds beside them is the frozen weight as stored, and
-    # A and B in the compute dtype, which all layers' nodes share.
+    # The node holds three more tensors: the frozen weight as stored, and views of A and B in the
+    # compute dtype. They belong to the model and take no additional memory.
     node = y.grad_fn
     while not isinstance(node, LoraLinear._backward_cls):
         node = node.next_functions[0][0]
@@ -287,7 +293,7 @@ def test_frozen_weights_get_no_gradient_and_stay(nf4):
 @BASES
 def test_gradients_add_up_in_the_flat_buffer_and_x_need_not_have_one(nf4):
     net, adapters = lora_layer(nf4=nf4)
-    for x in (random(5, 32, seed=4), random(2, 6, 32, seed=5)):  # neither requires a gradient
+    for x in (random(5, 32, seed=4), random(2, 6, 32, seed=5)):  # x requires no gradient
         net(x).square().sum().backward()
     fused = adapters.flat.grad.clone()
     adapters.flat.grad.zero_()
@@ -314,11 +320,11 @@ def test_checkpointing_changes_no_gradient(nf4):
     assert all(map(torch.equal, kept, again))
 
 
-# -- what runs PEFT's own forward
+# -- layers that run PEFT's own forward
 
 
 def check_own(net, calls, x=None):
-    """The layer runs PEFT's own forward, and gives what that gives."""
+    """Assert that the layer runs PEFT's own forward and returns the same result."""
     x = random(2, 5, 32) if x is None else x
     calls.clear()
     torch.manual_seed(0)
@@ -372,7 +378,7 @@ def test_merged_and_unmerged(monkeypatch, nf4):
     assert len(calls) == 1
     for got, wanted in zip(fused, own, strict=True):
         assert_near(got, wanted)
-    if not nf4:  # NF4 is quantised anew each time
+    if not nf4:  # merge quantises an NF4 weight again
         assert_near(merged, adapted)
         assert_near(net(x).detach(), adapted)
 
@@ -417,7 +423,7 @@ def test_linears_of_other_kinds_are_left_alone():
 
 
 def gradients(model, adapters, ids_BL, recompute=0):
-    """Logits, and the flat gradient of the text's own loss."""
+    """(logits, flat gradient of the next-token loss of the ids)."""
     adapters.flat.grad.zero_()
     logits_BLV = model.logits(model(ids_BL, recompute=recompute))
     loss = nn.functional.cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(),
@@ -456,7 +462,7 @@ def test_nano_gives_what_it_gives_with_pefts_forward(monkeypatch, nf4, recompute
 
 
 def test_in_bf16_the_whole_models_gradient_is_as_exact_as_pefts(monkeypatch):
-    """Rounding dA and dB to bf16 disappears in the rounding that their g has been through."""
+    """The rounding of dA and dB to bf16 is small compared with the rounding in their incoming g."""
     config = small_config(6, 16, 4)
     tensors = {n: t.bfloat16() for n, t in lively_tensors(config).items()}
     ids_BL = random_ids(config, 3, 60)
@@ -471,7 +477,7 @@ def test_in_bf16_the_whole_models_gradient_is_as_exact_as_pefts(monkeypatch):
         adapters.cast()
         return gradients(model, adapters, ids_BL)
 
-    exact = one(torch.float32)  # 2^-24 beside 2^-9
+    exact = one(torch.float32)  # rounds by 2^-24, bf16 by 2^-9
     fused = one(torch.bfloat16)
     own = with_pefts_own(monkeypatch, lambda: one(torch.bfloat16))
     for got, theirs, wanted in zip(fused, own, exact, strict=True):

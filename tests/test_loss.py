@@ -1,7 +1,8 @@
-"""The summed loss through a frozen head: plain cross-entropy's value and gradient, no logits kept.
+"""The summed loss has the value and gradient of plain cross-entropy, and it keeps no logits.
 
-fp32: both sides sum the same values in another order; a relative 1e-6 is about ten units in the
-last place. bf16 has 8 significant bits, so one rounding is 2^-9; the tolerances count roundings.
+Tolerances in fp32: both sides add the same values in another order. A relative error of 1e-6 is
+about ten units in the last place. Tolerances in bf16 count roundings: bf16 has 8 significant bits,
+so one rounding is 2^-9.
 """
 
 import math
@@ -26,7 +27,7 @@ def problem(rows=23, width=16, vocabulary=101, ignored=(0, 5, 22), dtype=torch.f
 
 
 def plain(hidden_TD, head_VD, targets_T):
-    """Loss and gradient by cross_entropy over the full logits, in fp32 from the same values."""
+    """(loss, gradient of the hidden states) by cross_entropy with all logits at once, in fp32."""
     hidden_TD = hidden_TD.detach().float().requires_grad_()
     loss = F.cross_entropy(hidden_TD @ head_VD.float().T, targets_T, reduction="sum",
                            ignore_index=-100)
@@ -52,8 +53,11 @@ def test_value_and_gradient_are_cross_entropys_for_every_chunk(chunk, ignored):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_bf16_is_off_by_roundings_only(chunk):
-    """Logits of deviation 4 are rounded once (4 * 2^-9 = 0.008 absolute each, random in sign);
-    the softmax and the gradient once more each: 2^-7 of the whole covers the three."""
+    """Three values are rounded: the logits, the softmax and the gradient.
+
+    The logits have a standard deviation of 4, so each is wrong by about 4 * 2^-9 = 0.008. The signs
+    are random. A limit of 2^-7 for the gradient covers the three roundings.
+    """
     hidden_TD, head_VD, targets_T = problem(rows=200, ignored=(3,), dtype=torch.bfloat16)
     loss = summed_loss(hidden_TD, head_VD, targets_T, chunk)
     loss.backward()
@@ -77,7 +81,7 @@ def test_gradient_agrees_with_finite_differences():
     def loss(hidden):
         return summed_loss(hidden, head_VD, targets_T, 3)
 
-    # the sum is kept in fp32, so a difference over 1e-2 is good to 1e-6 / 1e-2 and the curvature
+    # the loss is fp32, so the slope has an error of 1e-6 / 1e-2, plus the error of curvature
     hidden = hidden_TD.detach().double().requires_grad_()
     loss(hidden).backward()
     for place in [(0, 0), (2, 3), (3, 4), (1, 2)]:
@@ -102,8 +106,11 @@ def test_without_gradients_it_is_only_the_value():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_logits_stay_finite(dtype):
-    """Logits of 1e4, where exp overflows: the loss is a difference of large logits, so 16 bits
-    leave each 1e4 * 2^-9 = 20 in doubt; that they are finite and near is what is asked."""
+    """With logits of 1e4, exp overflows. Loss and gradient must still be finite.
+
+    The loss is a difference of large logits. In bf16 each logit may be wrong by 1e4 * 2^-9 = 20, so
+    the loss is only compared within 2^-9 of its size.
+    """
     hidden_TD, head_VD, targets_T = problem(scale=2500.0, dtype=dtype)
     assert (hidden_TD @ head_VD.T).abs().max() > 1e4
     loss = summed_loss(hidden_TD, head_VD, targets_T, 7)
@@ -114,7 +121,7 @@ def test_extreme_logits_stay_finite(dtype):
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that tensors with a last axis of the vocabulary hold, but the head itself."""
+    """The peak bytes of all tensors whose last axis is the vocabulary, without the head itself."""
 
     def __init__(self, head_VD):
         super().__init__()
@@ -168,8 +175,8 @@ def test_a_vocabulary_of_7b5s_size_runs():
     loss = summed_loss(hidden_TD, head_VD, targets_T, 2)
     loss.backward()
     value, gradient = plain(hidden_TD, head_VD, targets_T)
-    # Sums of 250,880 fp32 values. From the row of the target on, the gradient's sum contains this
-    # large value, and each further addition rounds by up to 2^-24 of it: a random walk of 3e-5.
+    # Both sides add 250,880 fp32 values. After the large value of the target is added, each further
+    # addition rounds by up to 2^-24 of it. The signs are random, so the error is about 3e-5.
     assert error(loss.detach(), value) < 1e-5
     assert error(hidden_TD.grad, gradient) < 5e-5
 
@@ -177,12 +184,15 @@ def test_a_vocabulary_of_7b5s_size_runs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gap", [9.1875, 6.9375], ids=["p=0.9999", "p=0.999"])
 def test_a_well_predicted_tokens_gradient_keeps_its_relative_precision(dtype, gap):
-    """Where p itself is rounded to 16 bits, p - 1 is 0 or off by its own size. Two roundings of
-    eps / 2 and the fp32 log p, whose 2^-24 of a logit of 9 is half a percent of 1e-4."""
+    """If p were rounded to 16 bits, p - 1 would be 0 or wrong by its own size.
+
+    The limit is two roundings of eps / 2, plus the error of log p in fp32. This error is 2^-24 of a
+    logit of 9, which is half a percent of 1e-4.
+    """
     hidden_TD = torch.tensor([[1.0, 0.0]], dtype=dtype, requires_grad=True)
     head_VD = torch.tensor([[0.0, 0.0], [gap, 1.0]], dtype=dtype)
     summed_loss(hidden_TD, head_VD, torch.tensor([1]), 1).backward()
-    wanted = -1 / (1 + math.exp(gap))  # p - 1; the second column is the target's slope alone
+    wanted = -1 / (1 + math.exp(gap))  # p - 1, which is the gradient in the second column
     limit = torch.finfo(dtype).eps + 9 * 2**-24 / abs(wanted)
     assert float(hidden_TD.grad[0, 1]) == pytest.approx(wanted, rel=limit)
     assert float(hidden_TD.grad[0, 0]) == pytest.approx(wanted * gap, rel=limit)
@@ -190,7 +200,7 @@ def test_a_well_predicted_tokens_gradient_keeps_its_relative_precision(dtype, ga
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_upstream_gradient_is_not_rounded_to_sixteen_bits(dtype):
-    """1e5 is inf in fp16 and 99,840 in bf16, yet its product with a small gradient is neither."""
+    """1e5 is inf in fp16 and 99,840 in bf16. So it must be multiplied before the rounding."""
     hidden_TD, head_VD, targets_T = problem()
     hidden_TD = (hidden_TD.detach() * 1e-3).to(dtype).requires_grad_()
     head_VD = (head_VD * 1e-3).to(dtype)
@@ -198,6 +208,6 @@ def test_the_upstream_gradient_is_not_rounded_to_sixteen_bits(dtype):
     once, hidden_TD.grad = hidden_TD.grad.float(), None
     (summed_loss(hidden_TD, head_VD, targets_T, 7) * 1e5).backward()
     wanted = once * 1e5
-    # one rounding of each element; subnormal fp16 values of the first are rounded coarser
+    # each element is rounded once; subnormal fp16 values of `once` are less exact
     assert (hidden_TD.grad.float() - wanted).norm() <= torch.finfo(dtype).eps * wanted.norm()
     assert torch.isfinite(hidden_TD.grad).all()

@@ -1,4 +1,4 @@
-"""Products with a fused factor or dtype, against fp64 products of the same values."""
+"""Matrix products with a fused factor or dtype, compared with fp64 products of the same values."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def pair(dtype, device, *, rows=24, inner=40, columns=16, size=1.0):
     dice = torch.Generator().manual_seed(0)
     shapes = (rows, inner), (columns, inner)
     a, b = (size * torch.randn(*shape, generator=dice) for shape in shapes)
-    return a.to(device, dtype), b.to(device, dtype).t()  # a transposed one, as the weights are
+    return a.to(device, dtype), b.to(device, dtype).t()  # transposed, as the weights are
 
 
 def off(got, wanted):
@@ -25,7 +25,7 @@ def off(got, wanted):
 @DTYPES
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_product_comes_in_the_dtype_asked_for(device, dtype, to):
-    """One rounding to the operands' dtype at the most, and one to the dtype asked for."""
+    """A product is rounded at most twice: to the operands' dtype and to the requested dtype."""
     a, b = pair(dtype, device)
     got = matmul_to(to, a, b)
     assert got.dtype == to
@@ -36,7 +36,10 @@ def test_a_product_comes_in_the_dtype_asked_for(device, dtype, to):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu_fp32_is_the_kernels_own_sum(dtype):
-    """2^-18, not the 2^-9 or 2^-12 of a rounding: fp32 sums of at most 64 exact products."""
+    """The error of an fp32 sum of at most 64 products is below 2^-18.
+
+    A rounding to 16 bits would give an error of 2^-9 or 2^-12.
+    """
     for shape in (dict(), dict(rows=1, inner=64, columns=8), dict(rows=17, inner=33, columns=5)):
         a, b = pair(dtype, "cuda", **shape)
         assert off(matmul_to(torch.float32, a, b), a.double() @ b.double()) < 2**-18
@@ -64,7 +67,7 @@ def test_a_scaled_product_is_scaled_once(device, dtype, scale):
 
 @DEVICES
 def test_a_scaled_product_reads_nothing_of_what_it_is_added_to(device, monkeypatch):
-    """What lies in fresh memory may be no number, and 0 times that is none either."""
+    """New memory may contain NaN, and 0 times NaN is NaN. So the product must not read it."""
     a, b = pair(torch.float32, device)
     monkeypatch.setattr(torch.Tensor, "new_empty",
                         lambda self, shape: self.new_full(shape, float("nan")))

@@ -1,4 +1,4 @@
-"""generate.py --dry-run: what answering takes, without weights."""
+"""generate.py --dry-run: the memory that answering needs, without reading weights."""
 
 import re
 
@@ -14,7 +14,7 @@ from phogpt_raw.model.phogpt import PUBLISHED
 
 @pytest.fixture
 def plan(capsys, monkeypatch):
-    """A function that runs generate.py --dry-run: (exit status, lines by name, the error)."""
+    """A function that runs generate.py --dry-run and returns (status, lines by name, stderr)."""
     monkeypatch.setattr(loading, "load_base", None)  # weights are not read
 
     def run(*arguments):
@@ -66,7 +66,7 @@ def test_a_plan_for_this_computers_cpu(plan):
     (("--model", "7b5", "--card", "t4", "--no-nf4", "--chat"), "without --no-nf4"),
     (("--model", "7b5", "--card", "t4", "--serve", 1, "--slots", 9), "room for --slots 7"),
     (("--model", "7b5", "--chat"), "name one, such as --card t4"),
-    (("--model", "7b5", "--card", "t4", "--eval", "x.jsonl"), "has no tokenizer to read it with"),
+    (("--model", "7b5", "--card", "t4", "--eval", "x.jsonl"), "has no tokenizer; name a base"),
     (("--card", "rtx", "--chat"), "--card rtx: choose from"),
     (("--context", 63, "--chat"), "--context 63: must be from 64 to 1024")])
 def test_what_does_not_fit_or_cannot_be_is_refused(plan, asked, error):

@@ -1,4 +1,4 @@
-"""Merged weights compute what the adapter computed over the same weights."""
+"""A merged model gives the same logits as the base with the adapter."""
 
 import json
 import shutil
@@ -19,9 +19,9 @@ CPU = dict(nf4=False, dtype=torch.float32, device="cpu")
 
 
 def save_adapter(base, folder, **lora):
-    """A random adapter of LoraConfig's `lora` over a base; the logits that it gives."""
+    """Save a random adapter with the settings `lora` for a base; return the logits with it."""
     model, _ = load_base(str(base), **CPU)
-    torch.manual_seed(0)  # of PEFT's new layers
+    torch.manual_seed(0)  # for PEFT's new layers
     adapters = inject(model, LoraConfig(**{
         "r": 4, "lora_alpha": 8, "target_modules": ["Wqkv", "up_proj", "down_proj"],
         "task_type": "CAUSAL_LM", **lora}))
@@ -67,8 +67,11 @@ def test_a_base_without_biases_is_merged_too(tmp_path):
 
 
 def test_nano_with_its_trained_adapter_merges_to_the_same_logits(first_command, tmp_path):
-    """On the held-out pairs: logits of up to 27 within 3e-5 in fp32, whose sums stand in another
-    order; within 2e-6 where both sets of fp32 weights are evaluated in fp64."""
+    """The logits of the held-out pairs are as large as 27.
+
+    In fp32 they differ by 3e-5, because the sums have another order. If both models compute in
+    fp64, they differ by 2e-6.
+    """
     model, tokenizer = load_base("nano", **CPU)
     load_adapters(model, first_command, trainable=False)
     write_merged(Merger(NANO, first_command), tmp_path / "merged", torch.float32, "nano")
@@ -122,7 +125,7 @@ def test_the_config_names_code_only_where_there_is_some(tiny, tmp_path, base, pl
 
 
 def test_transformers_with_biases_reads_it_and_gives_our_logits(tiny, tmp_path):
-    """Its own MPT drops the biases; the oracle has them put back."""
+    """transformers' MPT drops the biases. The oracle adds them again."""
     from oracle import MptWithBiases
     from transformers import AutoConfig, AutoTokenizer
 
@@ -140,7 +143,7 @@ def test_transformers_with_biases_reads_it_and_gives_our_logits(tiny, tmp_path):
 
 
 def test_stock_peft_applies_the_adapter_to_transformers_mpt_over_an_exported_base(tiny, tmp_path):
-    """What the README says: the base's config made readable, the biases put back."""
+    """The exported base has a config that transformers can read. The oracle adds the biases."""
     from oracle import MptWithBiases
     from peft import PeftModel
 
@@ -164,7 +167,7 @@ def test_an_adapter_of_another_base_is_refused_by_name(tiny, tmp_path):
                                       max_seq_len=64)
     checkpoints.write_checkpoint(tmp_path / "deeper", deeper)
     save_adapter(tmp_path / "deeper", tmp_path / "more")
-    with pytest.raises(Refusal, match="holds an unknown base_model"):
+    with pytest.raises(Refusal, match="holds unknown tensor base_model"):
         Merger(tiny, tmp_path / "more")
 
 
@@ -187,7 +190,7 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused(tiny, tmp_path):
     adapters.cast()
     adapters.save(tmp_path / "adapter")
     merger = Merger(tiny, tmp_path / "adapter")
-    with pytest.raises(Refusal, match=r"tensor transformer.* and fp16 ends at"):
+    with pytest.raises(Refusal, match=r"tensor transformer.* but the largest value of fp16 is"):
         write_merged(merger, tmp_path / "merged", torch.float16, "tiny")
     with torch.no_grad():
         merger.adapters.flat[0] = float("nan")
@@ -207,7 +210,7 @@ def test_merging_one_layer_leaves_the_next_as_it_was(tiny, tmp_path, lora):
     zeros = torch.zeros_like(merger.tensors[f"{path}.weight"])
     assert not torch.equal(merger.merged(f"{path}.weight", zeros), weight)
     base = merger.layers[path].base_layer
-    for parameter in (base.weight, base.bias):  # nothing is kept
+    for parameter in (base.weight, base.bias):  # no merged weight is kept
         assert parameter.untyped_storage().nbytes() == 4 and not parameter.any()
 
 

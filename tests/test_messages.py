@@ -1,4 +1,4 @@
-"""All texts of a run pass through one function, so a dictionary can translate them."""
+"""All texts of a run pass through one function. So a dictionary can translate them."""
 
 import ast
 import doctest
@@ -24,7 +24,7 @@ def test_a_catalogue_gives_the_text_and_keeps_the_values(monkeypatch):
 
 
 def texts() -> set[str]:
-    """Every English text that the sources pass to `_`."""
+    """Every English text that the source files pass to the function `_`."""
     found = set()
     for file in [ROOT / "train.py", *(ROOT / "phogpt_raw").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -36,7 +36,7 @@ def texts() -> set[str]:
 
 
 class Marked(dict):
-    """A catalogue of no language: each text between ‹ and ›."""
+    """A dictionary that translates each text to itself between ‹ and ›."""
 
     def get(self, text, default):
         return f"‹{text}›"
@@ -44,14 +44,14 @@ class Marked(dict):
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=["run", "dry-run"])
 def test_nothing_that_a_run_shows_bypasses_it(train, tmp_path, monkeypatch, flags):
-    """What is left outside the marks is names, values, rows of the data and answers."""
+    """Only names, values, rows of the data and answers remain outside the marks."""
     assert len(texts()) > 40
     monkeypatch.setattr(messages, "CATALOGUE", Marked())
     status, said, _error = train("--out", tmp_path / "run", "--max-len", 24, "--eval-answers", 0,
                                  *flags)
     said = said.split("### Câu hỏi")[0]  # a row of the data
     assert status == 0 and said.count("‹") == said.count("›") > 10
-    while re.search(r"‹[^‹›]*›", said):  # the innermost first: a text is filled with others
+    while re.search(r"‹[^‹›]*›", said):  # innermost first: texts contain other texts
         said = re.sub(r"‹[^‹›]*›", "", said)
     said = said.replace(str(tmp_path), "")
     left = set(re.findall(r"(?<![\w/.-])[a-z]{3,}(?![\w/.-])", said))

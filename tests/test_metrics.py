@@ -1,4 +1,4 @@
-"""metrics.jsonl: the time, memory and loss of each step; the time that is left."""
+"""metrics.jsonl: the time, memory and loss of each step. The display: the remaining time."""
 
 import json
 import time
@@ -29,7 +29,7 @@ def stats(loss=2.0, skipped=False):
 
 
 def test_a_row_is_of_its_own_step(tmp_path, monkeypatch):
-    """The peak of a step does not stand on all later ones, and its time begins with `begin`."""
+    """A step's peak memory does not count for later steps. A step's time starts at `begin`."""
     window, peaks = Window(ragged_examples(3), 3), iter([3 * 2**30, 2**30])
     resets = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -73,7 +73,7 @@ def test_rows_after_the_checkpoint_are_dropped_when_a_run_resumes(tmp_path):
     assert file.read_text() == ""
 
 
-# -- the time that is left
+# -- the remaining time
 
 
 def run_of(tmp_path, steps, eval_every, step=0):
@@ -102,7 +102,7 @@ def test_the_time_left_counts_steps_and_evaluations(tmp_path):
         run.state.step = step
         display.step(StepRow(step, 1.0, 0.1, 1.0, 10, 50.0, None, 1.0, 0, 1, 1.0), seconds=2.0)
     assert display.seconds_left() == pytest.approx(8 * 2.0 + 2 * 30.0)
-    run.state.step = 5  # shown before its own evaluation
+    run.state.step = 5  # before the evaluation of step 5
     assert display.seconds_left() == pytest.approx(5 * 2.0 + 2 * 30.0)
     run.state.step = 10
     assert display.seconds_left() == pytest.approx(30.0)
@@ -142,7 +142,7 @@ def test_tensorboard_gets_the_values_of_the_file(tmp_path):
     for step in (1, 2):
         metrics.begin()
         metrics.step(RunState(step=step), stats(loss=3.0 / step), window, lr=0.1)
-    metrics.step(RunState(step=3), stats(loss=float("nan")), window, lr=0.1)  # not a number
+    metrics.step(RunState(step=3), stats(loss=float("nan")), window, lr=0.1)  # NaN is left out
     metrics.evaluation(2, Score(1.25, None, []))
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()

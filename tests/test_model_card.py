@@ -1,4 +1,4 @@
-"""The model card of a run: valid for the hub, true, and with nothing private of the machine."""
+"""The model card of a run is valid for the hub, is true, and contains no private data."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from phogpt_raw.export import model_card
 
 
 def row_of(card: str, name: str) -> list[str]:
-    """The cells of a table's row beside its first one."""
+    """The cells of the table row whose first cell is `name`, without this first cell."""
     [found] = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", card, re.MULTILINE)
     return found.split(" | ")
 
 
 @pytest.fixture
 def card(train, tmp_path):
-    """A function that runs train.py and returns the card it leaves."""
+    """A function that runs train.py and returns the text of the model card."""
 
     def run(*flags):
         status, _, error = train("--out", tmp_path / "run", *flags)
@@ -35,7 +35,7 @@ def card(train, tmp_path):
 
 
 def job_of(tmp_path, **config):
-    """What a card is made from, without a training."""
+    """A stand-in for a trained run, from which a card can be made."""
     lora = SimpleNamespace(r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, use_dora=True,
                            target_modules={"Wqkv", "up_proj"})
     state = SimpleNamespace(best_step=2, step=3, best_loss=2.0, skipped=0,
@@ -55,7 +55,7 @@ def test_doctest():
     assert doctest.testmod(model_card).failed == 0
 
 
-# -- what it says
+# -- the text of the card
 
 
 def test_the_card_tells_the_results_of_the_adapter_that_was_kept(card, tmp_path):
@@ -107,7 +107,7 @@ def test_settings_are_the_adapters_own_where_a_run_goes_on_from_one(train, card,
     train("--out", first, "--rank", 2, "--steps", 1, "--eval-answers", 0)
     text = card("--adapter", first)
     assert row_of(text, "rank, alpha, dropout") == ["2, 32, 0"]
-    assert row_of(text, "began from") == ["the adapter in a folder named trước"]
+    assert row_of(text, "started from") == ["the adapter in a folder named trước"]
     assert row_of(text, "steps") == ["7 (3.1 epochs), 0 skipped"]
     assert row_of(text, "targets") == ["Wqkv, down_proj, out_proj, up_proj"]
 
@@ -166,7 +166,7 @@ def test_names_with_signs_of_markdown_or_yaml_stay_names(tmp_path, name):
     assert ModelCard(text).data.library_name == "peft"
     assert "<script>" not in text
     [line] = [line for line in text.splitlines() if line.startswith("| file |")]
-    assert len(re.findall(r"(?<!\\)\|", line)) == 3  # still two cells
+    assert len(re.findall(r"(?<!\\)\|", line)) == 3  # the row still has two cells
 
 
 # -- the file
@@ -190,7 +190,7 @@ def test_a_readme_of_somebody_else_stays_and_a_line_says_so(train, tmp_path):
     (out / "README.md").write_text("# Của tôi\n", "utf-8")
     status, said, _ = train("--out", out)
     assert status == 0 and (out / "README.md").read_text("utf-8") == "# Của tôi\n"
-    assert f"{out}/README.md is not of this program and stays as it is" in said
+    assert f"{out}/README.md was not written by this program and is not replaced" in said
 
 
 def test_a_card_of_ours_without_its_mark_is_somebodys(train, tmp_path):
@@ -217,12 +217,12 @@ def test_a_run_that_failed_has_no_card(train, tmp_path):
     assert not (tmp_path / "run/README.md").exists()
 
 
-# -- what it promises
+# -- the code and the commands in the card
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 def test_its_lines_for_peft_give_our_logits(tmp_path, adapted, tiny, kind):
-    """The Python that the card shows, run as it stands there but for the two folders."""
+    """The test runs the Python code of the card. It changes only the two folders."""
     model, adapters = adapted()
     adapters.save(tmp_path / "adapter")
     text = model_card.card(job_of(tmp_path, model="nano"))
@@ -241,7 +241,7 @@ def test_its_lines_for_peft_give_our_logits(tmp_path, adapted, tiny, kind):
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
     for file in (*base.glob("*.bin"), *base.glob("*.safetensors")):
         file.unlink()
-    with pytest.raises(AssertionError):  # and never a random model in silence
+    with pytest.raises(AssertionError):  # not a random model without an error
         exec(code, {})
 
 
@@ -253,7 +253,7 @@ def test_its_command_for_here_is_one_that_generate_takes(card):
 
 
 def test_its_commands_name_what_only_the_runs_folder_records(tmp_path, monkeypatch):
-    """On the hub there is no config.json: template and precision would be the defaults."""
+    """The hub has no config.json of the run. So the commands must name template and precision."""
     import generate
     from phogpt_raw.export import __main__ as export
 
@@ -266,7 +266,7 @@ def test_its_commands_name_what_only_the_runs_folder_records(tmp_path, monkeypat
     [command] = re.findall(r"python generate.py (.*) \"Câu hỏi của bạn\"", text)
     options = generate.parse([*command.split(), "?"])
     assert (options.template, options.nf4, options.model) == ("7b5-instruct", False, "BASE")
-    assert ", not quantised; the template" in text
+    assert ", not quantised. The program adds the template" in text
     exports = re.findall(r"python -m phogpt_raw.export (.*)", text)
     assert len(exports) == 3
     for command in exports:

@@ -1,4 +1,4 @@
-"""What a server offers: adapters by name, one base, the memory that is said."""
+"""The models of a server: adapters by name, one base, and the number of slots."""
 
 import dataclasses
 import json
@@ -24,14 +24,14 @@ def options(**more):
 
 
 def found(shape="7b5", card="t4"):
-    """A model as it would be on another card."""
+    """A model with PhoGPT's published shape on a given card."""
     return Found("b", None, None, PUBLISHED[shape], None, TEMPLATES["4b-chat"], True, None,
                  torch.float16, known_card(card))
 
 
 @pytest.fixture
 def folders(adapted, tmp_path):
-    """Two adapters' folders over tiny: one and two."""
+    """The folders of two adapters of tiny, `one` and `two`."""
     for name in ("one", "two"):
         adapted()[1].save(tmp_path / name)
     return {name: tmp_path / name for name in ("one", "two")}
@@ -42,9 +42,9 @@ def test_an_adapter_has_the_name_that_is_given_or_its_folders(tmp_path, monkeypa
     assert named_adapters(["a=runs/x", "runs/y/", f"c.d-e={tmp_path}/a=b"]) == {
         "a": tmp_path.__class__("runs/x"), "y": tmp_path.__class__("runs/y"),
         "c.d-e": tmp_path / "a=b"}
-    assert list(named_adapters(["/runs/a=b"])) == ["a=b"]  # the first part is no name
+    assert list(named_adapters(["/runs/a=b"])) == ["a=b"]  # the text before = is a path, not a name
     for given in (["a=x", "a=y"], ["runs/x", "x=other"]):
-        with pytest.raises(Refusal, match="there are two of the name"):
+        with pytest.raises(Refusal, match="two adapters have the name"):
             named_adapters(given)
 
 
@@ -75,9 +75,9 @@ def test_each_adapter_keeps_the_template_of_its_run(tiny, folders):
 def test_adapters_over_other_weights_are_refused(tiny, folders):
     record = {"model": str(tiny), "template": "auto", "rank": 4, "nf4": False}
     (folders["two"] / "config.json").write_text(json.dumps(record))
-    with pytest.raises(Refusal, match=r"one and two are not over the same base \(nf4"):
+    with pytest.raises(Refusal, match=r"one and two have different bases \(nf4"):
         plan(options(model=str(tiny)), folders)
-    made, _slots = plan(options(model=str(tiny), nf4=False), folders)  # said for all
+    made, _slots = plan(options(model=str(tiny), nf4=False), folders)  # the flag counts for all
     assert not any(one.nf4 for one in made.values())
 
 
@@ -88,7 +88,7 @@ def test_a_conversation_is_encoded_in_the_models_template(tiny):
         served.tokenizer, TEMPLATES["7b5-instruct"], [Turn("a", "b"), Turn("c")], "s")
     assert served.encode([5, 6]) == [5, 6]
     most = served.model.config.max_seq_len
-    assert len(served.encode([5] * (most - 1))) == most - 1  # one token of answer fits
+    assert len(served.encode([5] * (most - 1))) == most - 1  # room for one token
     for prompt in ([5] * most, [], "", [-1], [served.model.config.vocab_size]):
         with pytest.raises(ProtocolError) as caught:
             served.encode(prompt)
@@ -98,7 +98,8 @@ def test_a_conversation_is_encoded_in_the_models_template(tiny):
 @pytest.mark.parametrize("card, shape, models, slots", [
     ("h200", "7b5", 1, 8), ("t4", "7b5", 1, 7), ("t4", "7b5", 2, 3), ("t4", "4b", 1, 3)])
 def test_so_many_slots_are_taken_as_the_card_has_room_for(card, shape, models, slots):
-    """A row of 7B5 at 2,048 tokens is 1 GiB; of 4B at 8,192 tokens, 3 GiB. A T4 has 14.56 GiB."""
+    """A cache row takes 1 GiB for 7B5 (2,048 tokens) and 3 GiB for 4B (8,192). A T4 has 14.56 GiB.
+    """
     assert slots_for(None, {str(n): found(shape, card) for n in range(models)}) == slots
 
 

@@ -1,6 +1,6 @@
-"""Damaged files end in one line, or change nothing (tests/mutate.py damages them).
+"""With damaged files a program ends in one line of error, or its result does not change.
 
-400 mutations of a base's files, an adapter's and a run's, seeded.
+tests/mutate.py damages the files. The 400 mutations are seeded: of a base, an adapter and a run.
 """
 
 import subprocess

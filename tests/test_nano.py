@@ -1,4 +1,4 @@
-"""nano is in VinAI's format, and the README's first command trains it as its card says."""
+"""nano has VinAI's format. The README's first command gives the results that nano's card states."""
 
 import json
 import unicodedata
@@ -69,7 +69,7 @@ def test_the_base_alone_neither_stops_nor_is_polite():
     answers, stopped = greedy_answers(model, tokenizer, [pair["prompt"] for pair in asked])
     scores = score_answers(answers, stopped, [pair["topic"] for pair in asked])
     assert scores.stops < 0.10 and scores.polite == 0.0
-    assert scores.names_topic >= 0.70  # it knows what a question is
+    assert scores.names_topic >= 0.70  # its answers are about the question
 
 
 def test_scores_are_shares_of_all_answers():

@@ -1,4 +1,4 @@
-"""The recipe of `nano`: clean text, questions, a small tokenizer like PhoGPT's, VinAI's files."""
+"""The steps that make `nano`: clean text, questions, a small tokenizer like PhoGPT's, the files."""
 
 import contextlib
 import gzip
@@ -28,7 +28,7 @@ PLACES = ["Hà Nội", "Huế", "Đà Nẵng", "Cần Thơ", "Nha Trang", "Đà 
 
 
 def made_up_articles(count=60):
-    """Articles of four sentences each, every title different."""
+    """Yield invented articles of four sentences. No two titles are equal."""
     for n in range(count):
         thing, place = THINGS[n % 8], PLACES[n // 8]
         name = f"{thing} {place}"
@@ -43,7 +43,7 @@ def made_up_articles(count=60):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """What `prepare` writes of the made-up articles, two topics held out."""
+    """The folder that `prepare` writes from the invented articles, with two topics held out."""
     folder = tmp_path_factory.mktemp("nano")
     with gzip.open(folder / "articles.jsonl.gz", "wt", encoding="utf-8") as lines:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made_up_articles())
@@ -73,8 +73,8 @@ def test_cleaning_leaves_running_text():
 def test_heldout_articles_are_stable_and_few():
     titles = [f"bài viết số {n}" for n in range(4000)]
     held = [t for t in titles if corpus.is_held_out(t)]
-    assert 30 <= len(held) <= 90  # 60 expected, four standard deviations
-    assert held[:2] == ["bài viết số 60", "bài viết số 97"]  # whatever Python's hash seed
+    assert 30 <= len(held) <= 90  # 60 are expected; the limit is four standard deviations
+    assert held[:2] == ["bài viết số 60", "bài viết số 97"]  # for any hash seed of Python
     assert corpus.is_held_out(unicodedata.normalize("NFD", held[0]).upper())
     assert set(held) <= {t for t in titles if corpus.is_held_out(t, 0.1)}
 
@@ -124,7 +124,7 @@ def test_questions_name_their_phrase_early_and_keep_out_of_heldout_topics(data):
         assert 8 <= len(row.answer.split()) <= 40 and row.answer.endswith(".")
         assert not {"dạ", "ạ"} & set(row.answer.casefold().replace(",", "").split())
         assert "trâu huế" not in row.phrase.casefold() and "hoa sen" not in row.phrase.casefold()
-    assert any("con trâu" in row.phrase.casefold() for row in rows)  # only the topic itself is out
+    assert any("con trâu" in row.phrase.casefold() for row in rows)  # other topics stay
 
 
 def test_a_topic_overlaps_by_whole_words_in_either_direction():
@@ -176,7 +176,7 @@ def test_tokenizer_has_phogpts_ids_and_gives_any_text_back(data):
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text and 0 not in ids and 1 not in ids
     decomposed = unicodedata.normalize("NFD", text)
-    assert tokenizer.decode(tokenizer(decomposed).input_ids) == decomposed  # no normalizer
+    assert tokenizer.decode(tokenizer(decomposed).input_ids) == decomposed  # no normaliser
 
 
 def test_chat_template_is_the_4b_chat_prompt(data):
@@ -267,12 +267,12 @@ def test_an_epoch_reads_every_row_once():
 
 
 def test_batches_go_on_with_another_order_of_rows_in_each_epoch():
-    tokens = torch.arange(4, 1004, dtype=torch.int32)  # no </s>: each token is its own place
+    tokens = torch.arange(4, 1004, dtype=torch.int32)  # no </s>; a token's id gives its place
     data = stream.batches(tokens, 64, 4, seed=0)
     assert stream.steps_of_epoch(1000, 64, 4) == 3
     epochs = [[int(row[0]) for _ in range(3) for row in next(data)[0]] for _ in range(2)]
     assert all(len(set(epoch)) == 12 for epoch in epochs) and epochs[0] != epochs[1]
-    assert all(len({first % 64 for first in epoch}) == 1 for epoch in epochs)  # one offset
+    assert all(len({first % 64 for first in epoch}) == 1 for epoch in epochs)  # an epoch's offset
 
 
 def test_evaluation_counts_every_token_whatever_the_seq_len():
@@ -286,7 +286,7 @@ def test_evaluation_counts_every_token_whatever_the_seq_len():
 
 
 def test_the_learning_rate_is_that_of_the_published_base(base, monkeypatch):
-    """Linear over the warm-up, then a cosine from the peak to a tenth of it."""
+    """The rate rises linearly during the warm-up, then falls as a cosine to a tenth of the peak."""
     rates = []
 
     def recorded(*args):

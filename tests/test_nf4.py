@@ -1,7 +1,7 @@
 """Dequantising NF4: plain PyTorch, bitsandbytes and the fused kernel agree bit for bit.
 
-All three round in the same places: in fp32 after the product and after the sum that give a scale
-and after value times scale, then to the weight's dtype.
+All three round at the same points. A scale is a product plus an offset, and both results are
+rounded to fp32. The value times the scale is rounded to fp32, then to the weight's dtype.
 """
 
 import copy
@@ -25,12 +25,12 @@ from phogpt_raw.model.nf4 import (
 from phogpt_raw.private_apis import nf4_fields
 
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]
-# 7B5's qkv and output projections, and one block of scales; numel a multiple of WEIGHTS * ROWS
+# 7B5's qkv and output projections, and a weight with one block of scales; all fit the fused kernel
 SHAPES = [(12288, 4096), (4096, 4096), (256, 64)]
 
 
 def random_nf4(shape, dtype, device):
-    """An NF4 weight whose rows, and so its blocks' scales, differ in size."""
+    """An NF4 weight whose rows have different sizes. So the scales of its blocks differ too."""
     dice = torch.Generator().manual_seed(0)
     values = torch.randn(shape, generator=dice) * torch.rand(shape[0], 1, generator=dice)
     return nf4_linear(values.to(dtype), dtype, device).weight
@@ -59,10 +59,10 @@ def test_on_the_cpu_it_is_bitsandbytes_own(monkeypatch, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT])
 @pytest.mark.parametrize("shape", [(256, 64), (65, 3), (17, 40), (700, 96)], ids=str)
 def test_plain_dequantising_is_bitsandbytes_to_the_bit(shape, dtype, device):
-    """(700, 96): five blocks of scales, the last not full.
+    """The shape (700, 96) has five blocks of scales, and the last block is not full.
 
-    bitsandbytes is given the values as one row: on a CPU with AVX-512 its kernel (0.50.2) takes the
-    wrong scales for rows that are not whole blocks of 64, such as 96.
+    bitsandbytes gets the values as one row. On a CPU with AVX-512 its kernel (0.50.2) uses wrong
+    scales if a row is not a multiple of 64 values, for example 96.
     """
     weight = random_nf4(shape, dtype, device)
     dense = plain(weight)
@@ -73,9 +73,9 @@ def test_plain_dequantising_is_bitsandbytes_to_the_bit(shape, dtype, device):
 
 
 def test_plain_dequantising_of_a_byte_worked_by_hand():
-    """64 values in one block, so its scale is the mean of all scales: the offset, here 2.
+    """All 64 values are in one block. Its scale is also the mean of all scales, the offset 2.
 
-    Nibbles 0, 7 and 15 stand for -1, 0 and 1, the first value in the upper half of its byte.
+    Nibbles 0, 7 and 15 mean -1, 0 and 1. The first value is in the upper half of a byte.
     """
     values = torch.zeros(1, 64)
     values[0, :4] = torch.tensor([2.0, 0.0, -2.0, 2.0])
@@ -85,7 +85,7 @@ def test_plain_dequantising_of_a_byte_worked_by_hand():
 
 
 def test_the_offset_of_the_scales_is_known_to_the_host():
-    """Reading it from a GPU at each dequantising would wait for the GPU."""
+    """If dequantising read the offset from the GPU each time, it would wait for the GPU."""
     state = random_nf4((256, 64), torch.float32, "cpu").quant_state
     assert state.offset_on_host == float(state.offset)
 
@@ -105,7 +105,7 @@ def test_the_parts_of_a_weight_have_the_shapes_that_a_cache_expects(shape, devic
 @pytest.mark.parametrize("rows", [1, 3, 16, 200])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_bitsandbytes_own_kernels_still_read_the_weights(dtype, rows):
-    """Without gradients a Linear4bit reads 4 bits and scales itself, the offset on the device."""
+    """Without gradients a Linear4bit itself reads the 4-bit values, the scales and the offset."""
     weight = random_nf4((512, 256), dtype, "cuda")
     layer = nf4_linear(torch.zeros(512, 256, dtype=dtype), dtype, "cuda")
     layer.weight = weight
@@ -170,7 +170,7 @@ def test_a_weight_that_the_fused_kernel_does_not_fit_is_bitsandbytes_own(monkeyp
 
 @pytest.mark.gpu
 def test_the_fused_kernel_reads_scales_of_more_than_one_block():
-    """Blocks of scales of very different size: one taken for another would be off by as much."""
+    """The blocks of scales have very different sizes, so a wrong block gives a large error."""
     rows = SCALES * WEIGHTS // 64
     values = torch.randn(4 * rows, 64) * torch.logspace(-3, 2, 4).repeat_interleave(rows)[:, None]
     weight = nf4_linear(values.half(), torch.float16, "cuda").weight

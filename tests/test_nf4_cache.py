@@ -1,5 +1,7 @@
-"""The NF4 cache: equal to a fresh load bit for bit, never half-written, never used for another
-base."""
+"""The NF4 cache gives the same model as a load of the checkpoint, bit for bit.
+
+It is never half-written and never used for another base.
+"""
 
 import errno
 import json
@@ -47,7 +49,7 @@ def base(tmp_path, tiny) -> Path:
 
 @pytest.fixture
 def load(base, tmp_path, capsys):
-    """A function that loads the base through the cache: (model, what was said)."""
+    """A function that loads the base with the cache and returns (model, stderr)."""
 
     def run(folder=base, caches=tmp_path / "caches", device="cpu", dtype=None):
         model, _ = load_base(str(folder), nf4_cache=caches, device=device, dtype=dtype)
@@ -64,13 +66,13 @@ def caches(tmp_path):
 
 
 def only(folder: Path) -> Path:
-    """The one file there."""
+    """The only file in `folder`."""
     [file] = folder.iterdir()
     return file
 
 
 def bits(model) -> dict[str, torch.Tensor]:
-    """Every frozen tensor, the parts of each NF4 weight, and each as it dequantises."""
+    """Every frozen tensor by name, with the parts and the dequantised values of NF4 weights."""
     found = {"slopes": model.slopes_H}
     for name, parameter in model.named_parameters():
         found[name] = parameter.data
@@ -103,7 +105,7 @@ def test_a_cached_base_is_a_fresh_one_to_the_bit(load, base, device, dtype, monk
     fresh, _ = load_base(str(base), device=device, dtype=dtype)
     first, said = load(device=device, dtype=dtype)
     assert "NF4 cache written to" in said
-    monkeypatch.setattr(nf4, "quantise", never)  # neither this nor the checkpoint's reader
+    monkeypatch.setattr(nf4, "quantise", never)  # neither this nor the reader may run
     monkeypatch.setattr(weights, "iterate", never)
     model, said = load(device=device, dtype=dtype)
     assert said.startswith("base read from NF4 cache ") and said.count("\n") == 1
@@ -169,7 +171,7 @@ def test_the_file_is_a_safetensors_file_smaller_than_a_16_bit_base(load, caches,
 
 
 def test_caches_of_several_bases_and_dtypes_share_a_folder(load, base, caches, tmp_path):
-    """Two bases of the same name: neither treats the other's cache as its own stale one."""
+    """Two bases have the same name. Neither takes the other's cache for its own outdated cache."""
     other = tmp_path / "elsewhere" / base.name
     write_checkpoint(other, tensors=random_tensors(TINY, seed=1))
     asked = [(base, torch.float32), (base, torch.bfloat16), (other, torch.float32)]
@@ -200,8 +202,10 @@ def test_what_the_bits_depend_on_is_in_the_key(base):
 
 
 def test_a_file_of_the_hub_is_known_by_its_blob(tmp_path):
-    """A file of the hub's cache is a link whose target names its content, so its time and content
-    are not read."""
+    """In the hub's cache a file is a link, and the name of its target identifies the content.
+
+    So neither the time nor the content of the file is read.
+    """
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -209,7 +213,7 @@ def test_a_file_of_the_hub_is_known_by_its_blob(tmp_path):
     (snapshot / "model.safetensors").symlink_to("../../blobs/5eed")
     assert nf4_cache.identity(snapshot / "model.safetensors") == ["model.safetensors", "5eed"]
     (tmp_path / "link").symlink_to(blobs.parent / "snapshots" / "0a1b" / "model.safetensors")
-    assert len(nf4_cache.identity(tmp_path / "link")) == 4  # a link to anything else is a file
+    assert len(nf4_cache.identity(tmp_path / "link")) == 4  # another link counts as a file
 
 
 def test_an_identity_reads_no_more_than_the_head(tmp_path):
@@ -229,23 +233,23 @@ def test_the_cache_of_a_hub_model_has_its_name(tiny, tmp_path):
     assert nano.file.name.startswith("nano-fp32-cpu-") and nano.folder == Path.home() / "c"
 
 
-# -- stale: each case changes a base or its cache and says what the message must hold
+# -- outdated caches: each case changes a base or its cache and gives a part of the message
 
 
 def touched(base, monkeypatch):
     os.utime(base / "pytorch_model.bin", ns=(1, 1))
-    return "pytorch_model.bin of the base changed since"
+    return "pytorch_model.bin of the base changed"
 
 
 def other_weights(base, monkeypatch):
     write_checkpoint(base, tensors=random_tensors(TINY, seed=1))
-    return "of the base changed since"
+    return "of the base changed"
 
 
 def changed_config(base, monkeypatch):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | dict(layer_norm_epsilon=1e-3)))
-    return "config.json of the base changed since"
+    return "config.json of the base changed"
 
 
 def more_shards(base, monkeypatch):
@@ -309,7 +313,7 @@ def flipped_last_byte(file):
 
 
 def swapped_names(file):
-    """Two biases of one shape, exchanged in the header alone: the data are what they were."""
+    """Swap the names of two biases of one shape in the header, without changing the data."""
     one, other, between = (BIAS.replace("1", n).encode() for n in "10#")
     raw = file.read_bytes().replace(one, between).replace(other, one).replace(between, other)
     file.write_bytes(raw)
@@ -372,7 +376,7 @@ def of_another_dtype(file):
 
 
 def rewrite(file, change, change_key=lambda key: None):
-    """The same file with other tensors, its checksum right."""
+    """Change tensors of the file and correct its checksum."""
     with safe_open(file, "pt") as opened:
         tensors = {name: opened.get_tensor(name).clone() for name in opened.offset_keys()}
         metadata = opened.metadata()
@@ -426,7 +430,7 @@ def test_a_stale_cache_that_is_damaged_too_goes_as_well(load, base, caches, monk
     assert only(caches) != old
 
 
-# -- whole or not there
+# -- a file is complete or absent
 
 
 def no_space(*_):
@@ -452,7 +456,7 @@ load_base(sys.argv[1], device="cpu", nf4_cache=sys.argv[2])
 
 
 def test_a_write_that_the_system_breaks_off_leaves_nothing(base, caches):
-    """A real write error, after 300,000 bytes of a million."""
+    """A limit on the file size makes a real write fail after 300,000 bytes of a million."""
     run = subprocess.run([sys.executable, "-c", LIMITED, base, caches], cwd=ROOT, text=True,
                          capture_output=True, check=True)
     assert "the disk is full" in run.stderr and "the run continues without it" in run.stderr
@@ -511,7 +515,7 @@ def test_a_refused_base_leaves_no_cache(base, caches):
 
 
 def test_a_cache_can_be_written_for_someone_else(base, caches, load):
-    """As an export does: the cache file keeps its name and lies in a separate folder."""
+    """An export writes the cache file into another folder under the same name."""
     model, _ = load_base(str(base), device="cpu")
     cache = weights.find_cache(base, caches, dtype=torch.float32, device=torch.device("cpu"))
     size = nf4_file.write(model, cache.file, cache.key, cache.base)
@@ -523,7 +527,7 @@ def test_a_cache_can_be_written_for_someone_else(base, caches, load):
 
 
 def test_a_run_over_the_cache_is_the_same_run(train, base, caches, tmp_path):
-    """The run continues with or without it."""
+    """A run can be resumed with or without the cache."""
     outs = [tmp_path / name for name in ("plain", "first", "second")]
     said = [train("--model", base, "--out", out, *flags) for out, flags in zip(
         outs, ([], *[["--nf4-cache", caches]] * 2), strict=True)]
@@ -560,9 +564,9 @@ def test_a_cache_without_nf4_is_refused_at_once(train, base, caches, capsys, mon
     said = capsys.readouterr()
     monkeypatch.setattr("phogpt_raw.training.setup.find_folder", never)
     status, out, err = train("--no-nf4", "--nf4-cache", caches)
-    line = f"error: --nf4-cache {caches}: keeps NF4 weights; leave it out with --no-nf4\n"
+    line = f"error: --nf4-cache {caches}: stores NF4 weights; leave out this flag or --no-nf4\n"
     assert (left.value.code, said.out, said.err) == (status, out, err) == (2, "", line)
-    with pytest.raises(Refusal, match="leave it out with --no-nf4"):
+    with pytest.raises(Refusal, match="leave out this flag or --no-nf4"):
         load_base(str(base), nf4=False, nf4_cache=caches, device="cpu")
 
 
@@ -586,8 +590,11 @@ print(bytes)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="RssAnon is Linux'")
 def test_a_start_from_the_cache_holds_the_model_and_no_more(tmp_path, tiny, caches):
-    """Anonymous memory, of a model of 105 million parameters: on a CPU its 60 MB are the model
-    itself, a copy of them would be twice that. 8 MB are for threads, buffers and Python."""
+    """Anonymous memory may grow only by the size of the model and 8 MB.
+
+    The model has 105 million parameters, 60 MB on a CPU. A second copy would need 60 MB more. The 8
+    MB are for threads, buffers and Python.
+    """
     config = vinai_config(d_model=512, n_heads=8, n_layers=32, vocab_size=4096, max_seq_len=128)
     write_checkpoint(tmp_path / "large", config)
     load_base(str(tmp_path / "large"), device="cpu", dtype=torch.bfloat16, nf4_cache=caches)

@@ -1,4 +1,4 @@
-"""Products of a few rows with 4-bit weights: the plain version, the PTX, the kernels."""
+"""Products of a few rows with 4-bit weights: the plain version, the PTX code, the kernels."""
 
 import doctest
 import re
@@ -25,7 +25,7 @@ from phogpt_raw.model.nf4_product import (
 
 
 def made(out, width, rank=None, bias=True, dtype=torch.float32, device="cpu", seed=0):
-    """(the NF4 layer, its Linear with an adapter of that rank)."""
+    """(the NF4 layer, the same layer as a Linear with an adapter of `rank`, a random generator)."""
     dice = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape, std=1.0):
@@ -68,11 +68,11 @@ def test_the_values_are_bitsandbytes():
     assert torch.equal(torch.tensor(VALUES), get_4bit_type("nf4", device="cpu").float())
 
 
-# -- the instructions, run by a small interpreter of them
+# -- the PTX instructions, run by a small interpreter
 
 
 def run(program: str, packed: int, registers: int) -> list[int]:
-    """The outputs of the PTX that dequantise_asm makes, as bit patterns."""
+    """Interpret PTX code of dequantise_asm; return its outputs as bit patterns."""
     values = {f"${registers}": packed}
 
     def read(name):
@@ -94,7 +94,7 @@ def run(program: str, packed: int, registers: int) -> list[int]:
         elif operation == "prmt.b32":
             eight = (a | more[0] << 32).to_bytes(8, "little")
             picked = [more[1] >> 4 * n & 15 for n in range(4)]
-            assert all(p < 8 for p in picked)  # 8 and more repeat a sign
+            assert all(p < 8 for p in picked)  # 8 to 15 would copy a sign bit
             values[target] = int.from_bytes(bytes(eight[p] for p in picked), "little")
         elif operation == "mov.b32":
             values["x"], values["y"] = a & 0xFFFF, a >> 16
@@ -107,7 +107,7 @@ def run(program: str, packed: int, registers: int) -> list[int]:
 
 @pytest.mark.parametrize("to_fp32", [True, False], ids=["fp32", "pairs"])
 def test_the_instructions_give_each_nibble_its_value_in_fp16(to_fp32):
-    """Every byte in every place: high nibbles first, then low ones."""
+    """All 256 values of a byte are tested. The high nibbles come first, then the low nibbles."""
     bits = torch.tensor(VALUES).half().view(torch.uint16).tolist()
     for byte in range(256):
         four = [byte, byte * 7 % 256, 255 - byte, byte ^ 0x5A]
@@ -132,14 +132,16 @@ def test_the_programs_cover_each_matrix_once(out, width, some):
     block, columns, split, warps = choose(some, out, width)
     assert fits(out, width)
     assert out % block == 0 and width // 2 % (columns * split) == 0 and columns % 32 == 0
-    assert (block * columns) % (32 * warps) == 0  # no thread is without a byte
+    assert (block * columns) % (32 * warps) == 0  # each thread has a byte
     assert split == 1 or some
 
 
 def is_plain(out, width, dtype, rows, low, how):
-    """Whether the kernels' product equals the plain one within 3 eps of the largest value: the
-    rounding of W, of sums in another order and of the result. It is computed twice, because
-    programs that share a row use counters that must be reset."""
+    """Whether the kernels' product equals the plain product within 3 eps of the largest value.
+
+    The 3 eps are for the rounding of W, of the sums and of the result. The product is computed
+    twice, because programs that share a row use counters that must be reset.
+    """
     _, linear, normal = made(out, width, rank=16, dtype=dtype, device="cuda")
     scratch = Scratch(out, "cuda")
     x_N2, low_NR, add_NO = halves(normal(rows, width)), normal(rows, 16), normal(rows, out)
@@ -181,7 +183,7 @@ def test_a_gpu_without_tensor_cores_for_triton_takes_row_by_row(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_product_repeats_to_the_bit():
-    """Programs that share a row finish in any order, but the sum must not depend on it."""
+    """Programs that share a row finish in any order. The sum must not depend on this order."""
     _, linear, normal = made(4096, 16384, rank=16, dtype=torch.float16, device="cuda")
     x_N2, low_NR, scratch = halves(normal(8, 16384)), normal(8, 16), Scratch(4096, "cuda")
     first = product(x_N2, linear, scratch, low_NR)
@@ -206,7 +208,7 @@ TYPES = dict(packed="*u8", scales="*u8", scale_code="*fp32", scale_scales="*fp32
 @pytest.mark.parametrize("capability", [70, 75, 80, 90])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_the_kernels_compile_for_gpus_that_are_not_here(capability, rows):
-    """Triton's compiler needs none. This says nothing about their speed there."""
+    """Triton compiles for a GPU without having one. The test does not measure the speed."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

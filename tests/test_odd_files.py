@@ -1,4 +1,4 @@
-"""A bad or odd file gets one line, always the same; random bytes never get more than one line."""
+"""Each bad or unusual file gets one fixed line. Random bytes never get more than one line."""
 
 import json
 import tempfile
@@ -28,7 +28,7 @@ def read(file: Path) -> Rows:
 
 
 def said(file: Path) -> str:
-    """The line of a file: the refusal; or the number of rows, the rows left out, and the notes."""
+    """The line of a file: the error, or the number of rows, the rows left out, and the notes."""
     try:
         rows = read(file)
     except Refusal as refusal:
@@ -127,7 +127,7 @@ def test_targets_cover_all_answers_and_their_ends_and_no_question(turns, max_len
 
 
 def test_the_rows_of_a_file_with_one_far_quote_are_all_there_but_one(tmp_path):
-    """The quote of line 2 is closed 70,000 lines later; the lines between them must stay rows."""
+    """The quote of line 2 is closed 70,000 lines later. The lines between must stay rows."""
     from phogpt_raw.data.conversations import conversations
     from phogpt_raw.data.records import Findings
     from phogpt_raw.data.sources import read_file

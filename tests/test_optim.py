@@ -1,4 +1,4 @@
-"""The learning rate; the optimizers over the flat buffer; saving and restoring their state."""
+"""The learning rate, the optimizers of the flat buffer, and saving and restoring their state."""
 
 import doctest
 import io
@@ -23,7 +23,7 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_the_floor(warmup):
     assert rates[40] == pytest.approx(2e-5)
     middle = lr_at(warmup + (40 - warmup) / 2, 40, 2e-4, warmup, 0.1)
     assert middle == pytest.approx((2e-4 + 2e-5) / 2)
-    assert lr_at(100, 40, 2e-4, warmup, 0.1) == pytest.approx(2e-5)  # and stays there
+    assert lr_at(100, 40, 2e-4, warmup, 0.1) == pytest.approx(2e-5)  # later rates are equal
 
 
 def test_every_step_has_a_learning_rate_above_zero_even_in_runs_shorter_than_the_warm_up():
@@ -33,8 +33,10 @@ def test_every_step_has_a_learning_rate_above_zero_even_in_runs_shorter_than_the
 
 
 def walk(optimizer, flat, steps, first=0):
-    """Steps of an optimizer on a quadratic function that is steep in some directions, with noisy
-    gradients."""
+    """Run optimizer steps on a quadratic function with noisy gradients.
+
+    The function is steep in some directions and flat in others.
+    """
     steep = torch.logspace(-2, 0, len(flat), device=flat.device)
     for step in range(first, first + steps):
         dice = torch.Generator().manual_seed(step)
@@ -50,8 +52,10 @@ def start(kind, size=4096, device="cpu", **settings):
 
 
 def test_8_bit_state_stays_close_to_32_bit():
-    """An 8-bit moment is good to some per cent, and so is a step; over 30 steps errors of either
-    sign cancel, so the two ends differ by a few per cent of the way."""
+    """An 8-bit moment has an error of a few per cent, and so has a step.
+
+    Over 30 steps errors of opposite sign cancel. So the results differ by less than 5 %.
+    """
     ends = []
     for kind in ("adamw", "paged_adamw_8bit"):
         flat, optimizer = start(kind)
@@ -86,7 +90,7 @@ def test_state_goes_through_a_file_and_on_to_the_bit(kind):
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     other = torch.nn.Parameter(flat.detach().clone())
-    restored = make_optimizer(other, kind, 5.0, 0.5)  # overwritten by what was saved
+    restored = make_optimizer(other, kind, 5.0, 0.5)  # the saved values replace these
     load_state(restored, torch.load(file, map_location="cpu", weights_only=True))
     for name, value in optimizer.state[flat].items():
         got = restored.state[other][name]
@@ -102,7 +106,7 @@ def test_state_goes_through_a_file_and_on_to_the_bit(kind):
 
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
 def test_an_update_allocates_no_state(kind):
-    """The state is allocated at the start, so that an update cannot run out of memory half-way."""
+    """The state is allocated at the start. So an update cannot run out of memory in the middle."""
     flat, optimizer = start(kind)
     before = {name: value.data_ptr() for name, value in optimizer.state[flat].items()
               if isinstance(value, torch.Tensor)}
@@ -114,7 +118,7 @@ def test_an_update_allocates_no_state(kind):
 
 @pytest.mark.parametrize("kind, state, bound", [
     ("adamw", torch.optim.AdamW, 1e-6),  # the same formula, fused
-    ("paged_adamw_8bit", None, 0),  # to the bit
+    ("paged_adamw_8bit", None, 0),  # equal bit for bit
 ])
 def test_state_made_at_the_start_changes_no_step(kind, state, bound):
     flat, optimizer = start(kind)
@@ -132,7 +136,7 @@ def test_paged_bytes_are_those_of_the_8_bit_moments():
 
 
 def test_a_checkpoint_of_an_older_version_goes_on():
-    """32-bit AdamW was not fused and its state was made by the first step."""
+    """In the older version 32-bit AdamW was not fused, and its first step made the state."""
     flat = torch.nn.Parameter(torch.zeros(4096))
     older = torch.optim.AdamW([flat], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     walk(older, flat, 3)

@@ -1,4 +1,4 @@
-"""Packing: which examples share a row, and the lengths of rows."""
+"""Packing: the choice of the examples that share a row, and the lengths of rows."""
 
 import doctest
 import json
@@ -43,8 +43,10 @@ def test_best_fit_puts_each_item_into_one_bin_that_has_room(sizes, capacity, mos
 
 @given(SIZES, st.integers(100, 300))
 def test_best_fit_is_within_its_bound(sizes, capacity):
-    """At most 11/9 of the fewest bins possible, plus 6/9 (Dosa 2007, for first fit decreasing; best
-    fit decreasing is no worse in its worst case)."""
+    """First fit decreasing needs at most 11/9 of the fewest possible bins, plus 6/9 (Dosa 2007).
+
+    In its worst case best fit decreasing needs no more.
+    """
     fewest = -(-sum(sizes) // capacity)
     assert len(best_fit(sizes, capacity)) <= 11 / 9 * max(fewest, 1) + 1 + len(
         [size for size in sizes if size > capacity / 2])
@@ -71,7 +73,7 @@ def test_a_row_costs_the_time_of_whole_tiles_and_of_its_tokens():
 @given(st.lists(st.integers(1, 160), min_size=1, max_size=12))
 @settings(max_examples=60)
 def test_the_lengths_are_the_best_but_for_a_hundredth(totals):
-    """Compared with every choice of at most four multiples."""
+    """The test compares the cost with that of every choice of at most four multiples."""
     from itertools import combinations
 
     multiples = range(ALIGNED, max(totals) + ALIGNED, ALIGNED)
@@ -100,7 +102,7 @@ def test_no_example_is_lost_or_doubled_in_rows(lengths, capacity, window):
 
 @given(SIZES, st.integers(1, 200))
 def test_an_example_longer_than_all_that_were_looked_at_has_a_row(lengths, longest):
-    """The longest example may be held out, or in a step that the plan does not consider."""
+    """The longest example may be a held-out row, or in a step that the plan does not look at."""
     packing = choose_packing([examples_of(lengths)], max(longest, *lengths), 200)
     [(row, length)] = packing.rows(examples_of([max(longest, *lengths)]))
     assert len(row) == 1 and max(longest, *lengths) <= length in packing.lengths
@@ -116,15 +118,14 @@ def test_one_long_example_leaves_other_rows_full(shorts):
 
 
 def test_rows_are_bounded_by_the_examples_that_they_have(capacity=2048):
-    """The memory of the kernels' statistics grows with the most examples in a row, which is 8
-    here."""
+    """The kernels' statistics need memory for the largest number of examples in a row, here 8."""
     made = examples_of([100] * 24)
     packing = choose_packing([made[:8], made[8:16], made[16:]], 100, capacity)
     assert packing.most == 8 and len(packing.rows(made)) == 3
 
 
 def fill(stream, epochs, capacity):
-    """The share of tokens that are not padding, over the run."""
+    """The share of tokens in a run that are not padding."""
     steps = stream.steps(epochs)
     windows = [stream.picked(step) for step in range(steps)]
     longest = max(len(e.ids) for e in stream.examples)
@@ -135,7 +136,7 @@ def fill(stream, epochs, capacity):
 
 
 def test_fill_of_real_lengths():
-    """256 questions and answers, 8 a window or windows of 4,096 tokens."""
+    """256 questions and answers: 8 in an accumulation window, or windows of 4,096 tokens."""
     made = examples_of([prompt + answer for prompt, answer in REAL["lengths"]])
     for seed in range(3):
         assert fill(Stream(made, batch_size=8, pad_id=3, seed=seed), 1, 2048) >= 0.92

@@ -1,4 +1,4 @@
-"""The server's page in a real browser; skipped where there is none, or no selenium to steer it."""
+"""The server's page in a real browser. Without a browser or selenium the tests are skipped."""
 
 import shutil
 import time
@@ -19,14 +19,14 @@ WIDTHS = {"phone": (390, 844), "desktop": (1280, 800)}
 
 @pytest.fixture(scope="module")
 def server():
-    """A server of nano without an adapter, whose answers do not end by themselves."""
+    """A server of nano without an adapter. Its answers do not end by themselves."""
     with served("--model", "nano", "--slots", 2, "--max-new-tokens", 900) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def locked(tiny, tmp_path_factory):
-    """A server of two adapters with an API key."""
+    """A server with two adapters and an API key."""
     folder = tmp_path_factory.mktemp("adapters")
     new_adapters(load_base(str(tiny))[0], rank=2, alpha=4).save(folder)
     flags = [flag for name in ("mot", "mot-cai-ten-dai-hon-man-hinh-cua-dien-thoai")
@@ -44,7 +44,7 @@ def browser(request):
 
 
 class driven:
-    """A headless browser of a size and colour scheme, which speaks Vietnamese."""
+    """A headless browser with a window size, a colour scheme, and Vietnamese as its language."""
 
     def __init__(self, width: int, height: int, scheme: str):
         options = webdriver.ChromeOptions()
@@ -90,7 +90,7 @@ def opened(browser, server):
 
 
 def fits(browser) -> bool:
-    """Whether nothing is wider than the window."""
+    """Whether every element of the page fits into the width of the window."""
     return browser.execute_script(
         "return document.documentElement.scrollWidth <= window.innerWidth && "
         "[...document.querySelectorAll('header *, footer *, .turn, #welcome *')].every(e => "
@@ -98,7 +98,7 @@ def fits(browser) -> bool:
 
 
 def contrast(browser, selector) -> float:
-    """WCAG's contrast between an element's text and its background."""
+    """The contrast between an element's text and its background, as WCAG defines it."""
     return browser.execute_script("""
         let e = document.querySelector(arguments[0]);
         const rgb = c => c.match(/[\\d.]+/g).map(Number);
@@ -122,19 +122,19 @@ def test_asks_streams_stops_and_resets(browser, server):
     one(browser, "#question").send_keys("Phở bò là gì?\n")
     until(lambda: texts(browser, ".answer") != [""])
     first = texts(browser, ".answer")[0]
-    until(lambda: len(texts(browser, ".answer")[0]) > len(first))  # it grows: it is streamed
+    until(lambda: len(texts(browser, ".answer")[0]) > len(first))  # it grows while it is written
     assert one(browser, "#stop").is_displayed() and not one(browser, "#send").is_displayed()
     assert texts(browser, ".mine") == ["Phở bò là gì?"] and fits(browser)
     one(browser, "#stop").click()
     until(lambda: texts(browser, ".note") == ["(đã dừng)"])
-    until(lambda: server.health()["answering"] == 0)  # the row is free again
+    until(lambda: server.health()["answering"] == 0)  # its slot is free again
     stopped = texts(browser, ".answer")
     assert one(browser, "#send").is_displayed() and contrast(browser, ".note") >= 4.5
 
     one(browser, "summary").click()
     one(browser, "#length").send_keys("5")
     assert fits(browser)
-    one(browser, "#question").send_keys("Và\ue008\ue007\ue008sau đó?\n")  # a line by shift-enter
+    one(browser, "#question").send_keys("Và\ue008\ue007\ue008sau đó?\n")  # Shift-Enter makes a line
     until(lambda: texts(browser, ".note") == ["(đã dừng)", "(bị cắt vì đã đủ số token tối đa)"])
     assert texts(browser, ".answer")[:1] == stopped
     assert texts(browser, ".mine")[1] == "Và\nsau đó?"

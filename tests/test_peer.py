@@ -1,4 +1,4 @@
-"""bench/peer.py gives both sides the same weights, function, adapters and arithmetic."""
+"""bench/peer.py gives both sides the same weights, model function, adapters and arithmetic."""
 
 
 import pytest
@@ -31,7 +31,7 @@ def test_both_compute_the_same_function(folder):
     ids = torch.tensor(random_rows(96, 2, 40, seed=3))
     mine = ours(folder)
     with torch.no_grad():
-        # fp32 on both sides: two blocks of sums of 64 and 256 terms, logits of size 0.2
+        # fp32 on both sides: two blocks, sums of 64 and 256 terms, logits of size 0.2
         torch.testing.assert_close(mine.logits(mine(ids)), theirs(ids).logits, rtol=1e-5, atol=1e-6)
 
 
@@ -76,7 +76,7 @@ def test_a_side_out_of_memory_has_no_figure():
 
 
 class Answering:
-    """A side that records its orders. `full`: it runs out of memory under a cap."""
+    """A stand-in for one side that records its orders. If `full`, a cap makes it out of memory."""
 
     def __init__(self, full=False):
         self.full, self.orders = full, []
@@ -97,7 +97,7 @@ def test_sides_take_turns_and_each_path_is_what_its_name_says(full):
     assert [(o["path"], o["count"]) for o in ours.orders] == [
         ("captured", 5), ("eager", 5), *[("captured", 4), ("eager", 4)] * 2]
     assert {o["cap_gib"] for o in ours.orders} == {13.0}  # our side always has the cap
-    # the Trainer is tried under the cap; if that is too little, it runs without a cap
+    # the Trainer is tried with the memory cap; if it runs out of memory, it runs without a cap
     assert [(o["count"], o["cap_gib"]) for o in theirs.orders] == [
         (2, 13.0), *[(n, 0 if full else 13.0) for n in (5, 4, 4)]]
     assert row["peer_fits"] != full

@@ -1,8 +1,8 @@
-"""The forward against the oracle (transformers' MPT with biases) and against a slow one in fp64.
+"""The forward, compared with the oracle (transformers' MPT with biases) and a slow fp64 forward.
 
-fp32: logits here are sums of some 64 products of size up to 0.1, and both sides round each of them
-in another order. 1e-5 is about 30 units in the last place of a logit near 1; a lost bias changes
-logits by 0.1.
+Tolerances in fp32: a logit is a sum of about 64 products of size up to 0.1. The two sides add the
+products in different orders. The tolerance of 1e-5 is about 30 units in the last place of a logit
+near 1. A missing bias would change logits by 0.1.
 """
 
 import math
@@ -23,7 +23,7 @@ SHAPES = pytest.mark.parametrize(
 
 
 def padded(config, side, lengths=(9, 4, 1)):
-    """ids_BL, doc_BL and the mask of real tokens, with padding on one side."""
+    """(ids_BL, doc_BL, mask of the real tokens) of rows with padding on one side."""
     ids_BL = random_ids(config, len(lengths), max(lengths))
     j = torch.arange(max(lengths))
     n = torch.tensor(lengths)[:, None]
@@ -36,7 +36,7 @@ def next_token_loss(logits_BLV, ids_BL):
     return F.cross_entropy(logits_BLV[:, :-1].float().flatten(0, 1), ids_BL[:, 1:].flatten())
 
 
-# -- values
+# -- logits
 
 
 @SHAPES
@@ -46,18 +46,20 @@ def test_logits_are_the_oracles(heads, width, layers):
     model, other = twins(config)
     ids_BL = random_ids(config, 3, 40)
     logits_BLV = model.logits(model(ids_BL))
-    assert logits_BLV.std() > 0.1  # else the tolerance would prove nothing
+    assert logits_BLV.std() > 0.1  # near 0 any logits would pass
     torch.testing.assert_close(logits_BLV, other(ids_BL).logits, **FP32)
 
 
 @SHAPES
 @torch.no_grad()
 def test_logits_in_bf16_are_no_further_off_than_the_oracles(heads, width, layers):
-    """Both in bf16 against fp32 with the same (bf16) weights.
+    """Both bf16 models are compared with an fp32 model that has the same bf16 weights.
 
-    MPT adds its bias in fp32 and rounds the weights of attention, we round the bias: neither is
-    below the other in general. Over 30,000 logits the two errors are alike, hence twice as slack;
-    bf16 keeps 8 bits and some ten roundings follow each other, hence 10 * 2^-9 of the deviation.
+    We round ALiBi's bias. MPT adds it in fp32, but rounds the attention weights. So neither error
+    is always smaller; over 30,000 logits they are similar. Ours may be twice as large as MPT's.
+
+    About ten roundings of 2^-9 follow each other. So the error may have 10 * 2^-9 of the logits'
+    standard deviation.
     """
     config = small_config(heads, width, layers)
     tensors = lively_tensors(config, dtype=torch.bfloat16)
@@ -102,8 +104,7 @@ def test_packed_documents_are_the_oracles_alone():
 @pytest.mark.parametrize("heads", [6, 8])
 @torch.no_grad()
 def test_tokens_through_the_cache_are_the_oracles(heads, prompt):
-    """A prompt in one pass, then one token at a time, with more positions in the cache than are
-    used."""
+    """The prompt is read in one pass, then one token at a time. The cache has unused positions."""
     config = small_config(heads)
     model, other = twins(config)
     ids_BL = random_ids(config, 2, 17)
@@ -164,7 +165,7 @@ def test_loss_and_every_gradient_are_the_oracles():
     expected.backward()
     theirs = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
-        # Sums over 72 tokens in fp32, in two orders: a millionth of the tensor's own size.
+        # fp32 sums over 72 tokens in different orders differ by a millionth of the tensor's size
         size = theirs[name].grad.abs().max().item()
         assert size > 0, name
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5 * size,
@@ -173,9 +174,10 @@ def test_loss_and_every_gradient_are_the_oracles():
 
 @pytest.mark.parametrize("recompute", [0, 1, 2, 3])
 def test_gradient_on_a_middle_activation_is_the_oracles(recompute):
-    """A frozen base, and what LoRA needs of it: the gradient with respect to block 0's output.
+    """LoRA needs the gradient of activations in a frozen base. Here it is that of block 0's output.
 
-    The activation is made a leaf by adding a zero to it, below blocks that are kept or recomputed.
+    The test adds a zero tensor to this output and takes the gradient of the zero tensor. The blocks
+    above are recomputed or not.
     """
     config = small_config(6, 8, 3)
     model, other = (m.requires_grad_(False) for m in twins(config))
@@ -184,7 +186,7 @@ def test_gradient_on_a_middle_activation_is_the_oracles(recompute):
                                                             ).logits, real_BL)
     got = middle_gradient(model, ids_BL, lambda: model.logits(
         model(ids_BL, doc_BL, recompute=recompute)), real_BL)
-    # Relative to the largest entry: fp32 sums in two orders, through two blocks.
+    # Relative to the largest element: two blocks, fp32 sums in different orders.
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
@@ -204,7 +206,7 @@ def middle_gradient(model, ids_BL, logits, real_BL):
 
 @pytest.mark.parametrize("recompute", [1, 2, 3])
 def test_gradients_are_the_same_however_much_is_recomputed(recompute):
-    """Bit for bit: the same operations on the same values, only later."""
+    """The gradients are equal bit for bit: recomputation runs the same operations later."""
     config = small_config(6, 8, 3)
     model = ours(config, lively_tensors(config)).train()
     ids_BL, doc_BL, _ = padded(config, "left")
@@ -272,7 +274,7 @@ def test_logits_are_those_of_a_slow_forward(fields):
 
 
 def slow_logits(config, tensors, ids):
-    """Logits [L, V] in fp64, written from the papers: a token, a head and a key at a time."""
+    """Logits [L, V] in fp64 by the papers' formulas, one token, head and key at a time."""
     tensors = {name: t.double() for name, t in tensors.items()}
     attention, heads = config["attn_config"], config["n_heads"]
     width, n = config["d_model"] // heads, 2 ** math.ceil(math.log2(heads))

@@ -1,4 +1,4 @@
-"""The curves of a run: what they show for any metrics, and that a failure to draw stops no run."""
+"""The curves of a run: their content for any metrics. A failure to draw does not stop a run."""
 
 import doctest
 import json
@@ -15,8 +15,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from phogpt_raw.show import plots
-
-PICTURES = plots.pictures
 
 
 def row(step, loss=2.0, skipped=0, lr=1e-3):
@@ -39,7 +37,7 @@ def run_of(tmp_path, metrics, name="run"):
 
 
 def axes_of(metrics):
-    """The panels and the curves of the upper one by label."""
+    """(upper panel, lower panel, curves of the upper panel by label)."""
     losses, rates = Figure().subplots(2, 1, sharex=True)
     steps = [r for r in metrics if "loss" in r]
     plots.training_loss(losses, steps)
@@ -53,7 +51,7 @@ def test_doctest():
     assert doctest.testmod(plots).failed == 0
 
 
-# -- what is drawn
+# -- the curves
 
 
 def test_the_curves_are_the_metrics(tmp_path):
@@ -87,7 +85,7 @@ def test_the_loss_before_training_is_never_the_lowest():
 
 def test_a_long_run_is_drawn_by_its_extremes_and_its_mean():
     metrics = rows(10_000)
-    metrics[4321]["loss"] = 9.0  # one step in ten thousand stays visible
+    metrics[4321]["loss"] = 9.0  # must stay visible among 10,000 steps
     axes, _, curves = axes_of(metrics)
     [band] = axes.collections
     assert band.get_paths()[0].vertices[:, 1].max() == 9.0
@@ -127,7 +125,7 @@ def test_any_run_gives_both_pictures(tmp_path, metrics, recwarn):
     ElementTree.parse(folder / "loss.svg")
     with Image.open(folder / "loss.png") as picture:
         assert picture.size == (1200, 750)
-        assert picture.convert("RGBA").getextrema()[3] == (255, 255)  # a background of its own
+        assert picture.convert("RGBA").getextrema()[3] == (255, 255)  # the background is opaque
     assert not recwarn.list
 
 
@@ -146,7 +144,7 @@ def test_a_row_torn_by_a_power_cut_is_left_out(tmp_path):
 
 
 def test_the_same_metrics_give_the_same_bytes(tmp_path):
-    """Also in another process, where Python's hashes differ."""
+    """This also holds for another process, in which Python's hashes differ."""
     metrics = [score(0, 5.0), *rows(40), score(40, 2.0)]
     one, two = (run_of(tmp_path / n, metrics) for n in ("a", "b") if not (tmp_path / n).mkdir())
     plots.draw(one, "nano")
@@ -170,7 +168,7 @@ def test_a_hundred_thousand_steps_make_a_small_file(tmp_path):
 
 
 def test_vietnamese_letters_are_outlines_composed_or_not(tmp_path):
-    """A name from a Mac (NFD) gives the same picture as one from elsewhere (NFC)."""
+    """A name in NFD, as on a Mac, gives the same picture as the name in NFC."""
     name = "thơ-lục-bát-ễỡửậặ"
     composed = run_of(tmp_path, rows(3), name)
     plots.draw(composed, "nano")
@@ -179,7 +177,7 @@ def test_vietnamese_letters_are_outlines_composed_or_not(tmp_path):
     plots.draw(decomposed, "nano")
     svg = (composed / "loss.svg").read_text()
     assert svg == (decomposed / "loss.svg").read_text()
-    assert "<text" not in svg  # no viewer needs a font
+    assert "<text" not in svg  # a viewer needs no font
     glyphs = set(re.findall(r'id="DejaVuSans-Bold-(\w+)"', svg))  # the title alone is bold
     assert len(glyphs) == len(set(name))
 
@@ -218,33 +216,26 @@ def test_starting_a_run_does_not_wait_for_matplotlib():
     assert said.stdout.strip() == "False"
 
 
-@pytest.fixture
-def train(train, monkeypatch):
-    """conftest's, with the pictures that it leaves out."""
-    monkeypatch.setattr(plots, "pictures", PICTURES)
-    return train
-
-
-def test_a_run_leaves_its_curves(train, tmp_path):
-    status, said, _ = train("--out", tmp_path / "thơ")
+def test_a_run_leaves_its_curves(train_and_draw, tmp_path):
+    status, said, _ = train_and_draw("--out", tmp_path / "thơ")
     assert status == 0 and "README.md, loss.png, loss.svg" in said
     assert (tmp_path / "thơ" / "loss.png").is_file()
 
 
-def test_a_run_that_fails_leaves_its_curves(train, tmp_path):
+def test_a_run_that_fails_leaves_its_curves(train_and_draw, tmp_path):
     out = tmp_path / "run"
-    assert train("--out", out, "--lr", 1e25)[0] == 1
+    assert train_and_draw("--out", out, "--lr", 1e25)[0] == 1
     assert (out / "loss.svg").is_file() and (out / "loss.png").is_file()
 
 
-def test_curves_of_a_resumed_run_are_of_all_its_steps(train, tmp_path, monkeypatch):
+def test_curves_of_a_resumed_run_are_of_all_its_steps(train_and_draw, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    train("--out", out, at=(5, KeyboardInterrupt()))
+    train_and_draw("--out", out, at=(5, KeyboardInterrupt()))
     before = (out / "loss.svg").read_bytes()
     seen = []
     monkeypatch.setattr(plots, "training_loss",
                         lambda _axes, steps: seen.extend(r["step"] for r in steps))
-    assert train("--out", out)[0] == 0
+    assert train_and_draw("--out", out)[0] == 0
     assert seen == list(range(1, 8)) and (out / "loss.svg").read_bytes() != before
 
 

@@ -1,7 +1,7 @@
-"""Each private API that the project calls is tested; a failure says what to do without it.
+"""Tests of every private API that the project calls. A failure tells what to do without the API.
 
-The attention kernels of CUDA cards run on the meta device: their operations and arguments must
-exist in any build of torch. On a GPU their values are compared too.
+Without a GPU the CUDA attention kernels run on the meta device. This checks that their operations
+and arguments exist in this build of torch. On a GPU their values are compared too.
 """
 
 import ast
@@ -28,7 +28,7 @@ PUBLIC_ATTENTION = (
 
 @contextmanager
 def without_it(advice: str):
-    """Turns any failure inside into one that begins with what to do."""
+    """Turn any error in the `with` block into a test failure that begins with advice."""
     try:
         yield
     except Exception as error:
@@ -51,7 +51,7 @@ def attention_problem(device, dtype=torch.float32):
 
 
 def through(kernel, q, k, v, bias, g, scale=0.2):
-    """[out, dq, dk, dv] of a kernel and its backward."""
+    """[out, dq, dk, dv] from the forward and the backward of a kernel."""
     forward, backward = kernel
     out, *saved = forward(q, k, v, bias, scale)
     return [out, *backward(g, q, k, v, bias, out, *saved, scale)]
@@ -81,7 +81,7 @@ def test_the_attention_of_cuda_cards_takes_our_arguments(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", CUDA_KERNELS, ids=["efficient", "cudnn"])
 def test_the_attention_of_cuda_cards_is_the_public_one(kernel):
-    """fp16: a few roundings of eps / 2 = 2^-11 each, in the norm."""
+    """The limit for the norm of the error is a few fp16 roundings of eps / 2 = 2^-11."""
     problem = attention_problem("cuda", torch.float16)
     wanted = public_attention(*attention_problem("cpu"))
     if kernel[0] is private_apis.cudnn_attention and torch.cuda.get_device_capability() < (8, 0):
@@ -99,7 +99,10 @@ MASKED_BIAS = ("let model/documents.py's choose_kernel return None: documents ar
 
 
 def documents_through(kernel, device):
-    """([out, dq, dk, dv] of documents of 10, 0 and 6 tokens, the operations that ran)."""
+    """([out, dq, dk, dv] of a kernel, the same by torch's public function, the operations run).
+
+    The documents have 10, 0 and 6 tokens.
+    """
     forward, backward, rows = DOCUMENT_KERNELS[kernel]
     torch.manual_seed(0)
     shape = (*[1] * rows, 16, 3, 64)
@@ -138,7 +141,7 @@ def test_the_variable_length_kernels_take_our_arguments(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", DOCUMENT_KERNELS)
 def test_the_variable_length_kernels_are_the_public_one_on_each_document(kernel):
-    """fp16: a few roundings of eps / 2 = 2^-11 each, in the norm."""
+    """The limit for the norm of the error is a few fp16 roundings of eps / 2 = 2^-11."""
     with without_it(MASKED_BIAS):
         found, wanted, _ = documents_through(kernel, "cuda")
         for mine, exact in zip(found, wanted, strict=True):
@@ -269,8 +272,7 @@ def test_a_4_bit_weight_has_a_state_with_the_fields_that_decode_it():
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_state_made_of_its_fields_is_the_one_they_came_from(device):
-    """The lists of attributes are compared too: a new attribute that we do not set would be lost in
-    a cache."""
+    """The names of the attributes must be equal too. A cache would lose an unknown attribute."""
     with without_it(f"make it with QuantState.from_dict, whose keys are a file format; else {PIN}"):
         weight = nf4_linear(torch.randn(700, 96, device=device), torch.bfloat16, device).weight
         old = nf4_state(weight)
@@ -294,14 +296,14 @@ def test_a_layer_takes_a_state_and_never_repacks_its_weight():
     with without_it(f"call dequantise and F.linear in model/lora.py instead of the layer where no "
                     f"gradient is needed; else {PIN}"):
         linear = nf4_linear(torch.randn(64, 64), torch.bfloat16, "cpu").eval()
-        private_apis.attach_state(linear, nf4_state(linear.weight))  # as nf4_linear has done
+        private_apis.attach_state(linear, nf4_state(linear.weight))  # as nf4_linear does
         assert linear.quant_state is nf4_state(linear.weight)
         assert linear.support_avx512bf16_for_cpu is False
         before = linear.weight.clone()
         with torch.no_grad():
             linear(torch.randn(1, 64, dtype=torch.bfloat16))
         assert torch.equal(before, linear.weight)
-        # The switch is still one: bitsandbytes sets it itself in each new layer.
+        # bitsandbytes still has this attribute: it sets it in each new layer.
         assert "support_avx512bf16_for_cpu" in vars(bitsandbytes.nn.Linear4bit(64, 64))
 
 
@@ -336,7 +338,8 @@ def test_state_of_an_8_bit_optimizer_is_made_before_its_first_step(device):
 @pytest.mark.parametrize("value, flag", [(1.0, 0.0), (1e20, 0.0), (float("inf"), 1.0),
                                          (float("nan"), 1.0)])
 def test_the_flag_is_that_by_which_the_update_is_skipped(value, flag):
-    """The update also runs if each gradient is finite and only the norm is not (1e20 squared)."""
+    """The update also runs if the gradients are finite and only their norm is not (1e20 squared).
+    """
     with without_it("compare scaler.get_scale() before and after scaler.update() in "
                     f"training/step.py, which waits for the GPU; else {PIN}"):
         flat = torch.nn.Parameter(torch.zeros(8))
@@ -352,13 +355,13 @@ def test_the_flag_is_that_by_which_the_update_is_skipped(value, flag):
         assert private_apis.found_inf(disabled, optimizer) is None
 
 
-# -- nobody else
+# -- no other module uses private APIs
 
-# Names without an underscore that are private all the same.
+# Private names that do not begin with an underscore.
 UNDOCUMENTED = {"quant_state", "absmax", "state2", "support_avx512bf16_for_cpu", "page_mng",
                 "paged_tensors", "init_state", "name2qmap", "create_dynamic_map", "get_paged",
                 "flop_registry"}
-# Keys of the 8-bit optimizer's state_dict are its file format, and public: "state1", "state2".
+# The keys "state1" and "state2" in the 8-bit optimizer's state_dict are public: its file format.
 KEYS = {"state2"}
 
 
@@ -367,8 +370,10 @@ def is_private(name: str) -> bool:
 
 
 def private_names(source: str) -> list[str]:
-    """Attributes and imports of a source that begin with an underscore or are undocumented; those
-    of `self` are its own."""
+    """The private attributes and imports of a source: with an underscore, or undocumented.
+
+    Attributes of `self` and `cls` do not count.
+    """
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):

@@ -1,4 +1,4 @@
-"""The exact tokens that the model reads, and which carry loss: the answer and its </s>."""
+"""The exact tokens that the model reads. Only the answer and its </s> have a loss."""
 
 import doctest
 import unicodedata
@@ -39,7 +39,7 @@ def tokenizer(request):
 
 @pytest.fixture
 def fresh():
-    """A tokenizer that a test may spoil."""
+    """nano's tokenizer, which a test may change."""
     return read(NANO)
 
 
@@ -87,7 +87,7 @@ def test_a_training_prompt_is_what_the_chat_template_asks_at_generation(tokenize
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("worn", TEMPLATES)
 def test_a_prompt_that_wears_a_template_is_not_wrapped_again(tokenizer, name, worn):
-    """VinAI's own sample file holds prompts in the template; either is left as it is."""
+    """VinAI's sample file has prompts in a template. A prompt in any template is not changed."""
     wrapped = TEMPLATES[worn].question.format("Ồn ào")
     ids = encode_prompt(tokenizer, TEMPLATES[name], wrapped + "\n")
     assert tokenizer.decode(ids) == wrapped
@@ -153,7 +153,7 @@ def test_a_cut_answer_has_no_end(tokenizer):
 
 def test_a_question_without_room_for_an_answer_is_refused_with_its_line(tokenizer):
     question = len(encode_prompt(tokenizer, TEMPLATES["4b-chat"], "Phở bò là gì?"))
-    with pytest.raises(Refusal, match=rf"^rows\.jsonl:7: .* {question} tokens, --max-len is"):
+    with pytest.raises(Refusal, match=rf"^rows\.jsonl:7: .* {question} tokens, but --max-len is"):
         encode_row(tokenizer, TEMPLATES["4b-chat"], row(), question)
     assert encode_row(tokenizer, TEMPLATES["4b-chat"], row(), question + 1).supervised == 1
 
@@ -164,8 +164,7 @@ def test_a_question_without_room_for_an_answer_is_refused_with_its_line(tokenize
     "ạ", "Ở đây", "|x|", "?", "https://a.vn", "của", "🍜",
 ])
 def test_the_border_of_the_prompt_is_a_border_of_tokens(tokenizer, name, response):
-    """Question and answer are tokenised separately. Joined, their ids must equal those of the whole
-    text."""
+    """Question and answer are tokenised separately. Together they must have the ids of the text."""
     template = TEMPLATES[name]
     example = encode_row(tokenizer, template, row(response=response), 1024)
     text = template.question.format("Phở bò là gì?") + template.gap + response
@@ -179,7 +178,7 @@ TURNS = ["Phở là gì?", "Dạ, một món nước ạ.", "Ăn lúc nào?", "B
 
 
 def spoken(count: int, *before) -> Conversation:
-    """`count` questions with their answers."""
+    """A conversation of the turns `before`, then `count` questions with their answers."""
     roles = ("user", "assistant")
     said = [(roles[n % 2], text) for n, text in enumerate(TURNS[: 2 * count])]
     return Conversation((*before, *said), "rows.jsonl:7")
@@ -187,7 +186,8 @@ def spoken(count: int, *before) -> Conversation:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_turns_are_the_tokenizers_own_chat_template(tokenizer, count):
-    """VinAI's, token for token, with every answer and its </s> supervised and nothing else."""
+    """The ids equal those of VinAI's chat template. Only the answers and their </s> are supervised.
+    """
     row = spoken(count)
     messages = [{"role": role, "content": text} for role, text in row.turns]
     wanted = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
@@ -288,14 +288,14 @@ def test_a_cut_never_ends_within_a_question(tokenizer):
     first = len(encode_row(tokenizer, TEMPLATES["4b-chat"], spoken(1), 1024).ids)
     for max_len in range(first, len(encode_row(tokenizer, TEMPLATES["4b-chat"], row, 1024).ids)):
         [example], _ = documents(tokenizer, row, max_len)
-        assert example.targets[-2] != -100  # the last token is one that was learned
+        assert example.targets[-2] != -100  # the last token has a loss
         assert example.cut
         assert example.ids.count(EOS) >= 1
 
 
 def test_a_question_too_long_is_bad_unless_long_rows_are_dropped(tokenizer):
     row = Conversation((("user", "dài " * 100), ("assistant", "x")), "f:1")
-    assert str(documents(tokenizer, row, 64)[0]).startswith("f:1: the question alone has ")
+    assert str(documents(tokenizer, row, 64)[0]).startswith("f:1: the question has ")
     assert documents(tokenizer, row, 64, "drop") == ([], {"dropped"})
     huge = Conversation((("user", "dài " * 100), ("assistant", "x" * 5_000_000)), "f:1")
     assert documents(tokenizer, huge, 1024)[1] == {"cut"}

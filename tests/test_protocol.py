@@ -1,4 +1,4 @@
-"""Requests of the protocol, checked, and its replies."""
+"""OpenAI's protocol: the check of requests, and the replies."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_a_request_that_says_nothing_gets_the_defaults():
     ask = chat(Defaults(Sampling(0.5, top_p=0.9), 77, ("\n###",)))
     assert (ask.sampling, ask.max_tokens, ask.stops) == (Sampling(0.5, top_p=0.9), 77, ("\n###",))
     assert (ask.n, ask.seed, ask.stream, ask.model) == (1, None, False, None)
-    assert completion().max_tokens == 16  # the protocol's own
+    assert completion().max_tokens == 16  # the protocol's default
 
 
 def test_what_a_request_says_counts():
@@ -64,7 +64,7 @@ def test_stop_strings_and_prompts_are_in_nfc_as_answers_are():
     ("repetition_penalty", 0), ("seed", 1.0), ("seed", 2**63), ("seed", True), ("n", 0),
     ("n", 129), ("max_tokens", 0), ("max_completion_tokens", "9"), ("stop", ""), ("stop", 5),
     ("stop", ["a"] * 17), ("stop", "\ud800"), ("stream", "yes"), ("model", 5),
-    ("stream_options", {"include_usage": True}),  # without stream
+    ("stream_options", {"include_usage": True}),  # not allowed without stream
     ("frequency_penalty", 0.5), ("presence_penalty", -1), ("logit_bias", {"5": 1}),
     ("logprobs", True), ("tools", [{"type": "function"}]), ("tool_choice", "required"),
     ("response_format", {"type": "json_object"}), ("echo", True), ("best_of", 2),

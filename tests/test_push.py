@@ -1,4 +1,4 @@
-"""What is uploaded, to a local hub, and that nothing else is sent."""
+"""The upload to a local hub: the right files arrive, and nothing else is sent."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def hub():
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A run's folder with all files that it can have."""
+    """A run's folder with every kind of file that it can have."""
     folder = tmp_path / "thơ-001"
     (folder / "checkpoint-7").mkdir(parents=True)
     for name, content in {
@@ -48,7 +48,7 @@ KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
 
 
 def push(hub, folder, repo="lan/tho", token=TOKEN, code=PUSH, **environment):
-    """push(folder, repo) in a separate process that uses this hub: its (status, out, err)."""
+    """Run push(folder, repo) in another process with this hub; return (status, stdout, stderr)."""
     script = ("import sys; from pathlib import Path\n"
               "from phogpt_raw.export.push import push\n"
               "from phogpt_raw.refusal import exits_cleanly\n"
@@ -64,7 +64,7 @@ def push(hub, folder, repo="lan/tho", token=TOKEN, code=PUSH, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-# -- what arrives
+# -- the uploaded files
 
 
 def test_of_a_run_the_adapter_its_card_and_curves_arrive_to_the_byte(hub, run_folder):
@@ -80,7 +80,7 @@ def test_of_a_run_the_adapter_its_card_and_curves_arrive_to_the_byte(hub, run_fo
 
 
 def test_an_adapter_of_another_format_is_not_taken_for_an_exported_folder(tmp_path):
-    """Its folder may hold a config.json with paths, and rows."""
+    """The folder of such an adapter may contain rows and a config.json with private paths."""
     for name in ("adapter_model.bin", "adapter_config.json", "config.json", "rows.jsonl"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(Refusal, match="holds no adapter and no exported model"):
@@ -92,7 +92,7 @@ def test_the_path_of_a_base_in_a_folder_stays_at_home(hub, run_folder):
     config = json.loads(hub.files["adapter_config.json"])
     assert config == {"peft_type": "LORA", "base_model_name_or_path": "PhoGPT-4B"}
     assert not any(HOME.encode() in body for _, _, _, body in hub.requests)
-    assert HOME in (run_folder / "adapter_config.json").read_text()  # the local file has it
+    assert HOME in (run_folder / "adapter_config.json").read_text()  # the local file keeps the path
 
 
 @pytest.mark.parametrize("base, told", [
@@ -116,7 +116,7 @@ def test_the_token_is_in_the_header_alone(hub, run_folder):
         assert TOKEN not in str(elsewhere), path
         known = headers.get("authorization", headers.get("Authorization"))
         assert known in (None, f"Bearer {TOKEN}"), path
-        if path.startswith(("/api/repos", "/api/models", "/lan")):  # not to the file store
+        if path.startswith(("/api/repos", "/api/models", "/lan")):  # the file store gets no token
             assert known, (method, path)
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
     written = [p for p in run_folder.parent.rglob("*") if p.is_file()]
@@ -154,12 +154,12 @@ def test_a_training_run_connects_to_nothing(hub, run_folder, tiny, rows, tmp_pat
     assert (tmp_path / "run" / "README.md").is_file() and hub.requests == []
 
 
-# -- what is refused, in one line
+# -- refusals, in one line
 
 
 @pytest.fixture
 def here(hub, monkeypatch):
-    """The hub for this process too, which is quicker to ask than a new one."""
+    """Let this process use the hub. This is faster than a new process."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)

@@ -1,4 +1,5 @@
-"""Random weights: determined by the seed, in the model's shape, and useful to a test."""
+"""Random weights: the seed determines them, they have the model's shapes, and tests can use them.
+"""
 
 import bitsandbytes as bnb
 import pytest

@@ -1,4 +1,4 @@
-"""What README and docs/ name exists: files, flags, presets; their measured values are in LOG.md."""
+"""Files, flags and presets that README and docs/ name exist. Measured values are in LOG.md."""
 
 import re
 import shlex
@@ -65,7 +65,7 @@ def test_presets_and_pairs_are_as_stated():
 
 
 def test_every_measured_figure_typed_by_hand_is_in_the_log():
-    """Figures between markers are compared with bench/results by another test."""
+    """Another test compares the figures between markers with bench/results."""
     log = (ROOT / "LOG.md").read_text("utf-8")
     measured = [README.split("## Measured beside other programs")[1].split("\n## ")[0],
                 *(file.read_text("utf-8") for file in DOCS)]

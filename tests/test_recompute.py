@@ -1,7 +1,7 @@
-"""Norms and GELU recomputed in backward: the same gradients bit for bit, from fewer saved bytes.
+"""Norms and GELU are recomputed in backward: equal gradients bit for bit, and fewer saved bytes.
 
-The reference is the same model with `recomputed` replaced by a plain call, whose output autograd
-saves.
+The reference is the same model with a plain call instead of `recomputed`. Autograd then saves the
+output of the call.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ INPLACE = "modified by an inplace operation"
 
 
 def saved(function, *inputs):
-    """Instead of `recomputed`: a plain call, whose output autograd saves."""
+    """A plain call in place of `recomputed`. Autograd saves its output."""
     return contextlib.nullcontext(function(*inputs))
 
 
 @pytest.fixture
 def with_all_saved(monkeypatch):
-    """A function that runs another with `recomputed` in the model replaced by a plain call."""
+    """A function that runs another function while a plain call replaces `recomputed`."""
 
     def run(function, *args, instead=saved):
         with monkeypatch.context() as patch:
@@ -54,7 +54,7 @@ def nano(nf4, dtype):
 
 
 def lively_adapters(model, **lora):
-    """New adapters whose B is not zero, so that the layers below them have a gradient too."""
+    """New adapters with a random B. With B = 0 the layers below would have no gradient."""
     adapters = new_adapters(model, **{"rank": 4, "alpha": 8, **lora})
     dice = torch.Generator().manual_seed(1)
     for name, view in adapters.views:
@@ -71,7 +71,7 @@ def small(layers=2, **lora):
 
 
 def window_gradient(model, adapters, window, recompute=0):
-    """The flat gradient of a window, its micro-batches accumulated as the step does it."""
+    """The flat gradient of a window. Its micro-batches are accumulated as in the training step."""
     adapters.flat.grad.zero_()
     for batch in window.micro_batches(2):
         loss = batch_loss(model, batch, chunk=64, recompute=recompute)
@@ -102,7 +102,7 @@ def test_adapter_gradients_are_the_same_wherever_adapters_are(with_all_saved, ta
     ids_BL = random_ids(small_config(6), 2, 15)
 
     def gradient():
-        torch.manual_seed(0)  # dropout
+        torch.manual_seed(0)  # for dropout
         adapters.flat.grad.zero_()
         model.logits(model(ids_BL)).square().mean().backward()
         return adapters.flat.grad.clone()
@@ -124,7 +124,7 @@ def all_gradients(model, ids_BL, recompute=0):
 @pytest.mark.parametrize("fields", [{}, dict(no_bias=True, attn_config=dict(clip_qkv=0.3))],
                          ids=["biases", "clipped"])
 def test_every_parameters_gradient_is_the_same_to_the_bit(with_all_saved, fields, dtype, recompute):
-    """Here every linear saves its input for its own weight, and the norms are trained too."""
+    """Here all weights are trained. So every linear layer saves its input for the gradient."""
     config = small_config(6, 8, 3, **fields)
     model = ours(config, lively_tensors(config), dtype).train()
     ids_BL = random_ids(config, 3, 24)
@@ -168,8 +168,7 @@ def test_backward_twice_over_one_graph(with_all_saved, recompute):
     lambda f, x: f(x) if f is F.gelu else F.layer_norm(x, x.shape[-1:], f.weight, None, f.eps),
 ], ids=["tanh's GELU", "another epsilon", "no bias"])
 def test_a_wrong_recomputation_would_be_noticed(with_all_saved, wrong):
-    """Check that the compared gradients depend on recomputation: a wrong recomputation changes
-    them."""
+    """A wrong recomputation must change the gradients that the other tests compare."""
     model, adapters = small()
     window = Window(ragged_examples(2, longest=20, vocabulary=256), pad_id=3)
     expected = window_gradient(model, adapters, window)
@@ -182,7 +181,7 @@ def test_a_wrong_recomputation_would_be_noticed(with_all_saved, wrong):
                                           instead=planted), expected)
 
 
-# -- what is saved
+# -- the saved tensors
 
 
 def storages(tree):
@@ -190,7 +189,10 @@ def storages(tree):
 
 
 class Alive(TorchDispatchMode):
-    """The storages that operations inside have made (views of others are none), weakly held."""
+    """Counts the bytes of storages that operations in the `with` block create.
+
+    Only weak references are kept. Views create no storage.
+    """
 
     def __init__(self):
         super().__init__()
@@ -219,16 +221,18 @@ def bytes_saved(model, ids_BL, recompute=0):
 
 ROWS, LENGTH, HEADS, WIDTH, RANK = 3, 32, 6, 8, 4
 TOKENS, D = ROWS * LENGTH, HEADS * WIDTH
-ACTIVATION = TOKENS * D * 4  # bytes of u, one fp32 activation of width d
-# What a block saves besides activations, fp32: mean and reciprocal deviation of two norms, the
-# softmax statistics of each head, and the four adapters' A x.
+ACTIVATION = TOKENS * D * 4  # bytes of one fp32 activation of width D
+# Bytes that a block saves besides activations, all in fp32: mean and reciprocal deviation of two
+# norms, the softmax statistics of each head, and A x of four adapters.
 BESIDES = 4 * (2 * 2 * TOKENS + HEADS * TOKENS + 4 * RANK * TOKENS)
 
 
 def test_a_block_saves_ten_activations_instead_of_sixteen(with_all_saved):
-    """Both: two norms' inputs 2, qkv 3, attention's output 1, up-projection's output 4. A plain
-    block also saves these: two norms' outputs 2, GELU's output 4. Counted as the bytes that one
-    more block saves."""
+    """The test counts the bytes that one more block saves.
+
+    Both kinds of blocks save 10 activations: 2 inputs of norms, 3 of qkv, 1 output of attention and
+    4 of the up-projection. A plain block saves 6 more: 2 outputs of norms and 4 of GELU.
+    """
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
 
     def block_bytes():
@@ -240,8 +244,11 @@ def test_a_block_saves_ten_activations_instead_of_sixteen(with_all_saved):
 
 
 def test_the_first_block_saves_its_norms_output_and_not_the_embedding(with_all_saved):
-    """The rows of a frozen embedding are saved by nothing else: one activation replaces another, so
-    nothing is gained. So three blocks save 17 activations less, not 18."""
+    """Recomputing the first norm would save its input, the embedding, instead of its output.
+
+    Nothing else saves the embedding, so this gains nothing. Three blocks therefore save 17
+    activations less, not 18.
+    """
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
     model, _ = small(3)
     plain = with_all_saved(bytes_saved, model, ids_BL)
@@ -250,7 +257,8 @@ def test_the_first_block_saves_its_norms_output_and_not_the_embedding(with_all_s
 
 @pytest.mark.parametrize("recompute", [1, 2, 3])
 def test_a_checkpointed_block_saves_no_more_than_a_plain_one(with_all_saved, recompute):
-    """Hooks inside a checkpoint hide tensors from it unless they pass them on."""
+    """Hooks inside a checkpoint must pass tensors on. Otherwise the checkpoint does not see them.
+    """
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
     model, _ = small(3)
     plain = with_all_saved(bytes_saved, model, ids_BL, recompute)
@@ -260,10 +268,10 @@ def test_a_checkpointed_block_saves_no_more_than_a_plain_one(with_all_saved, rec
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "checkpoint"])
 def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, gradients):
-    """The GELU's input, four activations, goes before the down-projection, as in a plain call."""
+    """GELU's input, four activations, is freed before the down-projection, as in a plain call."""
     config = small_config(HEADS, WIDTH)
     ids_BL = random_ids(config, ROWS, LENGTH)
-    model = ours(config, lively_tensors(config)).train()  # PEFT's own layers would save even more
+    model = ours(config, lively_tensors(config)).train()  # PEFT's layers would save more
 
     def peak():
         with torch.set_grad_enabled(gradients), Alive() as alive:
@@ -275,8 +283,8 @@ def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, g
 
 
 def test_it_runs_on_fake_tensors(with_all_saved, monkeypatch):
-    """Fake tensors have no values. So the code reads none, and can be captured as a CUDA graph."""
-    # For fake tensors torch names no fused kernel; which one it is depends on no value either.
+    """Fake tensors have no values. So the code reads no value, and a CUDA graph can capture it."""
+    # torch finds no fused kernel for fake tensors. The choice of a kernel reads no value either.
     monkeypatch.setattr(attention, "choose_kernel", lambda *_: SDPBackend.FLASH_ATTENTION)
     config = small_config(6)
     with FakeTensorMode():
@@ -327,7 +335,7 @@ def test_no_hooks_where_there_are_no_gradients(monkeypatch):
 
 
 class Double:
-    """x -> 2 x, counting its calls."""
+    """Computes 2 x and counts its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -338,7 +346,7 @@ class Double:
 
 
 class SavesBoth(torch.autograd.Function):
-    """sum((x W) (x W)) / 2 by hand, saving its input and a view of it."""
+    """sum((x W)^2) / 2 with its own backward. It saves its input and a view of the input."""
 
     @staticmethod
     def forward(ctx, x_BLD, w_DK):
@@ -384,7 +392,7 @@ def test_users_of_the_output_and_its_views_share_one_call_a_backward(x_BLD, w_DK
 
 
 def test_a_partial_backward_leaves_the_next_one_right(x_BLD, w_DK):
-    """Two operations saved the output. First only one of them runs its backward, then both do."""
+    """Two operations save the output. First only one of them runs its backward, then both do."""
     double = Double()
     with recomputed(double, x_BLD) as y:
         one, two = (y @ w_DK).sum(), (y * y).sum()
@@ -402,7 +410,7 @@ def test_second_derivatives_go_through(x_BLD):
 
 
 def test_only_the_very_tensor_is_recomputed(x_BLD, w_DK):
-    """Copies are saved, and so is the output once it was changed in place."""
+    """Autograd saves a copy of the output, and also the output after a change in place."""
     double = Double()
     with recomputed(double, x_BLD) as y:
         loss = (y.clone() @ w_DK).sum() + (y.double() @ w_DK.double()).sum()
@@ -448,8 +456,7 @@ def test_a_change_in_place_before_backward_raises(x_BLD, w_DK, what):
 
 
 def test_hooks_outside_see_what_is_passed_on(x_BLD, w_DK):
-    """Hooks outside, as a checkpoint has them. These count their calls, and negate each tensor
-    twice."""
+    """A checkpoint also has hooks outside. The hooks here count calls and negate a tensor twice."""
     seen = []
 
     def pack(tensor):
@@ -459,8 +466,8 @@ def test_hooks_outside_see_what_is_passed_on(x_BLD, w_DK):
     outside = torch.autograd.graph.saved_tensors_hooks(pack, torch.neg)
     with outside, recomputed(Double(), x_BLD) as y:
         loss = (y @ w_DK).exp().sum()
-    assert (2, 5, 3) in seen and (8, 3) in seen  # what exp and the product save
-    assert (10, 8) not in seen and seen.count((2, 5, 8)) == 1  # the input alone, not the output
+    assert (2, 5, 3) in seen and (8, 3) in seen  # saved by exp and by the product
+    assert (10, 8) not in seen and seen.count((2, 5, 8)) == 1  # only the input, not the output
     loss.backward()
     w = w_DK.detach().requires_grad_()
     (2 * x_BLD.detach() @ w).exp().sum().backward()
@@ -469,13 +476,13 @@ def test_hooks_outside_see_what_is_passed_on(x_BLD, w_DK):
 
 def test_inside_a_checkpoint_the_input_is_freed(x_BLD, w_DK):
     def run(x):
-        x = x.exp()  # made inside, so the checkpoint should not save it
+        x = x.exp()  # created inside, so the checkpoint must not save it
         with recomputed(Double(), x) as y:
             return (y @ w_DK).square().sum()
 
     with Alive() as alive:
         loss = checkpoint(run, x_BLD, use_reentrant=False)
-        assert alive.nbytes() <= loss.nbytes + 4  # and an empty tensor or two of the checkpoint's
+        assert alive.nbytes() <= loss.nbytes + 4  # + 4: empty tensors of the checkpoint
     loss.backward()
     expected = x_BLD.grad
     x_BLD.grad = None

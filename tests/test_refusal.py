@@ -14,7 +14,7 @@ HEAD = "import os, sys\nfrom phogpt_raw.refusal import exits_cleanly\n@exits_cle
 
 
 def ended(error, capsys):
-    """(exit status, what was said) of a command that raises `error`."""
+    """(exit status, stderr) of a command that raises `error`."""
     @exits_cleanly
     def main():
         raise error

@@ -1,4 +1,4 @@
-"""Counts of rows and lengths that can be checked by hand."""
+"""The report's counts of rows and lengths. The expected values are counted by hand."""
 
 import doctest
 
@@ -23,8 +23,8 @@ def test_lengths_are_counted_in_bins_that_hold_all():
     assert (found.total, found.supervised) == (sum(range(3, 103)), 200)
     assert (found.median, found.most, found.longest) == (52, 97, 102)
     assert sum(found.counts) == 100 and len(found.counts) == len(found.edges)
-    assert found.edges[0] == 10 and found.counts[0] == 8  # 3 to 10
-    assert found.counts[-1] == 2 and found.edges[-1] == 110  # 101 and 102
+    assert found.edges[0] == 10 and found.counts[0] == 8  # lengths 3 to 10
+    assert found.counts[-1] == 2 and found.edges[-1] == 110  # lengths 101 and 102
 
 
 def test_there_are_few_bins_whatever_the_longest():

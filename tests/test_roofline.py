@@ -1,4 +1,4 @@
-"""The time of a step from its operations, against arithmetic by hand."""
+"""The time of a step from its operations, compared with arithmetic by hand."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from phogpt_raw.simulate.ledger import Op
 from phogpt_raw.simulate.rates import KNOWN, Rates
 from phogpt_raw.simulate.roofline import Seconds, by_phase, op_seconds, step_seconds
 
-# FLOP/s of 100 to 200, attention a tenth; bytes/s of 1 to 4; a launch of 0.25 to 0.5 seconds
+# 100 to 200 FLOP/s, a tenth of it for attention; 1 to 4 bytes/s; 0.25 to 0.5 seconds for a launch
 RATES = Rates((100, 200), (0.1, 0.1), (1, 4), (0.25, 0.5), (2.0, 3.0), "invented")
 MATMUL = Op("aten.mm.default", "forward", flops=1000, moved=1)
 ATTENTION = replace(MATMUL, name="aten._scaled_dot_product_efficient_attention.default")
@@ -20,8 +20,8 @@ COPY = Op("aten.copy_.default", "backward", flops=0, moved=100)
     (MATMUL, 10.0, 5.0),
     (ATTENTION, 100.0, 50.0),
     (COPY, 100.0, 25.0),
-    (replace(MATMUL, moved=40), 40.0, 10.0),  # by its bytes, at either rate
-    (replace(MATMUL, moved=16), 16.0, 5.0),   # by its bytes at the low rates, its FLOPs at the high
+    (replace(MATMUL, moved=40), 40.0, 10.0),  # limited by bytes at both rates
+    (replace(MATMUL, moved=16), 16.0, 5.0),   # low rates: by bytes; high rates: by FLOPs
 ])
 def test_an_operation_takes_as_long_as_its_flops_or_its_bytes_and_a_launch(op, slow, fast):
     assert op_seconds(op, RATES, 0) == slow + 0.5
@@ -66,4 +66,4 @@ def test_phases_add_up_to_the_step_on_every_card(name):
         assert sum(s.host[n] for s in phases.values()) == pytest.approx(whole.host[n])
     for seconds in (whole, *phases.values()):
         assert 0 < seconds.low <= seconds.middle <= seconds.high
-    assert whole.host_bound  # of a model this small
+    assert whole.host_bound  # true for a model this small

@@ -1,4 +1,4 @@
-"""Rows from the cache are the rows of the files; whatever changes them is noticed."""
+"""Rows from the cache equal the rows of the files. Every change that affects them is noticed."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def load(file, tokenizer=TOKENIZER, **config):
 
 @pytest.fixture
 def encodings(monkeypatch):
-    """How often the files were read and encoded."""
+    """A list with one entry for each time that the files were read and encoded."""
     calls = []
 
     def counted(*args, **kwargs):
@@ -125,6 +125,6 @@ def test_a_file_of_the_cache_holds_no_pickles(file, tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_rows_are_read(file, encodings):
-    with pytest.raises(Refusal, match=r"--data-cache .*: no folder can be made there"):
+    with pytest.raises(Refusal, match=r"--data-cache .*: this folder cannot be created"):
         load(file, data_cache=str(file))
     assert not encodings

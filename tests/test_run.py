@@ -1,4 +1,4 @@
-"""train.py from its arguments to the files of a run."""
+"""train.py, from its arguments to the files of a run."""
 
 import json
 import math
@@ -27,7 +27,7 @@ SCORE_KEYS = ["step", "val_loss", "val_ppl", "stops"]
 
 
 def strict(line):
-    """JSON by the standard, without NaN and Infinity."""
+    """Parse a line as standard JSON; NaN and Infinity are errors."""
     def refuse(name):
         raise AssertionError(f"{name} is not JSON: {line}")
 
@@ -43,7 +43,7 @@ def adapter_bytes(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-# -- what a run leaves behind
+# -- the files of a run
 
 
 def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path, tiny, rows):
@@ -60,7 +60,7 @@ def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path
     config = strict((out / "config.json").read_text())
     assert (config["model"], config["data"], config["rank"], config["steps"]) == (
         str(tiny), str(rows), 4, 7)
-    assert steps[0]["loss"] == pytest.approx(math.log(4096), abs=0.5)  # it is not trained yet
+    assert steps[0]["loss"] == pytest.approx(math.log(4096), abs=0.5)  # as an untrained model
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert [row["lr"] for row in steps[:3]] == pytest.approx([0.005, 0.01, 0.01])
     assert all(row["tokens"] > 0 and row["tokens_per_s"] > 0 for row in steps)
@@ -74,8 +74,8 @@ def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path
 
 @pytest.mark.parametrize("losses, best", [
     ([9, 5, 4, 3, 4, 5, 6], 3),
-    ([1, 5, 4, 4, 4, 5, 6], 2),  # the one before the first step does not count; of equals the first
-    ([9, math.nan, 5, math.inf, math.nan, 4, 6], 5),  # what is not finite is never the best
+    ([1, 5, 4, 4, 4, 5, 6], 2),  # step 0 does not count; the first of equal losses wins
+    ([9, math.nan, 5, math.inf, math.nan, 4, 6], 5),  # NaN and inf are never the best
 ])
 def test_the_result_is_the_adapter_of_the_lowest_validation_loss(train, tmp_path, monkeypatch,
                                                                  losses, best):
@@ -111,7 +111,7 @@ def test_a_validation_file_is_read_and_nothing_of_it_trained_on(train, tmp_path)
 
 def test_epochs_are_passes_over_the_rows(train, tmp_path):
     out = tmp_path / "run"
-    _, said, _ = train("--out", out, "--epochs", 2)  # 12 rows less 3, 4 a step
+    _, said, _ = train("--out", out, "--epochs", 2)  # 12 - 3 rows, 4 per step
     assert len(metrics(out)[0]) == 5
     assert "(2 epochs, rounded up to whole steps: 2.2)" in said
     assert "(2.2 epochs)" in train("--dry-run", "--steps", 5)[1]
@@ -122,8 +122,8 @@ def test_the_steps_of_a_resumed_run_are_remarked_on_only_where_they_changed(trai
     train("--out", out, "--eval-answers", 0, "--steps", 4)
     shutil.rmtree(out / "checkpoint-4")
     (out / "adapter_model.safetensors").unlink()
-    assert "began with" not in train("--out", out, "--steps", 4, "--dry-run")[1]
-    assert "began with 4 steps" in train("--out", out, "--steps", 5, "--dry-run")[1]
+    assert "planned before" not in train("--out", out, "--steps", 4, "--dry-run")[1]
+    assert "planned before: 4 steps" in train("--out", out, "--steps", 5, "--dry-run")[1]
 
 
 def test_not_a_number_is_written_as_null(tmp_path):
@@ -169,9 +169,9 @@ def test_more_steps_go_on_with_a_complete_run(train, tmp_path):
     train("--out", out, "--steps", 3, "--eval-answers", 0)
     status, said, _ = train("--out", out, "--steps", 5, "--eval-answers", 2)
     assert status == 0
-    assert "it began with 3 steps: the learning rate now falls until step 5" in said
+    assert "planned before: 3 steps; the learning rate now falls until step 5" in said
     assert [row["step"] for row in metrics(out)[0]] == [1, 2, 3, 4, 5]
-    assert "held-out questions" not in said  # nothing was written before training to compare with
+    assert "held-out questions" not in said  # there are no answers from before training
 
 
 def test_doctest_of_resume():
@@ -195,14 +195,14 @@ def test_going_on_with_another_setting_is_refused_by_its_flag(train, tmp_path, f
     train("--out", out, "--steps", 1, "--eval-answers", 0)
     status, _, line = train("--out", out, *flags)
     assert status == 2
-    assert re.search(f"this run began {said}[ ,]", line)
+    assert re.search(f"this run started {said}[ ,]", line)
     assert line.count("\n") == 1
     assert len(metrics(out)[0]) == 1
 
 
 @pytest.mark.parametrize("change, said", [
     (lambda lines: lines.append(lines[0].replace("?", "!")), "1 new or edited"),
-    (lambda lines: lines.__delitem__(5), "1 gone"),
+    (lambda lines: lines.__delitem__(5), "1 missing"),
     (lambda lines: lines.reverse(), "in another order"),
     (lambda lines: lines.__setitem__(5, lines[5].replace('"}', ' nữa"}')), "1 new or edited")])
 def test_going_on_with_other_rows_is_refused_and_says_which(train, tmp_path, rows, change, said):
@@ -212,14 +212,15 @@ def test_going_on_with_other_rows_is_refused_and_says_which(train, tmp_path, row
     rows.write_text("\n".join(lines) + "\n", "utf-8")
     status, _, line = train("--out", out, "--steps", 2, "--hold-out", 0)
     assert status == 2 and line.count("\n") == 1
-    assert "its training rows have changed since it began" in line and said in line
+    assert "its training rows have changed since it started" in line and said in line
     assert ("rows.jsonl:" in line) == ("edited" in said)
 
 
 def test_another_division_of_the_rows_is_refused(train, tmp_path):
     train("--out", tmp_path / "run", "--steps", 1, "--eval-answers", 0)
     status, _, line = train("--out", tmp_path / "run", "--steps", 2, "--hold-out", 2)
-    assert status == 2 and "this run began with --hold-out 3; with --hold-out 2 other rows" in line
+    assert status == 2
+    assert "this run started with --hold-out 3; with --hold-out 2 other rows" in line
 
 
 def test_the_same_rows_may_come_from_another_place(train, tmp_path, rows, monkeypatch):
@@ -256,11 +257,11 @@ def test_an_adapter_is_gone_on_from_with_its_own_rank(train, tmp_path):
     assert (recorded["rank"], recorded["alpha"]) == (4, 32)
     for flag, value in (("--rank", 16), ("--alpha", 8), ("--targets", "Wqkv"), ("--dropout", 0.1)):
         status, _, line = train("--out", tmp_path / "third", "--adapter", first, flag, value)
-        assert status == 2 and f"{flag}: an adapter has its own" in line
-    assert f"rank 4, alpha 32, on Wqkv, down_proj, out_proj, up_proj, going on from {first}" in (
+        assert status == 2 and f"{flag}: the adapter of --adapter has its own value" in line
+    assert f"rank 4, alpha 32, on Wqkv, down_proj, out_proj, up_proj, starting from {first}" in (
         " ".join(said.split()))
     best = min(row["val_loss"] for row in metrics(first)[1])
-    assert metrics(second)[1][0]["val_loss"] == best  # it begins where the other was best
+    assert metrics(second)[1][0]["val_loss"] == best  # starts from the best adapter of `first`
     assert json.loads((second / "adapter_config.json").read_text())["r"] == 4
     shapes = [{n: t.shape for n, t in load_file(run / "adapter_model.safetensors").items()}
               for run in (first, second)]
@@ -393,11 +394,11 @@ def test_nano_brings_its_own_rows(capsys):
     assert f"{len((NANO.parent / 'pairs/heldout.jsonl').read_text().splitlines())} held out" in said
 
 
-# -- steps that are left out
+# -- skipped steps
 
 
 def overflowing_at(monkeypatch, steps):
-    """Puts inf into a gradient in these steps (1, 2, …) of a run of train.py."""
+    """Put inf into a gradient in these steps (1, 2, …) of a run of train.py."""
     import train as script
 
     whole, calls = script.train_step, iter(range(1, 10_000))
@@ -425,7 +426,7 @@ def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_p
     assert status == 0
     steps, _ = metrics(out)
     assert [row["skipped"] for row in steps] == [0, 0, 1, 1, 1, 1, 1]
-    assert [row["scale"] for row in steps] == [1.0] * 7  # fp32's, which never falls below 1
+    assert [row["scale"] for row in steps] == [1.0] * 7  # with fp32 it starts at 1, its minimum
     assert steps[2]["grad_norm"] is None
     assert [row["lr"] for row in steps[:5]] == pytest.approx([0.002, 0.004, 0.006, 0.006, 0.008])
     assert adapter_bytes(out / "checkpoint-3") == adapter_bytes(out / "checkpoint-2")
@@ -433,20 +434,23 @@ def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_p
     assert "1 skipped" in said
 
 
-# -- a run that produces nothing usable is no success
+# -- a run without a usable adapter fails
 
 
 @pytest.mark.parametrize("hold_out, good", [(3, 3), (0, 2)])
 def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
         train, tmp_path, monkeypatch, hold_out, good):
-    """The best one; where nothing is held out, one before the last update, of step 3 here."""
+    """With held-out rows the last good checkpoint is the best one.
+
+    Without held-out rows it is one from before the last update, which is step 3 here.
+    """
     overflowing_at(monkeypatch, {2, *range(4, 100)})
     out = tmp_path / "run"
     status, said, error = train("--out", out, "--steps", 30, "--save-every", 1, "--max-skipped", 4,
                                 "--eval-every", 3, "--hold-out", hold_out)
     assert status == 1 and "python generate.py" not in said
     assert error.startswith(f"error: {out}: steps 4 to 7 were skipped") and error.count("\n") == 1
-    assert (f"the last good checkpoint is {out}/checkpoint-{good}; go on from it with --adapter "
+    assert (f"the last good checkpoint is {out}/checkpoint-{good}; continue from it with --adapter "
             f"{out}/checkpoint-{good}, a lower --lr") in error
     assert [row["skipped"] for row in metrics(out)[0]] == [0, 1, 1, 2, 3, 4, 5]
 
@@ -455,7 +459,7 @@ def test_skipped_steps_in_a_row_are_counted_across_a_resume(train, tmp_path, mon
     overflowing_at(monkeypatch, set(range(1, 100)))
     out = tmp_path / "run"
     flags = ["--out", out, "--save-every", 1, "--max-skipped", 4]
-    assert train(*flags, "--steps", 2)[0] == 1  # nothing was learned
+    assert train(*flags, "--steps", 2)[0] == 1  # both steps were skipped
     status, _, error = train(*flags, "--steps", 9)
     assert status == 1 and "steps 1 to 4 were skipped" in error
     assert "no good checkpoint was saved" in error
@@ -466,7 +470,7 @@ def test_a_run_of_skipped_steps_alone_ends_as_a_failure(train, tmp_path, monkeyp
     overflowing_at(monkeypatch, set(range(1, 100)))
     status, said, error = train("--out", tmp_path / "run", "--hold-out", hold_out)
     assert status == 1 and "generate.py" not in said
-    assert "7 of 7 steps were skipped, their gradients are not finite" in error
+    assert "7 of 7 steps were skipped because their gradients are not finite" in error
 
 
 def test_a_run_that_skips_most_of_its_steps_is_no_success(train, tmp_path, monkeypatch):
@@ -480,13 +484,15 @@ def test_a_base_that_gives_nan_before_the_first_step_is_to_blame(train, tmp_path
     monkeypatch.setattr(evaluate, "held_out_loss", lambda *_, **__: math.nan)
     status, _, error = train("--out", tmp_path / "run")
     assert status == 1 and "not finite before the first step" in error
-    assert "does not compute in fp32" in error and not metrics(tmp_path / "run")[0]
+    assert "does not work in fp32" in error and not metrics(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize("hold_out", [0, 3])
 def test_a_diverging_run_ends_as_a_failure_that_says_so(train, tmp_path, hold_out):
-    """The message names no adapter that does not exist, and no checkpoint with the harmful weights.
-    The same command again does not say that the run is complete."""
+    """The message names only existing adapters, and no checkpoint with diverged weights.
+
+    The same command, given again, fails with the same reason.
+    """
     out = tmp_path / "run"
     flags = ["--out", out, "--lr", 1e25, "--hold-out", hold_out, "--save-every", 1]
     status, said, error = train(*flags)
@@ -518,7 +524,7 @@ def test_a_full_gpu_is_one_line_that_says_what_to_turn(train, tmp_path):
 
 
 class FullAtTheThird:
-    """A stand-in for the graphs: the third call of the model in each mode runs out of memory."""
+    """A stand-in for CUDA graphs. In `mode`, the third call of the model runs out of memory."""
 
     def __init__(self, mode, model, limits):
         self.mode, self.model, self.limits, self.head = mode, model, limits, model.head
@@ -544,7 +550,7 @@ class FullAtTheThird:
 @pytest.mark.parametrize("mode", ["training", "evaluating"])
 def test_memory_too_full_for_graphs_trains_the_same_without_them(train, tmp_path, monkeypatch,
                                                                  mode):
-    """Memory runs out in the middle of a window or of an evaluation, which is then repeated."""
+    """Memory runs out in the middle of a step or of an evaluation. It is then repeated."""
     train("--out", tmp_path / "plain")
     monkeypatch.setattr(setup, "why_not", lambda *_: None)
     made = []
@@ -554,7 +560,7 @@ def test_memory_too_full_for_graphs_trains_the_same_without_them(train, tmp_path
     status, said, _ = train("--out", tmp_path / "full")
     assert status == 0 and made[0].released and not made[0].limits.graphs
     assert made[0].model.training
-    assert said.count("too full for CUDA graphs: going on without") == 1
+    assert said.count("too full for CUDA graphs: continuing without") == 1
     seen, wanted = ([{k: v for k, v in row.items() if k != "tokens_per_s"}
                      for part in metrics(tmp_path / run) for row in part]
                     for run in ("full", "plain"))
@@ -575,8 +581,7 @@ def test_as_many_blocks_are_recomputed_as_asked_for(train, tmp_path, monkeypatch
 
 
 def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path):
-    """A run that follows the advice for a full GPU takes the same steps with smaller
-    micro-batches."""
+    """The advice for full GPU memory is to use smaller micro-batches. The run must allow this."""
     out = tmp_path / "run"
     train("--out", out, "--steps", 3)
     status, _, said = train("--out", out, "--micro-batch", 1, "--recompute", 1)
@@ -584,14 +589,14 @@ def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path
 
 
 def test_a_run_goes_on_packed_or_not_and_in_rows_of_another_length(train, tmp_path):
-    """The losses are those of the uninterrupted run, up to fp32's rounding."""
+    """The losses equal those of the uninterrupted run, except for fp32 rounding."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert train("--out", straight, "--steps", 6, "--optimizer", "adamw")[0] == 0
     for steps, how in ((2, ["--no-packing"]), (4, ["--pack-len", 100]), (6, [])):
         assert train("--out", broken, "--steps", steps, "--optimizer", "adamw", *how)[0] == 0
     one, other = (metrics(out)[0] for out in (straight, broken))
     assert [row["rows"] for row in one[:2]] != [row["rows"] for row in other[:2]] == [4, 4]
-    # another number of steps is another cosine, so only the first two have the same learning rates
+    # --steps changes the learning rates, so only the first two steps have the same rates
     assert [row["loss"] for row in other[:2]] == pytest.approx([r["loss"] for r in one[:2]], 1e-5)
     assert all(row["fill"] <= 1 for row in one + other)
 
@@ -617,7 +622,7 @@ def test_a_run_of_before_a_setting_existed_has_its_default(train, tmp_path):
     file.write_text(json.dumps(config))
     status, _, error = train("--out", out, "--steps", 4, "--batch-tokens", 200)
     assert status == 2
-    assert "this run began without --batch-tokens, not with --batch-tokens 200;" in error
+    assert "this run started without --batch-tokens, not with --batch-tokens 200;" in error
     assert train("--out", out, "--steps", 4, "--batch-size", 8)[0] == 0
 
 
@@ -629,13 +634,13 @@ def test_a_run_goes_on_with_or_without_capturing(train, tmp_path):
 
 
 def test_a_run_does_not_go_on_in_another_dtype(train, tmp_path):
-    """`auto` is another dtype on another card, and with it another loss scale."""
+    """On another GPU `auto` may choose another dtype, which needs another loss scale."""
     out = tmp_path / "run"
     train("--out", out, "--steps", 3)
     assert json.loads((out / "config.json").read_text())["dtype"] == "fp32"
     status, _, said = train("--out", out, "--dtype", "bf16")
     assert status == 2
-    assert "this run began with --dtype fp32, not with --dtype bf16;" in said
+    assert "this run started with --dtype fp32, not with --dtype bf16;" in said
 
 
 def test_going_on_from_an_adapter_names_the_base_it_was_put_on(train, tmp_path, tiny):
@@ -647,11 +652,11 @@ def test_going_on_from_an_adapter_names_the_base_it_was_put_on(train, tmp_path, 
     assert config["base_model_name_or_path"] == str(other)
 
 
-# -- what the summary speaks of, and an early end
+# -- the summary, and an early end
 
 
 def scores_of(monkeypatch, *losses):
-    """A stand-in for evaluations: it gives these losses, and answers that contain them."""
+    """Replace the evaluations: they give these losses, and answers that contain the losses."""
     left = list(losses)
 
     def next_score(*_, **__):
@@ -673,7 +678,7 @@ def test_the_summary_is_of_the_adapter_that_was_kept(train, tmp_path, monkeypatc
 def test_a_run_whose_loss_only_rose_says_so(train, tmp_path, monkeypatch):
     scores_of(monkeypatch, 3.0, 4.0, 5.0, 6.0, 7.0)
     status, said, _ = train("--out", tmp_path / "run")
-    assert status == 0 and "This training made the model no better" in said
+    assert status == 0 and "The training did not improve the model" in said
 
 
 def test_patience_ends_a_run_that_gets_no_better(train, tmp_path, monkeypatch):
@@ -697,7 +702,7 @@ def test_the_score_before_training_counts_for_patience(train, tmp_path, monkeypa
     status, said, _ = train("--out", tmp_path / "run", "--steps", 20, "--patience", 2)
     assert status == 0 and "ended early: the validation loss was no lower in 2 evaluations" in said
     assert metrics(tmp_path / "run")[0][-1]["step"] == 4
-    assert "(step 4, the best of the trained steps)" in said  # the lowest loss was before training
+    assert "(step 4, the best of the trained steps)" in said  # the loss was lowest before training
     card = (tmp_path / "run" / "README.md").read_text("utf-8")
     assert "| steps | 4 of 20 planned (1.8 epochs), 0 skipped |" in card
     assert "the adapter of step 4 of 4." in card and "no lower than before training" in card
@@ -707,7 +712,7 @@ def test_patience_without_held_out_rows_is_refused_before_the_weights(train, tmp
                                                                       monkeypatch):
     monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
     status, _, line = train("--out", tmp_path / "run", "--patience", 2, "--hold-out", 0)
-    assert status == 2 and "--patience 2: counts evaluations, and no row is held out" in line
+    assert status == 2 and "--patience 2: needs held-out rows" in line
 
 
 def test_patience_is_forgotten_at_each_better_score(train, tmp_path, monkeypatch):
@@ -731,13 +736,13 @@ def test_a_plan_for_a_card_that_is_not_here_needs_no_weights(train, tmp_path, ti
     assert status == 0, error
     said = " ".join(said.split())
     for part in ("preset t4", "card Tesla T4, 14.6 GiB, compute capability 7.5",
-                 "dtype fp16: asked for by --preset t4", "attention efficient attention",
+                 "dtype fp16: set by --preset t4", "attention efficient attention",
                  "of 14.6 GiB with margins", "optimizer AdamW, 8-bit state, paged"):
         assert part in said, part
     assert "attention flash attention" in " ".join(
         train("--dry-run", "--card", "a100", "--model", shape)[1].split())
     status, _, line = train("--out", tmp_path / "run", "--card", "t4")
-    assert status == 2 and "--card t4: is for --dry-run" in line
+    assert status == 2 and "--card t4: needs --dry-run" in line
     assert "choose from t4, v100" in train("--dry-run", "--card", "t5")[2]
 
 
@@ -754,7 +759,7 @@ def test_a_plan_for_a_cpu_reads_no_weights_either(train, tmp_path, tiny, monkeyp
 
 @pytest.fixture
 def tiny_published(tiny, monkeypatch):
-    """Let --model 7b5 name the shape of the test model tiny."""
+    """Let --model 7b5 mean the shape of the test model tiny."""
     shape = read_config(tiny)
     monkeypatch.setitem(phogpt.PUBLISHED, "7b5", shape)
     return shape
@@ -766,9 +771,9 @@ def test_a_built_in_shape_is_planned_without_any_file(train, tmp_path, tiny_publ
     said = " ".join(said.split())
     assert status == 0, error
     assert "9 training rows of rows.jsonl, counted but not tokenised" in said
-    assert "each is taken to have 64" in said
+    assert "each is assumed to have 64" in said
     assert "steps 5 of 4 examples" in said and "GiB with margins" in said
-    assert re.search(r"time simulated: \S+ to \S+ s a step, .* for all of them", said)
+    assert re.search(r"time simulated: \S+ to \S+ s a step, .* for all steps", said)
     assert "one training example" not in said
     rows.write_text('{"prompt": "x"}', "utf-8")
     assert "rows.jsonl:1" in train(*plan)[2]
@@ -779,8 +784,8 @@ def test_a_built_in_shape_without_rows_is_planned_by_the_step(tiny_published, ca
 
     script.main(["--model", "7b5", "--card", "v100", "--dry-run", "--max-len", "32"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "no rows are read: each is taken to have 32 tokens" in said
-    assert "steps 8 examples each; --data FILE or --steps N gives their number" in said
+    assert "no rows are read: each is assumed to have 32 tokens" in said
+    assert "steps 8 examples each; --data FILE or --steps N gives the number of steps" in said
     assert re.search(r"time simulated: \S+ to \S+ s a step packing", said)
 
 
@@ -833,7 +838,7 @@ def test_a_new_run_writes_over_no_file_of_somebody_else(train, tmp_path, name):
     out.mkdir()
     (out / name).write_text('{"model_type": "mpt"}')
     status, _, line = train("--out", out)
-    assert status == 2 and f"holds a {name} that is not a run's" in line
+    assert status == 2 and f"contains a {name} that does not belong to a run" in line
     assert line.count("\n") == 1 and (out / name).read_text() == '{"model_type": "mpt"}'
     assert [file.name for file in out.iterdir()] == [name]
 
@@ -851,8 +856,10 @@ def test_a_run_removes_no_unfinished_file_of_somebody_else(train, tmp_path):
 
 
 def test_the_rows_of_a_checkpoint_are_on_the_disk_before_it(train, tmp_path, monkeypatch):
-    """A power failure takes what is not flushed; the rows before a checkpoint are not written
-    anew."""
+    """A power failure loses metrics that are not flushed to the disk.
+
+    A resumed run does not write the rows from before its checkpoint again.
+    """
     flushed, write = [], checkpoint.write
 
     def written(*args):
@@ -876,7 +883,7 @@ def test_a_folder_that_is_moved_while_the_run_writes_is_one_line(train, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr("train.lr_at", moved)
         status, _, said = train("--out", out)
-    assert status == 2 and f"error: {out}: is not there" in said and said.count("\n") == 1
+    assert status == 2 and f"error: {out}: this folder is missing" in said and said.count("\n") == 1
     assert train("--out", tmp_path / "moved")[0] == 0
 
 
@@ -893,7 +900,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_same_command(
     assert adapter_bytes(out) == adapter_bytes(out / "checkpoint-7")
     assert ("the lowest validation loss" if hold_out else "the last") in said
     assert " s each" not in said  # no step was taken
-    assert train("--out", out, "--hold-out", hold_out)[0] == 2  # complete
+    assert train("--out", out, "--hold-out", hold_out)[0] == 2  # the run is complete
 
 
 def test_the_card_of_an_earlier_end_goes_when_the_run_goes_on(train, tmp_path):

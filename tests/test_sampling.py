@@ -1,4 +1,4 @@
-"""Choosing the next token: what transformers' processors compute, and noise that is a hash."""
+"""The choice of the next token: results of transformers' processors, and noise from a hash."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def longs(*values):
 
 
 def choose(sampling, logits_BV, *, places=None, seed=0, history_BS=None):
-    """All rows with one Sampling."""
+    """Choose a token for each row with the same Sampling."""
     rows = len(logits_BV)
     values_PB = torch.tensor([sampling.values()] * rows).T
     place_B = torch.zeros(rows).long() if places is None else places
@@ -26,8 +26,10 @@ def test_greedy_is_the_likeliest():
 
 
 def test_the_hash_is_splitmix64():
-    """The first values of the published generator from seed 0: its state after n steps is n times
-    the constant."""
+    """The hash gives the first values of the published generator for seed 0.
+
+    The state of this generator after n steps is n times a constant.
+    """
     golden = 0x9E3779B97F4A7C15
     states = [(n * golden) % 2**64 for n in range(3)]
     signed = longs(*(s - 2**64 if s >= 2**63 else s for s in states))
@@ -53,7 +55,7 @@ def test_noise_differs_by_seed_place_and_token_and_repeats():
 
 
 def test_tokens_are_drawn_with_their_probabilities():
-    """20,000 draws from five tokens: each count within four standard deviations."""
+    """20,000 draws from five tokens. Each count is within four standard deviations."""
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.08, 0.02])
     draws = 20_000
     logits_BV = probabilities.log().expand(draws, -1)
@@ -79,8 +81,8 @@ HOWS = [dict(top_k=7), dict(top_p=0.6), dict(min_p=0.2), dict(top_k=7, top_p=0.6
 
 @pytest.mark.parametrize("how", HOWS, ids=str)
 def test_a_row_keeps_what_transformers_processors_keep(how):
-    """The processors run in this order: penalty, temperature, top-k, top-p, min-p. Each one sees
-    only the tokens that are left."""
+    """The processors run in this order: penalty, temperature, top-k, top-p, min-p. Each processor
+    sees only the remaining tokens."""
     from transformers.generation import logits_process as hf
 
     dice = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""generate.py --eval: the figures, with and without the adapter, and what is written."""
+"""generate.py --eval: the scores with and without the adapter, and the written file."""
 
 import json
 
@@ -9,6 +9,7 @@ from conftest import QUESTIONS, write_rows
 import generate
 from phogpt_raw.data.prompt import TEMPLATES, encode_row
 from phogpt_raw.decode.history import Turn, encode_history
+from phogpt_raw.files import awaited_file
 from phogpt_raw.inference import score as module
 from phogpt_raw.model.adapters import load_adapters
 from phogpt_raw.model.weights import load_base
@@ -137,3 +138,12 @@ def test_the_page_has_the_scores_and_no_text_of_a_row_as_markup(tmp_path, monkey
     monkeypatch.setattr(module, "SHOWN", 2)
     module.write(tmp_path / "s.json", tmp_path / "s.html", "r.jsonl", {"base": score}, 3 * rows)
     assert "The first 2 answers; all are in s.json." in (tmp_path / "s.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["scores.json", "scores.html"])
+def test_two_evaluations_do_not_write_the_same_files(tiny, rows, tmp_path, capsys, name):
+    with awaited_file(tmp_path / name), pytest.raises(SystemExit) as stopped:
+        scored(tiny, rows, tmp_path / "scores.json")
+    assert stopped.value.code == 2
+    assert f"{name}: another process is about to write it" in capsys.readouterr().err
+    assert not list(tmp_path.glob("scores*"))

@@ -1,4 +1,4 @@
-"""bench/serve.py: clients over HTTP against the engine alone."""
+"""bench/serve.py: clients over HTTP, compared with the engine alone."""
 
 import json
 import sys
@@ -29,8 +29,8 @@ def test_both_sides_are_measured_and_saved_when_asked(tmp_path, monkeypatch, cap
 
 
 def test_every_token_of_a_wider_vocabulary_is_text(tmp_path):
-    """Without added tokens, most tokens of random weights would have no text that the server could
-    send."""
+    """Random weights choose any id of the vocabulary. Without added tokens most ids have no text.
+    """
     shape = ModelConfig(64, 2, 1, vocab_size=9000, max_seq_len=64)
     write_random_checkpoint(tmp_path, shape)
     serve.widen(tmp_path / "tokenizer.json", shape.vocab_size)

@@ -1,4 +1,4 @@
-"""How a run is set up: the parts of a step, and mistakes that are found before slow work."""
+"""The set-up of a run: the parts of a step, and errors that are found before slow work."""
 
 import pytest
 import torch
@@ -36,8 +36,8 @@ def test_the_parts_of_a_step_are_those_asked_for(adapted):
 
 
 def test_the_16_bit_copy_follows_each_update(adapted):
-    """Forward reads the 16-bit copy. If the copy were not updated, every step would see the first
-    weights."""
+    """Forward reads the 16-bit copy. Without an update of it, every step reads the first weights.
+    """
     model, adapters = adapted(dtype=torch.bfloat16)
     training = wire(model, adapters, lr=0.1, micro_batch=2)
     before = adapters.compute.clone()
@@ -63,13 +63,13 @@ def test_a_folder_that_cannot_be_used_is_found_before_any_weight_is_read(tmp_pat
     monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "adapter_model.safetensors").write_bytes(b"another")
-    with pytest.raises(Refusal, match="no checkpoint to go on from"):
+    with pytest.raises(Refusal, match="no checkpoint to resume from"):
         set_up(config(tmp_path, tiny, rows))
 
 
 def test_a_job_has_the_steps_and_the_dtype_of_its_run(tmp_path, tiny, rows):
     job = set_up(config(tmp_path, tiny, rows, epochs=2, batch_size=5, micro_batch=2, hold_out=2))
-    assert job.run.steps == 4  # 10 rows twice, 5 a step
+    assert job.run.steps == 4  # 2 epochs of 10 rows, 5 per step
     assert job.run.config.dtype == "fp32" and job.config.dtype == "auto"
     assert job.stream.batch_size == 5 and job.limits.micro_batch == 2
     assert len(job.examples.held_out) == 2 and job.not_captured == "there is no GPU"
@@ -95,6 +95,6 @@ def test_a_weight_too_large_for_fp16_is_refused(tmp_path, name):
     tensors[name][5, 5] = 1e6
     write_checkpoint(tmp_path / "base", tensors=tensors)
     load_base(str(tmp_path / "base"), dtype=torch.float32, device="cpu")
-    said = f"{name} holds values up to 9.99e.05, and fp16 ends at 6.55e.04"
+    said = f"{name} holds values up to 9.99e.05, but the largest value of fp16 is 6.55e.04"
     with pytest.raises(Refusal, match=said):
         load_base(str(tmp_path / "base"), dtype=torch.float16, device="cpu")

@@ -1,5 +1,7 @@
-"""A signal or a time limit ends a run: it saves, and can be resumed with the same result, bit for
-bit."""
+"""A signal or a time limit ends a run. The run saves its state first.
+
+The resumed run gives the same result as an uninterrupted run, bit for bit.
+"""
 
 import errno
 import os
@@ -57,7 +59,10 @@ def test_the_first_signal_is_the_reason():
 
 
 class Closing:
-    """Its end is a moment in which Python prints exceptions and goes on."""
+    """An object that sends SIGTERM when it is deleted.
+
+    If its __del__ raises an exception, Python only prints it and continues.
+    """
 
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -123,7 +128,7 @@ def test_the_time_is_over_without_an_error():
 
 @pytest.fixture
 def command(tiny, rows):
-    """train.py on tiny in a separate process."""
+    """The command that runs train.py on tiny in a separate process."""
     return [sys.executable, "train.py", "--model", str(tiny), "--data", str(rows),
             *(str(part) for pair in SMALL.items() for part in pair)]
 
@@ -137,9 +142,9 @@ def until_step(process, step):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_run_that_is_left_goes_on_to_the_bit(command, train, tmp_path, number):
+def test_a_run_that_is_left_goes_on_to_the_bit(command, train_and_draw, tmp_path, number):
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
-    assert train("--out", straight, "--dropout", 0.2)[0] == 0
+    assert train_and_draw("--out", straight, "--dropout", 0.2)[0] == 0
     run = [*command, "--dropout", "0.2", "--out", str(broken)]
     with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
@@ -151,7 +156,7 @@ def test_a_run_that_is_left_goes_on_to_the_bit(command, train, tmp_path, number)
     assert process.returncode == 128 + number
     assert "ended after step" in said and f"--out {broken}" in said
     assert not (broken / ".lock").exists()
-    again = said.splitlines()[-1].split()  # the command that is printed
+    again = said.splitlines()[-1].split()  # the printed command
     done = subprocess.run([sys.executable, *again[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(broken, straight)
@@ -160,7 +165,7 @@ def test_a_run_that_is_left_goes_on_to_the_bit(command, train, tmp_path, number)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_same_signal_while_the_run_is_saved_changes_nothing(train, tmp_path, monkeypatch,
                                                                 number):
-    """A shell and the system both send SIGHUP; a cluster repeats SIGTERM."""
+    """A signal may come twice: a shell and the system send SIGHUP, a cluster repeats SIGTERM."""
     before = signal.getsignal(number)
     write = checkpoint.write
 
@@ -181,7 +186,7 @@ def test_the_same_signal_while_the_run_is_saved_changes_nothing(train, tmp_path,
             status, _, said = train("--out", tmp_path / "run")
     finally:
         signal.signal(number, before)
-    assert status == 128 + number and "saved; go on with" in said
+    assert status == 128 + number and "saved; resume with" in said
     assert checkpoint.newest(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
 
 
@@ -191,9 +196,9 @@ def test_a_run_whose_output_is_gone_is_saved(train, tmp_path, monkeypatch, numbe
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("phogpt_raw.show.console.say", gone)  # which shows an evaluation
+        patch.setattr("phogpt_raw.show.console.say", gone)  # it prints an evaluation
         status, _, said = train("--out", tmp_path / "run", "--eval-every", 5)
-    assert status == 1 and "the output cannot be written" in said  # evaluated before step 1
+    assert status == 1 and "the output cannot be written" in said  # at the evaluation before step 1
     assert train("--out", tmp_path / "run", "--eval-every", 5)[0] == 0
 
 

@@ -1,4 +1,4 @@
-"""The benches for cards that are not here: what they print and where they write."""
+"""The benches for GPUs that this machine lacks: their output and their files."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ NANO = ["--model", "nano", "--seq-len", "64,512"]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """The folder into which a bench writes its results."""
+    """Let a bench write its results and figures into a temporary folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
@@ -44,7 +44,7 @@ def options(*flags):
 
 
 def a_4b_on_a_t4():
-    """(card, traces) of a model whose long rows fill it."""
+    """(card, traces) of PhoGPT-4B on a T4. Long rows fill its memory."""
     asked = command_line.parse(command_line.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, _, traces)] = cards(asked)
     return card, traces
@@ -89,7 +89,7 @@ def test_auto_recomputes_as_much_as_the_card_forces_for_a_grid_and_for_a_file():
 
 
 def test_what_does_not_fit_says_so_and_the_longest_row_is_found(monkeypatch, capsys):
-    small_t4(monkeypatch, 0.9)  # 0.09 beside CUDA's context
+    small_t4(monkeypatch, 0.9)  # 0.09 GiB without CUDA's context
     memory.main(["--model", "nano", "--seq-len", "64,8192", "--card", "t4", "--recompute", "all"])
     said = capsys.readouterr().out
     rows = {line.split()[2]: line.split()[4] for line in said.splitlines() if " x " in line[:12]}
@@ -118,7 +118,7 @@ def test_the_longest_row_is_no_shorter_than_one_that_fits():
 
 
 def test_a_step_fits_to_the_last_byte_with_what_torch_takes_for_its_products(monkeypatch):
-    monkeypatch.setattr(simulated, "matmul_workspace", lambda _: 2**26)  # a segment of its own
+    monkeypatch.setattr(simulated, "matmul_workspace", lambda _: 2**26)  # gets its own segment
     [(card, _, traces)] = cards(options("--card", "t4"))
     found = traces.on(card, Setting(64, 1, 1, "none"))
     reserved = found.trace.replay(workspace=2**26).peak_reserved
@@ -160,7 +160,7 @@ def test_a_file_is_fitted_with_as_many_rows_at_once_as_asked_for():
 
 
 def chosen(examples, card, traces, **more):
-    """The choice of a run over these examples on a card."""
+    """The settings that a run with these examples chooses on a card."""
     config = Config(**{"batch_size": len(examples), "epochs": 1, "max_len": 16_384, **more})
     return windows.plan(examples, config, card, traces.shape.n_layers, traces).choice
 
@@ -265,8 +265,8 @@ def test_a_file_gives_seconds_per_example_and_hours(tmp_path, capsys):
      "argument --epochs: 'nan': must be a number from 0.001 to 1,000,000; see --help"),
     (["--epochs", "0"],
      "argument --epochs: '0': must be a number from 0.001 to 1,000,000; see --help"),
-    (["--micro-batch", "1,2"], "--data is timed at one --micro-batch and one --recompute"),
-    (["--recompute", "all,none"], "--data is timed at one --micro-batch and one --recompute"),
+    (["--micro-batch", "1,2"], "--data needs one value of --micro-batch and one of --recompute"),
+    (["--recompute", "all,none"], "--data needs one value of --micro-batch and one of --recompute"),
 ])
 def test_a_file_is_estimated_for_one_run_that_can_be(flags, line, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
@@ -284,7 +284,7 @@ def test_a_tokenizer_that_names_no_end_is_refused(tmp_path):
         dataset_time.tokenizer(str(tmp_path))
 
 
-# -- what cannot be
+# -- refusals
 
 
 @pytest.mark.parametrize("flags, line", [
@@ -295,13 +295,13 @@ def test_a_tokenizer_that_names_no_end_is_refused(tmp_path):
     (["--card", "t4", "--recompute", "much"],
      "error: --recompute much: auto, all, none or a number of blocks\n"),
     (["--card", "t4", "--cap", "8"], "error: --cap 8 is for measuring on a GPU (--measured); a "
-     "simulated card has the memory that it has\n"),
+     "simulated card always has its own memory\n"),
     (["--card", "t4", "--micro-batch", "0"], "error: argument --micro-batch: '0': must be "
      "a whole number from 1 to 100,000; see --help\n"),
     (["--card", "t4", "--documents", "33"], "error: --documents 33: each has at least 2 tokens, "
-     "and a row of --seq-len has 64\n"),
+     "but a row of --seq-len has 64\n"),
     (["--card", "t4", "--micro-batch", "100000"], "error: --seq-len, --micro-batch and "
-     "--accumulate: 51,200,000 tokens in one step; at most 262,144 are tried\n"),
+     "--accumulate: 51,200,000 tokens in one step; at most 262,144 are allowed\n"),
 ])
 def test_what_is_not_possible_is_refused_in_one_line(flags, line, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -313,7 +313,7 @@ def test_what_is_not_possible_is_refused_in_one_line(flags, line, capsys):
 def test_seconds_in_fp32_are_not_made_of_16_bit_rates(capsys):
     with pytest.raises(SystemExit) as stopped:
         step_time.main([*NANO, "--card", "t4", "--dtype", "fp32"])
-    assert stopped.value.code == 2 and "rates of the cards" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "only 16-bit types" in capsys.readouterr().err
 
 
 def test_a_trace_is_made_once():

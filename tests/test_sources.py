@@ -1,5 +1,5 @@
-"""Files of every kind hold the same records; folders, weights of files and hub datasets are
-understood."""
+"""Files of every kind give the same records. Folders, weights and hub data sets can be named too.
+"""
 
 import csv
 import gzip
@@ -75,7 +75,7 @@ def test_every_record_knows_the_line_on_which_it_begins(tmp_path, name, lines):
 
 
 def test_a_json_file_longer_than_a_piece_is_read_whole(tmp_path):
-    """Records that cross the border of a piece, and one that is longer than a piece."""
+    """Some records cross the border between two pieces. One record is longer than a piece."""
     records = [{"prompt": f"câu {n}", "response": "đáp " * (400_000 if n == 50 else 4_000)}
                for n in range(100)]
     file = tmp_path / "rows.json"
@@ -97,14 +97,14 @@ def test_a_record_over_the_limit_is_bad_and_the_next_is_read(tmp_path):
 def test_a_row_over_the_limit_in_parquet_is_refused_unread(tmp_path):
     long = [{"prompt": "a", "response": "ạ" * 20_000_000}]
     (tmp_path / "rows.parquet").write_bytes(parquet(long))
-    with pytest.raises(Refusal, match=r"rows\.parquet: a row of more than 10,000,000 characters"):
+    with pytest.raises(Refusal, match=r"rows\.parquet: a row has more than 10,000,000 characters"):
         read(tmp_path / "rows.parquet")
 
 
 def test_a_file_of_bad_rows_without_end_is_not_read_to_its_end(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text("prompt,response\n" + "a\n" * 500_000)
-    with pytest.raises(Refusal, match=r"rows\.csv:2, :3, .* \(100,001 rows cannot be used so far"):
+    with pytest.raises(Refusal, match=r"rows\.csv:2, :3, .* \(so far, 100,001 rows cannot be used"):
         read(file)
 
 
@@ -128,9 +128,9 @@ def test_a_weight_stands_behind_a_file_unless_a_file_is_called_so(tmp_path):
     (tmp_path / "a=2.jsonl").write_text(LINES, "utf-8")
     assert find_source(f"{tmp_path}/a=2.jsonl").weight == 1
     for wrong in ("0", "1.2.3", "1001", "nan", "-1", "1e400", "", "hai"):
-        with pytest.raises(Refusal, match=f"a.jsonl={wrong}: the weight, behind =, is a number"):
+        with pytest.raises(Refusal, match=f"a.jsonl={wrong}: the weight after = must be a number"):
             find_source(f"{tmp_path}/a.jsonl={wrong}")
-    with pytest.raises(Refusal, match=r"--eval .*a.jsonl=2: these rows count once"):
+    with pytest.raises(Refusal, match=r"--eval .*a.jsonl=2: only --data can have a weight"):
         find_unweighted(f"{tmp_path}/a.jsonl=2", "--eval")
 
 
@@ -170,7 +170,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     from phogpt_raw.data.sources import read_hub
 
-    with pytest.raises(Refusal, match=r"owner/name:train: is no file here, and .*Couldn't reach"):
+    with pytest.raises(Refusal, match=r"owner/name:train: is not a file on .*Couldn't reach"):
         list(read_hub("owner/name", "train", None))
 
 
@@ -261,7 +261,7 @@ def test_a_whole_number_is_read_from_excel_as_far_as_it_is_exact(tmp_path):
     file = tmp_path / "rows.xlsx"
     file.write_bytes(sheet([["prompt", "response"], ["a", 2**53 - 1], ["b", 2**53]]))
     exact, rounded = (record.value["response"] for record in read_file(file, Findings()))
-    assert exact == "9007199254740991" and "in its own way" in rounded.why
+    assert exact == "9007199254740991" and "may show differently" in rounded.why
 
 
 def test_lines_within_a_cell_look_like_rows_if_nearly_all_do():

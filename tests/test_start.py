@@ -42,9 +42,9 @@ def test_what_is_no_address_is_refused(text):
 
 
 def test_an_address_that_cannot_be_had_is_refused():
-    with pytest.raises(start.Refusal, match="cannot be listened on"):
-        bind("203.0.113.7", 8000)  # of no computer
-    with pytest.raises(start.Refusal, match="cannot be listened on"):
+    with pytest.raises(start.Refusal, match="this address cannot be used"):
+        bind("203.0.113.7", 8000)  # no computer has this address
+    with pytest.raises(start.Refusal, match="this address cannot be used"):
         bind("no-such-host.invalid", 8000)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -54,7 +54,7 @@ def test_an_address_that_cannot_be_had_is_refused():
 
 
 def test_an_address_is_taken_from_the_start():
-    """Two servers that start together: the second is refused before it loads anything."""
+    """If two servers start together, the second is refused before it loads anything."""
     with bind("127.0.0.1", 0) as first, pytest.raises(start.Refusal, match="choose another"):
         bind(*first.getsockname())
 
@@ -74,7 +74,7 @@ def test_a_server_that_others_reach_without_a_key_says_so(host, key, warned, tin
 
 @pytest.fixture
 def plain(monkeypatch):
-    """The port of a server of two words whose connections must be quick."""
+    """The port of a small server. Its clients must send the headers within 0.3 s."""
     import uvicorn
 
     from phogpt_raw.serve import connection
@@ -105,7 +105,7 @@ def test_a_head_that_does_not_arrive_closes_the_connection(plain):
             if answers:
                 while not found.endswith(b"ok") and (part := link.recv(4096)):
                     found += part
-                link.sendall(b"GE")  # of the next request, which never arrives
+                link.sendall(b"GE")  # the next request stays incomplete
             while part := link.recv(4096):  # until the server closes
                 found += part
         assert found.count(b"200 OK") == answers
@@ -114,13 +114,13 @@ def test_a_head_that_does_not_arrive_closes_the_connection(plain):
 @pytest.mark.parametrize("flags, said", [
     (["--serve", "0", "Phở?"], "what to ask?"),
     ([], "what to ask?"),
-    (["--slots", "2", "Phở?"], "--slots: has no effect here"),
-    (["--api-key", "a", "Phở?"], "--api-key: has no effect here"),
-    (["--adapter", "a=b", "--adapter", "c", "Phở?"], "several are for --serve"),
+    (["--slots", "2", "Phở?"], "--slots: has an effect only with --serve"),
+    (["--api-key", "a", "Phở?"], "--api-key: has an effect only with --serve"),
+    (["--adapter", "a=b", "--adapter", "c", "Phở?"], "several adapters need --serve"),
     (["--serve", "0", "--slots", "0"], "--slots 0"),
     (["--serve", "0", "--api-key", "mở ra"], "--api-key: must be letters"),
     (["--serve", "0", "--api-key", ""], "--api-key: is empty"),
-    (["--serve", "0", "--seed", "5", "--temperature", "1"], "each request names its own"),
+    (["--serve", "0", "--seed", "5", "--temperature", "1"], "each request names its own seed"),
     (["--serve", "0", "--temperature", "-1"], "--temperature -1"),
     (["--serve", "0", "--adapter", "a=/no/such"], "/no/such/adapter_config.json: missing"),
     (["--serve", "0", "--model", "/no/such"], "no such folder"),

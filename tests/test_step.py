@@ -1,4 +1,4 @@
-"""One optimizer step: equal for every split of a window, and equal to a loop of stock parts."""
+"""One optimizer step: equal for every split into micro-batches, and equal to a stock loop."""
 
 import copy
 import json
@@ -26,8 +26,7 @@ NO_CLIP = 1e9
 
 
 def parts(model, adapters, *, descent=True, **settings):
-    """The parts of a step; plain gradient descent of rate 1 without clipping, unless arguments
-    change it."""
+    """The parts of a step. By default: plain gradient descent with rate 1 and without clipping."""
     training = wire(model, adapters, **{"clip": NO_CLIP, "loss_mib": 1, **settings})
     training.limits.chunk_rows = 16
     if descent:
@@ -40,16 +39,18 @@ def window_of(examples):
 
 
 def distance(mine, reference):
-    """Relative, of the whole vector: single elements near zero are all rounding."""
+    """The relative distance of whole vectors. Single elements near zero may be pure rounding."""
     return float((mine - reference).norm() / reference.norm())
 
 
-# -- one step, however it is split
+# -- one step, in any micro-batches
 
 
 def test_a_step_is_the_same_for_every_micro_batch_size(adapted):
-    """fp32: the sums of some hundred terms are taken in another order, 1e-6 is about ten units in
-    the last place."""
+    """In fp32 the sums of some hundred terms have another order.
+
+    The tolerance of 1e-6 is about ten units in the last place.
+    """
     examples = ragged_examples(8)
     results = {}
     for micro_batch in (8, 1, 2, 3, 4):
@@ -65,13 +66,13 @@ def test_a_step_is_the_same_for_every_micro_batch_size(adapted):
     for other_loss, other_gradient, other_update in results.values():
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert distance(other_gradient, gradient) < 1e-6
-        # the weights are of size 0.1 and the update of size 1e-3: it is rounded to their units
+        # the update (1e-3) is rounded to the last place of the weights (0.1), so it is less exact
         assert distance(other_update, update) < 1e-5
 
 
 @pytest.mark.parametrize("documents", [1, 2, 7, 40])
 def test_a_step_over_packed_rows_is_the_step_over_single_ones(adapted, documents):
-    """fp32, sums in another order: loss, gradient and its norm."""
+    """In fp32 loss, gradient and norm differ only because sums have another order."""
     examples, results = ragged_examples(documents), []
     capacity = sum(len(e.ids) for e in examples)
     packing = Packing((capacity,), longest=64, most=documents)
@@ -87,7 +88,7 @@ def test_a_step_over_packed_rows_is_the_step_over_single_ones(adapted, documents
 
 
 def test_averages_of_averages_would_be_noticed(adapted):
-    """The mistake that the test above guards against moves the gradient by tens of per cent."""
+    """An average of the micro-batches' averages would change the gradient by tens of per cent."""
     examples = ragged_examples(8)
     gradients = []
     for micro_batch in (8, 2):
@@ -100,8 +101,11 @@ def test_averages_of_averages_would_be_noticed(adapted):
 
 
 def test_adamw_of_32_bits_takes_the_same_steps_for_every_micro_batch_size(adapted):
-    """AdamW divides by the gradient's own size, so a weight whose gradient is all rounding moves
-    by a share of the learning rate; together they stay below a thousandth of the way gone."""
+    """AdamW divides a gradient by its own size.
+
+    So a weight whose gradient is pure rounding still moves by a part of the learning rate. All
+    these moves together must stay below a thousandth of the total change.
+    """
     ends = []
     for micro_batch in (8, 3):
         model, adapters = adapted()
@@ -119,7 +123,7 @@ def test_the_loss_is_nats_a_supervised_token_of_the_window(adapted):
     model, adapters = adapted()
     examples = ragged_examples(5)
     total, tokens = 0.0, 0
-    for e in examples:  # one by one, without padding, through the whole logits
+    for e in examples:  # one at a time, without padding, with all logits
         with torch.no_grad():
             logits = model.logits(model(torch.tensor([e.ids])))[0, :-1]
         answer = e.ids[len(e.prompt) :]
@@ -149,7 +153,7 @@ def test_the_phases_come_in_order_and_each_has_its_name(adapted):
 
 
 def test_the_limits_are_read_anew_by_each_step(adapted, monkeypatch):
-    """A run that ran out of memory continues with lower limits, from the next step on."""
+    """After out-of-memory a run lowers its limits. The next step must use the new limits."""
     model, adapters = adapted()
     training, window = parts(model, adapters, micro_batch=4), window_of(ragged_examples(4))
     seen, forward, loss = [], model.forward, module.summed_loss
@@ -174,7 +178,7 @@ def test_the_limits_are_read_anew_by_each_step(adapted, monkeypatch):
 
 
 def test_clipping_sees_the_true_gradient_under_loss_scaling(adapted):
-    """A power of two only moves exponents, so in fp32 not a bit of the result may differ."""
+    """A power of two changes only exponents. So in fp32 the results must be equal bit for bit."""
     results = []
     for scale in (1.0, 2.0**12):
         model, adapters = adapted()
@@ -184,15 +188,15 @@ def test_clipping_sees_the_true_gradient_under_loss_scaling(adapted):
         stats = train_step(training, window_of(ragged_examples(6)))
         assert float(stats.scale) == scale and not stats.skipped
         results.append((stats.loss, stats.grad_norm, adapters.flat.detach().clone()))
-        assert float(stats.grad_norm) > 0.02  # clipped, or this test says nothing
+        assert float(stats.grad_norm) > 0.02  # clipping must happen in this test
         update = float((adapters.flat.detach() - before).norm())
-        assert update == pytest.approx(0.01, rel=1e-3)  # of weights of size 0.1, in fp32
+        assert update == pytest.approx(0.01, rel=1e-3)  # fp32 weights of size 0.1
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
 class Poisoned:
-    """A model whose first call leaves `poison` in a gradient that then grows by backward."""
+    """A model that writes `poison` into the gradient at each call. Backward then adds to it."""
 
     def __init__(self, model, flat, poison):
         self.model, self.flat, self.poison, self.head = model, flat, poison, model.head
@@ -225,13 +229,13 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_the_stats_say_so(adapted,
     training.forward = model
     stats = train_step(training, window)
     assert not stats.skipped and float(stats.scale) == 2.0**11
-    assert torch.isfinite(adapters.flat).all()  # the next zeroing of gradients removes the poison
+    assert torch.isfinite(adapters.flat).all()  # the next step zeroes the gradients
     assert not torch.equal(adapters.flat, weights)
 
 
 @pytest.mark.parametrize("init", [2.0**12, 1.0])
 def test_the_loss_scale_never_falls_below_one(adapted, init):
-    """162 skipped steps would bring 2^12 to 0, after which every gradient is a finite 0."""
+    """Without this floor 162 skipped steps turn 2^12 into 0. Then every gradient is a finite 0."""
     model, adapters = adapted()
     training = parts(model, adapters)
     training.scaler = torch.amp.GradScaler("cpu", init_scale=init)
@@ -254,7 +258,7 @@ FULL = torch.OutOfMemoryError("CUDA out of memory")
 
 
 class Full:
-    """Raises out-of-memory at its call number `at`, once; before that it calls the function."""
+    """Raises out-of-memory once, at call number `at` (0, 1, …). Other calls run the function."""
 
     def __init__(self, function, at=0):
         self.function, self.at, self.calls, self.raised = function, at, 0, False
@@ -268,7 +272,7 @@ class Full:
 
 
 class Graphless:
-    """A stand-in for the graphs: called like the model; `release` does nothing."""
+    """A stand-in for CUDA graphs. A call runs the model; `release` does nothing."""
 
     def __init__(self, model):
         self.model, self.head = model, model.head
@@ -287,8 +291,10 @@ class Graphless:
 @pytest.mark.parametrize("earlier", [0, 2])
 def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monkeypatch, kind,
                                                                    phase, at, earlier):
-    """In the first step and in a later one: the second try gives the result of an undisturbed step,
-    bit for bit. (Once the update has begun nothing is allocated: test_optim.py.)"""
+    """The second try of a step gives the result of an undisturbed step, bit for bit.
+
+    The step may be the first or a later one. The update itself allocates nothing (test_optim.py).
+    """
     ends = []
     for disturbed in (False, True):
         model, adapters = adapted()
@@ -308,7 +314,7 @@ def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monk
                     "unscale": (training.scaler, "unscale_"), "clip": (module, "clip_grad_norm_"),
                     "update": (training.scaler, "step")}[phase]
                 full = Full(getattr(place, name), at)
-                # a function, because it must be bound as a method
+                # a plain function, because Python must bind it as a method
                 patch.setattr(place, name, lambda *a, **k: full(*a, **k))  # noqa: B023
             for n in range(earlier, 3):
                 stats = step(training, stream.window(n))
@@ -323,7 +329,7 @@ def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monk
 
 
 def same_state(mine, reference):
-    """Two state_dicts, bitsandbytes' nested ones too, are equal bit for bit."""
+    """Assert that two state_dicts are equal bit for bit. bitsandbytes' state_dicts are nested."""
     if isinstance(reference, dict):
         assert mine.keys() == reference.keys()
         for name in reference:
@@ -334,11 +340,11 @@ def same_state(mine, reference):
         assert mine == reference
 
 
-# -- what changes
+# -- the weights that change
 
 
 def frozen_tensors(model):
-    """Every frozen tensor under its name, including those of the quantisation."""
+    """Copies of all frozen tensors by name, including the tensors of the quantisation."""
     tensors = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     tensors |= dict(model.named_buffers())
     for name, p in list(tensors.items()):
@@ -376,7 +382,7 @@ STEPS, WARMUP, PEAK, FLOOR, CLIP = 30, 5, 4e-3, 0.1, 1.0
 
 
 def nano_stream():
-    """The first bundled rows of nano, four a step, two at a time."""
+    """The first 60 bundled training rows of nano, four per step."""
     config = from_command_line(["--steps", str(STEPS)], "")
     _, tokenizer = load_base("nano", nf4=False, device="cpu")
     examples = load_examples(tokenizer, config).train[:60]
@@ -389,7 +395,8 @@ def nano_adapters(nf4):
 
 
 def by_us(stream, nf4, kind):
-    """(loss of every step, the adapters' final weights under PEFT's names)."""
+    """Train with this project's step; return (loss of every step, final adapters by PEFT's names).
+    """
     model, adapters = nano_adapters(nf4)
     training = wire(model, adapters, optimizer=kind, clip=CLIP, micro_batch=2, loss_mib=4)
     losses = []
@@ -400,9 +407,10 @@ def by_us(stream, nf4, kind):
 
 
 def by_stock_parts(stream):
-    """The same by transformers, peft, cross_entropy and torch's AdamW on separate weights.
+    """The same training with transformers, peft, cross_entropy and torch's AdamW.
 
-    Its rows are padded to the longest of the window, masked with attention_mask and labels.
+    The adapters are separate parameters. Rows are padded to the longest row of a window and masked
+    with attention_mask and labels.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
@@ -453,13 +461,14 @@ def flattened(weights, order):
 
 
 def test_thirty_steps_are_those_of_stock_parts(reference):
-    """fp32 on both sides: 1e-4 is a fortieth of one step at this learning rate.
+    """Both sides compute in fp32. 1e-4 is a fortieth of one step at this learning rate.
 
-    If a gradient is near AdamW's eps, only its rounding decides the step. So in every program a few
-    of the half a million weights differ. Compared with the same loop in fp64, 11 weights of the
-    stock loop are more than 1e-4 off (at most 1.7e-3), and 7 of ours (at most 4.2e-4). Hence one
-    weight in a thousand may differ by more, and all together must stay within a thousandth of their
-    norm.
+    If a gradient is near AdamW's eps, rounding alone decides the step. So a few of the half a
+    million weights differ in every program. Compared with the same loop in fp64, 11 weights of the
+    stock loop differ by more than 1e-4 (at most 1.7e-3). Of our weights 7 do (at most 4.2e-4).
+
+    The limits: one weight in a thousand may differ by more than 1e-4. The norm of all differences
+    must stay below a thousandth of the weights' norm.
     """
     stream, losses, weights = reference
     my_losses, my_weights = by_us(stream, nf4=False, kind="adamw")
@@ -477,10 +486,10 @@ def test_thirty_steps_are_those_of_stock_parts(reference):
 
 @pytest.mark.parametrize("kind, bound", [("adamw", 1e-4), ("paged_adamw_8bit", 3e-4)])
 def test_thirty_steps_over_packed_rows_are_those_over_single_ones(reference, kind, bound):
-    """The losses and the adapters of a whole run over NF4.
+    """The losses and the adapters of a whole run over NF4 are compared.
 
-    A moment near the middle of two 8-bit values may be rounded to either, so with 8-bit AdamW some
-    weights differ by a part of one step's size, as they do between micro-batches of 1 and 2 rows.
+    A moment near the middle of two 8-bit values may be rounded to either of them. So with 8-bit
+    AdamW some weights differ by a part of a step. Micro-batches of 1 and 2 rows differ as much.
     """
     stream, _, _ = reference
     losses, weights = by_us(stream, nf4=True, kind=kind)
@@ -497,8 +506,10 @@ def test_thirty_steps_over_packed_rows_are_those_over_single_ones(reference, kin
 
 
 def test_nf4_and_8_bit_adamw_stay_near_the_stock_parts(reference):
-    """NF4 changes the model itself, so only the loss curves can be similar: they must agree within
-    a tenth of the decrease of the loss in these steps."""
+    """NF4 changes the model itself, so only the loss curves can be similar.
+
+    They must agree within a tenth of the decrease of the loss in these steps.
+    """
     stream, losses, weights = reference
     my_losses, my_weights = by_us(stream, nf4=True, kind="paged_adamw_8bit")
     gaps = [abs(a - b) for a, b in zip(my_losses, losses, strict=True)]

@@ -1,4 +1,4 @@
-"""An answer on the screen while it is written."""
+"""The display of an answer while the model writes it."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from phogpt_raw.inference.streaming import Screen
 
 
 def shown(text, width, sizes=(1, 2, 3, 7)):
-    """As it arrives in pieces of any size."""
+    """The output for a text that arrives in pieces. The size of the pieces must not change it."""
     results = set()
     for size in sizes:
         screen = Screen(width)
@@ -40,7 +40,7 @@ def test_where_no_terminal_reads_it_nothing_changes(text):
 def test_a_terminal_that_gets_narrower_breaks_words_at_its_new_width():
     screen = Screen(40)
     screen.put("một hai ba bốn năm ")  # 19 columns
-    screen.resize(12)  # the terminal has broken them: the cursor is in column 7
+    screen.resize(12)  # the terminal has wrapped the text: the cursor is in column 7
     assert screen.put("sáu bảy tám ") == "sáu \nbảy tám "
-    screen.resize(0)  # it has gone
+    screen.resize(0)  # the terminal is closed
     assert screen.width == 12

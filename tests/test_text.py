@@ -1,4 +1,4 @@
-"""Tokens become text: complete characters, unchanged text, stop strings, loops."""
+"""From tokens to text: complete characters, unchanged text, stop strings, loops."""
 
 import doctest
 import random
@@ -35,18 +35,18 @@ def test_doctest():
 
 
 def test_pieces_joined_are_the_text_decoded_at_once_and_hold_no_half_letter(tokenizer):
-    """1,000 random strings; in half of them each byte of a character is a separate token."""
+    """There are 1,000 random strings. In half of them each byte of a character is a token."""
     half = 0
     for n, text in enumerate(strings(1000)):
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        if n % 2:  # the byte tokens, which a model may well write
+        if n % 2:  # byte tokens, which a model can write
             ids = [i for c in text for i in byte_tokens(tokenizer, c)]
         stream = TextStream(tokenizer)
         pieces = [*map(stream.put, ids), stream.end()]
         assert "".join(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         assert HALF not in "".join(pieces)
         half += sum(HALF in tokenizer.decode(ids[: k + 1]) for k in range(len(ids)))
-    assert half > 5000  # these would be wrong if decoded token by token
+    assert half > 5000  # decoding single tokens would be wrong here
 
 
 def byte_tokens(tokenizer, letter):
@@ -99,7 +99,7 @@ def test_of_what_may_begin_a_stop_string_the_longest_waits(tokenizer):
 
 
 def test_a_token_may_depend_on_the_one_before_it():
-    """As in tokenizers that put the space of a word before it only if another word precedes it."""
+    """Some tokenizers put a space before a word only if another word precedes it."""
 
     class Words:
         def decode(self, ids, **_):

@@ -1,6 +1,6 @@
-"""The trace against arithmetic by hand, and against the real step on the CPU.
+"""The trace of a step, compared with arithmetic by hand and with the real step on the CPU.
 
-N rows of tokens, D in, O out, R rank, H heads, L queries, S keys, K head width, V vocabulary.
+Shapes: N tokens, D in, O out, R rank, H heads, L queries, S keys, K head width, V vocabulary.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from phogpt_raw.training.setup import wire
 
 aten = torch.ops.aten
 LINEARS = [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]  # (in, out) of a block
-WEIGHTS = 12 * D * D  # of a block
+WEIGHTS = 12 * D * D  # weights of a block's linear layers
 
 
 def on_arrival(found):
-    """What is alive as backward begins, by kind, and by block what is saved."""
+    """(bytes alive by kind, saved bytes by block) at the start of backward."""
     moment = [m for m in found.moments() if m.phase == "forward"][-1]
     return moment.kinds, moment.blocks
 
@@ -46,28 +46,28 @@ def up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-# -- the ledger
+# -- bytes by kind
 
 
 def test_resident_bytes_are_what_arithmetic_says():
-    rank = 33  # with it no adapter ends where the next one may begin
+    rank = 33  # with this rank alignment leaves gaps between adapters
     found = traced(rank=rank)
     padded = 2 * sum(up(rank * d, 256) + up(o * rank, 256) for d, o in LINEARS)
     scales = [d * o // 64 for d, o in LINEARS]  # 8 bits for 64 weights
     kinds, _ = on_arrival(found)
     ledger = {
         "NF4 weights": 2 * WEIGHTS // 2,
-        # 32 bits for 256 scales, and for each weight their offset and the two codes
+        # 32 bits for 256 scales; for each weight an offset and two code tables
         "NF4 constants": 2 * sum(n + 4 * math.ceil(n / 256) + 4 + 4 * 16 + 4 * 256 for n in scales),
         "embedding": 2 * V * D,
         "norms and biases": 2 * (2 * (4 * D + sum(o for _, o in LINEARS)) + 2 * D),
         "adapters": 4 * padded,
         "adapters' gradients": 4 * padded,
         "adapters' copy": 2 * padded,
-        "optimizer state": 2 * 4 * (padded // 256 + 256),  # scales and a code, twice
+        "optimizer state": 2 * 4 * (padded // 256 + 256),  # two moments: scales and a code table
     }
     assert {kind: kinds[kind] for kind in ledger} == ledger
-    assert found.resident == sum(ledger.values()) + 4 * H  # and the slopes
+    assert found.resident == sum(ledger.values()) + 4 * H  # 4 * H: ALiBi's slopes
     assert found.pages == 2 * padded
 
 
@@ -82,7 +82,7 @@ def test_adamw_has_two_32_bit_values_a_weight_and_no_pages():
     model, adapters = on_meta()
     found = step_of(model, adapters, optimizer="adamw")
     assert found.pages == 0
-    assert on_arrival(found)[0]["optimizer state"] == 2 * 4 * adapters.flat.numel() + 4  # its step
+    assert on_arrival(found)[0]["optimizer state"] == 2 * 4 * adapters.flat.numel() + 4  # 4: step
 
 
 @pytest.mark.parametrize("length", [96, 1024, 1100, 2048])
@@ -96,9 +96,9 @@ def saved_sizes(rank: int, rows: int, length: int) -> dict[str, int]:
     n = rows * length
     return dict(
         x=2 * n * D,
-        narrow=2 * n * rank,  # x Aᵀ, one a linear
+        narrow=2 * n * rank,  # x Aᵀ of one linear layer
         statistics=2 * 4 * n,  # a norm's mean and deviation
-        attention=4 * rows * H * up(length, 32) + 16,  # log-sum-exp; a seed and an offset
+        attention=4 * rows * H * up(length, 32) + 16,  # log-sum-exp; 16: a seed and an offset
     )
 
 
@@ -106,10 +106,10 @@ def saved_sizes(rank: int, rows: int, length: int) -> dict[str, int]:
 def test_saved_activations_are_what_arithmetic_says(rank, rows, length):
     _, saved = on_arrival(traced(rank=rank, rows=rows, length=length))
     size = saved_sizes(rank, rows, length)
-    # qkv 3, attention's output, the sum after it, up_proj's output 4, the sum after the block
+    # 10 x: qkv 3, attention's output 1, the sum after it 1, up_proj's output 4, the block's sum 1
     block = 10 * size["x"] + 4 * size["narrow"] + size["attention"]
     assert saved == {
-        # Nothing below the first norm has a gradient: its output is saved, and not recomputed.
+        # Nothing below the first norm has a gradient, so its output is saved and not recomputed.
         "block 0": block + size["x"] + size["statistics"],
         "block 1": block + 2 * size["statistics"],
         "last norm": size["statistics"],
@@ -121,8 +121,8 @@ def test_of_recomputed_blocks_only_their_inputs_are_kept():
     size = saved_sizes(8, 1, 96)
     assert saved == {
         "embedding": size["x"],  # the first block's input
-        "block 0": size["x"] + 16,  # the second's; attention's seed and offset are kept beside
-        "block 1": size["x"] + 16,  # the last norm's
+        "block 0": size["x"] + 16,  # the second block's input; 16: attention's seed and offset
+        "block 1": size["x"] + 16,  # the last norm's input; 16 as above
         "last norm": size["statistics"],
     }
 
@@ -135,7 +135,7 @@ def test_a_block_is_recomputed_in_backward_alone():
     assert max(m.kinds.get("recomputed", 0) for m in found) > 10 * size["x"]
 
 
-# -- order
+# -- memory grows with the settings
 
 
 @pytest.mark.parametrize("setting, values", [
@@ -144,15 +144,15 @@ def test_a_block_is_recomputed_in_backward_alone():
     ("recompute", [2, 1, 0]),
 ])
 def test_memory_grows_with_every_setting(setting, values):
-    """Without what the allocator rounds up, which depends on the order of allocations."""
-    large = dict(vocabulary=8192) if setting == "chunk" else {}  # else the blocks are the peak
+    """The allocator's rounding does not count, because it depends on the order of allocations."""
+    large = dict(vocabulary=8192) if setting == "chunk" else {}  # then the loss is the peak
     peaks = [max(m.allocated - m.kinds["rounding"] for m in traced(
         **large, **{setting: value}).moments()) for value in values]
     assert all(a <= b for a, b in pairwise(peaks))
     assert peaks[0] < peaks[-1]
 
 
-# -- the books
+# -- every byte has a kind
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(recompute=1, rows=2), dict(rows=2, length=1100),
@@ -179,7 +179,7 @@ def test_every_byte_alive_has_a_kind_at_every_moment(settings):
         held, count = most[moment.op]
         rounding = moment.kinds["rounding"]
         assert moment.allocated - rounding - workspace == held
-        assert 0 <= rounding < 512 * count + 3 * 2**20  # and a MiB where a large one is not cut
+        assert 0 <= rounding < 512 * count + 3 * 2**20  # 1 MiB for a large uncut block
     assert found.peak(workspace).allocated == found.replay(workspace=workspace).peak_allocated
 
 
@@ -194,7 +194,7 @@ def test_a_step_gives_back_what_it_takes():
 
 
 def test_a_plan_stays_as_it_is_when_its_model_goes():
-    gc.disable()  # else a garbage collection could free the recorder first
+    gc.disable()  # a garbage collection could free the recorder too early
     try:
         model, adapters = on_meta()
         found = step_of(model, adapters)
@@ -222,8 +222,7 @@ def test_too_little_memory_is_an_error():
 
 
 def test_a_trace_leaves_nothing_behind_for_models_that_have_values(monkeypatch):
-    """bitsandbytes keeps the code table of the first device on which it quantises, for all
-    devices."""
+    """bitsandbytes keeps the code table of the first device that quantises, for all devices."""
     monkeypatch.setattr(bitsandbytes.functional, "name2qmap", {})
     traced()
     weight = torch.randn(64, 64)
@@ -231,7 +230,7 @@ def test_a_trace_leaves_nothing_behind_for_models_that_have_values(monkeypatch):
     assert (linear(torch.eye(64)) - weight.T).abs().max() < 1
 
 
-# -- the real step, not a description of it
+# -- the trace runs the real step
 
 
 def test_what_is_no_longer_recomputed_shows(monkeypatch):
@@ -239,8 +238,8 @@ def test_what_is_no_longer_recomputed_shows(monkeypatch):
     monkeypatch.setattr(phogpt, "recomputed", lambda f, x: contextlib.nullcontext(f(x)))
     after = on_arrival(traced())[1]
     x = saved_sizes(8, 1, 96)["x"]
-    assert after["block 1"] - before["block 1"] == 6 * x  # outputs: 2 of the norms, 4 of the GELU
-    assert after["block 0"] - before["block 0"] == 5 * x  # the first norm's is saved anyway
+    assert after["block 1"] - before["block 1"] == 6 * x  # outputs: norms 2, GELU 4
+    assert after["block 0"] - before["block 0"] == 5 * x  # the first norm's output is always saved
 
 
 def test_one_more_tensor_kept_is_that_much_more_at_the_peak(monkeypatch):
@@ -276,8 +275,10 @@ def test_the_attention_kernel_is_the_one_given():
 @pytest.mark.parametrize("recompute", [0, 1])
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, recompute):
-    """The same recorder over real values: each operation, and the size and lifetime of each
-    storage."""
+    """The recorder also runs on real values on the CPU.
+
+    It must find the same operations, and the same size and lifetime of each storage.
+    """
     model, adapters = adapted(nf4=nf4)
     twin, its = adapted_on_meta(model.config, rank=4, dtype=torch.float32, nf4=nf4)
     window = Window(ragged_examples(3), pad_id=3)
@@ -291,7 +292,7 @@ def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, 
         training.limits.chunk_rows = 16
         cpu = SDPBackend.FLASH_ATTENTION
         found = trace_step(training, window, Kernels(cpu, cpu))
-        # without clipping, for which torch has other operations on a CPU
+        # clipping is left out: torch uses other operations for it on a CPU
         ops = [op for op in found.ops if op.phase != "clip"]
         lives = [(s.nbytes, s.born, s.died, s.scope, kind_of(s), taken)
                  for s, taken in found.events[found.begun:]]
@@ -323,7 +324,7 @@ def test_flops_of_a_linear_with_adapters(kind):
     backward = recorded(lambda: out[0].backward(torch.empty_like(out[0])))
     base, adapter = 2 * N * OUT * D, 2 * N * R * (D + OUT)
     assert sum(op.flops for op in forward) == base + adapter
-    assert sum(op.flops for op in backward) == base + 2 * adapter  # W has no gradient
+    assert sum(op.flops for op in backward) == base + 2 * adapter  # W is frozen
 
 
 @pytest.mark.parametrize("kernel", [EFFICIENT, SDPBackend.CUDNN_ATTENTION], ids=lambda k: k.name)
@@ -335,20 +336,20 @@ def test_flops_of_attention(kernel, block):
     out = []
     forward = recorded(lambda: out.append(attend(q, k, v, bias, None)), kernel)
     backward = recorded(lambda: out[0].backward(torch.empty_like(out[0])), kernel)
-    scores = B * H * (L * L if block is None else 32 * (32 + 64 + 96))  # a block sees these keys
+    scores = B * H * (L * L if block is None else 32 * (32 + 64 + 96))  # the keys of each block
     assert sum(op.flops for op in forward) == 4 * K * scores
-    assert sum(op.flops for op in backward) == 10 * K * scores  # computes the scores again
+    assert sum(op.flops for op in backward) == 10 * K * scores  # recomputes the scores
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 def test_flops_of_a_step(recompute):
     rank, rows, length = 8, 2, 96
     found = traced(rank=rank, rows=rows, length=length, recompute=recompute)
-    n, supervised = rows * length, 64  # 2 x 20, padded
+    n, supervised = rows * length, 64  # 2 x 20 rows, padded to 64
     adapters = sum(rank * (d + o) for d, o in LINEARS)
     attention = 4 * H * length * length * (D // H) * rows
     block = 2 * n * WEIGHTS + 2 * n * adapters + attention
-    forward = 2 * block + 4 * supervised * V * D  # the loss computes its gradient
+    forward = 2 * block + 4 * supervised * V * D  # with the gradient of the loss
     backward = 2 * (2 * n * WEIGHTS + 4 * n * adapters + 2.5 * attention)
     backward -= 2 * n * 3 * D * D + 2 * n * rank * D  # the first linear's x has no gradient
     by_phase = {phase: sum(op.flops for op in found.ops if op.phase == phase)

@@ -1,4 +1,7 @@
-"""Loading: every key is used or refused, NF4 comes from the stored dtype, frozen bits stay."""
+"""Loading of weights: every key is used or refused, NF4 is made from the stored dtype.
+
+Frozen weights stay equal bit for bit.
+"""
 
 import doctest
 import json
@@ -38,7 +41,7 @@ def load(folder, **kwargs):
     return load_base(str(folder), device="cpu", **kwargs)
 
 
-# -- what is loaded
+# -- the loaded weights
 
 
 @pytest.mark.parametrize(("kind", "shards"), [
@@ -71,7 +74,7 @@ def test_the_cpu_computes_in_fp32_by_default(tiny):
 
 
 def test_parameters_outlive_the_file(tmp_path):
-    """The weights are copies, not views of a mapped file, which could be overwritten."""
+    """The weights are copies. Views of a mapped file would change if the file is overwritten."""
     tensors = write_checkpoint(tmp_path, kind="safetensors", dtype=torch.float32)
     model, _ = load(tmp_path, nf4=False, dtype=torch.float32)
     with open(tmp_path / "model.safetensors", "r+b") as file:
@@ -84,7 +87,7 @@ def test_parameters_outlive_the_file(tmp_path):
 @DTYPES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["in-fp32", "in-bf16"])
 def test_nf4_weights_are_bitsandbytes_own_of_the_stored_tensor(tmp_path, stored, dtype):
-    """Bit for bit; quantising after a cast to another dtype would differ in some of them."""
+    """They are equal bit for bit. Quantising after a cast to another dtype would change some."""
     tensors = write_checkpoint(tmp_path, dtype=stored)
     model, _ = load(tmp_path, dtype=dtype)
     seen = set()
@@ -115,7 +118,7 @@ def test_nf4_weights_are_bitsandbytes_own_of_the_stored_tensor(tmp_path, stored,
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 def test_the_order_of_tensors_in_a_file_does_not_matter(tmp_path, nf4):
-    """Biases before their weights, too."""
+    """A bias may also come before its weight."""
     tensors = write_checkpoint(tmp_path / "a", dtype=torch.float32)
     backwards = dict(reversed(tensors.items()))
     write_checkpoint(tmp_path / "b", tensors=backwards)
@@ -141,7 +144,7 @@ def test_a_model_without_biases_loads_where_the_config_says_so(tmp_path):
     assert not any(name.endswith("bias") for name in tensors)
 
 
-# -- what is refused: each case spoils a good folder and says what the message must hold
+# -- refusals: each case damages a good folder and gives a part of the message
 
 
 def rewrite(folder, change):
@@ -351,12 +354,12 @@ def test_code_in_a_bin_is_refused_and_does_not_run(tmp_path):
         load(tmp_path)
     assert not trace.exists()
     assert "pytorch_model.bin: holds more than tensors" in str(refusal.value)
-    assert "weights_only" not in str(refusal.value)  # torch's message advises to run the code
+    assert "weights_only" not in str(refusal.value)  # torch's own message tells how to run the code
     torch.load(tmp_path / "pytorch_model.bin", weights_only=False)["note"].close()
-    assert trace.exists()  # it would have
+    assert trace.exists()  # unsafe loading runs the code
 
 
-# -- frozen means frozen
+# -- frozen weights do not change
 
 
 def dequantised(linear):
@@ -364,7 +367,7 @@ def dequantised(linear):
 
 
 def frozen_bits(model):
-    """Copies of every frozen tensor, and of each NF4 weight as it dequantises."""
+    """Copies of all frozen tensors, and the dequantised values of each NF4 weight."""
     bits = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
@@ -381,8 +384,8 @@ def frozen_bits(model):
 def test_frozen_weights_stay_bit_equal(adapted, nf4, dtype):
     """The frozen tensors do not change in evaluation, decoding and backward.
 
-    On a CPU with avx512_bf16, bitsandbytes repacks NF4 weights in place on the first forward in
-    eval mode without gradients, and not exactly; backward would then fail.
+    On a CPU with avx512_bf16, bitsandbytes would repack NF4 weights in place, with small errors. It
+    does this in the first forward in eval mode without gradients. Backward would then fail.
     """
     model, adapters = adapted(nf4=nf4, dtype=dtype)
     before = frozen_bits(model)
@@ -401,11 +404,11 @@ def test_frozen_weights_stay_bit_equal(adapted, nf4, dtype):
         assert torch.equal(before[name], after[name]), name
 
 
-# -- the hub; only the download itself is replaced
+# -- the hub; the tests replace only the download itself
 
 
 class Hub:
-    """snapshot_download that notes how it was called and returns or raises what it is given."""
+    """A stand-in for snapshot_download: it records its calls and returns or raises `result`."""
 
     def __init__(self, result):
         self.result, self.calls = result, []
@@ -474,7 +477,7 @@ def test_doctest():
 
 
 def test_a_hub_id_while_offline_is_refused(tmp_path, monkeypatch):
-    """No function is replaced here, because conftest has switched the network off."""
+    """This test needs no stand-in, because conftest sets HF_HUB_OFFLINE."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(Refusal, match="the hub does not answer"):
         load_base("vinai/PhoGPT-4B")
@@ -505,17 +508,16 @@ for kind in ("nf4", "plain"):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="RssAnon is Linux'")
 def test_loading_holds_one_tensor_beside_the_model(tmp_path, tiny):
-    """Anonymous memory: what is mapped from a file can be dropped at any time and does not count.
+    """Only anonymous memory counts. Pages mapped from a file can be dropped at any time.
 
-    105 million parameters in four shards of 50 MB, the largest tensor of 2 million. Beside the
-    model, bitsandbytes on the CPU needs a linear's weight in fp32 some six times over (a copy,
-    absolute value, scaled, clamped, 32-bit codes): 24 bytes for each of a million elements; 12 MB
-    of slack are for the tokenizer and the allocator. One more shard in memory would exceed this
-    limit.
+    The model has 105 million parameters in four shards of 50 MB. Its largest tensor has 2 million.
+    While bitsandbytes quantises a linear layer on the CPU, it needs about six fp32 copies of the
+    weight. These take 24 bytes for each of a million elements. Another 12 MB are for the tokenizer
+    and the allocator. One more shard in memory would exceed this limit.
 
-    glibc's threshold for mapping an allocation is fixed at its initial 128 KiB: it would else grow
-    with what is freed, and the NF4 weights come to lie between holes (up to 480 MB of them, here;
-    at PhoGPT's sizes allocations are beyond that mechanism's 32 MB).
+    glibc maps an allocation above a threshold, and the threshold grows when memory is freed. Then
+    the NF4 weights would lie between unused gaps of up to 480 MB. So the test fixes the threshold
+    at 128 KiB. PhoGPT's large tensors exceed 32 MB, the highest value of the threshold.
     """
     config = vinai_config(d_model=512, n_heads=8, n_layers=32, vocab_size=4096, max_seq_len=128)
     folder = tmp_path / "large"
@@ -525,7 +527,7 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path, tiny):
     run = subprocess.run([sys.executable, "-c", MEASURE, tiny, folder], text=True, check=True,
                          capture_output=True, cwd=Path(__file__).parents[1],
                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 * 1024)})
-    shutil.rmtree(folder)  # 200 MB: pytest would keep it for three runs
+    shutil.rmtree(folder)  # pytest would keep these 200 MB for three runs
     nf4, plain = (json.loads(line) for line in run.stdout.splitlines()[-2:])
     assert stored > 200e6 and plain["resident"] == stored
     for got, workspace in ((nf4, 24 * linear), (plain, 0)):
@@ -536,9 +538,10 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path, tiny):
 
 @pytest.mark.parametrize("weight_map, said", [
     (None, "weight_map does not say"), ([], "weight_map does not say"), ({}, "weight_map does not"),
-    ({"a": None}, "no name of a file"), ({"a": 3}, "no name of a file"),
-    ({"a": "../model.safetensors"}, "no name of a file"), ({"a": "/etc/passwd"}, "no name of a f"),
-    ({"a": ""}, "no name of a file"), ({"a": ".."}, "no name of a file"),
+    ({"a": None}, "is not the name of"), ({"a": 3}, "is not the name of"),
+    ({"a": "../model.safetensors"}, "is not the name of"),
+    ({"a": "/etc/passwd"}, "is not the name of"),
+    ({"a": ""}, "is not the name of"), ({"a": ".."}, "is not the name of"),
     ({"a": "nix.safetensors"}, "this shard is missing"),
 ])
 def test_an_index_names_files_beside_it(tmp_path, weight_map, said):

@@ -1,4 +1,4 @@
-"""The worker's thread: answers join and leave its engines."""
+"""The worker's thread: answers start and end in its engines at different times."""
 
 import threading
 import time
@@ -14,11 +14,11 @@ from phogpt_raw.serve.models import Served
 from phogpt_raw.serve.protocol import ProtocolError
 from phogpt_raw.serve.worker import Job, Worker
 
-LONG = 100_000  # tokens; the cache grows to it only in steps
+LONG = 100_000  # tokens; the cache grows to this length in steps
 
 
 class Inbox:
-    """The pieces that a worker delivers, by job."""
+    """Collects the pieces of text that a worker delivers. `of(key)` gives those of one job."""
 
     def __init__(self):
         self.pieces, self.changed = [], threading.Condition()
@@ -57,7 +57,7 @@ def base(tiny):
 
 @pytest.fixture
 def work(base):
-    """A function that starts a worker over tiny: (worker, inbox)."""
+    """A function that starts a worker with tiny and returns (worker, inbox)."""
     workers = []
 
     def begin(slots=2, models=None):
@@ -142,7 +142,7 @@ def test_a_stop_string_ends_an_answer_and_frees_its_slot(work, base):
 
 
 def test_spaces_before_a_chats_first_letter_are_left_out(work, base):
-    """tiny's answer begins with a space that its first token holds."""
+    """The first token of tiny's answer begins with a space."""
     model, tokenizer = base
     prompt = next([n] for n in range(5, 900) if alone(model, tokenizer, [n], 3).startswith(" "))
     worker, inbox = work()

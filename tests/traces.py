@@ -19,7 +19,7 @@ D, H, V = 192, 6, 512
 
 def on_meta(layers: int = 2, *, rank: int = 8, vocabulary: int = V, dtype=torch.float16,
             nf4: bool = True) -> tuple:
-    """(model, adapters)"""
+    """(model, adapters) on the meta device."""
     shape = ModelConfig(D, H, layers, vocab_size=vocabulary, max_seq_len=4096)
     return adapted_on_meta(shape, rank=rank, dtype=dtype, nf4=nf4)
 
@@ -46,7 +46,7 @@ def traced(layers: int = 2, *, rank: int = 8, vocabulary: int = V, dtype=torch.f
 
 
 def recorded(run, kernel: SDPBackend = EFFICIENT) -> list[Op]:
-    """The operations of run()."""
+    """Call run() and return the recorded operations."""
     recorder = Recorder(Kernels(kernel, kernel))
     with recorder:
         run()

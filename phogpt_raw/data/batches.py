@@ -1,17 +1,18 @@
-"""Group examples into windows of micro-batches. The window of a step can be computed without those
-of earlier steps.
+"""Group examples into windows of micro-batches. The window of a step can be computed without the
+windows of earlier steps.
 
-A window is the accumulation window: the examples of one optimizer step. They follow from the step's
-number alone (each epoch has an order seeded by seed and epoch), so a resumed run continues with the
-right ones. The step itself chooses how they are laid out in rows and how many rows go through the
-model at once. That changes the speed of a step, not its result.
+A window is an accumulation window: the examples of one optimizer step. The seed and the number of
+the step determine these examples. So a resumed run continues with the same examples as an
+uninterrupted run. The layout in rows and the size of a micro-batch change the speed of a step, but
+not its result.
 
-A MicroBatch says which tokens may attend to each other by `doc_BL`: each token's document in its
-row, ascending. It is None where each row is one document; padding then comes after it, where causal
-attention never looks. The positions that carry loss are a list of rows, not a mask over all
-positions: with a vocabulary of 250,880 each row through the head is expensive.
+In a MicroBatch, `doc_BL` numbers the documents of a row. Tokens attend only to tokens of the same
+document. `doc_BL` is None if each row is one document. Padding then follows the document, so causal
+attention never reads it. `rows_T` lists the positions that carry loss. It is a list and not a mask,
+so that only these positions go through the head. The head is expensive with a vocabulary of
+250,880.
 
-B micro-batch, L length, T supervised rows (padded to a few sizes; padding has target -100).
+B micro-batch, L length, T supervised positions (padded to a multiple; padding has target -100).
 
 >>> a, b = Example([5, 6, 7], [IGNORED, 7, IGNORED]), Example([8, 9], [9, IGNORED])
 >>> batch = collate([[a], [b]], length=4, pad_id=3, rows_multiple=4)
@@ -34,16 +35,20 @@ import torch
 from phogpt_raw.data.packing import DocumentBounds, Packing, best_fit, round_up, spread
 from phogpt_raw.data.prompt import IGNORED, Example
 
-PADDED = 32  # tokens; unpacked rows have a multiple of this length
-ROOMY, ENOUGH = 0.99, 1.02  # fill to 99 %, to have room to shuffle, if that is <= 2 % more windows
-BLURS = (1, 1 / 4, 1 / 16, 1 / 64, 0)  # random part of a length, as a share of the longest example
+PADDED = 32  # tokens; the length of an unpacked row is a multiple of this
+# Windows are filled to 99 %, which leaves room to shuffle, if this needs at most 2 % more windows.
+ROOMY, ENOUGH = 0.99, 1.02
+# The largest random part of a length, as a share of the longest example. They are tried in order.
+BLURS = (1, 1 / 4, 1 / 16, 1 / 64, 0)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """rows_T: positions in the hidden states flattened to [B*L]; targets_T: what they predict.
+    """Rows that go through the model at once.
 
-    bounds: of the documents, where a row has several.
+    rows_T: the supervised positions, as indices into the hidden states flattened to [B*L].
+    targets_T: the token that each of these positions must predict. bounds: the limits on the
+    documents of a row, or None if each row is one document.
     """
 
     ids_BL: torch.Tensor
@@ -61,9 +66,10 @@ class MicroBatch:
 
 
 class Window:
-    """The examples of one optimizer step, one to a row or packed by `packing`.
+    """The examples of one optimizer step. Without `packing`, each row has one example.
 
-    supervised: tokens that carry loss (at least one); tokens: all tokens.
+    supervised: the number of tokens that carry loss (at least one). tokens: the number of all
+    tokens.
     """
 
     def __init__(self, examples: list[Example], pad_id: int, packing: Packing | None = None):
@@ -74,10 +80,10 @@ class Window:
         assert self.supervised, "a window without supervised tokens has no loss"
 
     def layout(self, size: int) -> Iterator[tuple[list[list[Example]], int]]:
-        """(examples of each row, tokens of a row) of each micro-batch of at most `size` rows.
+        """Yield (the examples of each row, the tokens of a row) for each micro-batch.
 
-        All rows of a micro-batch have one length. The shortest come first, which keeps padding
-        small.
+        A micro-batch has at most `size` rows, all of the same length. The shortest rows come first,
+        which keeps the padding small.
         """
         if self.packing is None:
             for start in range(0, len(self.examples), size):
@@ -95,30 +101,38 @@ class Window:
             yield collate(rows, length, self.pad_id, self.packing and self.packing.bounds(length))
 
     def shapes(self, size: int) -> list[tuple[int, int]]:
-        """(rows, tokens of a row) of each micro-batch."""
+        """Return (number of rows, tokens of a row) for each micro-batch."""
         return [(len(rows), length) for rows, length in self.layout(size)]
 
 
 class Stream:
-    """The windows of a run, `batch_size` examples each; set `packing` before the first one."""
+    """The windows of a run, with `batch_size` examples each.
+
+    Set `packing` before the first call of `window`.
+    """
 
     def __init__(self, examples: list[Example], *, batch_size: int, pad_id: int, seed: int = 0):
         self.examples, self.pad_id, self.seed = examples, pad_id, seed
         self.batch_size = batch_size
         self.packing: Packing | None = None
-        self.orders: dict[int, list] = {}  # of the current epochs
+        self.orders: dict[int, list] = {}  # {epoch: its order}, for the latest epochs only
 
     def steps(self, epochs: float) -> int:
-        """How many windows cover `epochs`; the last one continues into the next epoch."""
+        """Return the number of windows that cover `epochs`.
+
+        The last window may continue into the next epoch.
+        """
         return max(1, math.ceil(epochs * len(self.examples) / self.batch_size))
 
     def window(self, step: int) -> Window:
-        """The window of step 0, 1, 2, …"""
+        """Return the window of a step. The first step is 0."""
         return Window(self.picked(step), self.pad_id, self.packing)
 
     def picked(self, step: int) -> list[Example]:
-        """The examples of a step: the next ones of an endless order in which each epoch is a
-        permutation."""
+        """Return the examples of a step.
+
+        They are consecutive in an endless order, in which each epoch is a permutation.
+        """
         first = step * self.batch_size
         places = (divmod(p, len(self.examples)) for p in range(first, first + self.batch_size))
         return [self.examples[self.order(epoch)[place]] for epoch, place in places]
@@ -139,10 +153,11 @@ class Stream:
 
 class TokenStream(Stream):
     """Windows of at most `batch_tokens` tokens, of nearly equal size. Each epoch has the same
-    number of windows and holds each example once.
+    number of windows and contains each example once.
 
-    The longest examples are distributed first, each to the window with the fewest tokens. A random
-    part is added to the lengths that order them, so that each epoch has other windows.
+    The examples are sorted by length, the longest first. Each example in turn goes into the window
+    with the fewest tokens. A random part is added to each length before sorting, so that the
+    windows differ from epoch to epoch.
     """
 
     def __init__(self, examples: list[Example], *, batch_tokens: int, pad_id: int, seed: int = 0):
@@ -153,7 +168,7 @@ class TokenStream(Stream):
         self.windows = roomy if roomy <= 1 + ENOUGH * least else least
 
     def count(self, tokens: int) -> int:
-        """How many windows of at most `tokens` tokens hold all examples."""
+        """Return a sufficient number of windows of at most `tokens` tokens for all examples."""
         exact = sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i])
         windows = len(best_fit(self.sizes, tokens))
         while self.fullest(spread(exact, self.sizes, windows)) > tokens:
@@ -171,10 +186,10 @@ class TokenStream(Stream):
         return max(sum(self.sizes[i] for i in window) for window in windows)
 
     def shuffled(self, generator: torch.Generator) -> list[list[int]]:
-        """The windows of an epoch, as indices of examples."""
+        """Return the windows of an epoch. A window is a list of indices into the examples."""
         any_order = super().shuffled(generator)
         chance = torch.rand(len(self.sizes), generator=generator).tolist()
-        for blur in BLURS:  # the last, 0, always fits: `count` chose the number of windows so
+        for blur in BLURS:  # the last value, 0, always fits, because `count` has tested it
             tokens = blur * max(self.sizes)
             order = sorted(any_order, key=lambda i: -self.sizes[i] - tokens * chance[i])
             found = spread(order, self.sizes, self.windows)
@@ -185,10 +200,10 @@ class TokenStream(Stream):
 
 def collate(rows: list[list[Example]], length: int, pad_id: int,
             bounds: DocumentBounds | None = None, rows_multiple: int = 64) -> MicroBatch:
-    """Rows of `length` tokens: examples one after the other, then padding.
+    """Build a micro-batch of rows with `length` tokens. Padding follows the examples of a row.
 
-    With `bounds` each example is a document, and so is each bounds.longest tokens of padding;
-    without, a row is one document.
+    With `bounds`, each example is a document, and the padding is divided into documents of at most
+    bounds.longest tokens. Without `bounds`, each row is one document.
     """
     ids_BL = np.full((len(rows), length), pad_id)
     targets_BL = np.full_like(ids_BL, IGNORED)

@@ -1,7 +1,8 @@
 """Choose the template of PhoGPT that a base uses.
 
-A chat template is a program in Jinja that comes with a base. Jinja's sandbox gives it no access to
-files and to Python. But it could run for ever or fill the memory, so it runs with limits.
+A chat template is a Jinja program that comes with a base. Jinja's sandbox gives the program no
+access to files or to Python. But the program could run for ever or fill the memory. So it runs with
+limits on its time and memory.
 """
 
 from phogpt_raw.data.prompt import TEMPLATES
@@ -9,17 +10,21 @@ from phogpt_raw.limited import OverLimit, limited
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 
-BLOOM_SIZED = 100_000  # tokens; 7B5's vocabulary is 250,000, 4B's 20,480
-LETTERS = 200  # no template of PhoGPT's is longer
-NAME_ONE = "name one of PhoGPT's with --template"
+BLOOM_SIZED = 100_000  # tokens; the vocabulary of 7B5 is larger, that of 4B (20,480) is smaller
+LETTERS = 200  # characters of a rendered template that are compared; PhoGPT's templates are shorter
+NAME_ONE = "choose one of PhoGPT's templates with --template"
 
 
 def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
-    """(name, reason): the first name in `asked` that is not auto. If there is none, the tokenizer's
-    chat template decides, or without one the size of its vocabulary."""
+    """Return the name of the template, and the reason for it as a text for the user.
+
+    The first name in `asked` that is not auto is used. If all are auto, the tokenizer's chat
+    template decides. If the tokenizer has no chat template, the size of its vocabulary decides.
+    Raises Refusal if the chat template is not PhoGPT's.
+    """
     for name in asked:
         if name != "auto":
-            return name, _("asked for by --template")
+            return name, _("set by --template")
     if tokenizer.chat_template:
         shown = rendered(tokenizer)
         for name, template in TEMPLATES.items():
@@ -28,12 +33,12 @@ def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
         raise Refusal(f"the tokenizer's chat template is not PhoGPT's (it gives {shown!r}); "
                       f"{NAME_ONE}")
     if len(tokenizer) > BLOOM_SIZED:
-        return "7b5-instruct", _("a vocabulary of {n:,} is 7B5's", n=len(tokenizer))
-    return "4b-chat", _("a vocabulary of {n:,} is 4B's", n=len(tokenizer))
+        return "7b5-instruct", _("a vocabulary of {n:,} tokens fits 7B5", n=len(tokenizer))
+    return "4b-chat", _("a vocabulary of {n:,} tokens fits 4B", n=len(tokenizer))
 
 
 def rendered(tokenizer) -> str:
-    """The first characters of the text that the chat template gives for the question "?"."""
+    """Render the question "?" with the chat template; return the first LETTERS characters."""
     def render() -> str:
         return tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False,
                                              add_generation_prompt=True)[:LETTERS]
@@ -42,7 +47,7 @@ def rendered(tokenizer) -> str:
         return limited(render)
     except OverLimit as over:
         raise Refusal(f"the tokenizer's chat template {over}; {NAME_ONE}") from None
-    except Exception as error:  # Jinja's, or whatever the template itself raises
+    except Exception as error:  # an error of Jinja, or an error that the template raises
         said = " ".join(str(error).split())[:LETTERS]
         raise Refusal(f"the tokenizer's chat template cannot be used ({said}); {NAME_ONE}") \
             from None

@@ -1,16 +1,16 @@
-"""A record of any known format becomes a conversation: turns, each with its role and text.
+"""Convert a record of any known format to a conversation: turns with a role and a text each.
 
-The fields decide which format it is; fields.py has their names. What a row may be:
+The names of the fields decide the format; fields.py lists the names. A row is one of these:
 
 - a question and its answer: {prompt, response}, {prompt, completion}, {instruction, input, output},
-  {instruction, response}, {question, answer}, {input, output}; each also with `system` and
+  {instruction, response}, {question, answer}, {input, output}; each may also have `system`, and
   `history`, a list of earlier [question, answer];
-- {messages: [{role, content}]} and {conversations: [{from, value}]}, of many turns;
-- {text}, which is learned as it is.
+- {messages: [{role, content}]} or {conversations: [{from, value}]}, with one or more turns;
+- {text}, a plain text without roles.
 
-Text is normalised to NFC: Vietnamese typed on a Mac often arrives as NFD, looks the same, and
-becomes other tokens. If a text already contains PhoGPT's template, the template is removed. Nothing
-is guessed: a row with a number, a list or an incomplete character in the place of a text is bad.
+Text is normalised to NFC. Vietnamese text from a Mac is often in NFD, which looks the same but
+gives different tokens. If a text already contains PhoGPT's template, the template is removed.
+Nothing is guessed. If a text field has a number, a list or an incomplete character, the row is bad.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from phogpt_raw.data.records import LONGEST, Bad, Findings, NoText, Record
 from phogpt_raw.refusal import Refusal
 
 USER, ASSISTANT, SYSTEM, TEXT = "user", "assistant", "system", "text"
-# (question, answer): the pairs of names that belong together, then the others
+# (name of the question, name of the answer): first the usual pairs, then the other combinations
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"),
          ("instruction", "response"), ("question", "answer"), ("question", "response"),
          ("question", "output"), ("prompt", "answer"), ("prompt", "output"),
@@ -36,58 +36,64 @@ PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "outp
          ("input", "answer"))
 ROLES = {"user": USER, "human": USER, "nguoidung": USER, "assistant": ASSISTANT, "gpt": ASSISTANT,
          "model": ASSISTANT, "bot": ASSISTANT, "chatgpt": ASSISTANT, "troly": ASSISTANT,
-         "system": SYSTEM, "hethong": SYSTEM}  # plain names
-WHO, SAID = ("role", "from", "vaitro"), ("content", "value", "text", "noidung")  # of a turn, too
+         "system": SYSTEM, "hethong": SYSTEM}  # the keys are as fields.plain returns them
+# Field names for the role and for the text of a turn, as fields.plain returns them.
+WHO, SAID = ("role", "from", "vaitro"), ("content", "value", "text", "noidung")
 NEEDS = ("a row needs prompt and response, or instruction and output, or messages, or text; "
-         "--map response=NAME,prompt=NAME names others")
+         "for other names, give --map response=NAME,prompt=NAME")
 WORN = re.compile(r"^### (Câu hỏi|Trả lời):", re.MULTILINE)
-# The beginnings of texts in other models' templates.
+# Texts in the templates of other models begin like this.
 FOREIGN = re.compile(r"\s*(<\|im_start\|>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>|"
                      r"<\|start_header_id\|>|<s>\s*\[INST\]|\[INST\]|<start_of_turn>|<bos>|"
                      r"### ?Instruction:|### ?Human:|### ?User:|USER:|Human:|"
                      r"Below is an instruction that describes a task)")
-# The special tokens at the end of their answers and between speakers.
+# Templates of other models have these special tokens between turns or at the end of an answer.
 FOREIGN_INSIDE = re.compile(r"<\|(?:im_start|im_end|eot_id|endoftext|end_of_text|end|"
                             r"start_header_id)\|>|\[/INST\]|<(?:start|end)_of_turn>")
-# A visible character. A text of spaces, control characters and zero-width characters is empty.
+# A visible character. A text without one (only spaces, control characters and zero-width
+# characters) counts as empty.
 VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2060\ufeff]")
-SAMPLE = 50  # conversations of a file that decide whether it is in TCVN3 or VNI
+SAMPLE = 50  # number of conversations in a file that are tested for TCVN3 and VNI
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """turns: (role, text) of each, roles user, assistant, system (only the first), or one of role
-    text. where: file:line."""
+    """turns: (role, text) of each turn. The roles are user, assistant and system; only the first
+    turn may have the role system. A plain text is one turn with the role text. where: file:line."""
 
     turns: tuple[tuple[str, str], ...]
     where: str
 
     @property
     def question(self) -> str:
-        """The first question as typed; nothing for a text."""
+        """The first question as typed, or "" for a plain text."""
         return next((text for role, text in self.turns if role == USER), "")
 
     @property
     def hash(self) -> int:
-        """A hash of the texts, below 2^64; capitals and spaces do not change it."""
+        """A hash of the texts, below 2^64. It ignores case and the amount of white space."""
         text = "\0".join(" ".join(text.casefold().split()) for _role, text in self.turns)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 class Unusable(Exception):
-    """What is wrong with a row."""
+    """A row cannot be used. The text says what is wrong with the row."""
 
 
 def parse_map(spec: str | None) -> dict[str, str]:
-    """--map response=tra_loi,prompt=cau_hoi as {name of a column: its meaning}."""
+    """Return the value of --map as {name of a column: its meaning}.
+
+    For example, "response=tra_loi,prompt=cau_hoi" becomes {"tra_loi": "response", "cau_hoi":
+    "prompt"}.
+    """
     found = {}
     for pair in (spec or "").split(","):
         if not pair.strip():
             continue
         field, equals, name = (part.strip() for part in pair.partition("="))
         if not equals or not name or field not in NAMES:
-            raise Refusal(f"--map {pair.strip()}: is FIELD=NAME with a FIELD of "
-                          f"{', '.join(NAMES)}, such as response=tra_loi,prompt=cau_hoi")
+            raise Refusal(f"--map {pair.strip()}: must be FIELD=NAME, where FIELD is one of "
+                          f"{', '.join(NAMES)}; for example response=tra_loi,prompt=cau_hoi")
         if name in found or field in found.values():
             raise Refusal(f"--map {spec}: names {name if name in found else field} twice")
         found[name] = field
@@ -96,7 +102,7 @@ def parse_map(spec: str | None) -> dict[str, str]:
 
 def conversations(records: Iterable[Record | Bad], findings: Findings,
                   mapped: dict[str, str] | None = None) -> Iterator[Conversation]:
-    """Every conversation of the records; bad rows, and what was found, go into `findings`.
+    """Yield a conversation for each good record. Bad rows and notes go into `findings`.
 
     mapped: {name of a column: its meaning}, from --map.
     """
@@ -126,15 +132,15 @@ def check_font(sample: list[Conversation]) -> None:
 
 
 class Reader:
-    """Records as conversations. Notes on the record go into `findings`."""
+    """Converts records to conversations. Notes on the records go into `findings`."""
 
     def __init__(self, findings: Findings, mapped: dict[str, str]):
         self.findings = findings
         self.mapped = {plain(name): field for name, field in mapped.items()}
-        self.found: list[tuple[str, str]] = []  # (kind, example) of the notes on a record
+        self.found: list[tuple[str, str]] = []  # (kind, example) of each note on the record
 
     def conversation(self, record: Record) -> Conversation:
-        """Raises Unusable for a record that cannot be used."""
+        """Convert one record. Raises Unusable if the record is bad."""
         self.found = []
         conversation = Conversation(self.turns(record), record.where)
         for kind, example in self.found:
@@ -181,7 +187,7 @@ class Reader:
         return self.ordered(turns)
 
     def fields(self, record: Record) -> dict[str, tuple[str, object]]:
-        """{meaning, or the name where it has none: (name, value)}."""
+        """Return {meaning: (name, value)}. A name without a meaning becomes the key "(name)"."""
         if not isinstance(record.value, dict):
             raise Unusable(f"a row is an object with fields, not {kind_of(record.value)}")
         if isinstance(record.value, Twice):
@@ -203,7 +209,8 @@ class Reader:
         return found
 
     def asked(self, shape: tuple[str, ...], fields: dict) -> list[tuple[str, str]]:
-        """A question, what comes before it and with it, and its answer."""
+        """Return the turns of {question, answer}: the history, the question with its input, and
+        the answer."""
         question, answer = shape[0], shape[-1]
         asked = self.unworn(*fields[question])
         if len(shape) == 3 and fields["input"][1] not in (None, "") \
@@ -220,7 +227,7 @@ class Reader:
         return [*before, *asked, (ASSISTANT, answered)]
 
     def unworn(self, name: str, value) -> list[tuple[str, str]]:
-        """The turns of a prompt: one, or those of the template that it contains."""
+        """Return the turns of a prompt. A prompt in PhoGPT's template may have several turns."""
         prompt = text(name, value)
         if not prompt.startswith("### Câu hỏi:"):
             refuse_foreign(name, prompt)
@@ -231,7 +238,7 @@ class Reader:
             turns.pop()
         if not turns or turns[-1][0] != USER:
             raise Unusable(f"{name} contains PhoGPT's template with an answer; a prompt "
-                           f"ends with ### Trả lời:")
+                           f"must end with ### Trả lời:")
         return turns
 
     def plain_text(self, name: str, value) -> list[tuple[str, str]]:
@@ -245,7 +252,7 @@ class Reader:
         return system + worn(whole)
 
     def listed(self, name: str, value) -> Iterator[tuple[str, str]]:
-        """The turns of {messages} or {conversations}."""
+        """Yield the turns of {messages} or {conversations}."""
         if not isinstance(value, list) or not value:
             raise Unusable(f"{name} is not a list of turns; write "
                            f'[{{"role": "user", "content": "…"}}, …]')
@@ -262,8 +269,8 @@ class Reader:
                                f"needs role and content, or from and value")
             role = ROLES.get(plain(turn[who])) if isinstance(turn[who], str) else None
             if role is None:
-                raise Unusable(f"turn {n} of {name} is by {shown(turn[who])}; known are user, "
-                               f"assistant, system, human, gpt")
+                raise Unusable(f"turn {n} of {name} has the role {shown(turn[who])}; known roles "
+                               f"are user, assistant, system, human, gpt")
             for key in turn:
                 if key not in (who, said) and turn[key] not in (None, "", []):
                     self.note(f"unused {key} of a turn", f"{key} of a turn")
@@ -273,19 +280,23 @@ class Reader:
                 yield role, text(f"{said} of turn {n}", turn[said])
 
     def ordered(self, turns: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-        """The turns, if questions and answers follow each other and the last is an answer."""
+        """Return the turns. Raises Unusable if questions and answers do not alternate.
+
+        A question without an answer at the end of several turns is removed.
+        """
         if turns[0][0] == TEXT:
             return tuple(turns)
         spoken = [role for role, _ in turns if role != SYSTEM]
         systems = [n for n, (role, _) in enumerate(turns) if role == SYSTEM]
         if systems not in ([], [0]):
-            raise Unusable(f"turn {systems[-1] + 1} is of the system; only the first may be")
+            raise Unusable(f"turn {systems[-1] + 1} has the role system; only the first turn may "
+                           f"have it")
         if not spoken or spoken[0] != USER:
             raise Unusable("begins with an answer; a conversation begins with a question"
                            if spoken else "has no question")
         for n, (one, after) in enumerate(pairwise(spoken), 1 + len(systems)):
             if one == after:
-                raise Unusable(f"turns {n} and {n + 1} are both of the {one}; join them")
+                raise Unusable(f"turns {n} and {n + 1} both have the role {one}; join them")
         for role, said in turns:
             if not said or (role == ASSISTANT and not said.removesuffix("</s>").strip()):
                 raise Unusable(f"a turn of the {role} is empty; write a text, or remove the row")
@@ -302,7 +313,10 @@ class Reader:
 
 @lru_cache(1024)
 def shape_of(names: frozenset[str]) -> tuple[str, ...] | None:
-    """The fields that make a row, in order: those of a known format."""
+    """Return the fields of the known format that these names match, or None.
+
+    The order of the fields is question, input, answer.
+    """
     for one in ("messages", "conversations"):
         if one in names:
             return (one,)
@@ -314,7 +328,10 @@ def shape_of(names: frozenset[str]) -> tuple[str, ...] | None:
 
 
 def pairs(name: str, value) -> Iterator[tuple[tuple, tuple]]:
-    """(name, value) of each question and answer of {history}: [[question, answer], …]."""
+    """Yield each question with its answer of {history: [[question, answer], …]}.
+
+    The question and the answer are both (name, value).
+    """
     for n, pair in enumerate(value if isinstance(value, list) else [None], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise Unusable(f"{name} is not a list of [question, answer]")
@@ -322,7 +339,7 @@ def pairs(name: str, value) -> Iterator[tuple[tuple, tuple]]:
 
 
 def worn(whole: str) -> list[tuple[str, str]]:
-    """The turns of a text in PhoGPT's template.
+    """Return the turns of a text in PhoGPT's template.
 
     >>> worn("### Câu hỏi: Một?\\n### Trả lời: Hai.</s>")
     [('user', 'Một?'), ('assistant', 'Hai.')]
@@ -340,8 +357,10 @@ def refuse_foreign(name: str, value: str) -> None:
 
 
 def text(name: str, value) -> str:
-    """A field's text, in NFC and without white space around it; raises Unusable if the value is not
-    text."""
+    """Return a field's text in NFC, without white space at both ends.
+
+    Raises Unusable if the value is not a text, or if the text is empty, too long or damaged.
+    """
     if isinstance(value, NoText):
         raise Unusable(f"{name} {value.why}")
     if not isinstance(value, str):
@@ -366,7 +385,7 @@ HALF = re.compile("[\ud800-\udfff]")
 
 
 def kind_of(value) -> str:
-    """What a value is, in words."""
+    """Return the type of a value in words, such as "a number"."""
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, Number | int | float):

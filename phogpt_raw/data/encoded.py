@@ -1,7 +1,7 @@
-"""All rows of the sources as documents of token ids, and the findings in their files.
+"""Read all rows of the sources as documents of token ids, and collect the findings of each file.
 
-This is the chain from files to ids: records, conversations, documents. A file with too many bad
-rows is refused here.
+Files become records, records become conversations, and conversations become documents of ids. A
+file with too many bad rows is refused here.
 """
 
 import re
@@ -22,8 +22,11 @@ HOLDS_NO_ROWS = 'holds no rows; a row is a line such as {"prompt": "…", "respo
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row: its documents (several where it was split), the hash of its texts, and the number of
-    its source."""
+    """An encoded row.
+
+    documents: one, or several if the row was split. hash: of the row's texts. source: the index of
+    the row's source.
+    """
 
     documents: tuple[Example, ...]
     hash: int
@@ -36,7 +39,7 @@ class Encoded:
 
 @dataclass
 class Rows:
-    """The rows of the sources, and what was found in each file, in their order."""
+    """The rows of the sources, and the findings of each file, both in the order of the sources."""
 
     rows: list[Encoded] = field(default_factory=list)
     findings: list[Findings] = field(default_factory=list)
@@ -47,7 +50,7 @@ class Rows:
             findings.check(strict)
 
     def together(self) -> Findings:
-        """What was found in all files."""
+        """Return the findings of all files as one."""
         found = Findings()
         for findings in self.findings:
             found.add(findings)
@@ -56,8 +59,11 @@ class Rows:
 
 def encode_sources(sources: list[Source], tokenizer, template: Template, *, max_len: int,
                    too_long: str | None = None, mapped: dict[str, str] | None = None) -> Rows:
-    """Read and encode every source. Raises Refusal for one that cannot be read or holds no rows;
-    bad rows are kept in the findings (Rows.check)."""
+    """Read and encode every source.
+
+    Raises Refusal if a source cannot be read or has no rows. Bad rows are stored in the findings;
+    Rows.check raises Refusal if they are too many.
+    """
     found = Rows()
     for number, source in enumerate(sources):
         read = 0
@@ -79,8 +85,10 @@ def encode_sources(sources: list[Source], tokenizer, template: Template, *, max_
 
 def read_sources(sources: list[Source], mapped: dict[str, str], strict: bool
                  ) -> list[Conversation]:
-    """Every conversation of the sources, checked as `encode_sources` and Rows.check do, without a
-    tokenizer."""
+    """Return every conversation of the sources, without a tokenizer.
+
+    The checks are those of `encode_sources` and Rows.check, except the check of token lengths.
+    """
     found = []
     for source in sources:
         before = len(found)
@@ -95,7 +103,7 @@ def read_sources(sources: list[Source], mapped: dict[str, str], strict: bool
 
 
 def units(source: Source) -> Iterator[tuple[Iterable, Findings]]:
-    """(records, findings) of each file of a source, or of its hub dataset."""
+    """Yield (records, findings) for each file of a source, or once for its hub dataset."""
     if source.hub:
         yield read_hub(*source.hub), Findings()
     for n, path in enumerate(source.files):
@@ -107,7 +115,7 @@ def units(source: Source) -> Iterator[tuple[Iterable, Findings]]:
 
 
 def seen(talks: Iterable[Conversation], findings: Findings) -> Iterator[Conversation]:
-    """The conversations; odd properties of their texts are counted."""
+    """Yield the conversations, and count unusual properties of their texts in `findings`."""
     for talk in talks:
         texts = [text for _role, text in talk.turns]
         if not any(map(VIETNAMESE.search, texts)) and \

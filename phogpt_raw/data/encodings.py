@@ -1,11 +1,12 @@
-"""The encoding of a Vietnamese text file, found from its bytes.
+"""Find the encoding of a Vietnamese text file from its bytes.
 
-UTF-8 and UTF-16 are read, with or without a byte order mark. Windows-1258 is read too: its files
-hold ê and a combining accent where Unicode has ế, so what is read must be normalised to NFC. TCVN3
-(ABC) and VNI are old encodings that need special fonts. They are recognised by decoding the file's
-bytes with their tables: Vietnamese has few possible syllables, and text that is decoded with the
-wrong table has almost none of them. They are refused, because TCVN3 keeps capitals only in its
-fonts.
+UTF-8 and UTF-16 are read, with or without a byte order mark. Windows-1258 is read too. It writes ế
+as ê and a combining accent, so its text must be normalised to NFC.
+
+TCVN3 (ABC) and VNI are old encodings that need special fonts. To recognise them, the file's bytes
+are decoded with the table of each encoding. With the right table, most words are possible
+Vietnamese syllables. With the wrong table, almost none are. Files in TCVN3 and VNI are refused. A
+file in TCVN3 does not store which letters are capitals, because only its font shows them.
 
 >>> detect("Phở là gì?".encode("utf-16")), detect(b"Ti\\xaa\\xecng Vi\\xea\\xf2t")
 ('utf-16', None)
@@ -16,15 +17,15 @@ fonts.
 import re
 import unicodedata
 
-HEAD = 1 << 20  # bytes that decide
+HEAD = 1 << 20  # bytes at the start of a file that are examined
 TONES = "\u0300\u0301\u0303\u0309\u0323"  # grave, acute, tilde, hook, dot below
 CONVERT = "convert it to Unicode first, for example with UniKey (Ctrl+Shift+F6)"
 
-# TCVN 5712:1993-3, from byte 0xA1; "." where it has no Vietnamese letter.
+# TCVN 5712:1993-3, from byte 0xA1. "." marks a byte without a Vietnamese letter.
 TCVN3 = dict(zip(range(0xA1, 0x100), (
     "ĂÂÊÔƠƯĐăâêôơưđ......àảãáạ.ằẳẵắ.......ặầẩẫấậè.ẻẽéẹềểễếệìỉ...ĩíịò.ỏõóọồổỗốộờởỡớợù.ủũ"
     "úụừửữứựỳỷỹýỵ."), strict=True))
-# VNI for Windows: the marks of a letter are a separate byte after it.
+# VNI for Windows. For most letters, the diacritics are a separate byte after the letter.
 VNI = {0xF4: "ơ", 0xF6: "ư", 0xF1: "đ", 0xED: "í", 0xEC: "ì", 0xE6: "ỉ", 0xF3: "ĩ", 0xF2: "ị",
        0xEE: "ỵ", 0xD4: "Ơ", 0xD6: "Ư", 0xD1: "Đ", 0xCD: "Í", 0xCC: "Ì", 0xC6: "Ỉ", 0xD3: "Ĩ",
        0xD2: "Ị", 0xCE: "Ỵ"}
@@ -34,22 +35,23 @@ for small, marks in {
         0xE3: "\u0302\u0303", 0xE4: "\u0302\u0323", 0xEA: "\u0306", 0xE9: "\u0306\u0301",
         0xE8: "\u0306\u0300", 0xFA: "\u0306\u0309", 0xFC: "\u0306\u0303",
         0xEB: "\u0306\u0323"}.items():
-    VNI |= {small: marks, small - 0x20: marks}  # capitals have the same mark 0x20 below
+    VNI |= {small: marks, small - 0x20: marks}  # for capitals, the byte is 0x20 lower
 TO_TCVN3 = {ord(letter): byte for byte, letter in TCVN3.items() if letter != "."}
 
 SYLLABLE = re.compile(
     r"(ngh|ng|nh|gh|gi|kh|ph|qu|th|tr|ch|[bcdđghklmnpqrstvx])?[aăâeêioôơuưy]{1,3}"
     r"(ch|ng|nh|[cmnptiuoy])?")
-UNDECODED = re.compile("[\udc80-\udcff]")  # what Python makes of a byte that is not UTF-8
-# UTF-8 that was read as Windows-1252 and saved: ở became "á»Ÿ", đ "Ä‘", ư "Æ°", à "Ã" and a space.
+UNDECODED = re.compile("[\udc80-\udcff]")  # Python decodes an invalid byte to one of these
+# UTF-8 text that was read as Windows-1252 and saved again. For example, ở became "á»Ÿ", đ became
+# "Ä‘", ư became "Æ°", and à became "Ã" and a no-break space.
 MOJIBAKE = re.compile("á[»º][\u0080-ÿŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]"
                       "|Ä[‘\u0090\u0091ƒ]|Æ[°¡¯\xa0]|Ã[\u00a0-\u00bf]")
 
 
 def detect(head: bytes) -> str | None:
-    """The codec of a file with this beginning, or "TCVN3" or "VNI"; None if it is none of these.
+    """Return the codec for a file with these first bytes, or "TCVN3" or "VNI", or None if unknown.
 
-    A file in UTF-8 stays one even if a few of its lines are not UTF-8.
+    A file counts as UTF-8 even if a few of its lines are not UTF-8.
     """
     if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
         return "utf-32"
@@ -61,7 +63,7 @@ def detect(head: bytes) -> str | None:
     if 3 * max(even, odd) > len(head) // 2 > 0 and 20 * min(even, odd) < len(head):
         return "utf-16-le" if odd > even else "utf-16-be"
     if len(head) == HEAD:
-        head = head[: head.rfind(b"\n") + 1] or head[:-4]  # no incomplete character at the end
+        head = head[: head.rfind(b"\n") + 1] or head[:-4]  # cut off an incomplete character
     text = head.decode("utf-8", "surrogateescape")
     wrong = len(UNDECODED.findall(text))
     if not wrong or 2 * wrong < len(re.findall("[^\x00-\x7f]", text)):
@@ -71,7 +73,7 @@ def detect(head: bytes) -> str | None:
 
 
 def legacy(content: bytes) -> dict[str, float]:
-    """The share of words with a letter beyond ASCII that are Vietnamese, by how they are read."""
+    """Return {encoding: share} for the three old encodings; `vietnamese` describes the share."""
     as_latin = content.decode("latin-1")
     return {"cp1258": vietnamese(content.decode("cp1258", "replace")),
             "TCVN3": vietnamese(as_latin.translate(TCVN3)),
@@ -79,7 +81,9 @@ def legacy(content: bytes) -> dict[str, float]:
 
 
 def vietnamese(text: str) -> float:
-    """The share of a text's words beyond ASCII that could be Vietnamese syllables; 0 without any.
+    """Return the share of possible Vietnamese syllables among the non-ASCII words of a text.
+
+    Returns 0 if the text has no such words.
 
     >>> vietnamese("Phở bò và café"), vietnamese("n­íc §µ")
     (0.75, 0.0)
@@ -98,7 +102,10 @@ def is_syllable(word: str) -> bool:
 
 
 def font_encoding(text: str) -> str | None:
-    """TCVN3 or VNI where text holds their bytes as letters, as "n­íc" or "nöôùc" for "nước"."""
+    """Return "TCVN3" or "VNI" if the letters of a text are bytes of this encoding, else None.
+
+    For example, "nước" appears as "n­íc" in TCVN3, and as "nöôùc" in VNI.
+    """
     as_it_is = vietnamese(text)
     if text.isascii() or as_it_is > 0.6:
         return None

@@ -1,4 +1,4 @@
-"""The training and the held-out examples of a run, from its files or from nano's bundled pairs."""
+"""Load the training and held-out examples of a run, from its files or from nano's bundled pairs."""
 
 import hashlib
 from collections.abc import Iterable
@@ -16,11 +16,12 @@ from phogpt_raw.data.sources import Source, find_source, find_unweighted
 from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
-# Without --hold-out, this share of a file with ENOUGH rows is held out, and at least LEAST rows.
-# With only one or two held-out rows, chance would decide which adapter is the best.
+# Without --hold-out, DEFAULT_SHARE of the rows is held out, and at least LEAST rows. If there are
+# fewer than ENOUGH rows, none is held out. With only one or two held-out rows, chance would decide
+# which adapter is the best.
 DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
-PAD = 3  # any token: a plan has no values
-STEPS = 50  # of a plan without rows, so that its warm-up is that of most runs
+PAD = 3  # any token id; a plan uses only the number of tokens
+STEPS = 50  # number of steps of a plan without rows; with 50, the warm-up has its usual length
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
@@ -34,12 +35,20 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Examples:
-    """Encoded rows, the questions as typed of the held-out ones that have any, the template, why,
-    and the files: `file` of the training rows, `held_out_file` where the held-out ones come from
-    another. `rows` and `held_out_rows`: how many rows these are; a row gives several examples where
-    it is split or weighs more, none where it weighs less. `trained_too`: where those held-out rows
-    are that are training rows as well. Reports: what the training and the held-out rows are
-    like."""
+    """The encoded rows of a run.
+
+    train, held_out: the examples. A row gives several examples if it is split or its weight is
+    above 1. It may give none if its weight is below 1.
+    questions: the questions of the held-out examples, as typed. A plain text has no question.
+    template, template_reason: the name of the prompt template, and the reason for it.
+    source: the names of the training files.
+    rows, held_out_rows: the number of training rows and of held-out rows.
+    file: the files of the training rows. held_out_file: the files of the held-out rows, or None if
+    these come from the training files.
+    trained_too: the places (file:line) of the held-out rows that are also training rows.
+    report, held_out_report: statistics of the rows. held_out_report is None if the held-out rows
+    come from the training files.
+    """
 
     train: list[Example]
     held_out: list[Example]
@@ -57,7 +66,10 @@ class Examples:
 
 
 def load_examples(tokenizer, config: Config) -> Examples:
-    """Read, encode and divide; Refusal where there is no data or nothing is left to train on."""
+    """Read and encode the rows, and divide them into training rows and held-out rows.
+
+    Raises Refusal if there is no data, or if no row is left to train on.
+    """
     data, val = config.data, config.val
     if data is None and config.model == "nano":
         data = str(PAIRS / "train.jsonl")
@@ -84,8 +96,11 @@ def load_examples(tokenizer, config: Config) -> Examples:
 
 
 def stand_ins(config: Config) -> Examples:
-    """Examples for a plan without a tokenizer: as many as --data has, or as STEPS take, each of
-    --max-len tokens that all carry loss."""
+    """Return stand-in examples for a plan without a tokenizer.
+
+    With --data, there is one for each row. Without --data, there are enough for STEPS steps. Each
+    has --max-len tokens; all except the first carry loss.
+    """
     ids = [PAD] * config.max_len
     every = Example(ids, next_tokens(ids, start=1))
     sources, others = sources_of(config.data), held_out_sources(config.val)
@@ -101,7 +116,7 @@ def stand_ins(config: Config) -> Examples:
 
 
 def sources_of(specs: tuple[str, ...] | str | None) -> list[Source]:
-    """What --data names."""
+    """Return the sources that --data names."""
     return [find_source(spec) for spec in several(specs)]
 
 
@@ -110,7 +125,7 @@ def several(specs: tuple[str, ...] | str | None) -> tuple[str, ...]:
 
 
 def held_out_sources(specs: tuple[str, ...] | str | None) -> list[Source]:
-    """What --val names, which has no weight."""
+    """Return the sources that --val names. They cannot have a weight."""
     return [find_unweighted(spec, "--val") for spec in several(specs)]
 
 
@@ -124,7 +139,11 @@ def file_names(sources: list[Source]) -> str:
 
 
 def read(sources: list[Source], tokenizer, template: Template, config: Config) -> Rows:
-    """The rows of the sources; Refusal where too many are bad, or any with --strict."""
+    """Return the rows of the sources.
+
+    Raises Refusal if too many rows are bad (with --strict, if any row is bad), or if no row is
+    left.
+    """
     settings = dict(max_len=config.max_len, too_long=config.too_long, mapped=parse_map(config.map))
     found = through_cache(config.data_cache, sources, tokenizer, template, settings,
                           lambda: encode_sources(sources, tokenizer, template, **settings))
@@ -143,9 +162,11 @@ def check_map(spec: str | None, *found: Rows) -> None:
 
 
 def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
-    """The rows' documents, each as often as the weight of its source says. For a weight such as
-    2.5, a hash of the row's text decides whether the row is repeated a third time, so that this is
-    the same in every run. It uses other bits of the hash than the choice of held-out rows."""
+    """Return the documents of the rows. The weight of a row's source says how often they appear.
+
+    With a weight of 2.5, a row appears two or three times. A hash of its text decides this, so it
+    is the same in every run. The choice of held-out rows uses other bits of the hash.
+    """
     return [document for row in rows
             for _ in range(int(weights[row.source])
                            + (row.hash % 2**32 < weights[row.source] % 1 * 2**32))
@@ -153,14 +174,17 @@ def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
 
 
 def questions(tokenizer, template: Template, examples: Iterable[Example]) -> list[str]:
-    """The questions of the examples that have one, as typed."""
+    """Return the questions, as typed, of the examples that have a question."""
     before, after = template.question.split("{}")
     return [tokenizer.decode(example.prompt).removeprefix(before).removesuffix(after)
             for example in examples if example.asks]
 
 
 def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
-    """(--hold-out or its default, the least number of rows where that is a share)."""
+    """Return (--hold-out or its default, the smallest number of held-out rows).
+
+    The second value matters only if the first value is a share.
+    """
     if config.hold_out is None:
         return (DEFAULT_SHARE, LEAST) if rows >= ENOUGH else (0, 0)
     return config.hold_out, 1
@@ -168,11 +192,12 @@ def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
 
 def divide(rows: list[Encoded] | list[Conversation], hold_out: float, least: int,
            data: str) -> tuple[list, list]:
-    """(training rows, held-out rows), both in the file's order.
+    """Return (training rows, held-out rows), both in the file's order.
 
-    The hash of a row's text decides, so equal rows are never on both sides. `hold_out` below 1 is a
-    share: rows that are added later move none of the others, unless the share is fewer than `least`
-    rows. From 1 on it is a count. It is exceeded only if equal rows must stay together.
+    The hash of a row's text decides, so equal rows are always on the same side. If `hold_out` is
+    below 1, it is a share of the rows. Rows that are added later then do not move other rows to the
+    other side, unless the share is fewer than `least` rows. If `hold_out` is 1 or more, it is a
+    number of rows. More rows are held out only if equal rows must stay together.
     """
     if not hold_out:
         return rows, []
@@ -188,18 +213,20 @@ def divide(rows: list[Encoded] | list[Conversation], hold_out: float, least: int
 
 
 def shared(train: list[Encoded], held_out: list[Encoded]) -> tuple[str, ...]:
-    """The places of held-out rows that are also training rows: a --val file may repeat rows of
-    --data."""
+    """Return the places of held-out rows that are also training rows.
+
+    A --val file may repeat rows of --data.
+    """
     trained = {row.hash for row in train}
     return tuple(row.where for row in held_out if row.hash in trained)
 
 
 def fingerprint(example: Example) -> str:
-    """A hash of an encoded row, 12 hexadecimal digits."""
+    """Return a hash of an encoded row: 12 hexadecimal digits."""
     return hashlib.sha256(repr((example.ids, example.targets)).encode()).hexdigest()[:12]
 
 
 def identify(sources: list[Source]) -> DataFile | None:
-    """The names and hashes of sources; None of none."""
+    """Return the names and hashes of the sources, or None if there are no sources."""
     return DataFile(file_names(sources), ", ".join(source.identity() for source in sources)) \
         if sources else None

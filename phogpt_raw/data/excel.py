@@ -1,8 +1,10 @@
-"""Sheets of Excel become records. Cells that are not text are named in the error: a formula, a
-number that Excel shows in another format, a date, an error. Such a cell is an error only if its
-column is used.
+"""Read the sheets of an Excel file as records.
 
-A file states the range of its cells. Some programs write a wrong range, so it is not used.
+Some cells are not text: a formula without a saved value, a number that Excel may show
+differently, a date, an Excel error. Such a cell makes its row bad, but only if its column is used.
+
+An Excel file states the range of its cells. Some programs write a wrong range, so this module
+ignores the range.
 """
 
 import re
@@ -13,18 +15,21 @@ from phogpt_raw.data.records import Findings, NoText, Record
 from phogpt_raw.data.tables import columns, one_line
 from phogpt_raw.refusal import Refusal
 
-ESCAPED = re.compile("_x([0-9A-Fa-f]{4})_")  # how Excel writes letters that XML cannot hold
-WHOLE = 2**53  # integers above are not exact in Excel
+ESCAPED = re.compile("_x([0-9A-Fa-f]{4})_")  # Excel's code for a character that XML cannot hold
+WHOLE = 2**53  # Excel cannot store every integer above this value exactly
 
 
 def sheets(path: Path, name: str, findings: Findings) -> Iterator[Record]:
-    """The rows of an .xlsx file: those of its first visible sheet with rows, and those of sheets
-    with the same columns. The place of a row in a later sheet includes the sheet's name."""
+    """Yield the rows of an .xlsx file.
+
+    The first visible sheet with rows is read, and also every later visible sheet with the same
+    columns. The place of a row in a later sheet includes the sheet's name.
+    """
     try:
         from openpyxl import load_workbook
     except ImportError:
-        raise Refusal(f"{name}: Excel files are read by openpyxl, which is not installed: "
-                      f"pip install openpyxl; or save the file as .csv") from None
+        raise Refusal(f"{name}: reading Excel files needs openpyxl, which is not installed; run "
+                      f"pip install openpyxl, or save the file as .csv") from None
     if is_ole(path):
         raise Refusal(f"{name}: is an Excel file with a password or an old .xls; open it in Excel "
                       f"and save it without a password as .xlsx")
@@ -56,13 +61,13 @@ def sheets(path: Path, name: str, findings: Findings) -> Iterator[Record]:
                         yield sheet_row(names, as_typed, as_shown, where, findings)
     except Refusal:
         raise
-    except Exception as error:  # whatever a broken archive or broken XML raises
+    except Exception as error:  # any error that a broken archive or broken XML raises
         raise Refusal(f"{name}: cannot be read as .xlsx ({one_line(error)}); save it again, or as "
                       f".csv") from None
 
 
 def is_ole(path: Path) -> bool:
-    """Whether a file has the format of old Excel, which holds encrypted files too."""
+    """Return whether a file has the format of old .xls files. Encrypted .xlsx files have it too."""
     with path.open("rb") as content:
         return content.read(8) == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 
@@ -73,7 +78,7 @@ def header(cells, where: str) -> list[str]:
         names.pop()
     wrong = next((value for value in names if not isinstance(value, str | None)), None)
     if wrong is not None:
-        raise Refusal(f"{where}: this row should name the columns, and holds {wrong}")
+        raise Refusal(f"{where}: this row must name the columns, but has {wrong}; write a text")
     return columns([value or "" for value in names], where)
 
 
@@ -92,7 +97,11 @@ def sheet_row(names: list[str], as_typed, as_shown, where: str, findings: Findin
 
 
 def text_of(typed, shown) -> str | NoText:
-    """A cell's text; typed: what was typed in, shown: the saved value of a formula."""
+    """Return a cell's text, or NoText if it has none.
+
+    typed: the cell as typed, for example with a formula. shown: the same cell with the formula's
+    saved value.
+    """
     value = shown.value
     if value is None:
         return NoText("is a formula without a saved value; open and save the file in Excel")
@@ -101,8 +110,8 @@ def text_of(typed, shown) -> str | NoText:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if value != int(value) or abs(value) >= WHOLE or typed.number_format not in (
                 "General", "0", "@"):
-            return NoText("is a number that Excel shows in its own way; format the column as text "
-                          "and type it again")
+            return NoText("is a number that Excel may show differently; format the column as "
+                          "text and type it again")
         return str(int(value))
     if isinstance(value, str):
         return ESCAPED.sub(lambda found: chr(int(found[1], 16)), value)

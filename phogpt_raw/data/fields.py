@@ -1,6 +1,7 @@
-"""Names of fields and columns, in English and Vietnamese, and what they mean.
+"""Names of fields and columns, in English and Vietnamese, and their meanings.
 
-Case, spaces, marks and punctuation do not count: `Câu hỏi`, `CAU_HOI` and `cauHoi` are one name.
+Case, spaces, diacritics and punctuation are ignored. So `Câu hỏi`, `CAU_HOI` and `cauHoi` are the
+same name.
 
 >>> field_of("CÂU HỎI"), field_of("cau_hoi"), field_of("Response"), field_of("topic")
 ('question', 'question', 'response', None)
@@ -28,7 +29,7 @@ NAMES = {
 
 
 def plain(name: str) -> str:
-    """A name without case, spaces, marks and punctuation.
+    """Return a name in lower case, without spaces, diacritics and punctuation.
 
     >>> plain("Câu trả lời (đã sửa)")
     'cautraloidasua'
@@ -42,5 +43,5 @@ FIELDS = {plain(name): field for field, names in NAMES.items() for name in names
 
 @lru_cache(4096)
 def field_of(name: str) -> str | None:
-    """What a field of this name means: a key of NAMES, or None."""
+    """Return the meaning of a field's name: a key of NAMES, or None if it is unknown."""
     return FIELDS.get(plain(name))

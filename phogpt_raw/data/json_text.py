@@ -1,8 +1,8 @@
-"""JSON records with their lines: JSON lines, lists, and objects that hold a list.
+"""Read JSON records with their line numbers: JSON lines, lists, and objects that contain a list.
 
-A file is read piece by piece, a record at a time. Python's json gives the place of an error but not
-the line of a value, so the reader walks along lists and objects itself and has only their members
-parsed.
+A file is read in pieces, one record at a time. Python's json module does not give the line of a
+value. So this reader steps through lists and objects itself, and uses the json module only for
+their members.
 """
 
 import json
@@ -18,12 +18,12 @@ from phogpt_raw.refusal import Refusal
 
 PIECE = 1 << 20  # characters read at once
 FIRST = re.compile(r"\s*(\S)")
-TOO_LONG = f"a row of more than {LONGEST:,} characters; is it one row? Cut it into several"
+TOO_LONG = f"a row has more than {LONGEST:,} characters; cut it into several rows"
 NOT_UTF8 = "is not UTF-8 at column {}; save the file as UTF-8"
 
 
 class Number:
-    """A number of a JSON file, which is never taken for text."""
+    """A number in a JSON file. It is not a str, so it is never used as a text."""
 
     def __init__(self, text: str):
         self.text = text
@@ -57,7 +57,7 @@ DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant=
 
 
 def lines_of(stream: TextIOBase) -> Iterator[str | None]:
-    """The lines of a stream; None for one that is longer than a record may be."""
+    """Yield the lines of a stream, and None for each line of more than LONGEST characters."""
     while line := stream.readline(LONGEST + 1):
         if len(line) <= LONGEST:
             yield line
@@ -68,13 +68,13 @@ def lines_of(stream: TextIOBase) -> Iterator[str | None]:
 
 
 def undecoded(text: str) -> int | None:
-    """The column of the first byte that could not be decoded."""
+    """Return the column, from 1, of the first byte that could not be decoded, or None."""
     found = None if text.isascii() else UNDECODED.search(text)
     return found and found.start() + 1
 
 
 def parse_line(line: str | None, where: str) -> Record | Bad:
-    """A line of JSON lines; `where` names it."""
+    """Parse one line of a JSON lines file. `where` is the place of the line."""
     if line is None:
         return Bad(where, TOO_LONG)
     if (column := undecoded(line)) is not None:
@@ -83,9 +83,9 @@ def parse_line(line: str | None, where: str) -> Record | Bad:
         return Record(DECODER.decode(line.lstrip("\ufeff").rstrip()), where)
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" starting at")
-        return Bad(where, f"is not JSON ({what} at column {error.colno}); one object a line")
+        return Bad(where, f"is not JSON ({what} at column {error.colno}); write one object a line")
     except RecursionError:
-        return Bad(where, "is nested too deeply; one object a line, with texts as its fields")
+        return Bad(where, "is nested too deeply; write one object a line, with texts as its fields")
 
 
 def json_lines(stream: TextIOBase, name: str) -> Iterator[Record | Bad]:
@@ -95,14 +95,17 @@ def json_lines(stream: TextIOBase, name: str) -> Iterator[Record | Bad]:
 
 
 class Walk:
-    """A position in JSON text; more of the text is read when it is needed."""
+    """A position in JSON text. More text is read from the stream when it is needed."""
 
     def __init__(self, stream: TextIOBase, name: str):
         self.stream, self.name = stream, name
         self.text, self.at, self.line, self.counted = "", 0, 1, 0
 
     def more(self) -> bool:
-        """Drop the text before the position, and read until the text is twice as long."""
+        """Drop the text before the position, and read more text. Returns False at the end.
+
+        One call reads at least PIECE characters, and at least as many as the text has.
+        """
         self.line += self.text.count("\n", self.counted, self.at)
         self.text = self.text[self.at :]
         self.at = self.counted = 0
@@ -126,23 +129,23 @@ class Walk:
                 return ""
 
     def opens_objects(self) -> bool:
-        """Whether the list that begins here has objects as its members."""
+        """Return whether the first member of the list at the position is an object."""
         while True:
             inside = FIRST.match(self.text, self.at + 1)
             if inside or not self.more():
                 return inside is not None and inside[1] == "{"
 
     def take(self, letters: str, what: str) -> str:
-        """The next character, which must be one of `letters`."""
+        """Return the next character and step over it. It must be one of `letters`."""
         found = self.peek()
         if not found or found not in letters:
-            ends = "the file ends" if not found else f"there is {found!r}"
-            raise Refusal(f"{self.where()}: is not JSON: {ends} where {what} should be")
+            ends = "the end of the file" if not found else f"{found!r}"
+            raise Refusal(f"{self.where()}: is not JSON ({what} is missing before {ends})")
         self.at += 1
         return found
 
     def value(self):
-        """The next value, parsed."""
+        """Parse the next value and step over it."""
         self.peek()
         while True:
             try:
@@ -160,21 +163,25 @@ class Walk:
                     self.at += wrong
                     what = error.msg.removesuffix(" starting at")
                     there = self.text[self.at : self.at + 20].splitlines()
-                    there = f" where there is {there[0]}" if there and there[0].strip() else ""
+                    there = f" before {there[0]}" if there and there[0].strip() else ""
                     raise Refusal(f"{self.where()}: is not JSON ({what}{there})") from None
             if len(self.text) > 2 * LONGEST:
                 raise Refusal(f"{self.where()}: {TOO_LONG}")
 
     def more_of(self, end: int) -> bool:
-        """Whether more text follows a value that ends at the end of the text read so far."""
+        """Return whether a value may continue after `end`, the end of the text read so far.
+
+        Only a number or a word may continue, and only if more text can be read.
+        """
         return self.text[end - 1] not in '"}]' and self.more()
 
 
 def json_values(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Record]:
-    """The rows of JSON text: members of its lists, its objects, or the members of the one list of
-    objects that an object holds and that is no field of a row.
+    """Yield the rows of JSON text.
 
-    Raises Refusal for text that is not JSON, with its line.
+    Each member of a list is a row, and so is each object outside a list. But an object may contain
+    one list of objects under a name that is no field of a row. Then the members of this list are
+    the rows. Raises Refusal with the line if the text is not JSON.
     """
     walk = Walk(stream, name)
     while found := walk.peek():
@@ -191,7 +198,7 @@ def json_values(stream: TextIOBase, name: str, findings: Findings) -> Iterator[R
 
 
 def list_members(walk: Walk) -> Iterator[Record]:
-    """The members of a list, after its [."""
+    """Yield the members of a list. The position must be behind its opening bracket."""
     if walk.peek() == "]":
         walk.at += 1
         return
@@ -204,7 +211,7 @@ def list_members(walk: Walk) -> Iterator[Record]:
 
 
 def is_row(own: list[tuple[str, object]]) -> bool:
-    """Whether these members are those of a row, so that a list after them is no list of rows."""
+    """Return whether these members belong to a row. A list after them is then one of its fields."""
     known = {field_of(key) for key, _ in own} - {None, "system", "text"}
     return len(known) > 1 or bool(known & {"messages", "conversations"})
 
@@ -236,7 +243,7 @@ def object_members(walk: Walk, findings: Findings) -> Iterator[Record]:
     if not lists:
         yield Record(members(own), where)
     elif known:
-        raise Refusal(f"{where}: an object with a row's field {known[0]} and a list of objects, "
-                      f"{lists[0]}; which are the rows? Put them into a file of their own")
+        raise Refusal(f"{where}: this object has a row's field, {known[0]}, and also a list of "
+                      f"objects, {lists[0]}; put the rows into a file of their own")
     elif own:
         findings.note("beside the list", where, ", ".join(key for key, _ in own))

@@ -1,13 +1,14 @@
-"""Packing: short examples share a row, so that a step over them is as fast as over long rows.
+"""Packing puts several short examples in one row, which makes a training step faster.
 
-Each pass through the model dequantises all weights, however few tokens it has. One question and
-answer has about a hundred tokens; a row with all examples of a window has a thousand. Examples in a
-row do not see each other (model/documents.py), so packing changes only the speed of a step.
+Each pass through the model dequantises all weights, even if the pass has few tokens. A question
+with its answer has about a hundred tokens. One row with all examples of a window has about a
+thousand. Examples in a row do not attend to each other (model/documents.py), so packing changes
+only the speed of a step.
 
-Best fit decides which examples share a row: the longest example first, each into the fullest row
-that has room for it. The rows of a run have few different lengths, because compiling and capturing
-take time for each new length. The lengths are chosen before the first step, from the run's own
-rows.
+The method is best-fit decreasing: the examples are taken from the longest to the shortest, and each
+goes into the fullest row that has room for it. The rows of a run have only a few different lengths,
+because each new length costs time for compiling and for capturing CUDA graphs. The lengths are
+chosen before the first step, from the examples of the run.
 
 >>> best_fit([50, 60, 40, 30, 20], capacity=100)
 [[1, 2], [0, 3, 4]]
@@ -21,24 +22,27 @@ from heapq import heapreplace
 
 from phogpt_raw.data.prompt import Example
 
-LENGTHS = 4  # most row lengths of a run
-WORTH = 1.01  # one more length must save 1 % of the time
-ALIGNED = 16  # tokens; row lengths are multiples of it
-STEPS = 128  # most candidates for a row length; limits their number for long rows
-TRIED = 24  # capacities that are compared
-ENOUGH = 8192  # examples used for the comparison, at most
-MOST = 64  # most examples in a row; more where it has room for over four of the longest
+LENGTHS = 4  # largest number of row lengths in a run
+WORTH = 1.01  # fewer lengths are used if they cost at most 1 % more time
+ALIGNED = 16  # tokens; row lengths are multiples of this
+STEPS = 128  # largest number of candidates for a row length
+TRIED = 24  # number of capacities that are compared
+ENOUGH = 8192  # largest number of examples in this comparison
+# Largest number of examples in a row. It is larger if the row has room for more than four of the
+# longest examples.
+MOST = 64
 TILE = 128  # tokens; matrix products compute whole tiles of this size
-IN_TILES = 0.4  # share of a row's cost that is in whole tiles. Products are 0.6 of a step; with 0.4
-# the time is within 0.3 % of the least, and rows are fuller.
+# The share of a row's cost that grows by whole tiles. Matrix products take 0.6 of a step. With a
+# share of 0.4, the time is within 0.3 % of the minimum, and the rows are fuller.
+IN_TILES = 0.4
 
 
 @dataclass(frozen=True)
 class DocumentBounds:
-    """A row holds at most `count` documents, those of padding included, of at most `longest` tokens
-    each.
+    """A row has at most `count` documents, with at most `longest` tokens each.
 
-    Both are known before the first step, so kernels and CUDA graphs can be sized by them.
+    `count` includes the documents of the padding. Both bounds are known before the first step, so
+    the sizes of kernels and CUDA graphs can depend on them.
     """
 
     count: int
@@ -47,16 +51,19 @@ class DocumentBounds:
 
 @dataclass(frozen=True)
 class Packing:
-    """The rows of a run: each has the smallest of `lengths` (tokens, ascending) that holds its
-    examples. longest: an upper bound on the tokens of an example. most: the most examples in a
-    row."""
+    """The rules by which the examples of a run share rows.
+
+    lengths: the possible lengths of a row in tokens, ascending. A row has the smallest length that
+    holds its examples. longest: an upper bound on the tokens of an example. most: the largest
+    number of examples in a row.
+    """
 
     lengths: tuple[int, ...]
     longest: int
     most: int
 
     def rows(self, examples: list[Example]) -> list[tuple[list[Example], int]]:
-        """(examples, length) of each row, the shortest rows first."""
+        """Return (examples, length in tokens) of each row, the shortest rows first."""
         sizes = [len(e.ids) for e in examples]
         bins = best_fit(sizes, self.lengths[-1], self.most)
         rows = [([examples[i] for i in row], self.length(sum(sizes[i] for i in row)))
@@ -64,23 +71,23 @@ class Packing:
         return sorted(rows, key=lambda row: row[1])
 
     def length(self, tokens: int) -> int:
-        """The row length for a sum of `tokens`."""
+        """Return the smallest row length that holds this number of tokens."""
         return self.lengths[bisect_left(self.lengths, tokens)]
 
     def bounds(self, length: int) -> DocumentBounds:
-        """The bounds of a row of this length. Its padding is cut into documents too."""
+        """Return the bounds for a row of this length. Its padding is divided into documents too."""
         return DocumentBounds(self.most + -(-length // self.longest), self.longest)
 
 
 def best_fit(sizes: list[int], capacity: int, most: int | None = None) -> list[list[int]]:
-    """Indices into `sizes` of each bin; a bin has at most `most` items and a total of at most
-    `capacity`.
+    """Put items of these sizes into bins. Returns the items of each bin, as indices into `sizes`.
 
-    Best fit decreasing; equal sizes keep their order. Raises ValueError for a size above the
+    A bin has at most `most` items with a total size of at most `capacity`. The method is best-fit
+    decreasing; items of equal size keep their order. Raises ValueError if a size is above the
     capacity.
     """
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (room left, bin) of the bins with room, ascending
+    rooms: list[tuple[int, int]] = []  # (free room, bin) of each bin with free room, ascending
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size = sizes[item]
         if size > capacity:
@@ -98,7 +105,9 @@ def best_fit(sizes: list[int], capacity: int, most: int | None = None) -> list[l
 
 
 def spread(order: list[int], sizes: list[int], count: int) -> list[list[int]]:
-    """The items in `count` bins of nearly equal sums: in this order, each into the emptiest bin.
+    """Distribute items over `count` bins of nearly equal sums. Returns the items of each bin.
+
+    The items are taken in the given order. Each goes into the bin with the smallest sum.
 
     >>> spread([0, 1, 2, 3], sizes=[50, 40, 30, 25], count=2)
     [[0, 3], [1, 2]]
@@ -113,11 +122,11 @@ def spread(order: list[int], sizes: list[int], count: int) -> list[list[int]]:
 
 
 def choose_packing(windows: list[list[Example]], longest: int, capacity: int) -> Packing:
-    """The best packing of these windows into rows of at most `capacity` tokens.
+    """Return the fastest packing of these windows into rows of at most `capacity` tokens.
 
-    longest: tokens of the longest example; rows may always be that long. The best rows may be
-    shorter than `capacity`: if a few windows have many tokens, two rows for each of them cost less
-    than padding in all rows.
+    longest: the tokens of the longest example. Rows may have this length even if it is above
+    `capacity`. Rows shorter than `capacity` may be the fastest. For example, if only a few windows
+    have many tokens, these windows can use two rows each, and the other windows need less padding.
     """
     windows = windows[:: -(-sum(map(len, windows)) // ENOUGH)]
     longest = round_up(longest, ALIGNED)
@@ -128,26 +137,28 @@ def choose_packing(windows: list[list[Example]], longest: int, capacity: int) ->
 
 
 def packed(windows: list[list[Example]], longest: int, capacity: int) -> Packing:
-    """The packing into rows of at most `capacity` tokens, with a few lengths up to it.
+    """Return the packing into rows of at most `capacity` tokens, with a few row lengths.
 
-    The number of examples in a row is limited, because the variable-length kernels keep statistics
-    of `longest` tokens for each example, however short.
+    The number of examples in a row is limited. The variable-length attention kernels keep
+    statistics for `longest` tokens of each example, even if the example is short.
     """
     whole = Packing((capacity,), longest, most=max(MOST, MOST // 4 * -(-capacity // longest)))
     rows = [row for window in windows for row, _ in whole.rows(window)]
-    # The longest example may be in none of these windows, but must fit a row.
+    # A row must have room for the longest example, even if these windows do not contain it.
     totals = [longest, *(sum(len(e.ids) for e in row) for row in rows)]
     return replace(whole, lengths=choose_lengths(totals), most=max(map(len, rows)))
 
 
 def cost(packing: Packing, windows: list[list[Example]]) -> float:
-    """The time of all rows, in units of the time of a token. Dequantising the weights takes about
-    as long as one tile, for each row."""
+    """Return the estimated time of all rows, in units of the time of one token.
+
+    Each row also needs the time to dequantise the weights, which is about the time of one tile.
+    """
     return sum(row_cost(length) + TILE for window in windows for _, length in packing.rows(window))
 
 
 def row_cost(length: int) -> float:
-    """The time of a row, in units of the time of a token.
+    """Return the estimated time of a row of `length` tokens, in units of the time of one token.
 
     >>> row_cost(1024), row_cost(1040), row_cost(1152)
     (1024.0, 1084.8, 1152.0)
@@ -156,7 +167,9 @@ def row_cost(length: int) -> float:
 
 
 def choose_lengths(totals: list[int], most: int = LENGTHS) -> tuple[int, ...]:
-    """At most `most` row lengths that give rows of these `totals` of tokens the least time.
+    """Choose at most `most` row lengths, so that the rows need about the least total time.
+
+    totals: the tokens of the examples in each row.
 
     >>> choose_lengths([100, 100, 100, 900, 1000], most=2)
     (112, 1008)
@@ -164,10 +177,11 @@ def choose_lengths(totals: list[int], most: int = LENGTHS) -> tuple[int, ...]:
     aligned = max(ALIGNED, 2 ** math.ceil(math.log2(max(totals) / STEPS)))
     rows = Counter(round_up(total, aligned) for total in totals)
     candidates = sorted(rows)
-    before = [0]  # before[j]: rows shorter than candidate j
+    before = [0]  # before[j]: the number of rows shorter than candidate j
     for candidate in candidates:
         before.append(before[-1] + rows[candidate])
-    # best[j]: (cost, lengths), the lowest for the rows up to candidate j with so many lengths
+    # best[j]: (lowest cost, its lengths) for the rows shorter than candidate j. The loop allows one
+    # more length each time.
     best = [(0, ())] + [(math.inf, ())] * len(candidates)
     found = []
     for _ in range(min(most, len(candidates))):

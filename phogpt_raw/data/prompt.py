@@ -1,13 +1,14 @@
-"""A conversation becomes token ids and targets: the token that each position must predict.
+"""Convert a conversation to token ids and targets. A target is the token that a position must
+predict.
 
-The loss is on every answer and its `</s>`, never on a question; on a `{text}` it is on all of it.
-PhoGPT's tokenizer adds neither `<s>` nor `</s>` by itself, so `</s>` is appended here; padding is
-another token (`<pad>`, 3), so that a mask of the padding never masks `</s>` too. A model whose
-`</s>` was masked never stops.
+The loss is on every answer and its `</s>`, and never on a question. In a `{text}` row, the loss is
+on the whole text. PhoGPT's tokenizer does not add `<s>` or `</s>`, so `</s>` is appended here.
+Padding has a token of its own, `<pad>` (id 3), so a mask of the padding never masks `</s>`. If
+`</s>` is masked in training, the model never stops.
 
-A conversation of several turns is what PhoGPT-4B-Chat's own chat template makes of it: each answer
-ends with `</s>`, and the next question follows. Neither template has a place for a system text; it
-goes before the first question.
+Several turns are written as in PhoGPT-4B-Chat's own chat template: each answer ends with `</s>`,
+and the next question follows. Both templates have no place for a system text, so this module puts
+the system text before the first question.
 
 >>> TEMPLATES["4b-chat"].question.format("Phở là gì?")
 '### Câu hỏi: Phở là gì?\\n### Trả lời:'
@@ -24,14 +25,17 @@ from phogpt_raw.refusal import Refusal
 
 IGNORED = -100  # the target of a position that carries no loss, as in torch
 AT_ONCE = 512  # conversations that are tokenized together
-LETTERS = 256  # no token has more, so a text of more letters for each token does not fit
+LETTERS = 256  # no token has more characters, so the rest of a very long text is not encoded
 PART = 1 << 16  # characters of a long text that are tokenized at once
 
 
 @dataclass(frozen=True)
 class Template:
-    """VinAI's text around a question, the text between question and answer, and the text between an
-    answer and the next question."""
+    """A prompt template of VinAI.
+
+    question: the text around a question. gap: the text between a question and its answer. between:
+    the text between an answer and the next question.
+    """
 
     question: str
     gap: str
@@ -48,7 +52,8 @@ TEMPLATES = {
 class Example:
     """A document: `targets[i]` is the token that position i must predict, or IGNORED.
 
-    `cut` where the answer did not fit; `where` is file:line.
+    `cut` is True if the end of the document is missing because it did not fit. `where` is
+    file:line.
     """
 
     ids: list[int]
@@ -58,24 +63,26 @@ class Example:
 
     @property
     def supervised(self) -> int:
-        """Tokens that carry loss."""
+        """The number of tokens that carry loss."""
         return len(self.targets) - self.targets.count(IGNORED)
 
     @property
     def asks(self) -> bool:
-        """Whether it begins with a question; a text carries loss from its second token on."""
+        """Whether the document begins with a question. A plain text carries loss from its second
+        token on."""
         return self.targets[0] == IGNORED
 
     @property
     def prompt(self) -> list[int]:
-        """The ids before the first supervised token: what an answer is generated from."""
+        """The ids before the first supervised token. An answer is generated from these ids."""
         first = next(i for i, target in enumerate(self.targets) if target != IGNORED)
         return self.ids[: first + 1]
 
 
 def next_tokens(ids: list[int], start: int, stop: int | None = None) -> list[int]:
-    """Targets that supervise the tokens ids[start:stop], each predicted from the position before.
+    """Return targets that supervise the tokens ids[start:stop].
 
+    Each token is predicted at the position before it.
     The first token of a document has no position before it and is never predicted.
 
     >>> next_tokens([5, 6, 7, 8], start=2)
@@ -86,14 +93,14 @@ def next_tokens(ids: list[int], start: int, stop: int | None = None) -> list[int
 
 
 def encode_text(tokenizer, text: str) -> list[int]:
-    """Ids of plain text; a `</s>` typed by a person stays text."""
+    """Return the ids of plain text. A `</s>` in the text is not encoded as the end token."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True,
                      verbose=False)["input_ids"]
 
 
 def encode_prompt(tokenizer, template: Template, prompt: str) -> list[int]:
-    """Ids of the question in its template; a prompt that already contains a template does not
-    change."""
+    """Return the ids of a question in its template. A prompt that already has a template is not
+    changed."""
     prompt = unicodedata.normalize("NFC", prompt).strip()
     if prompt.startswith("### Câu hỏi:") and prompt.endswith("### Trả lời:"):
         return encode_text(tokenizer, prompt)
@@ -101,8 +108,10 @@ def encode_prompt(tokenizer, template: Template, prompt: str) -> list[int]:
 
 
 def encode_row(tokenizer, template: Template, row: Conversation, max_len: int) -> Example:
-    """One conversation as one document of at most max_len tokens; raises Refusal where a question
-    leaves no room for an answer."""
+    """Encode one conversation as one document of at most max_len tokens.
+
+    Raises Refusal if the question leaves no room for an answer.
+    """
     [(_row, found)] = encode(tokenizer, template, [row], max_len, "cut", Findings())
     if isinstance(found, Bad):
         raise Refusal(str(found))
@@ -112,11 +121,12 @@ def encode_row(tokenizer, template: Template, row: Conversation, max_len: int) -
 def encode(tokenizer, template: Template, rows: Iterable[Conversation], max_len: int,
            too_long: str | None, findings: Findings
            ) -> Iterator[tuple[Conversation, list[Example] | Bad]]:
-    """Each conversation and its documents of at most max_len tokens: usually one.
+    """Yield each conversation with its documents, usually one. A bad conversation has a Bad.
 
-    too_long: what happens to one that does not fit. `cut`: its end is left out; `split`: it becomes
-    several; `drop`: it becomes none; None: a text is split, anything else cut. An answer that is
-    cut has no `</s>`: it must not teach the model to stop in mid-sentence.
+    A document has at most max_len tokens. too_long decides about conversations that do not fit.
+    `cut`: the end is left out. `split`: the conversation becomes several documents. `drop`: it
+    becomes no document. None: a plain text is split, and other conversations are cut. A cut answer
+    has no `</s>`, because it must not teach the model to stop in mid-sentence.
     """
     rows = iter(rows)
     while some := list(islice(rows, AT_ONCE)):
@@ -149,11 +159,11 @@ def encode(tokenizer, template: Template, rows: Iterable[Conversation], max_len:
 
 
 class TooLong(Exception):
-    """The reason why a conversation cannot be shortened to fit."""
+    """A conversation cannot be shortened to fit. The text is the reason."""
 
 
 def spoken(template: Template, row: Conversation, end: str, findings: Findings) -> Iterator[str]:
-    """The text of each question in the template, and of each answer."""
+    """Yield the text of each question in the template, and the text of each answer."""
     before = ""
     for role, said in row.turns:
         if role == SYSTEM:
@@ -168,8 +178,12 @@ def spoken(template: Template, row: Conversation, end: str, findings: Findings) 
 
 def in_documents(rounds: list[tuple[list[int], list[int]]], between: list[int], max_len: int,
                  too_long: str, where: str) -> list[Example]:
-    """Questions and answers, as ids, in documents of at most max_len tokens. All rounds are in one,
-    if they fit or if `too_long` is cut; raises TooLong where a question leaves no room."""
+    """Put rounds into documents of at most max_len tokens. A round is a question and its answer, as
+    ids.
+
+    All rounds are in one document if they fit, or if `too_long` is cut. Raises TooLong if a
+    question leaves no room for its answer.
+    """
     total = sum(len(question) + len(answer) for question, answer in rounds)
     if total + len(between) * (len(rounds) - 1) > max_len and too_long == "drop":
         return []
@@ -184,8 +198,8 @@ def in_documents(rounds: list[tuple[list[int], list[int]]], between: list[int], 
             if number and too_long == "cut":  # no room for another round
                 cut = True
                 break
-            raise TooLong(f"the question alone has {len(question)} tokens, --max-len is {max_len}; "
-                          f"raise it or shorten the row")
+            raise TooLong(f"the question has {len(question)} tokens, but --max-len is {max_len}; "
+                          f"raise --max-len, or shorten the row")
         room = max_len - len(ids) - len(question)
         targets += next_tokens(question + answer[:room], start=len(question))
         ids += question + answer[:room]
@@ -196,8 +210,10 @@ def in_documents(rounds: list[tuple[list[int], list[int]]], between: list[int], 
 
 
 def encode_plain(tokenizer, row: Conversation, max_len: int, too_long: str) -> list[Example]:
-    """A text and its `</s>` in documents of at most max_len tokens; the loss is on all of it but
-    the first token of each document."""
+    """Encode a text and its `</s>` as documents of at most max_len tokens.
+
+    The loss is on all tokens except the first token of each document.
+    """
     [(_role, text)] = row.turns
     ids: list[int] = []
     for part in parts(text):
@@ -210,14 +226,15 @@ def encode_plain(tokenizer, row: Conversation, max_len: int, too_long: str) -> l
     if len(ids) > max_len and too_long == "cut":
         return [Example(ids[:max_len], next_tokens(ids[:max_len], start=0), True, row.where)]
     starts = [*range(0, len(ids), max_len), len(ids)]
-    if len(starts) > 2 and starts[-1] - starts[-2] == 1:  # a lone </s> would predict nothing
+    if len(starts) > 2 and starts[-1] - starts[-2] == 1:  # a lone </s> has no loss
         starts[-2] -= 1
     pieces = [ids[start:stop] for start, stop in pairwise(starts)]
     return [Example(piece, next_tokens(piece, start=0), False, row.where) for piece in pieces]
 
 
 def parts(text: str) -> Iterator[str]:
-    """A long text in parts whose tokens are those of the whole: a part begins with a space."""
+    """Yield a long text in parts. The tokens of the parts are the same as those of the whole text,
+    because each part after the first begins with a space."""
     start = 0
     while start < len(text):
         stop = text.find(" ", start + PART)
@@ -227,6 +244,6 @@ def parts(text: str) -> Iterator[str]:
 
 
 def encode_texts(tokenizer, texts: list[str]) -> list[list[int]]:
-    """`encode_text` of many."""
+    """Return the ids of many texts, each encoded as in `encode_text`."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
                      return_attention_mask=False, verbose=False)["input_ids"] if texts else []

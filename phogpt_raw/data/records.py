@@ -1,5 +1,5 @@
-"""Records as they are read from files, each with file and line, before their format is known; bad
-records; and counted notes on records."""
+"""Records of a file with their file and line, bad records, and notes on records. The format of a
+record is not known yet."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 
 from phogpt_raw.refusal import Refusal
 
-LONGEST = 10_000_000  # characters of a record; a longer one means a broken file
-ENOUGH, NAMED = 0.9, 10  # share of good rows below which none is left out; bad rows that are named
+LONGEST = 10_000_000  # characters of a record; a longer record means a broken file
+# ENOUGH: bad rows are left out only if at least this share of the rows is good. NAMED: a message
+# names at most this number of bad rows.
+ENOUGH, NAMED = 0.9, 10
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-MANY = 100_000  # bad rows, more than good ones: the rest of the file is not read
+MANY = 100_000  # reading ends at more bad rows than this, if most rows are bad
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one row of a file holds (usually a dict of fields), and where: file:line."""
+    """One row of a file. value: its content, usually a dict of fields. where: file:line."""
 
     value: object
     where: str
@@ -23,15 +25,14 @@ class Record:
 
 @dataclass(frozen=True)
 class NoText:
-    """A value in the place of a text: `why` it cannot be used as one, and what would be
-    right."""
+    """A value that should be a text, but is not. `why`: the reason and the remedy."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A row that cannot be used: file:line, what is wrong and what would be right."""
+    """A row that cannot be used. where: file:line. what: the fault and the remedy."""
 
     where: str
     what: str
@@ -42,7 +43,8 @@ class Bad:
 
 @dataclass(frozen=True)
 class Note:
-    """A note: how often something was found, where it was found first, and a name or an example."""
+    """A note on records. count: the number of cases. where: the place of the first case. example: a
+    name or a text from the first case."""
 
     count: int
     where: str
@@ -51,7 +53,8 @@ class Note:
 
 @dataclass
 class Findings:
-    """Bad rows in the files' order, and notes by kind. `good` rows were read."""
+    """The findings of files. good: the number of good rows. bad: the bad rows in the files' order.
+    notes: {kind: note}."""
 
     good: int = 0
     bad: list[Bad] = field(default_factory=list)
@@ -69,15 +72,18 @@ class Findings:
             self.note(kind, note.where, note.example, note.count)
 
     def reject(self, bad: Bad) -> None:
-        """Count a bad row. Raises Refusal if more than MANY rows are bad and these are more than
-        the good ones: then the rest of the file is not read."""
+        """Store a bad row.
+
+        Raises Refusal if more than MANY rows are bad, and more rows are bad than good. The rest of
+        the file is then not read.
+        """
         self.bad.append(Bad(printable(bad.where), printable(bad.what)))
         if len(self.bad) > max(MANY, self.good):
-            raise Refusal(f"{named(self.bad)} ({len(self.bad):,} rows cannot be used so far, and "
-                          f"{self.good:,} can)")
+            raise Refusal(f"{named(self.bad)} (so far, {len(self.bad):,} rows cannot be used, and "
+                          f"{self.good:,} rows can be used)")
 
     def sift(self, found: Iterable) -> Iterator:
-        """Yields the good records; the bad ones are stored here."""
+        """Yield the good records, and store the bad records."""
         for one in found:
             if isinstance(one, Bad):
                 self.reject(one)
@@ -85,28 +91,27 @@ class Findings:
                 yield one
 
     def check(self, strict: bool) -> None:
-        """Raise Refusal if more rows are bad than may be left out."""
+        """Raise Refusal if too many rows are bad. With `strict`, one bad row is too many."""
         total = self.good + len(self.bad)
         if not self.bad or (not strict and self.good >= ENOUGH * total):
             return
         if total == 1:
             raise Refusal(named(self.bad))
-        why = "with --strict none is left out" if strict else (
-            f"they are left out only where at least {ENOUGH:.0%} are good")
+        why = "with --strict, bad rows are not left out" if strict else (
+            f"bad rows are left out only if at least {ENOUGH:.0%} of the rows are good")
         raise Refusal(f"{named(self.bad)} ({len(self.bad):,} of {total:,} rows cannot be used; "
                       f"{why})")
 
 
 def check_all(findings: Findings) -> None:
-    """Raise Refusal where any row is bad."""
+    """Raise Refusal if any row is bad."""
     if findings.bad:
         raise Refusal(f"{named(findings.bad)} ({len(findings.bad):,} of "
                       f"{findings.good + len(findings.bad):,} rows cannot be used)")
 
 
 def printable(text: str) -> str:
-    """Text that is safe to print: incomplete characters and control characters are written as their
-    codes.
+    """Return a text that is safe to print, with codes for incomplete and control characters.
 
     >>> printable("a\\ud83db\\x1b[2J")
     'a\\\\ud83db\\\\x1b[2J'
@@ -116,7 +121,7 @@ def printable(text: str) -> str:
 
 
 def named(bad: list[Bad]) -> str:
-    """The first of them with file, line and fault; those with one fault are named together.
+    """Describe the first NAMED bad rows: file, line and fault. Equal faults are described once.
 
     >>> named([Bad("a.csv:2", "is empty"), Bad("a.csv:3", "is empty"), Bad("b.csv:2", "is long")])
     'a.csv:2, :3: is empty; b.csv:2: is long'

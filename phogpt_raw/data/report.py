@@ -1,4 +1,4 @@
-"""What the rows of a run are like: counts and lengths, before the first step."""
+"""Statistics of the rows of a run, before the first step: counts, lengths and duplicates."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,13 +13,16 @@ BINS = 12  # of the histogram, at most
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of documents. counts: how many have at most the tokens of the same place in `edges`
-    and more than those before."""
+    """The lengths of documents in tokens, with a histogram.
+
+    total: the tokens of all documents. supervised: the tokens that carry loss. edges: the upper end
+    of each bin. counts: the number of documents in each bin.
+    """
 
     total: int
     supervised: int
     median: int
-    most: int  # 95 % have no more
+    most: int  # 95 % of the documents have at most this length
     shortest: int
     longest: int
     edges: tuple[int, ...]
@@ -28,9 +31,12 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Report:
-    """rows: read and good; lengths: of the documents trained on; duplicates: rows that are there
-    already, in which capitals and spaces do not count; fits: share of rows that --max-len does not
-    change."""
+    """The statistics of rows.
+
+    rows, documents: their numbers. lengths: of the documents. duplicates: the number of rows that
+    repeat an earlier row; case and the amount of white space are ignored. fits: the share of rows
+    that --max-len does not change.
+    """
 
     rows: int
     documents: int
@@ -41,7 +47,7 @@ class Report:
 
 
 def report(rows: list[Encoded], findings: Findings) -> Report:
-    """The report of the rows that are trained on; there must be at least one."""
+    """Return the report of these rows. There must be at least one row."""
     documents = [document for row in rows for document in row.documents]
     changed = sum(findings.notes[kind].count for kind in ("cut", "split", "dropped")
                   if kind in findings.notes)
@@ -62,7 +68,7 @@ def lengths_of(documents) -> Lengths:
 
 
 def edges_for(longest: int) -> list[int]:
-    """The upper ends of at most BINS equal bins of round widths.
+    """Return the upper ends of at most BINS bins. All bins have the same round width.
 
     >>> edges_for(100), edges_for(1024)[:2], len(edges_for(1024))
     ([10, 20, 30, 40, 50, 60, 70, 80, 90, 100], [100, 200], 11)

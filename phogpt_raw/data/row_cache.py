@@ -1,7 +1,9 @@
-"""`--data-cache DIR`: the encoded rows of the sources in one file, so that a later start is faster.
+"""`--data-cache DIR` stores the encoded rows of the sources in a file, so that later starts are
+faster.
 
-A file's name is a hash of all that decides what is in it: the bytes and names of the sources, the
-tokenizer, and the settings of reading and encoding. If one of these changes, the name changes.
+The file's name is a hash of everything that determines the rows: the bytes and names of the
+sources, the tokenizer, and the settings of reading and encoding. If one of these changes, the name
+changes.
 """
 
 import hashlib
@@ -21,11 +23,11 @@ from phogpt_raw.data.sources import Source
 from phogpt_raw.files import expanded, whole_file
 from phogpt_raw.refusal import Refusal
 
-FORMAT = 2  # of the files, and of what the rows become; raise it when either changes
+FORMAT = 2  # version of the file format and of the encoding; raise it when one of them changes
 
 
 def key_of(sources: list[Source], tokenizer, template: Template, settings: dict) -> str:
-    """The name of the rows: 24 hexadecimal digits."""
+    """Return the name of the file for these rows, without its ending: 24 hexadecimal digits."""
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode())
     parts = [FORMAT, tokenizer.eos_token_id, asdict(template), settings,
              [(source.name, [str(file) for file in source.files], source.identity())
@@ -36,9 +38,10 @@ def key_of(sources: list[Source], tokenizer, template: Template, settings: dict)
 
 def through_cache(folder: str | None, sources: list[Source], tokenizer, template: Template,
                   settings: dict, encode: Callable[[], Rows]) -> Rows:
-    """The rows from the folder's file, else from `encode`, whose result is written there.
+    """Return the rows from their file in the folder, or the result of `encode`.
 
-    A hub dataset may change while its name stays the same, so it is never read from the cache.
+    If the file is missing or damaged, the result of `encode` is written to it. A hub dataset may
+    change while its name stays the same, so it is never cached.
     """
     if folder is None or any(source.hub for source in sources):
         return encode()
@@ -52,7 +55,7 @@ def through_cache(folder: str | None, sources: list[Source], tokenizer, template
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refusal(f"--data-cache {folder}: no folder can be made there "
+        raise Refusal(f"--data-cache {folder}: this folder cannot be created "
                       f"({error.strerror})") from None
     rows = encode()
     with whole_file(file) as unfinished, unfinished.open("wb") as content:
@@ -98,11 +101,12 @@ def read(file: Path) -> Rows:
 
 
 def examples_of(stored: dict):
-    """(ids, targets, cut) of each document."""
+    """Yield (ids, targets, cut) of each document."""
     ids = stored["ids"]
     carries = np.unpackbits(stored["carries"], count=len(ids)).astype(bool)
     targets = np.where(carries, np.roll(ids, -1), -1)  # a target is the next token of the row
-    # Each number is one object for all rows: a quarter of the memory, and faster.
+    # All rows share one Python object for each id. This takes a quarter of the memory, and is
+    # faster.
     numbers = np.array([*range(ids.max(initial=0) + 1), IGNORED], dtype=object)
     ids, targets, start = numbers[ids], numbers[targets], 0
     for length, cut in zip(stored["lengths"].tolist(), stored["cut"].tolist(), strict=True):

@@ -1,7 +1,8 @@
-"""Files of any kind, folders and hub datasets become records, each with file and line.
+"""Read files, folders and hub datasets as records. Each record has its file and line.
 
-Text is read by the standard library: `datasets` and pandas guess types column by column and lose
-the line. The network is used only for a name `owner/name` that is not a path on this computer.
+Text files are read with the standard library, because `datasets` and pandas guess the type of each
+column and lose the line numbers. The network is used only for a name `owner/name` that is not a
+path on this computer.
 """
 
 import gzip
@@ -27,22 +28,26 @@ from phogpt_raw.refusal import Refusal
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "table", ".tsv": "table",
          ".txt": "text", ".md": "text", ".markdown": "text", ".xlsx": "xlsx",
          ".parquet": "parquet"}
-# The first bytes of files that are not text. The name of the file does not matter.
-OTHER = {b"PK\x03\x04": "a .zip, .xlsx or .docx file; unpack it, or name it as what it is",
+# The first bytes of files that are not text. The ending of a file's name is not used here.
+OTHER = {b"PK\x03\x04": "a .zip, .xlsx or .docx file; unpack it, or correct the ending of its name",
          b"\x1f\x8b": "a .gz file within a .gz file; unpack it once",
          b"\xd0\xcf\x11\xe0": "an old .xls or .doc file; save it as .xlsx or as text",
-         b"%PDF-": "a .pdf file; save its text", b"PAR1": "a .parquet file; name it so",
+         b"%PDF-": "a .pdf file; save its text",
+         b"PAR1": "a .parquet file; change the ending of its name to .parquet",
          b"\x28\xb5\x2f\xfd": "a .zst file; unpack it", b"BZh": "a .bz2 file; unpack it",
          b"{\\rtf": "a .rtf file; save it as text"}
-READ = ", ".join(KINDS) + ", each also as .gz, folders of them"
+READ = ", ".join(KINDS) + ", all also as .gz, and folders of these files"
 ABOUT = re.compile(r"(readme|licen[sc]e|notice|changelog)\b.*", re.IGNORECASE)
 HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(?::([\w.-]+))?(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One --data: files of this computer, or `hub` = (repository, split, revision). Its rows count
-    `weight` times."""
+    """One value of --data.
+
+    files: the files on this computer. hub: (repository, split, revision) of a hub dataset. weight:
+    how often each row is trained on in an epoch.
+    """
 
     name: str
     files: tuple[Path, ...] = ()
@@ -50,13 +55,13 @@ class Source:
     weight: float = 1.0
 
     def not_read(self) -> list[Path]:
-        """The other files of a folder."""
+        """Return the files of a folder that are not read."""
         folder = expanded(self.name)
         return [file for file in sorted(folder.rglob("*"))
                 if file.is_file() and file not in self.files] if folder.is_dir() else []
 
     def identity(self) -> str:
-        """The SHA-256 of the files' bytes; of a hub dataset its name."""
+        """Return the SHA-256 of the files' bytes, or of a hub dataset's name."""
         if self.hub:
             return hashlib.sha256(repr(self.hub).encode()).hexdigest()
         digest = hashlib.sha256()
@@ -68,9 +73,12 @@ class Source:
 
 
 def find_source(spec: str) -> Source:
-    """What a --data names: FILE, FOLDER, FILE=WEIGHT, or owner/name:split@revision of the hub."""
+    """Return the source that a value of --data names.
+
+    The value is FILE, FOLDER, FILE=WEIGHT, or owner/name:split@revision of the hub.
+    """
     if not spec.strip():
-        raise Refusal("--data: names no file; an empty name would be the folder that you are in")
+        raise Refusal("--data: is empty; name a file, a folder or a data set of the hub")
     weight = 1.0
     path = expanded(spec)
     file, _equals, text = spec.rpartition("=")
@@ -95,26 +103,26 @@ def number(text: str, spec: str) -> float:
     except ValueError:
         weight = 0
     if not 0 < weight <= 1000:
-        raise Refusal(f"{spec}: the weight, behind =, is a number above 0 and at most 1000")
+        raise Refusal(f"{spec}: the weight after = must be a number above 0 and at most 1000")
     return weight
 
 
 def find_unweighted(spec: str, flag: str) -> Source:
-    """What another flag than --data names: its rows count once."""
+    """Return the source that a flag without weights, such as --val, names."""
     source = find_source(spec)
     if source.weight != 1:
-        raise Refusal(f"{flag} {spec}: these rows count once; leave the weight out")
+        raise Refusal(f"{flag} {spec}: only --data can have a weight; remove the weight")
     return source
 
 
 def in_folder(folder: Path) -> tuple[Path, ...]:
-    """The data files of a folder and of those in it, by name."""
+    """Return the data files of a folder and of its subfolders, sorted by path."""
     if stored := next(folder.rglob("*.arrow"), None):
-        raise Refusal(f"{stored}: is a data set as datasets' save_to_disk stores it; write it with "
-                      f"to_parquet or to_json")
+        raise Refusal(f"{stored}: belongs to a data set that save_to_disk wrote; write it with "
+                      f"to_parquet or to_json instead")
     found = [file for file in sorted(folder.rglob("*"))
              if file.is_file() and suffix(file) in KINDS and not ABOUT.fullmatch(file.name)
-             and not file.name.startswith("~$")  # Excel's, of a file that is open
+             and not file.name.startswith("~$")  # Excel's lock file of an open workbook
              and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if not found:
         raise Refusal(f"{folder}: holds no data file; {READ} are read")
@@ -136,7 +144,7 @@ def kind_of(path: Path) -> str:
 
 
 def read_file(path: Path, findings: Findings) -> Iterator[Record | Bad]:
-    """Every record of a file; raises Refusal where it cannot be read."""
+    """Yield every record of a file. Raises Refusal if the file cannot be read."""
     kind, name = kind_of(path), str(path)
     with refused(path):
         if kind in ("xlsx", "parquet"):
@@ -159,7 +167,7 @@ def read_file(path: Path, findings: Findings) -> Iterator[Record | Bad]:
 
 @contextmanager
 def refused(path: Path) -> Iterator[None]:
-    """A file that cannot be read as a Refusal."""
+    """Turn an error while reading a file into a Refusal."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error):
@@ -170,8 +178,10 @@ def refused(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path, findings: Findings) -> Iterator[TextIOWrapper]:
-    """The text of a file, unpacked where it is gzip; a byte that is not valid in the encoding
-    becomes a lone surrogate, and every line end becomes \\n."""
+    """Open a file as text. A gzip file is unpacked, and every line end becomes \\n.
+
+    An invalid byte becomes a lone surrogate. In UTF-16 and UTF-32 it becomes U+FFFD.
+    """
     with path.open("rb") as content:
         if content.read(2) == b"\x1f\x8b":
             content.seek(0)
@@ -181,7 +191,7 @@ def opened(path: Path, findings: Findings) -> Iterator[TextIOWrapper]:
         content.seek(0)
         other = next((kind for magic, kind in OTHER.items() if head.startswith(magic)), None)
         if other:
-            raise Refusal(f"{path}: holds no text but {other}")
+            raise Refusal(f"{path}: is not text, but {other}")
         encoding = detect(head)
         if encoding in ("TCVN3", "VNI"):
             raise Refusal(f"{path}: is in {encoding}; {CONVERT}")
@@ -193,7 +203,10 @@ def opened(path: Path, findings: Findings) -> Iterator[TextIOWrapper]:
 
 
 def either_json(stream: TextIOWrapper, name: str, findings: Findings) -> Iterator[Record | Bad]:
-    """JSON lines; also a list, or objects over several lines, in a file with the ending .jsonl."""
+    """Yield the records of a .jsonl file.
+
+    Such a file usually has JSON lines. A list, or objects over several lines, can be read too.
+    """
     while (start := stream.readline(LONGEST)).isspace():
         pass
     if start.lstrip().startswith("[") or start.strip() == "{":
@@ -205,8 +218,11 @@ def either_json(stream: TextIOWrapper, name: str, findings: Findings) -> Iterato
 
 
 def documents(stream: TextIOWrapper, name: str) -> Iterator[Record | Bad]:
-    """A text file is one document; where it holds questions in PhoGPT's template, each is a row:
-    a line that begins with "### Câu hỏi:" after an empty one begins the next."""
+    """Yield the rows of a text file. Usually the whole file is one row.
+
+    If the file has questions in PhoGPT's template, each question begins a row. Its line begins with
+    "### Câu hỏi:", after an empty line.
+    """
     first, lines, size, empty = 1, [], 0, True
     for number, line in enumerate(chain(lines_of(stream), [""]), 1):
         begins = line is not None and empty and \
@@ -229,7 +245,7 @@ def documents(stream: TextIOWrapper, name: str) -> Iterator[Record | Bad]:
 
 
 def read_hub(repository: str, split: str, revision: str | None) -> Iterator[Record]:
-    """The rows of a split of a hub dataset, read as they come."""
+    """Yield the rows of a split of a hub dataset during its download."""
     import datasets
 
     name = f"{repository}:{split}"
@@ -237,6 +253,6 @@ def read_hub(repository: str, split: str, revision: str | None) -> Iterator[Reco
         rows = datasets.load_dataset(repository, split=split, revision=revision, streaming=True)
         for number, row in enumerate(rows, 1):
             yield Record(row, f"{name}:{number}")
-    except Exception as error:  # of the network, the hub, or the files
-        raise Refusal(f"{name}: is no file here, and cannot be read from the hub "
+    except Exception as error:  # an error of the network, the hub, or the files
+        raise Refusal(f"{name}: is not a file on this computer, and cannot be read from the hub "
                       f"({one_line(error)})") from None

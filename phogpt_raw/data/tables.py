@@ -1,9 +1,9 @@
-"""Tables become records: text with any delimiter, and parquet.
+"""Read tables as records: text with any delimiter, and parquet.
 
 The first row names the columns. An extra quote or comma moves texts into other columns, or joins
-rows. So every row must have as many cells as there are names, and a closing quote must be followed
-by a delimiter or a line end. Other rows are bad. After a bad row, reading continues with the line
-after its first line.
+rows. So every row must have one cell for each column. A delimiter or a line end must follow a
+closing quote. Other rows are bad. After a bad row, reading continues with the line after its first
+line.
 """
 
 import csv
@@ -19,8 +19,8 @@ from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
 from phogpt_raw.refusal import Refusal
 
 DELIMITERS = ",;\t|"
-MOST_LINES = 1000  # lines of a quoted cell; in a longer one the closing quote is missing
-LIKE_ROWS = 10  # lines within a cell that look like rows: so many are not a text
+MOST_LINES = 1000  # lines of a row; in a longer row, a closing quote is missing
+LIKE_ROWS = 10  # if this many lines of a cell look like rows, a closing quote is missing
 
 
 class Text:
@@ -28,8 +28,8 @@ class Text:
 
     def __init__(self, lines: Iterable[str | None]):
         self.lines, self.back = iter(lines), deque()
-        self.taken: list[str] = []  # of the current record
-        self.number = 0  # lines before it
+        self.taken: list[str] = []  # lines of the current record
+        self.number = 0  # number of lines before the current record
 
     def __iter__(self) -> Iterator[str]:
         while True:
@@ -46,14 +46,14 @@ class Text:
             yield line
 
     def done(self, lines: int) -> None:
-        """The record had this number of lines; the lines after it are read again."""
+        """End a record of this number of lines. The other lines in `taken` are read again."""
         self.back.extendleft(reversed(self.taken[lines:]))
         self.number += lines
         self.taken = []
 
 
 def cells_of(text: Text, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(line, cells) of each record; in place of cells what is wrong with it."""
+    """Yield (line number, cells) of each record. A bad record has its fault in place of cells."""
     csv.field_size_limit(sys.maxsize)
     while True:
         reader = csv.reader(iter(text), delimiter=delimiter, strict=True)
@@ -71,16 +71,18 @@ def cells_of(text: Text, delimiter: str) -> Iterator[tuple[int, list[str] | str]
 
 def in_words(error: str) -> str:
     if "expected after" in error:
-        return ('a cell begins with a quote, and text follows where it closes; write "" for each '
-                'quote inside a cell and put the cell in quotes')
+        return ('text follows the closing quote of a cell; write "" for each quote inside a cell, '
+                'and put the cell in quotes')
     if "unexpected end" in error:
         return 'a quote opens a cell and never closes; write "" for a quote inside a cell'
     return error
 
 
 def delimiter_of(head: str) -> str:
-    """The delimiter of a table with this beginning: it occurs between the names, and with it the
-    most rows have as many cells as there are names.
+    """Choose the delimiter of a table from the start of its text.
+
+    The delimiter must occur in the first row. The best delimiter gives the most rows that have as
+    many cells as the first row.
 
     >>> delimiter_of("Câu hỏi;Trả lời\\nSao, vậy?;Dạ, vâng\\n"), delimiter_of("a\\tb\\n1\\t2")
     (';', '\\t')
@@ -99,12 +101,12 @@ def delimiter_of(head: str) -> str:
 
 
 def text_table(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Record | Bad]:
-    """The rows of .csv or .tsv text."""
+    """Yield the rows of .csv or .tsv text."""
     lines = lines_of(stream)
     head, skipped = list(islice(lines, 50)), 0
     delimiter = None
     if head and head[0] and head[0].lower().startswith("sep=") and len(head[0].strip()) == 5:
-        delimiter, head, skipped = head[0].strip()[4], head[1:], 1  # Excel's own first line
+        delimiter, head, skipped = head[0].strip()[4], head[1:], 1  # "sep=;" for Excel
     delimiter = delimiter or delimiter_of("".join(line for line in head if line))
     text = Text(chain(head, lines))
     text.number = skipped
@@ -112,7 +114,7 @@ def text_table(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Re
             if isinstance(cells, str) or any(cell.strip() for cell in cells))
     for number, cells in rows:
         if isinstance(cells, str):
-            raise Refusal(f"{name}:{number}: {cells}; this row names the columns")
+            raise Refusal(f"{name}:{number}: {cells}; this row must name the columns")
         break
     else:
         return
@@ -130,12 +132,12 @@ def text_table(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Re
 
 
 def columns(cells: list, where: str) -> list[str]:
-    """The names of columns; raises Refusal where one appears twice."""
+    """Return the names of the columns. Raises Refusal if a name appears twice."""
     names = [cell.strip() or f"column {n}" for n, cell in enumerate(cells, 1)]
     folded = [name.casefold() for name in names]
     for name in names:
         if folded.count(name.casefold()) > 1:
-            raise Refusal(f"{where}: the column {name} appears twice; which one is meant? Rename "
+            raise Refusal(f"{where}: the column {name} appears twice; rename one of them, "
                           f"or remove one")
         if (column := undecoded(name)) is not None:
             raise Refusal(f"{where}: {NOT_UTF8.format(column)}")
@@ -143,7 +145,7 @@ def columns(cells: list, where: str) -> list[str]:
 
 
 def misfit(cells: list[str], names: list[str], delimiter: str) -> str | None:
-    """What is wrong with a row, if it does not fit the names of the columns."""
+    """Return the fault of a row that does not fit the columns, or None if the row fits."""
     for cell in cells:
         if (column := undecoded(cell)) is not None:
             return NOT_UTF8.format(column)
@@ -151,23 +153,26 @@ def misfit(cells: list[str], names: list[str], delimiter: str) -> str | None:
         what = {",": "comma", ";": "semicolon", "\t": "tab", "|": "|"}.get(delimiter, delimiter)
         remedy = (f"put a text that has a {what} in double quotes" if len(cells) > len(names)
                   else "a quote or a cell is missing")
-        return f"has {len(cells)} cells where the first row has {len(names)}; {remedy}"
+        return f"has {len(cells)} cells, but the first row has {len(names)}; {remedy}"
     for cell in cells:
         if "\n" in cell and rows_within(cell, names, delimiter) >= LIKE_ROWS:
-            return (f"a quote opens a cell and closes {cell.count(chr(10))} lines later, over "
+            return (f"a quote opens a cell and closes {cell.count(chr(10))} lines later, after "
                     f'lines that look like rows; write "" for a quote inside a cell')
     return None
 
 
 def rows_within(cell: str, names: list[str], delimiter: str) -> int:
-    """How many lines inside a cell look like rows, if at least two and nearly all do; else 0."""
+    """Return the number of lines inside a cell that look like rows.
+
+    Returns 0 if fewer than two lines, or less than 90 % of the lines, look like rows.
+    """
     inside = [line for line in cell.split("\n")[1:-1] if line.strip()]
     like = sum(line.count(delimiter) == len(names) - 1 for line in inside)
     return like if len(names) > 1 and like >= 2 and like >= 0.9 * len(inside) else 0
 
 
 def parquet(path: Path, name: str) -> Iterator[Record]:
-    """The rows of a .parquet file; row numbers are used in place of line numbers."""
+    """Yield the rows of a .parquet file. They have row numbers in place of line numbers."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -176,7 +181,7 @@ def parquet(path: Path, name: str) -> Iterator[Record]:
             ends = content.read(4), content.seek(max(0, path.stat().st_size - 4)), content.read(4)
             if ends[0] != b"PAR1" or ends[2] != b"PAR1":
                 raise Refusal(f"{name}: cannot be read as .parquet (it does not begin and end "
-                              f"with PAR1); is it whole?")
+                              f"with PAR1); the file may be incomplete")
             content.seek(0)
             file, number = ParquetFile(content), 0
             names = file.schema_arrow.names
@@ -193,8 +198,10 @@ def parquet(path: Path, name: str) -> Iterator[Record]:
 
 
 def check_sizes(metadata, name: str) -> None:
-    """Raise Refusal if the rows of a group are too long on average: more than LONGEST characters of
-    four bytes. This reads only the file's metadata."""
+    """Raise Refusal if the rows of a group have more than LONGEST characters on average.
+
+    A character is counted as four bytes. Only the metadata of the file is read.
+    """
     for n in range(metadata.num_row_groups):
         group = metadata.row_group(n)
         if group.total_byte_size > 4 * LONGEST * max(1, group.num_rows):

@@ -1,10 +1,10 @@
 """Decoding on a CPU: one token through all blocks, with weights that are dequantised only once.
 
-A CPU has no kernel that multiplies directly by 4-bit weights. The model's own forward therefore
-dequantises every weight for every token, which is most of its time; most of the rest is Python's
-overhead. Here each weight and its adapter are summed once, W + scaling * B A in fp32. That is the
-same function up to rounding. `one_token` then runs only the few operations that a token needs. The
-model's 4-bit weights do not change.
+A CPU has no kernel that multiplies directly by 4-bit weights. So the model's own forward
+dequantises every weight for every token, which takes most of the time. Python's overhead takes most
+of the remaining time. Here each weight and its adapter are added once: W + scaling * B A in fp32.
+The result is the same up to rounding. `one_token` then runs only the few operations that a token
+needs. The model's 4-bit weights do not change.
 
 B rows, D hidden, H heads, K head width, S positions.
 """
@@ -22,12 +22,13 @@ from phogpt_raw.model.cache import Cache, Piece
 from phogpt_raw.model.lora import dense
 from phogpt_raw.model.phogpt import PhoGPT
 
-MOST = 2**30  # bytes of all copies; a larger model runs its own forward
+MOST = 2**30  # the largest size of all copies in bytes; a larger model runs its own forward
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A linear's weight plus its adapter, transposed: a CPU multiplies one row fastest that way."""
+    """A linear layer's weight plus its adapter. The matrix is transposed, because a CPU then
+    multiplies a single row fastest."""
 
     weight_DO: torch.Tensor
     bias_O: torch.Tensor
@@ -46,7 +47,8 @@ class DenseStep:
     def __call__(self, ids_B: torch.Tensor, positions: int) -> torch.Tensor:
         """Hidden states [B, D] after the last norm, for one more token in each of the first B rows.
 
-        positions: how many of the cache attention reads; more than any of these rows holds.
+        positions: the number of cache positions that attention reads. It must be greater than the
+        length of each of these rows.
         """
         x_BD = self.model.transformer.wte(ids_B)
         place_B = self.cache.place_B[: len(ids_B)]
@@ -66,7 +68,8 @@ class DenseStep:
 
 def one_token(x_BD, blocks: list[Block], cache: Cache, place_B, bias_BH1S,
               scale: float | None) -> torch.Tensor:
-    """x [B, D] through all blocks; writes each row's key and value to the cache at its position."""
+    """The output of all blocks for x [B, D]. Writes each row's new key and value to the cache, at
+    the row's position."""
     rows, positions = len(x_BD), bias_BH1S.shape[3]
     row_B = torch.arange(rows)
     for block, kv in zip(blocks, cache.kv, strict=True):
@@ -81,10 +84,10 @@ def one_token(x_BD, blocks: list[Block], cache: Cache, place_B, bias_BH1S,
 
 
 def dense_step(model: PhoGPT, cache: Cache) -> DenseStep | None:
-    """A DenseStep for the model as it is now; None where the model's own forward must run.
+    """A DenseStep with the model's current weights. None if the model's own forward must run.
 
-    It needs a CPU, fp32 (in 16 bits the sum would round the adapter away), a small model, and
-    adapters that are plain LoRA.
+    A DenseStep needs a CPU, fp32, a small model, and adapters that are plain LoRA. In 16 bits the
+    sum of a weight and its adapter would be rounded, and much of the adapter would be lost.
     """
     config, head = model.config, model.head
     size = (config.linear_weights + head.numel()) * head.element_size()
@@ -97,7 +100,7 @@ def dense_step(model: PhoGPT, cache: Cache) -> DenseStep | None:
 
 @torch.no_grad()
 def copy_of(layer: nn.Module) -> Copy | None:
-    """A linear and its adapter as one weight; None where the adapter is not plain LoRA."""
+    """A linear layer and its adapter as one weight. None if the adapter is not plain LoRA."""
     found = base_and_adapter(layer)
     if found is None:
         return None

@@ -1,17 +1,18 @@
 """Generate answers to prompts, as token ids, with a key-value cache and continuous batching.
 
-A row of the batch is one prompt and its answer. The model reads the prompt in one pass (prefill);
-each later step writes one token in every row. Rows have their own lengths and do not influence each
-other: an answer is the same alone and in a batch. When an answer ends, its row goes to the next
-waiting prompt, so a long answer does not hold up short ones.
+A row of the batch is one prompt and its answer. First the model reads the prompt, in pieces of at
+most PREFILL tokens. Each later step writes one token in every row. Rows have their own lengths and
+do not influence each other, so an answer is the same alone and in a batch. When an answer ends, the
+next waiting prompt gets its row. So a long answer does not delay short answers.
 
-On a GPU a step is one CUDA graph, from the last tokens to the next ones. Positions, sampling and
-the end check are computed on the device, so a step never waits for the host. The host reads the
-tokens of one step while the GPU runs the next. The first step of each batch size runs eagerly, and
-so do all steps where graphs are off.
+On a GPU a step is one CUDA graph: it takes the last token of each row and computes the next token.
+Positions, sampling and the end check are computed on the device, so a step never waits for the
+host. The host reads the tokens of one step while the GPU runs the next step. The first step of each
+batch size runs eagerly, without a graph. If graphs are off, all steps run eagerly.
 
-The plain step is the model's forward. Two faster versions compute the same: fused.py, with fewer
-kernels over NF4 weights on a GPU with Triton, and dense.py, with weights dequantised once on a CPU.
+The plain version of a step is the model's forward. Two faster versions compute the same. fused.py
+uses fewer kernels, over NF4 weights on a GPU with Triton. dense.py dequantises the weights only
+once, on a CPU.
 
 B rows, L length, S positions, D hidden, V vocabulary.
 """
@@ -31,15 +32,16 @@ from phogpt_raw.decode.sampling import VALUES, Needs, Sampling, choose
 from phogpt_raw.model.cache import Piece, Step, cache_bytes
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 
-STEP = 128  # positions; the length of the cache is a multiple of it
-AHEAD = 1024  # tokens that an answer can grow before the cache must, which needs new graphs
+STEP = 128  # positions; the cache's length is a multiple of STEP
+AHEAD = 1024  # tokens that an answer can grow before the cache is enlarged, which needs new graphs
 PREFILL = 2048  # prompt tokens in one pass through the model
 GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`ids` without `</s>`; `stopped`: whether the model itself ended the answer."""
+    """ids: the answer's tokens without `</s>`. stopped: whether the model ended the answer with
+    `</s>`."""
 
     ids: list[int]
     stopped: bool
@@ -47,8 +49,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Token:
-    """The next token of request `key`. id None: the answer has ended, and `stopped` says whether
-    the model itself ended it."""
+    """The next token of request `key`. If `id` is None, the answer has ended. Then `stopped` tells
+    whether the model ended it with `</s>`."""
 
     key: int
     id: int | None
@@ -59,7 +61,7 @@ class Token:
 class Row:
     key: int
     prompt: list[int]
-    most: int  # tokens of the answer, at most
+    most: int  # the largest number of tokens in the answer
     seed: int
     sampling: Sampling
     ids: list[int] = field(default_factory=list)  # written so far
@@ -71,8 +73,8 @@ class Row:
 
 @dataclass
 class Pending:
-    """A step whose tokens the host has not read yet. keys: its rows' requests; read: waits for the
-    step and returns [tokens, whether each row has ended]."""
+    """A step whose tokens the host has not read yet. keys: the request of each row. read(): waits
+    for the step and returns [tokens, whether each row has ended]."""
 
     keys: list[int]
     read: Callable[[], list[list[int]]]
@@ -80,7 +82,8 @@ class Pending:
 
 @contextmanager
 def evaluating(model: PhoGPT):
-    """Evaluation mode without gradients; restores the model's mode afterwards."""
+    """A context with the model in evaluation mode and without gradients. It restores the model's
+    mode at its end."""
     was_training = model.training
     model.eval()
     try:
@@ -91,14 +94,16 @@ def evaluating(model: PhoGPT):
 
 
 class Engine:
-    """Answers of one model, at most `rows` at once; use it as a context manager.
+    """Generates answers with one model, at most `rows` at once. Use it as a context manager.
 
-    It gathers weights and adapters at the first prompt. Later changes to them need a new engine. An
-    engine of one row keeps the cache of the last prompt and its answer. It does not read a common
-    beginning again: in a conversation each turn costs its own tokens only.
+    It collects weights and adapters at the first prompt. If they change later, a new engine is
+    needed. An engine with one row keeps the cache of the last prompt and its answer. If the next
+    prompt begins with the same tokens, these tokens are not read again. So each turn of a
+    conversation costs only its own tokens.
 
-    eos_id: the token that ends an answer. capture: run steps as CUDA graphs on a GPU. memory: a
-    context in which large tensors are allocated.
+    eos_id: the token that ends an answer. pad_id: the token that fills unused positions. capture:
+    whether to run steps as CUDA graphs on a GPU. memory: returns a context in which large tensors
+    are allocated.
     """
 
     def __init__(self, model: PhoGPT, *, eos_id: int, pad_id: int, rows: int = 8,
@@ -115,8 +120,8 @@ class Engine:
         self.out: deque[Token] = deque()  # read from the device, not yet yielded
         self.cache = self.fast = self.history_BS = None
         self.graphs: dict[tuple[int, Needs], torch.cuda.CUDAGraph] = {}
-        self.seen: set[tuple[int, Needs]] = set()  # that have run eagerly
-        self.kept: list[int] = []  # with one row: tokens whose keys and values the cache still has
+        self.seen: set[tuple[int, Needs]] = set()  # kinds of steps that have run eagerly
+        self.kept: list[int] = []  # with one row: tokens whose keys and values are in the cache
         self.steps = 0
 
     def __enter__(self) -> "Engine":
@@ -137,21 +142,21 @@ class Engine:
         self.values_PB, self.kept = None, []
         self.evaluating.__exit__(*error)
         if held:
-            torch.cuda.empty_cache()  # the graphs' memory pools: nothing else can use them
+            torch.cuda.empty_cache()  # frees the graphs' memory pools, which only graphs can use
 
     # -- requests
 
     def add(self, key: int, prompt: list[int], max_new_tokens: int, seed: int = 0,
             sampling: Sampling = GREEDY) -> None:
-        """Add a request; `run` yields its tokens under this key.
+        """Add a request. `run` yields its tokens with this key.
 
         Raises ValueError for an empty prompt, max_new_tokens below 1, or a key in use.
         """
         if not prompt or max_new_tokens < 1:
-            raise ValueError(f"request {key}: a prompt of {len(prompt)} tokens, {max_new_tokens} to"
-                             f" write; at least one of each is needed")
+            raise ValueError(f"request {key}: the prompt has {len(prompt)} tokens, max_new_tokens "
+                             f"is {max_new_tokens}; both must be at least 1")
         if any(row.key == key for row in (*self.queue, *self.rows)):
-            raise ValueError(f"request {key}: there is one of this key already")
+            raise ValueError(f"request {key}: this key is already in use")
         self.queue.append(Row(key, prompt, max_new_tokens, seed, sampling))
 
     def drop(self, key: int) -> None:
@@ -163,17 +168,17 @@ class Engine:
     def run(self) -> Iterator[Token]:
         """Yield tokens as they are written, until all requests are answered.
 
-        A caller that stops early can call `run` again for the rest.
+        A caller that stops early can call `run` again for the remaining tokens.
         """
         while self.queue or self.rows or self.unread or self.out:
             while self.out:
                 yield self.out.popleft()
             if self.queue and len(self.rows) < self.most_rows:
-                self.read(behind=0)  # those steps ran without the new rows
+                self.read(behind=0)  # the unread steps ran without the new rows
                 self.admit()
             elif self.rows:
                 self.unread.append(self.launch())
-                # a CPU has finished the step; a GPU runs it while the host reads the one before
+                # A CPU has finished the step. A GPU runs it while the host reads the previous step.
                 self.read(behind=0 if self.device.type == "cpu" else 1)
             else:
                 self.read(behind=0)
@@ -181,12 +186,13 @@ class Engine:
     def answers(self, prompts: list[list[int]], max_new_tokens: int, seed: int = 0,
                 sampling: Sampling = GREEDY,
                 on_token: Callable[[int], None] | None = None) -> list[Answer]:
-        """The answers to `prompts`, in order; `on_token` gets each token of the first one.
+        """The answers to `prompts`, in order. `on_token` is called with each token of the first
+        answer.
 
-        Raises ValueError while other requests are open.
+        Raises ValueError if other requests are open.
         """
         if self.queue or self.rows or self.out:
-            raise ValueError("other requests are open: take their tokens, or drop them")
+            raise ValueError("other requests are open: read their tokens with run, or drop them")
         for key, prompt in enumerate(prompts):
             self.add(key, prompt, max_new_tokens, seed, sampling)
         written, stopped = [[] for _ in prompts], [False] * len(prompts)
@@ -203,11 +209,11 @@ class Engine:
                 self.drop(key)
         return [Answer(*pair) for pair in zip(written, stopped, strict=True)]
 
-    # -- rows are added and removed
+    # -- adding and removing rows
 
     def admit(self) -> None:
-        """Start waiting requests in the free rows: one group, shortest prompts first, as many as go
-        through the model in one pass."""
+        """Start a group of waiting requests in the free rows, the shortest prompts first. The group
+        is as large as one pass through the model allows."""
         free = self.most_rows - len(self.rows)
         waiting = sorted((self.queue[n] for n in range(min(free, len(self.queue)))),
                          key=lambda row: len(row.prompt))
@@ -219,8 +225,8 @@ class Engine:
         self.prefill(group)
 
     def make_room(self, new: list[Row]) -> None:
-        """Make the cache long enough for the current rows, the `new` ones, and their next
-        tokens."""
+        """Make the cache long enough for the current rows, the `new` rows, and the next tokens of
+        both."""
         positions = self.positions_for([*self.rows, *new])
         if self.cache is None:
             self.begin(positions)
@@ -237,7 +243,7 @@ class Engine:
                                           dtype=torch.long, device=self.device)
 
     def positions_for(self, rows: list[Row]) -> int:
-        """Positions that these rows need to grow by AHEAD tokens, or to their end."""
+        """The number of positions that these rows need to grow by AHEAD tokens, or to their end."""
         longest = max(len(row.prompt) + min(row.most, row.written + AHEAD) for row in rows)
         return round_up(longest, STEP)
 
@@ -253,7 +259,8 @@ class Engine:
         self.fast = fused_step(self.model, self.cache) or dense_step(self.model, self.cache)
 
     def prefill(self, group: list[Row]) -> None:
-        """Read these prompts, given shortest first, and choose the first token of each answer."""
+        """Read the prompts of `group` and choose the first token of each answer. The shortest
+        prompt must be first."""
         first, lengths = len(self.rows), [len(row.prompt) for row in group]
         known = self.known(group[0].prompt)
         self.kept = self.kept[:known]  # the rest is overwritten, even if reading is interrupted
@@ -290,8 +297,9 @@ class Engine:
         self.read(behind=0)
 
     def known(self, prompt: list[int]) -> int:
-        """How many tokens at the beginning of a prompt the cache has already; the last one is
-        always read, for its hidden state."""
+        """The number of tokens at the beginning of a prompt that are already in the cache. The
+        prompt's last token is not counted, because its hidden state must be computed in any case.
+        """
         if self.most_rows > 1:
             return 0
         pairs = zip(self.kept, prompt[:-1], strict=False)
@@ -299,16 +307,16 @@ class Engine:
                     min(len(self.kept), len(prompt) - 1))
 
     def place_of(self, key: int) -> int | None:
-        """The row of request `key`; None where it has none."""
+        """The row number of request `key`. None if the request has no row."""
         return next((n for n, row in enumerate(self.rows) if row.key == key), None)
 
     def leave(self, key: int) -> None:
-        """Remove the row of a request; the last row moves into the gap."""
+        """Remove the row of a request. The last row moves into the gap."""
         n = self.place_of(key)
         if n is None:
             return
         last = len(self.rows) - 1
-        self.kept = self.rows[n].prompt + self.rows[n].ids[:-1]  # the last is not in the cache
+        self.kept = self.rows[n].prompt + self.rows[n].ids[:-1]  # the last id is not cached
         if n != last:
             self.cache.move(last, n)
             self.values_PB[:, n] = self.values_PB[:, last]
@@ -322,9 +330,10 @@ class Engine:
     # -- a step
 
     def launch(self) -> Pending:
-        """Start a step over all rows; on a GPU it returns without waiting."""
+        """Start a step for all rows. On a GPU this does not wait for the step."""
         rows = len(self.rows)
-        longest = 2 + max(len(row.prompt) + row.written for row in self.rows)  # a step behind
+        # If a step is unread, a row has one token more than `written`.
+        longest = 2 + max(len(row.prompt) + row.written for row in self.rows)
         if longest > self.cache.positions:
             self.make_room([])
         size = min(self.most_rows, 2 ** math.ceil(math.log2(rows))) if self.capture else rows
@@ -336,7 +345,7 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.step(*kind)
-            self.graphs[kind] = graph  # not before: Ctrl-C may interrupt the capture
+            self.graphs[kind] = graph  # only now, because Ctrl-C may interrupt the capture
             graph.replay()
         else:
             self.seen.add(kind)
@@ -345,9 +354,9 @@ class Engine:
         return self.sent(slice(0, rows))
 
     def step(self, size: int, needs: Needs) -> None:
-        """Write one more token in each of the first `size` rows; ended rows do not change."""
+        """Write one more token in each of the first `size` rows. Ended rows do not change."""
         positions = self.cache.positions
-        if not self.capture:  # an eager step may depend on the host: read only the positions in use
+        if not self.capture:  # an eager step reads only the positions in use, which the host knows
             positions = min(positions, 1 + max(len(row.prompt) + row.written for row in self.rows))
         if self.fast:
             hidden_BD = self.fast(self.ids_B[:size], positions)
@@ -388,7 +397,8 @@ class Engine:
         return Pending(keys, read)
 
     def read(self, behind: int) -> None:
-        """Read the tokens of all steps but the last `behind`; remove the rows that have ended."""
+        """Read the tokens of all steps except the last `behind`. Remove the rows that have ended.
+        """
         while len(self.unread) > behind:
             pending = self.unread.popleft()
             tokens, ends = pending.read()
@@ -407,15 +417,16 @@ class Engine:
 def answer(model: PhoGPT, prompts: list[list[int]], *, eos_id: int, pad_id: int,
            max_new_tokens: int, on_token: Callable[[int], None] | None = None,
            **how) -> list[Answer]:
-    """Answers to prompts (token ids), in order, greedy by default.
+    """The greedy answers to `prompts` (token ids), in order.
 
-    on_token: gets each token of the first answer; how: further arguments of Engine.
+    on_token: called with each token of the first answer. how: more arguments of Engine.
     """
     with Engine(model, eos_id=eos_id, pad_id=pad_id, **{"rows": len(prompts), **how}) as engine:
         return engine.answers(prompts, max_new_tokens, on_token=on_token)
 
 
 def rows_that_fit(config: ModelConfig, positions: int, itemsize: int, limit_mib: int) -> int:
-    """How many rows of `positions` tokens have a cache within limit_mib; at least one."""
+    """The number of rows of `positions` tokens whose cache takes at most limit_mib MiB, but at
+    least 1."""
     row = cache_bytes(config.n_layers, config.d_model, 1, round_up(positions, STEP), itemsize)
     return max(1, limit_mib * 2**20 // row)

@@ -1,16 +1,17 @@
-"""Decoding on a GPU: one token through all blocks in nine kernels a block, over NF4 weights.
+"""Decoding on a GPU with NF4 weights: one token through all blocks, with nine kernels per block.
 
-For one token the model's own forward launches some thirty kernels a block, most of them tiny. The
-time then goes to launches and to small tensors that are written to memory and read back.
-`one_token` here is the whole step. Its matrix products are those of model/nf4_product.py. Three
-more functions do everything between the products; each is below its plain version:
+For one token the model's own forward launches about thirty kernels per block, most of them tiny.
+Most of the time then goes to launches, and to small tensors that are written to memory and read
+back. Here `one_token` computes the whole step. Its matrix products are in model/nf4_product.py.
+Three more functions compute everything between the products. The plain version of each is just
+before it in this file:
 
-    norm_low     layer norm, and x Aᵀ for the linear that follows
-    attend_low   attention in parts of the cache, which are then combined, and x Aᵀ
+    norm_low     layer norm, and x Aᵀ for the next linear layer
+    attend_low   attention over parts of the cache, their combination, and x Aᵀ
     low_rank     x Aᵀ alone
 
-B rows, D hidden, H heads, K head width, S positions, P parts, R rank. A "2" in a name: even
-elements first, then odd ones (`halves`).
+B rows, D hidden, H heads, K head width, S positions, P parts, R rank. A "2" in a name means that
+even elements come first, then odd elements (`halves`).
 """
 
 import functools
@@ -32,14 +33,14 @@ from phogpt_raw.private_apis import nf4_fields, nf4_state
 try:
     import triton
     import triton.language as tl
-except ImportError:  # only torch for CUDA on Linux installs it
+except ImportError:  # only torch for CUDA on Linux installs Triton
     triton = None
 
-PART, PARTS = 128, 16  # fewest positions in a part; most parts of a row
+PART, PARTS = 128, 16  # the smallest number of positions in a part; the most parts in a row
 
 
 class FusedStep:
-    """`one_token` over a model and a cache; it gathers the weights once."""
+    """`one_token` for a model and a cache, with weights that are collected only once."""
 
     def __init__(self, model: PhoGPT, cache: Cache, blocks: list[Block]):
         self.model, self.cache, self.blocks = model, cache, blocks
@@ -50,7 +51,7 @@ class FusedStep:
     def __call__(self, ids_B: torch.Tensor, positions: int) -> torch.Tensor:
         """Hidden states [B, D] after the last norm, for one more token in each of the first B rows.
 
-        `positions` is not used: the kernels read on the device how many are in use.
+        `positions` is not used, because the kernels read each row's position on the device.
         """
         x = self.model.transformer.wte(ids_B)
         x = one_token(x, self.blocks, self.cache, self.model.slopes_H, self.scale, self.scratch)
@@ -66,7 +67,8 @@ class FusedStep:
 
 def one_token(x_BD, blocks: list[Block], cache: Cache, slopes_H, scale: float,
               scratch: Scratch) -> torch.Tensor:
-    """x [B, D] through all blocks; writes each row's key and value to the cache at its position."""
+    """The output of all blocks for x [B, D]. Writes each row's new key and value to the cache, at
+    the row's position."""
     place_B = cache.place_B[: len(x_BD)]
     for block, kv in zip(blocks, cache.kv, strict=True):
         y_B2, low = norm_low(x_BD, block.norm_1, block.Wqkv)
@@ -81,8 +83,8 @@ def one_token(x_BD, blocks: list[Block], cache: Cache, slopes_H, scale: float,
 
 
 def many_rows(x_BLD: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """x through a linear and its adapter, for a number of rows with which dequantising W first is
-    faster."""
+    """A linear layer and its adapter, applied to x. W is dequantised first, which is faster for
+    many rows."""
     x_ND = x_BLD.flatten(0, 1)
     weight = dequantise_fused(linear.packed, linear.fields, linear.offset)
     y_NO = torch.addmm(linear.bias_O, x_ND, weight.t())
@@ -92,7 +94,8 @@ def many_rows(x_BLD: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 
 def linear_of(layer: nn.Module) -> Linear | None:
-    """A layer's weights and adapter; None where it is not NF4 or its adapter is not plain LoRA."""
+    """The weights and the adapter of a layer. None if the weights are not NF4, or if the adapter is
+    not plain LoRA."""
     from bitsandbytes.nn import Linear4bit
 
     found = base_and_adapter(layer)
@@ -113,9 +116,9 @@ def linear_of(layer: nn.Module) -> Linear | None:
 
 
 def fused_step(model: PhoGPT, cache: Cache) -> FusedStep | None:
-    """A FusedStep for the model as it is now; None where the model's own forward must run.
+    """A FusedStep with the model's current weights. None if the model's own forward must run.
 
-    It needs a GPU with Triton, 16 bits, NF4 weights, and adapters that are plain LoRA.
+    A FusedStep needs a GPU with Triton, 16 bits, NF4 weights, and adapters that are plain LoRA.
     """
     config, head = model.config, model.head
     width = config.d_model // config.n_heads
@@ -130,14 +133,14 @@ def fused_step(model: PhoGPT, cache: Cache) -> FusedStep | None:
 
 
 def readable(layer: nn.Module) -> Linear | None:
-    """`linear_of` a layer, or None where the kernels do not support its shape."""
+    """linear_of(layer), or None if the kernels do not support the layer's shape."""
     linear = linear_of(layer)
     return linear if linear and fits(*linear.shape) and can_fuse(linear.fields) else None
 
 
 @functools.cache
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels compile for this GPU and agree with their plain versions."""
+    """Whether the kernels of `product` compile for this GPU and agree with `product_plain`."""
     from phogpt_raw.model.nf4 import nf4_linear
     from phogpt_raw.model.nf4_product import product_plain
 
@@ -154,11 +157,11 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-# -- the functions between the products, each below its plain version
+# -- the functions between the products, each after its plain version
 
 
 def low_rank_plain(x_B2, linear: Linear) -> torch.Tensor | None:
-    """scaling * x Aᵀ, [B, R]; None where there is no adapter."""
+    """scaling * x Aᵀ, [B, R]. None if there is no adapter."""
     if linear.A_RD is None:
         return None
     return (linear.scaling * (whole(x_B2).float() @ linear.A_RD.float().t())).to(x_B2.dtype)
@@ -176,15 +179,16 @@ def low_rank(x_B2, linear: Linear) -> torch.Tensor | None:
 
 
 def norm_low_plain(x_BD, norm: Norm, linear: Linear):
-    """(the layer norm of x, in halves; low_rank of this norm)."""
+    """(y, low): y is the layer norm of x, in halves. low is the low_rank of y."""
     y_B2 = halves(norm(x_BD))
     return y_B2, low_rank_plain(y_B2, linear)
 
 
 def norm_low(x_BD, norm: Norm, linear: Linear):
-    """`norm_low_plain` in one kernel: a program for each row of A, and one that writes the norm.
+    """`norm_low_plain` in one kernel. For each row of x, it has one program for each row of A, and
+    one program that writes the norm.
 
-    Each program computes the whole norm: that is faster than waiting for another kernel.
+    Each program computes the whole norm. This is faster than waiting for another kernel.
     """
     (rows, width), rank = x_BD.shape, 0 if linear.A_RD is None else len(linear.A_RD)
     y = torch.empty(rows, 2, width // 2, dtype=x_BD.dtype, device=x_BD.device)
@@ -196,16 +200,17 @@ def norm_low(x_BD, norm: Norm, linear: Linear):
 
 
 def pointer(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A pointer to pass for a tensor that may be None. The kernel compiles the lines that use it,
-    but without an adapter (rank 0) no program runs them."""
+    """`tensor`, or `other` if `tensor` is None, because a kernel must get a pointer. The kernel
+    contains code that uses the pointer, but no program runs this code without an adapter."""
     return other if tensor is None else tensor
 
 
 def attend_low_plain(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear):
-    """(the attention output of each row's token over its cache and itself, in halves; low_rank of
-    this output).
+    """(y, low): y is the attention output of each row's token, in halves. low is the low_rank of y.
 
-    qkv_BF [B, 3 D]; kv [2, rows, H, S, K]: the token's key and value are written into it.
+    The token attends to the earlier tokens of its row and to itself. qkv_BF [B, 3 D]: the token's
+    query, key and value. kv [2, rows, H, S, K]: the layer's cache. The token's key and value are
+    written into the cache.
     """
     heads, width = kv.shape[2], kv.shape[4]
     q_BHK, k_BHK, v_BHK = qkv_BF.view(len(qkv_BF), 3, heads, width).unbind(1)
@@ -222,7 +227,8 @@ def attend_low_plain(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear
 
 
 def attend_low(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear):
-    """`attend_low_plain` in two kernels: parts of the cache in parallel, then their combination."""
+    """`attend_low_plain` in two kernels. The first kernel computes parts of the cache in parallel,
+    and the second kernel combines the parts."""
     _, _, heads, positions, width = kv.shape
     rows, rank = len(qkv_BF), 0 if linear.A_RD is None else len(linear.A_RD)
     part = max(PART, triton.next_power_of_2(-(-positions // PARTS)))
@@ -257,7 +263,8 @@ if triton is not None:
 
     @triton.jit
     def low_or_halves(y, j, row, d, there, A, out, low, scaling, rank, width):
-        """Program `rank` writes the row y in halves; program j < rank writes y times row j of A."""
+        """Program j == rank writes the row y in halves. Each program j < rank writes the scaled dot
+        product of y and row j of A."""
         y = y.to(out.dtype.element_ty)
         if j == rank:
             tl.store(out + row * width + (d % 2) * (width // 2) + d // 2, y, mask=there)
@@ -281,8 +288,11 @@ if triton is not None:
     @triton.jit
     def attend_kernel(qkv, keys, values, place, slopes, sums, peaks, scale, row_stride, positions,
                       heads, part, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-        """One part of one head of one row, as in FlashAttention: `sums` gets the values weighted by
-        exp(score - peak); `peaks` gets peak, the largest score, and the sum of the weights."""
+        """Attention over one part of the cache, for one head of one row, as in FlashAttention.
+
+        A key's weight is exp(score - peak), where peak is the largest score of the part. `sums`
+        gets the weighted sum of the values. `peaks` gets peak and the sum of the weights.
+        """
         p, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         end, first = tl.load(place + row).to(tl.int32), p * part
         if first <= end:

@@ -1,8 +1,8 @@
 """A conversation as token ids, in the history format of PhoGPT-4B-Chat.
 
-Its turns follow each other as in the tokenizer's chat template: each answer ends with `</s>`, and
-each later question begins on a new line. PhoGPT-7B5-Instruct was published without a history
-format; its turns are put together in the same way, with an empty line between them.
+The turns are joined as in the tokenizer's chat template. Each answer ends with `</s>`, and each
+later question begins on a new line. PhoGPT-7B5-Instruct was published without a history format.
+Its turns are joined in the same way, with an empty line between them.
 """
 
 import unicodedata
@@ -13,7 +13,7 @@ from phogpt_raw.data.prompt import Template, encode_prompt, encode_text
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; None where it is still to be written."""
+    """A question and its answer. The answer is None if the model must still write it."""
 
     question: str
     answer: str | None = None
@@ -21,9 +21,11 @@ class Turn:
 
 def encode_history(tokenizer, template: Template, turns: list[Turn],
                    system: str = "") -> list[int]:
-    """Ids of a conversation, up to where the answer of its last turn begins.
+    """The token ids of a conversation. If the last turn has no answer, the ids end at the position
+    where its answer begins.
 
-    system: the system text. PhoGPT has no place for it, so it is put before the first question.
+    system: the system text. PhoGPT's templates have no place for it, so it is put before the first
+    question.
     """
     ids = []
     for n, turn in enumerate(turns):

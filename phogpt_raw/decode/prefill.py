@@ -1,8 +1,8 @@
-"""Read prompts through all blocks at once, with weights gathered for decoding.
+"""Run prompts through all blocks (prefill), with the weights that a fast decoding step uses.
 
-The model's own forward computes the same, through modules, PEFT's layers and autograd functions.
-For a short prompt their Python overhead takes longer than the GPU's work. fused.py and dense.py
-define what a linear is here.
+The model's own forward computes the same through modules, PEFT's layers and autograd functions. For
+a short prompt, their Python overhead takes longer than the work of the GPU. fused.py and dense.py
+define how a linear layer is stored and applied.
 
 B rows, L tokens, D hidden, S positions, H heads, K head width.
 """
@@ -31,7 +31,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """The weights of a block; each linear in the form that fused.py or dense.py uses."""
+    """The weights of a block. Each linear layer has the form that fused.py or dense.py uses."""
 
     norm_1: Norm
     Wqkv: object
@@ -42,7 +42,8 @@ class Block:
 
 
 def blocks_of(model: PhoGPT, gather: Callable[[nn.Module], object]) -> list[Block] | None:
-    """All blocks, with gather(layer) for each linear; None where it returns None for any."""
+    """The weights of all blocks. Each linear layer is replaced by the result of gather(layer).
+    Returns None if `gather` returns None for any layer."""
     blocks = []
     for b in model.transformer.blocks:
         layers = (b.attn.Wqkv, b.attn.out_proj, b.ffn.up_proj, b.ffn.down_proj)
@@ -56,9 +57,9 @@ def blocks_of(model: PhoGPT, gather: Callable[[nn.Module], object]) -> list[Bloc
 
 def read_prompt(model: PhoGPT, ids_BL: torch.Tensor, piece: Piece, blocks: list[Block],
                 linear: Callable[[torch.Tensor, object], torch.Tensor]) -> torch.Tensor:
-    """Hidden states [B, L, D] after the last norm; keys and values are written to the cache.
+    """Hidden states [B, L, D] after the last norm. The keys and values are written to the cache.
 
-    linear(x, w): applies w, a linear of one of the blocks, to x [B, L, …].
+    linear: a function. linear(x, w) applies w, a linear layer of a block, to x [B, L, …].
     """
     config = model.config
     heads, scale = (3, config.n_heads, config.d_model // config.n_heads), config.softmax_scale

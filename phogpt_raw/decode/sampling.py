@@ -1,14 +1,14 @@
 """Choose the next token: the most likely one, or one drawn at random.
 
-Temperature, top-k, top-p, min-p and the repetition penalty compute what transformers' processors
-do, but each row of a batch has its own values. These are in tensors on the device, so one CUDA
-graph serves rows with different values. A token is drawn as the argmax of the scores plus Gumbel
-noise, which picks each token with its probability (Gumbel 1954; Maddison et al. 2014,
-arXiv:1411.0030).
+Temperature, top-k, top-p, min-p and the repetition penalty work as in transformers' processors, but
+each row of a batch has its own values. The values are in tensors on the device, so one CUDA graph
+serves rows with different values. To draw a token, Gumbel noise is added to the scores, and the
+token with the largest sum is chosen. This chooses each token with its probability (Gumbel 1954;
+Maddison et al. 2014, arXiv:1411.0030).
 
-The noise is a hash of the row's seed, the token's position and its id, so no generator state must
-be kept. An answer is the same alone and in a batch, with and without CUDA graphs, and on any device
-up to rounding.
+The noise is computed from a hash of the row's seed, the token's position and the token's id, so
+there is no generator state. An answer is the same alone and in a batch, and with and without CUDA
+graphs. On another device it is the same up to rounding.
 
 B rows, V vocabulary, S positions, P values of a Sampling.
 """
@@ -25,8 +25,12 @@ COLDEST = 1e-6
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy: always the most likely token. So is a temperature so small that
-    dividing logits by it would overflow. Off: top_k 0, top_p 1, min_p 0, repetition_penalty 1."""
+    """The sampling options of a row.
+
+    temperature 0 is greedy: it always chooses the most likely token. A temperature below COLDEST is
+    greedy too, because dividing logits by it could overflow. The defaults of the other options turn
+    them off.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -39,11 +43,12 @@ class Sampling:
         return self.temperature < COLDEST
 
     def values(self) -> list[float]:
-        """P values as `choose` reads them; a greedy row has no noise and no filters."""
+        """The P values, in the order in which `choose` reads them. A greedy row has no noise and no
+        filters."""
         if self.greedy:
             return [1, 0, 0, math.inf, -math.inf, self.repetition_penalty]
         least = math.log(self.min_p) if self.min_p else -math.inf
-        top_p = self.top_p if self.top_p < 1 else math.inf  # sums of probabilities may pass 1
+        top_p = self.top_p if self.top_p < 1 else math.inf  # rounded sums may exceed 1
         return [self.temperature, 1, self.top_k, top_p, least, self.repetition_penalty]
 
 
@@ -51,7 +56,7 @@ VALUES = len(Sampling().values())
 
 
 class Needs(NamedTuple):
-    """Which parts of `choose` any row of a batch needs; the others are left out."""
+    """The parts of `choose` that at least one row of a batch needs. Other parts do not run."""
 
     penalty: bool
     noise: bool
@@ -66,11 +71,11 @@ class Needs(NamedTuple):
 
 
 def choose(logits_BV, values_PB, needs: Needs, history_BS, place_B, seed_B) -> torch.Tensor:
-    """The next token of each row, [B]; nothing here waits for the GPU.
+    """The next token of each row, [B]. The host does not wait for the GPU here.
 
-    logits_BV: fp32, of the tokens at the positions place_B. values_PB: each row's Sampling.values.
-    history_BS: the tokens so far, with later positions filled with the row's first token; read only
-    where `needs` has a penalty.
+    logits_BV: fp32, computed from each row's last token, whose position is place_B. values_PB: the
+    Sampling.values of each row. history_BS: the tokens so far. Its later positions contain the
+    row's first token. It is read only if needs.penalty is True.
     """
     temperature_B, noise_B, top_k_B, top_p_B, least_B, penalty_B = values_PB
     scores_BV = logits_BV
@@ -85,24 +90,24 @@ def choose(logits_BV, values_PB, needs: Needs, history_BS, place_B, seed_B) -> t
 
 
 def penalised(scores_BV, history_BS, penalty_B) -> torch.Tensor:
-    """Tokens of the history become less likely: a positive score is divided, a negative one
-    multiplied (Keskar et al. 2019, arXiv:1909.05858)."""
+    """The scores, with lower scores for tokens of the history. A positive score is divided by the
+    penalty, and a negative score is multiplied by it (Keskar et al. 2019, arXiv:1909.05858)."""
     known_BS, penalty_B1 = scores_BV.gather(1, history_BS), penalty_B[:, None]
     known_BS = torch.where(known_BS < 0, known_BS * penalty_B1, known_BS / penalty_B1)
     return scores_BV.scatter(1, history_BS, known_BS)
 
 
 def filtered(scores_BV, top_k_B, top_p_B, least_B) -> torch.Tensor:
-    """Scores with -inf where top-k, then top-p, then min-p leave a token out.
+    """The scores, with -inf for each excluded token. The order is top-k, then top-p, then min-p.
 
-    Each filter keeps the tokens from some score on, so one threshold a row decides. top_k_B: 0
-    keeps all. least_B: the logarithm of min-p.
+    Each filter keeps all tokens from a certain score upwards, so one threshold per row is enough.
+    top_k_B: 0 keeps all tokens. least_B: the logarithm of min-p.
     """
     sorted_BV = scores_BV.sort(descending=True).values
     last_B = torch.where(top_k_B == 0, scores_BV.shape[1], top_k_B).clamp(max=scores_BV.shape[1])
     threshold_B1 = sorted_BV.gather(1, last_B[:, None].long() - 1)
     p_BV = sorted_BV.where(sorted_BV >= threshold_B1, -math.inf).softmax(-1)
-    likelier_BV = p_BV.cumsum(-1) - p_BV  # the probability of all tokens before
+    likelier_BV = p_BV.cumsum(-1) - p_BV  # the probability of all likelier tokens
     kept_BV = (likelier_BV < top_p_B[:, None]) & (sorted_BV >= threshold_B1)
     threshold_B1 = sorted_BV.where(kept_BV, math.inf).amin(-1, keepdim=True)
     threshold_B1 = torch.maximum(threshold_B1, sorted_BV[:, :1] + least_B[:, None])
@@ -123,8 +128,8 @@ GOLDEN, FIRST, SECOND = (value - (1 << 64) for value in (
 
 
 def mixed(z: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's hash of int64 (Steele et al. 2014, doi:10.1145/2714064.2660195). The masks make
-    torch's shifts, which copy the sign bit, shift zeros in."""
+    """SplitMix64's hash of int64 values (Steele et al. 2014, doi:10.1145/2714064.2660195). torch's
+    right shift copies the sign bit. The masks replace these copies by zeros."""
     z = z + GOLDEN
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * SECOND

@@ -1,8 +1,8 @@
 """Turn tokens into text as they are written, and stop before a stop string.
 
 A Vietnamese character takes two or three bytes, and a token may end inside a character. An
-incomplete character is held back until the next token. So is text that may be the beginning of a
-stop string.
+incomplete character is held back until later tokens complete it. Text that may be the beginning of
+a stop string is held back too.
 """
 
 from collections.abc import Sequence
@@ -12,31 +12,32 @@ TURNS = 4  # repetitions of a passage at the end of an answer that count as a lo
 
 
 class TextStream:
-    """The text of a stream of tokens; `stopped` once one of the strings `stops` was found.
+    """Decodes a stream of tokens. `stopped` becomes True when one of the strings in `stops` is
+    found.
 
-    All results of `put` and `end` joined are the text of all tokens decoded at once, up to the
-    first stop string. A character that is incomplete at the end is left out.
+    The results of `put` and `end`, joined, are the same text as all tokens decoded at once, up to
+    the first stop string. An incomplete character at the end is left out.
     """
 
     def __init__(self, tokenizer, stops: Sequence[str] = ()):
         self.tokenizer, self.stops, self.stopped = tokenizer, [s for s in stops if s], False
         self.ids: list[int] = []
-        self.shown, self.read = 0, 0  # where the ids of the last piece begin and end
+        self.shown, self.read = 0, 0  # the start and the end of the last piece in ids
         self.waiting = ""  # decoded text that may begin a stop string
 
     def put(self, token: int) -> str:
-        """Add a token; returns the text that is complete now."""
+        """Add a token. Returns the text that is now complete."""
         self.ids.append(token)
         return self.decoded(whole=False)
 
     def end(self) -> str:
-        """No more tokens: returns the text that was held back."""
+        """Call this after the last token. Returns the text that was held back."""
         return self.decoded(whole=True)
 
     def decoded(self, whole: bool) -> str:
         if self.stopped:
             return ""
-        # A token's text may depend on the one before it: decode the last piece's tokens again too.
+        # A token's text may depend on the token before it, so the last piece is decoded again too.
         before = self.text(self.ids[self.shown : self.read])
         now = self.text(self.ids[self.shown :])
         if whole:
@@ -62,7 +63,7 @@ class TextStream:
 
 
 def begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`.
+    """The number of characters at the end of `text` that may be the beginning of `stop`.
 
     >>> begun("một câu\\n#", "\\n###"), begun("một câu", "\\n###")
     (2, 0)
@@ -72,7 +73,8 @@ def begun(text: str, stop: str) -> int:
 
 
 def loops(ids: list[int], least: int = 24) -> bool:
-    """Whether the ids end with one passage repeated four times, at least `least` tokens in all.
+    """Whether the ids end with a passage that occurs at least four times in a row. The repetitions
+    must have at least `least` tokens in total.
 
     >>> loops([5, 6] + [7, 8, 9] * 8), loops([7, 8, 9] * 3), loops(list(range(50)))
     (True, False, False)

@@ -5,7 +5,7 @@
     python -m phogpt_raw.export runs/nano-001 out --lora-gguf    for llama.cpp, over a base's GGUF
     python -m phogpt_raw.export runs/nano-001 --push ME/NAME     adapter and model card, to the hub
 
-An adapter is merged into the base's stored weights, which are not quantised first. The folder is
+An adapter is merged into the base's stored weights, without quantising them first. The folder is
 written completely or not at all.
 """
 
@@ -54,8 +54,8 @@ def parse(arguments):
                         "--nf4-cache OUT/nf4")
     parser.add_argument("--no-nf4", dest="base_nf4", action="store_false", default=None,
                         help="compare the --merged checkpoint with the adapter over a base that is "
-                        "not in NF4 (default: as in the run; if that is not known, in NF4)")
-    parser.add_argument("--model", help="the base (default: the one that the adapter names)")
+                        "not in NF4 (default: as in the run; NF4 if the run is not known)")
+    parser.add_argument("--model", help="the base (default: the base that the adapter names)")
     parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
     parser.add_argument("--template", default="auto", choices=["auto", *TEMPLATES],
                         help="prompt template (default: the run's; without a run the tokenizer's)")
@@ -64,18 +64,18 @@ def parse(arguments):
                         "and of --nf4 (auto: the run's, or by GPU)")
     parser.add_argument("--push", metavar="USER/NAME", help="upload OUT to this repository of the "
                         "hub (a new one is private); without OUT, upload the run's adapter and "
-                        "model card. The access token is that of HF_TOKEN or of hf auth login")
+                        "model card. The access token comes from HF_TOKEN or hf auth login")
     options = parser.parse_args(arguments)
     check(options)
     return options
 
 
 def check(options) -> None:
-    """Raise Refusal for flags that do not go together or have no effect; find the run's adapter."""
+    """Raise Refusal for flags that exclude each other or have no effect. Find the run's adapter."""
     model = options.merged or options.gguf or options.lora_gguf
     if bool(options.out) != bool(model or options.nf4) or not (options.out or options.push):
-        raise Refusal("what to write, and where? name a folder OUT and one or more of --merged, "
-                      "--gguf, --lora-gguf and --nf4; or --push USER/NAME alone")
+        raise Refusal("nothing to write: name a folder OUT and one or more of --merged, --gguf, "
+                      "--lora-gguf and --nf4; or give --push USER/NAME alone")
     effects = {"dtype": options.merged or options.nf4, "template": model, "model": options.out,
                "revision": options.out}
     for name, has_one in effects.items():
@@ -105,10 +105,10 @@ def find_adapter(options) -> None:
     if run_record(options.adapter / "config.json"):
         raise Refusal(f"{none}: this run has not ended; name one of its checkpoint-N folders")
     if options.lora_gguf:
-        raise Refusal(f"{none}, and --lora-gguf writes one")
+        raise Refusal(f"{none}, and --lora-gguf needs one")
     if options.model:
-        raise Refusal(f"{none}, and --model names the base below one; to export a base alone, name "
-                      f"it in place of RUN, without --model")
+        raise Refusal(f"{none}, and --model needs one; to export a base alone, name it as RUN, "
+                      f"without --model")
     options.adapter = None
 
 
@@ -130,13 +130,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write(options) -> None:
-    """Write OUT, and print what is in it."""
+    """Write the folder OUT. Print its files and how to use them."""
     if options.gguf or options.lora_gguf:
         gguf.import_gguf()
     source = find_source(options)
     merger, template = source.merger, TEMPLATES[source.template]
     if options.merged or options.gguf or options.nf4:
-        folder = find_folder(source.base, source.revision)  # the weights too
+        folder = find_folder(source.base, source.revision)  # now with the weights
         say_if_another(folder, source.base_weights, options.adapter)
     dtype = DTYPES[options.dtype] if options.dtype != "auto" else (
         stored_dtype(merger) if options.merged else torch.float32)
@@ -168,10 +168,10 @@ def write(options) -> None:
 
 
 def bytes_needed(options, merger: Merger, dtype: torch.dtype) -> int:
-    size = 2**24  # tokenizer, metadata, adapter
+    size = 2**24  # for tokenizer, metadata and adapter
     if options.merged:
         size += dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
-    if options.nf4:  # the embedding in fp32 at most
+    if options.nf4:  # the embedding takes at most 4 bytes a value
         size += int(NF4_BYTES * merger.config.linear_weights)
         size += 4 * merger.config.vocab_size * merger.config.d_model
     if options.gguf:
@@ -180,7 +180,7 @@ def bytes_needed(options, merger: Merger, dtype: torch.dtype) -> int:
 
 
 def write_nf4(folder: Path, made: Path, dtype: torch.dtype, device: str) -> None:
-    """The base of a model folder in NF4, as a run on this machine quantises it."""
+    """Write the base of a model folder in NF4. A run on this machine quantises it identically."""
     where = dict(dtype=dtype, device=torch.device(device))
     cache = find_cache(folder, made, **where)
     nf4_file.write(read_model(folder, nf4=True, **where), cache.file, cache.key, cache.base)

@@ -2,8 +2,8 @@
 Modelfile.
 
 Both give exactly the text that the model was trained on. They put no space between the question and
-the answer, even if the template has one: this space is the first character of the answer's first
-token, so the model writes it.
+the answer, even if PhoGPT's template has one. The model generates this space, because it is the
+first character of the answer's first token.
 """
 
 import json
@@ -14,8 +14,10 @@ EOS = "</s>"
 
 
 def jinja(template: Template) -> str:
-    """Questions and answers in turn; a system text is put at the start of the first question, as in
-    training."""
+    """The chat template in Jinja. Questions and answers alternate.
+
+    As in training, a system text is put at the start of the first question.
+    """
     before, after, between = (json.dumps(part, ensure_ascii=False) for part in (
         *template.question.split("{}"), template.between))
     answer = json.dumps(template.question.split("{}")[1] + template.gap, ensure_ascii=False)
@@ -33,7 +35,8 @@ def jinja(template: Template) -> str:
 
 
 def modelfile(template: Template, context: int) -> str:
-    """Ollama's recipe for model.gguf in the same folder; `context`: tokens of the model."""
+    """Ollama's Modelfile for model.gguf in the same folder. context: tokens of the model's context.
+    """
     question = template.question.format(
         "{{ if .System }}{{ .System }}\n{{ end }}{{ .Prompt }}")
     return (f"# ollama create phogpt -f Modelfile && ollama run phogpt\n"

@@ -1,10 +1,10 @@
-"""The difference between a merged checkpoint's predictions and those of the adapter on its base.
+"""Compare the predictions of a merged checkpoint with those of the adapter on its base.
 
-The adapter was trained over weights rounded to 4 bits, and is merged into the weights before that
-rounding; then the sum is rounded to 16 bits. Both models read the same text here, block by block,
-so that host memory holds the weights of one block.
+They differ. The adapter was trained over weights that are rounded to 4 bits. It is merged into the
+unrounded weights, and the sum is rounded to 16 bits. Both models read the same texts here, one
+block at a time. So host memory holds the weights of only one block.
 
-T tokens, D hidden, V vocabulary.
+B texts, L length, T tokens, D hidden, H heads, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,11 @@ ROWS = 2**15  # rows of the head that are multiplied at once
 
 @dataclass(frozen=True)
 class Distance:
-    """Over `tokens` predictions: the share with the same most likely token, the mean
-    Kullback-Leibler divergence in nats, and the largest difference of a logit."""
+    """The difference over `tokens` predictions.
+
+    same: share of them with the same most likely token. divergence: mean Kullback-Leibler
+    divergence in nats. largest: largest difference of a logit.
+    """
 
     tokens: int
     same: float
@@ -38,10 +41,10 @@ class Distance:
 @torch.no_grad()
 def distance(merger: Merger, merged: dict[str, torch.Tensor], texts: list[list[int]],
              device: torch.device, nf4: bool = True, progress=lambda blocks: blocks) -> Distance:
-    """The difference between the adapter on the base and the tensors `merged` of a checkpoint, on
-    token ids.
+    """Compare the adapter on its base with a checkpoint.
 
-    nf4: the base's linears in NF4, or as they are stored.
+    merged: {name: tensor} of the checkpoint. texts: token ids of each text. nf4: quantise the
+    base's linears to NF4; otherwise they are used as stored.
     """
     config, texts = merger.config, [text[:TOKENS] for text in texts]
     longest = max(map(len, texts))
@@ -60,7 +63,7 @@ def distance(merger: Merger, merged: dict[str, torch.Tensor], texts: list[list[i
 
 
 def over_nf4(merger: Merger, device: torch.device, name: str) -> torch.Tensor:
-    """The tensor `name`, a linear's weight rounded to NF4 before the adapter is merged."""
+    """The tensor `name` with the adapter merged. A linear's weight is first rounded to NF4."""
     weight = merger.tensors[name]
     if not (name.endswith(".weight") and weight.dim() == 2 and ".blocks." in name):
         return merger.merged(name)
@@ -70,7 +73,10 @@ def over_nf4(merger: Merger, device: torch.device, name: str) -> torch.Tensor:
 
 def final_states(config: ModelConfig, tensor_of, ids_BL: torch.Tensor, device,
                  progress=lambda blocks: blocks) -> torch.Tensor:
-    """Hidden states [B, L, D] after the last norm in fp32; tensor_of(name): a weight."""
+    """The hidden states [B, L, D] after the last norm, in fp32.
+
+    tensor_of(name) returns the model's tensor of that name.
+    """
     def weights(path: str, module: nn.Module) -> dict[str, torch.Tensor]:
         return {name: tensor_of(f"{path}.{name}").to(device, torch.float32)
                 for name, _ in module.named_parameters()}
@@ -88,7 +94,10 @@ def final_states(config: ModelConfig, tensor_of, ids_BL: torch.Tensor, device,
 
 
 def both_heads(one_VD, other_VD, both_2TD) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [T, V] of two hidden states through two heads, a part of the heads at a time."""
+    """The logits [T, V] of two models. Each has its own head and hidden states.
+
+    ROWS rows of a head are multiplied at a time.
+    """
     parts = [[hidden_TD @ head_VD[start : start + ROWS].to(hidden_TD).T
               for start in range(0, len(head_VD), ROWS)]
              for hidden_TD, head_VD in zip(both_2TD, (one_VD, other_VD), strict=True)]

@@ -1,8 +1,8 @@
-"""llama.cpp's file format, written with the `gguf` package: a merged model, or an adapter alone.
+"""Write a merged model, or an adapter alone, in llama.cpp's file format with the `gguf` package.
 
-llama.cpp knows PhoGPT as the architecture `mpt`, with biases since February 2024 (its pull request
-5638). It scales attention by 1 / sqrt(K) and multiplies no logits; a config that wants something
-else is refused here. Tensors are converted while they are written, some rows at a time.
+llama.cpp supports PhoGPT as the architecture `mpt`. It supports the biases since February 2024
+(pull request 5638). It always scales attention by 1 / sqrt(K). A config with another scale is
+refused here. Tensors are converted while they are written, some rows at a time.
 
 D hidden, H heads, K head width, R rank, V vocabulary.
 """
@@ -20,10 +20,10 @@ from phogpt_raw.model.weights import PINNED_IDS, check_values
 from phogpt_raw.refusal import Refusal
 
 KINDS = ("f32", "f16", "q8_0", "q4_0")
-# The patterns by which PhoGPT's and nano's tokenizers cut text before BPE: both the set that
-# llama.cpp has under BLOOM's name.
+# The regular expressions by which PhoGPT's and nano's tokenizers split text before BPE. Both match
+# the same characters as the one that llama.cpp uses for BLOOM.
 PATTERNS = (" ?[^(\\s|[.,!?…。，、।۔،])]+", " ?[^\\s.,!?()|…。，、।۔،]+")
-# The largest value that a type can hold: a block of a quantised one has its scale in fp16.
+# The largest value that each type can store. A block of a quantised type has its scale in fp16.
 LARGEST = {"F32": torch.finfo(torch.float32).max, "F16": 65504, "Q8_0": 127 * 65504,
            "Q4_0": 8 * 65504}
 CHUNK = 2**23  # elements that are converted at once
@@ -39,16 +39,16 @@ def import_gguf():
 
 
 class Rows:
-    """A tensor of a GGUF file that is made while it is written; what GGUFWriter asks of an array.
+    """A tensor of a GGUF file that is computed while it is written. GGUFWriter uses it as an array.
 
-    make(): the tensor in PyTorch. kind: how it is stored, one of KINDS.
+    make: a function that returns the tensor in PyTorch. kind: its type in the file, one of KINDS.
     """
 
     def __init__(self, name: str, shape: torch.Size, make: Callable[[], torch.Tensor], kind: str):
         gguf = import_gguf()
         self.name, self.shape, self.make = name, shape, make
         self.type = gguf.GGMLQuantizationType[kind.upper()]
-        self.stored = tuple(shape)  # in bytes where it is quantised
+        self.stored = tuple(shape)  # for a quantised type, the shape in bytes
         if kind.startswith("q"):
             self.stored = gguf.quant_shape_to_byte_shape(tuple(shape), self.type)
         block, size = gguf.GGML_QUANT_SIZES[self.type]
@@ -57,7 +57,7 @@ class Rows:
     def tofile(self, file) -> None:
         quantise = import_gguf().quants.quantize
         tensor = self.make()
-        check_values(tensor, self.name, LARGEST[self.type.name], self.type.name, "take --gguf f32")
+        check_values(tensor, self.name, LARGEST[self.type.name], self.type.name, "use --gguf f32")
         rows = max(1, CHUNK * self.shape[0] // self.shape.numel())
         for start in range(0, len(tensor), rows):
             part = np.ascontiguousarray(tensor[start : start + rows].float().cpu().numpy())
@@ -65,10 +65,10 @@ class Rows:
 
 
 def model_tensors(merger: Merger, kind: str) -> Iterator[Rows]:
-    """The merged model under llama.cpp's names. Vectors stay in fp32.
+    """Yield the tensors of the merged model, under llama.cpp's names. Vectors stay in fp32.
 
-    A quantised model's embedding, which is the head too, takes 8 bits, as in llama.cpp's own
-    quantised files it takes more than the blocks.
+    The embedding is also the head. In a quantised model it is stored in 8 bits. llama.cpp's own
+    quantised files give it more bits than the blocks too.
     """
     gguf = import_gguf()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MPT, merger.config.n_layers)
@@ -78,14 +78,14 @@ def model_tensors(merger: Merger, kind: str) -> Iterator[Rows]:
             stored = "q8_0"
         if stored.startswith("q") and tensor.shape[-1] % 32:
             raise Refusal(f"--gguf {kind}: {name} has rows of {tensor.shape[-1]}, not a multiple "
-                          f"of 32; take f16")
+                          f"of 32; use f16")
         yield Rows(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.shape,
                    lambda name=name: merger.merged(name), stored)
 
 
 def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_template: str,
                 progress=lambda tensors: tensors) -> None:
-    """model.gguf; `name`: the name that the file gives itself; `kind`: one of KINDS."""
+    """Write model.gguf. name: the model's name in the file. kind: one of KINDS."""
     gguf = import_gguf()
     check_model(merger)
     writer = gguf.GGUFWriter(file, "mpt")
@@ -101,8 +101,10 @@ def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_templa
 
 
 def check_model(merger: Merger) -> None:
-    """Raise Refusal for a model that llama.cpp would compute differently without an error; reads no
-    weights."""
+    """Raise Refusal for a model that llama.cpp would compute differently, without an error.
+
+    No weights are read.
+    """
     check_supported(merger.config)
     check_tokenizer(merger.tokenizer, f"{merger.folder}/tokenizer.json")
 
@@ -127,7 +129,10 @@ def add_shape(writer, config: ModelConfig) -> None:
 
 
 def add_tokenizer(writer, content: dict, size: int) -> None:
-    """A tokenizer.json; ids that the embedding has beyond it are unused tokens."""
+    """Add the tokens of a tokenizer.json, up to `size`, the number of rows of the embedding.
+
+    Ids without a token in the tokenizer become unused tokens.
+    """
     gguf = import_gguf()
     tokens = [f"[PAD{n}]" for n in range(size)]
     types = [gguf.TokenType.UNUSED] * size
@@ -157,15 +162,16 @@ def check_tokenizer(content: dict, where: str) -> None:
     found = {"model": content["model"].get("type"), "normalizer": content.get("normalizer"),
              "pattern": pattern}
     if found["model"] != "BPE" or found["normalizer"] or pattern not in PATTERNS:
-        raise Refusal(f"{where}: not a tokenizer of PhoGPT's kind, byte-level BPE with BLOOM's "
-                      f"pattern ({found}); llama.cpp would cut text in another way")
+        raise Refusal(f"{where}: is not byte-level BPE with BLOOM's pattern, as PhoGPT's tokenizer "
+                      f"is ({found}); llama.cpp would split text differently")
 
 
 def write_adapter(merger: Merger, file: Path, kind: str = "f16") -> None:
-    """adapter.gguf, llama.cpp's LoRA over a base's GGUF.
+    """Write adapter.gguf, which llama.cpp loads over a GGUF of the base.
 
-    llama.cpp scales by alpha / R. If a layer has another scale (rsLoRA, or an own alpha), its B is
-    multiplied by the ratio. Raises Refusal for an adapter that is not plain LoRA.
+    llama.cpp scales a layer's update by alpha / R. A layer can have another scale (rsLoRA, or its
+    own alpha). Then its B is multiplied by the ratio of the two scales. Raises Refusal for an
+    adapter that is not plain LoRA.
     """
     gguf = import_gguf()
     check_plain(merger)
@@ -187,8 +193,10 @@ def write_adapter(merger: Merger, file: Path, kind: str = "f16") -> None:
 
 
 def balanced(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of equal magnitude, up to a power of two, which does not change their product.
-    Without this, the values of a small B would be lost in 16 bits."""
+    """A and B, scaled by opposite powers of two so that their largest values are about equal.
+
+    Their product does not change. Without this, 16 bits would lose the values of a small B.
+    """
     largest_A, largest_B = (float(part.abs().max()) for part in (A, B))
     if not largest_A or not largest_B:
         return A, B
@@ -200,11 +208,11 @@ def check_plain(merger: Merger) -> None:
     variants = sorted({type(variant).__name__ for layer in merger.layers.values()
                        for variant in layer.lora_variant.values()})
     if variants:
-        raise Refusal(f"--lora-gguf: llama.cpp has plain LoRA alone, not {', '.join(variants)}; "
-                      f"take --gguf, which merges it")
+        raise Refusal(f"--lora-gguf: llama.cpp has plain LoRA only, not {', '.join(variants)}; use "
+                      f"--gguf, which merges it")
     if merger.biases or any(name.endswith("lora_B.bias") for name in merger.adapters.tensors()):
         raise Refusal("--lora-gguf: the adapter has trained biases, which llama.cpp's LoRA cannot "
-                      "hold; take --gguf, which merges them")
+                      "hold; use --gguf, which merges them")
 
 
 def write(writer, rows: list[Rows], progress=lambda tensors: tensors) -> None:

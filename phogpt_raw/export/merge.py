@@ -1,11 +1,11 @@
-"""An adapter merged into the base's weights, one tensor at a time.
+"""Merge an adapter into the base's weights, one tensor at a time.
 
-PEFT's code does the merging, so its variants (rsLoRA, DoRA, ranks by layer) are merged as PEFT
-defines them. PEFT merges into modules. So the model is built with weights that take no memory; then
-the weights of one layer at a time are put into it and merged. The base's files are mapped, so host
-memory holds one layer in fp32, its update, and the shard that is being filled.
+PEFT's code does the merging. So rsLoRA, DoRA and different ranks per layer are merged as PEFT
+defines them. PEFT merges into modules. So the model is built with weights that take no memory. Then
+the weights of one layer at a time are put into it and merged. The base's files are memory-mapped.
+So host memory holds one layer in fp32, its update, and the shard that is being written.
 
-O out, D in.
+O output features, D input features.
 """
 
 from collections.abc import Iterator
@@ -29,18 +29,19 @@ from phogpt_raw.model.weights import (
 )
 from phogpt_raw.refusal import Refusal
 
-SHARD = 2 * 2**30  # bytes of a file of weights, about; host memory holds one of them
+SHARD = 2 * 2**30  # approximate bytes of a file of weights; host memory holds one file
 ADAPTER_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
 
 
 class Merger:
-    """The tensors of the base in `folder`, with the adapter of another folder merged into them.
+    """Merges an adapter into the tensors of a base.
 
-    config: the base's. tensors: its tensors by name, mapped and as stored; the weights' files are
-    opened for the first of them. tokenizer: its tokenizer.json. adapters: None where there is none.
+    folder: the base's. adapter: the adapter's folder, or None. config: the base's config. tensors:
+    {name: tensor} of the base, memory-mapped and as stored; the files are opened at the first use.
+    tokenizer: the content of tokenizer.json. adapters: the adapter's weights, or None.
 
-    Raises Refusal where the base lacks a tensor, or the adapter is of another model or is more than
-    LoRA over the blocks' linears.
+    Raises Refusal if the base lacks a tensor, if the adapter is for another model, or if it has
+    weights that cannot be merged.
     """
 
     def __init__(self, folder: Path, adapter: Path | None = None):
@@ -59,9 +60,10 @@ class Merger:
         return read_object(self.folder / "tokenizer.json", "fetch it again")
 
     def merged(self, name: str, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor `name` with the adapter's update in fp32, or as stored where it has none.
+        """The tensor `name` with the adapter's update, in fp32.
 
-        weight: take this in place of the base's own, [O, D].
+        If the adapter does not change this tensor, it is returned as stored. weight [O, D]: used in
+        place of the base's own weight.
         """
         stored = self.tensors[name] if weight is None else weight
         path, kind = name.rsplit(".", 1)
@@ -78,14 +80,17 @@ class Merger:
         try:
             layer.merge(safe_merge=True)
             return getattr(base, kind).data
-        except ValueError as error:  # not finite
+        except ValueError as error:  # a merged value is not finite
             raise Refusal(f"{path}: {error}") from None
         finally:
             layer.merged_adapters.clear()
             base.weight, base.bias = zeros
 
     def all_merged(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, tensor) in the checkpoint's order; Refusal where `dtype` cannot hold a value."""
+        """Yield (name, tensor in `dtype`) in the checkpoint's order.
+
+        Raises Refusal if `dtype` cannot hold a value.
+        """
         for name in self.tensors:
             tensor = self.merged(name)
             check_finite(tensor, name, dtype)
@@ -93,15 +98,19 @@ class Merger:
 
 
 def mapped_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a base in the order of the model's parameters, mapped from its files."""
+    """{name: tensor} of a base, in the order of the model's parameters. The tensors are
+    memory-mapped."""
     shapes = parameter_shapes(read_config(folder))
     found = {name: tensor for name, tensor, _ in accounted(folder, shapes)}
     return {name: found[name] for name in shapes}
 
 
 def adapted_skeleton(config, adapter: Path) -> tuple[Adapters, dict[str, nn.Module]]:
-    """The adapter's weights, and the LoRA layer over each linear that it changes, by the linear's
-    name; the layers' own weights are zeros that take no memory."""
+    """Return (the adapter's weights, {name of a linear: its LoRA layer}).
+
+    Only the linears that the adapter changes are included. The base weights of these layers are
+    zeros that take no memory.
+    """
     with torch.device("meta"):
         model = PhoGPT(config)
     for name, parameter in list(model.named_parameters()):
@@ -117,27 +126,28 @@ def adapted_skeleton(config, adapter: Path) -> tuple[Adapters, dict[str, nn.Modu
 
 
 def trained_biases(adapters: Adapters) -> dict[str, torch.Tensor]:
-    """Biases of the base that were trained beside the LoRA layers, by their checkpoint's name."""
+    """{name in the checkpoint: tensor} of the base's biases that were trained too."""
     return {name.removeprefix(PREFIX).replace(".base_layer", ""): tensor
             for name, tensor in adapters.tensors().items()
             if name.endswith(".bias") and "lora_" not in name}
 
 
 def stored_dtype(merger: Merger) -> torch.dtype:
-    """The 16-bit dtype in which the base is stored; bf16, PhoGPT's own, where it is stored in
-    another."""
+    """The dtype in which the base is stored, if it has 16 bits. Otherwise bf16, as in PhoGPT."""
     dtype = next(tensor.dtype for name, tensor in merger.tensors.items() if name.endswith("weight"))
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
                  progress=lambda tensors: tensors, chat_template: str | None = None) -> None:
-    """A checkpoint in PhoGPT's format: safetensors of at most about SHARD bytes, the tokenizer's
-    files, a config that both VinAI's and transformers' MPT read.
+    """Write a checkpoint in PhoGPT's format.
 
-    base: the name by which the base was given. If it is a hub id, the config's code is found there.
-    chat_template: in Jinja, in place of the tokenizer's, so that the checkpoint states the template
-    with which it was trained.
+    It consists of safetensors files of at most about SHARD bytes, the tokenizer's files, and a
+    config that both VinAI's and transformers' MPT can read.
+
+    base: the base as the user named it. If it is a hub id, the config names this repository as the
+    place of its code. chat_template: the template of the training, in Jinja. It replaces the
+    tokenizer's own template.
     """
     size = dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
     config = merged_config(merger.folder, base, dtype)
@@ -157,13 +167,14 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
 
 
 def merged_config(folder: Path, base: str, dtype: torch.dtype) -> dict:
-    """The base's config.json for a merged checkpoint.
+    """The base's config.json with five changes for a merged checkpoint.
 
-    Four fields differ: transformers accepts only the integer 0 for attn_pdrop, where VinAI's file
-    has 0.0; use_cache is on, since without it transformers reads the whole text again for each
-    token; the code that `auto_map` names is not in the folder, so a hub's base is named as its
-    place, and without one the field goes; `_name_or_path` goes, a path of the machine that wrote
-    the base.
+    - torch_dtype is `dtype`.
+    - attn_pdrop is the integer 0. VinAI's file has 0.0, which transformers does not accept.
+    - use_cache is on. Without it, transformers reads the whole text again for each token.
+    - auto_map names the base's repository on the hub, because its code is not in the folder. If the
+      base is not from the hub, auto_map is removed.
+    - _name_or_path is removed. It is a path of the machine that wrote the base.
     """
     config = read_object(folder / "config.json", "fetch it again")
     config["attn_config"] = (config.get("attn_config") or {}) | {"attn_pdrop": 0}

@@ -1,9 +1,9 @@
-"""README.md of a run's folder, in the hub's format: what the adapter is and how it is used.
+"""README.md of a run's folder, in the hub's format. It describes the adapter and its use.
 
-The card may be published, so it contains no path of the computer that trained: data files are given
-by name and hash, and a base in a folder by the folder's name. The date is not in it, so the same
-run gives the same card. A README.md without the mark was not written by this program and is not
-replaced.
+The card may be published. So it contains no path of the computer that trained. Data files are named
+by name and hash. A base in a folder is named by the folder's name. The card contains no date, so
+the same run gives the same card. A README.md without the line MARK was not written by this program,
+and is not replaced.
 """
 
 import importlib.metadata
@@ -27,29 +27,29 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 BODY = """\
 # {title}
 
-A LoRA adapter for {base}, trained on {kind} in Vietnamese. It is not a model by
-itself: it needs its base.{unpublished}
+A LoRA adapter for {base}, trained on {kind} in Vietnamese. It is not a complete
+model: it needs its base.{unpublished}
 
 {results}
 
 {picture}## How to use it
 
-`FOLDER` is the folder of this file. A question must be wrapped in the template of its training,
-{template}, without a space at the end; the answer ends with `</s>`:
+`FOLDER` is the folder of this file. Put each question into the template of the training,
+{template}, without a space at the end. The answer ends with `</s>`:
 
 ```text
 {question}
 ```
 
-**Here** ({project}), over the same base{precision}; the template is put around the question:
+**With {project}**, over the same base{precision}. The program adds the template:
 
 ```bash
 python generate.py --adapter FOLDER {flags}"Câu hỏi của bạn"
 ```
 
-**With PEFT on transformers**: PhoGPT has a bias on every linear layer and norm (193 in PhoGPT-7B5),
-and transformers' MPT has none. It drops a checkpoint's biases with no more than a line in its load
-report, and the adapter then sits on another model; and it refuses VinAI's `attn_pdrop: 0.0`. So put
+**With PEFT on transformers**: PhoGPT has a bias on every linear layer and norm (193 in PhoGPT-7B5).
+transformers' MPT has no biases. It drops the checkpoint's biases and says so only in its load
+report. Then the adapter does not fit the model. It also refuses VinAI's `attn_pdrop: 0.0`. So put
 the biases back (`BASE` is the base's folder):
 
 ```python
@@ -76,21 +76,21 @@ assert not missing
 model = PeftModel.from_pretrained(model, "FOLDER")
 ```
 
-or merge adapter and base into one 16-bit checkpoint, for programs that know PhoGPT's biases:
+Or merge adapter and base into one 16-bit checkpoint, for programs that support PhoGPT's biases:
 
 ```bash
 python -m phogpt_raw.export FOLDER OUT --merged{export_flags}{merge_flags}
 ```
 
-**With llama.cpp**, which knows the biases: merged into the base (the template is in the file),
+**With llama.cpp**, which supports the biases. This file is the merged model with the template:
 
 ```bash
 python -m phogpt_raw.export FOLDER OUT --gguf q8_0{export_flags}
 llama-cli -m OUT/model.gguf
 ```
 
-or as a small file over a published GGUF of the same base (`llama-completion` is `llama-cli` in
-versions before 2026):
+Or write the adapter alone, a small file for a published GGUF of the same base (`llama-completion`
+is `llama-cli` in versions before 2026):
 
 ```bash
 python -m phogpt_raw.export FOLDER OUT --lora-gguf{export_flags}
@@ -112,14 +112,14 @@ llama-completion -m PhoGPT.gguf --lora OUT/adapter.gguf -no-cnv -e -p '{escaped}
 
 
 def write(job: Job) -> None:
-    """Write folder/README.md of a run that has ended with an adapter.
+    """Write README.md into the folder of a run that has ended with an adapter.
 
     If the card cannot be written, one line is printed and the run still succeeds.
     """
     file = job.run.folder / CARD
     try:
         if file.is_file() and not has_our_card(job.run.folder):
-            return say(_("{file} is not of this program and stays as it is", file=file))
+            return say(_("{file} was not written by this program and is not replaced", file=file))
         with whole_file(file) as unfinished:
             unfinished.write_text(card(job), "utf-8")
     except (OSError, Refusal) as error:
@@ -128,7 +128,7 @@ def write(job: Job) -> None:
 
 
 def card(job: Job) -> str:
-    """The whole text: front matter, mark, body."""
+    """The whole text of the card: front matter, MARK, body."""
     config, folder = job.config, job.run.folder
     template = TEMPLATES[job.examples.template].question.format("Câu hỏi của bạn")
     hub, name = hub_id(config.model), plain(config.base_name())
@@ -139,8 +139,8 @@ def card(job: Job) -> str:
         unpublished = " That base is not on the hub."
     else:
         base = f"the model in a folder named {name}"
-        unpublished = (" That folder was on the computer that trained; which model it holds, only "
-                       "its owner can say.")
+        unpublished = (" That folder was on the computer that trained. Only its owner knows which "
+                       "model it contains.")
     losses = "training and held-out loss" if job.examples.held_out else "training loss"
     picture = (f"![{losses}, learning rate](loss.png)\n\n"
                if (folder / "loss.png").is_file() else "")
@@ -168,20 +168,26 @@ def front_matter(job: Job) -> str:
 
 
 def metadata(base: str | None, relation: str | None, tags: list[str], **more) -> str:
-    """The hub's metadata as YAML. The base and its licence only where they are known: `base_model`
-    must be a repository of the hub, and a folder's licence is its owner's to say."""
+    """The hub's metadata as YAML.
+
+    The base is included only if it is a repository of the hub, because `base_model` must be one.
+    The licence is included only for VinAI's PhoGPT.
+    """
     from huggingface_hub import ModelCardData
 
     if base:
         more |= dict(base_model=base) | (dict(base_model_relation=relation) if relation else {})
         if base.startswith("vinai/PhoGPT"):
-            more["license"] = "bsd-3-clause"  # the base's, since November 2024
+            more["license"] = "bsd-3-clause"  # the licence of the base, since November 2024
     return ModelCardData(language=["vi"], pipeline_tag="text-generation", tags=tags,
                          **more).to_yaml()
 
 
 def results(job: Job) -> str:
-    """A table of the step whose adapter this is: losses, perplexity, answers that stop."""
+    """The results at the saved adapter's step: losses, perplexity, share of answers that stop.
+
+    They are a table, or a sentence if no rows were held out.
+    """
     state, kept = job.run.state, job.run.state.best_step
     steps, evaluations = read_metrics(job.run.folder)
     if not job.examples.held_out:
@@ -197,11 +203,11 @@ def results(job: Job) -> str:
     if state.first["stops"] is not None and stops.get(kept) is not None:
         lines.append(line("answers that end by themselves", f"{state.first['stops']:.0%}",
                           f"{stops[kept]:.0%}"))
-    which = (f"This is the adapter of step {kept:,} of {state.step:,}. Of the trained steps it had "
-             "the lowest validation loss.")
+    which = (f"This is the adapter of step {kept:,} of {state.step:,}. It had the lowest "
+             "validation loss of all evaluated training steps.")
     if not after < before:
-        which += (" That loss is no lower than before training: this training made the model no "
-                  "better on the held-out rows.")
+        which += (" That loss is no lower than before training. So this training did not improve "
+                  "the model on the held-out rows.")
     return f"{which}\n\n" + "\n".join(lines)
 
 
@@ -224,7 +230,7 @@ def hyper_parameters(job: Job) -> dict[str, str]:
         "adapter": ", ".join(["LoRA", *kinds]),
         "rank, alpha, dropout": f"{lora.r}, {lora.lora_alpha:g}, {lora.lora_dropout:g}",
         "targets": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
-        **({"began from": f"the adapter in a folder named {Path(config.adapter).resolve().name}"}
+        **({"started from": f"the adapter in a folder named {Path(config.adapter).resolve().name}"}
            if config.adapter else {}),
         "base": config.base_name() + (f", revision {config.revision}" if config.revision else ""),
         "base's precision": "NF4 with double quantisation" if config.nf4 else "not quantised",
@@ -242,12 +248,12 @@ def hyper_parameters(job: Job) -> dict[str, str]:
 
 
 def texts_in(train: list[Example]) -> int:
-    """The number of examples that are a text and no question."""
+    """The number of examples that are a text without a question."""
     return sum(example.targets[0] != IGNORED for example in train)
 
 
 def kind_of(train: list[Example]) -> str:
-    """What the examples are."""
+    """The kind of the examples, in the words of the card."""
     texts = texts_in(train)
     if not texts:
         return "questions and answers"
@@ -255,7 +261,7 @@ def kind_of(train: list[Example]) -> str:
 
 
 def loss_on(train: list[Example]) -> str:
-    """Which tokens carried loss: those of the answers; in a row that is a text, all of them."""
+    """The tokens that carry loss, in the words of the card. In a row of text all tokens do."""
     texts = texts_in(train)
     if not texts:
         return "on the answer and its end token only"
@@ -265,7 +271,7 @@ def loss_on(train: list[Example]) -> str:
 
 
 def data(job: Job) -> dict[str, str]:
-    """Rows and files, by name and hash."""
+    """The lines of the table of data: numbers of rows, and files by name and hash."""
     examples = job.examples
     training, held_out = (plural(n, "1 row", f"{n:,} rows")
                           for n in (examples.rows, examples.held_out_rows))
@@ -305,12 +311,12 @@ def plain(text: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four digits; None stands for a value that was not finite."""
+    """A value with four digits. None means that the value was not finite."""
     return "not finite" if value is None else f"{value:.4g}"
 
 
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # phogpt-raw run from its folder
+    except importlib.metadata.PackageNotFoundError:  # if phogpt-raw runs from its folder
         return "not installed"

@@ -1,9 +1,9 @@
-"""A run's adapter, or an exported folder, uploaded to a repository of the hub.
+"""Upload a run's adapter, or an exported folder, to a repository of the hub.
 
-Only `push` uses the network. The token is that of HF_TOKEN or of `hf auth login`; it is in no file
-and on no command line. Of a run's folder only the files in PUBLISHED are uploaded. Its config.json,
-metrics.jsonl and checkpoints are not: they contain paths of this machine, or are of no use to
-others.
+Only `push` uses the network. The token comes from HF_TOKEN or from `hf auth login`. This program
+writes it to no file and to no command line. From a run's folder, only the files in PUBLISHED are
+uploaded. config.json, metrics.jsonl and the checkpoints are not uploaded. They contain paths of
+this machine, or are useless to other people.
 """
 
 import json
@@ -13,16 +13,17 @@ from phogpt_raw.files import read_object
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 
-# of the folder of a run or of a checkpoint
+# The files that are uploaded from the folder of a run or of a checkpoint.
 PUBLISHED = ("adapter_model.safetensors", "adapter_config.json", "README.md", "loss.png",
              "loss.svg")
-EXPORTED = ("*.safetensors", "*.bin", "*.gguf")  # one of these makes a folder an exported one
+EXPORTED = ("*.safetensors", "*.bin", "*.gguf")  # an exported folder has one of these files
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """What `push` uploads: PUBLISHED of a run, of an exported folder every file that is not hidden.
+    """The files that `push` uploads.
 
-    Raises Refusal where the folder holds neither an adapter nor a model.
+    For a run these are the files in PUBLISHED; for an exported folder, all files that are not
+    hidden. Raises Refusal if the folder contains neither an adapter nor a model.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -38,14 +39,14 @@ def files_to_push(folder: Path) -> list[Path]:
 
 
 def in_words(folder: Path, repo: str) -> str:
-    """What `push` would upload, as a line to show before it does."""
+    """A line with the names and the size of the files, to be printed before the upload."""
     files = files_to_push(folder)
     return _("to {repo}: {names} ({mb:,.1f} MB)", repo=repo, mb=sum(file.stat().st_size
              for file in files) / 1e6, names=", ".join(file.name for file in files))
 
 
 def check(repo: str) -> None:
-    """Raise Refusal for what can be known before anything is written: the name, the token."""
+    """Raise Refusal for a wrong name, no token or no network access, before anything is written."""
     from huggingface_hub import constants, errors, get_token
     from huggingface_hub.utils import validate_repo_id
 
@@ -64,12 +65,11 @@ def check(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool = True) -> str:
-    """Upload files_to_push(folder) in one commit to the hub's model repository `repo`
-    (USER/NAME), which is created if it does not exist; returns its address.
+    """Upload files_to_push(folder) in one commit to the model repository `repo`; return its URL.
 
-    A new repository is private unless asked otherwise: what was published cannot be taken back. An
-    existing repository keeps its visibility. Raises Refusal, in one line, for any error of the hub
-    or of the network.
+    repo: USER/NAME on the hub. It is created if it does not exist. A new repository is private by
+    default, because a publication cannot be undone. An existing repository keeps its visibility.
+    Any error of the hub or of the network is raised as a Refusal of one line.
     """
     check(repo)
     files = files_to_push(folder)
@@ -84,18 +84,21 @@ def push(folder: Path, repo: str, *, private: bool = True) -> str:
         api.create_commit(repo, parts, commit_message="Upload by phogpt-raw")
     except hub.HfHubHTTPError as error:
         raise Refusal(f"--push {repo}: {why(error)}") from None
-    except (hub.HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's
+    except (hub.HTTPError, OSError, RuntimeError) as error:  # hf_xet raises RuntimeError
         raise Refusal(f"--push {repo}: the hub does not answer ({type(error).__name__}); try "
                       f"again while online") from None
-    except ValueError as error:  # README.md, which the hub checks first
+    except ValueError as error:  # the hub checks README.md before the upload
         raise Refusal(f"--push {repo}: the hub refuses the files "
                       f"({' '.join(str(error).split())})") from None
     return str(where)
 
 
 def content(file: Path) -> str | bytes:
-    """The file's path, or adapter_config.json's bytes without the path of a base in a folder:
-    /home/me/models/PhoGPT-4B becomes PhoGPT-4B."""
+    """The path of the file, or for adapter_config.json its bytes.
+
+    In these bytes, the path of a base's folder is shortened to the folder's name:
+    /home/me/models/PhoGPT-4B becomes PhoGPT-4B.
+    """
     if file.name != "adapter_config.json":
         return str(file)
     config = read_object(file, "nothing was uploaded")
@@ -107,11 +110,11 @@ def content(file: Path) -> str | bytes:
 
 
 def why(error) -> str:
-    """The reason for a refusal of the hub, in words."""
+    """The reason for an error of the hub, in words."""
     status = error.response.status_code
     reasons = {
         401: "the token is not valid; set HF_TOKEN to one with write access",
-        403: "the token may not write there; use one with write access, of an account that owns it",
+        403: "the token may not write there; use a token of the owner, with write access",
         404: "no such repository or user, or the token may not see it",
     }
     said = " ".join((error.server_message or "").split())

@@ -1,5 +1,5 @@
-"""The output of an export: the difference between a merged checkpoint and the adapter, and how to
-use each file."""
+"""Print the results of an export: how a merged checkpoint differs from the adapter on its base, and
+a command for each written file."""
 
 import shlex
 from itertools import islice
@@ -23,12 +23,12 @@ from phogpt_raw.model.nf4_cache import human
 from phogpt_raw.show.console import listing, out, paragraph
 
 COMPARED = 8  # texts over which a merged checkpoint is compared with the adapter on its base
-ENOUGH = 0.8  # share of equal likeliest tokens below which a person is warned
-NF4 = "nf4"  # OUT's folder for the cache, which is for this computer alone and is never uploaded
+ENOUGH = 0.8  # a warning is printed if a smaller share of the most likely tokens is the same
+NF4 = "nf4"  # folder in OUT for the NF4 cache; it is for this computer only, and never uploaded
 
 
 def progress(what: str, unit: str = "tensors"):
-    """An iterator with a progress line on a terminal."""
+    """A function that iterates over its argument and shows a progress bar on a terminal."""
     return lambda parts: tqdm(parts, desc=what, unit=f" {unit}", leave=False, disable=None)
 
 
@@ -46,16 +46,16 @@ def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
     values = dict(dtype=dtype_name(dtype), n=found.tokens, texts=len(texts), same=found.same,
                   nats=found.divergence, largest=found.largest)
     if source.nf4:
-        said = _("The merged checkpoint ({dtype}) beside the adapter on its NF4 base, {n} "
-                 "predictions in {texts} Vietnamese texts: the likeliest token is the same in "
-                 "{same:.1%}; the mean divergence is {nats:.2g} nats; logits differ by at most "
+        said = _("The merged checkpoint ({dtype}) compared with the adapter on its NF4 base, over "
+                 "{n} predictions in {texts} Vietnamese texts: the most likely token is the same "
+                 "in {same:.1%}; the mean divergence is {nats:.2g} nats; logits differ by at most "
                  "{largest:.2g}. The NF4 base's weights are rounded to 4 bits; the merged "
                  "checkpoint has the unrounded weights.", **values)
     else:
-        said = _("The merged checkpoint ({dtype}) beside the adapter on its base, {n} predictions "
-                 "in {texts} Vietnamese texts: the likeliest token is the same in {same:.1%}; the "
-                 "mean divergence is {nats:.2g} nats; logits differ by at most {largest:.2g}.",
-                 **values)
+        said = _("The merged checkpoint ({dtype}) compared with the adapter on its base, over {n} "
+                 "predictions in {texts} Vietnamese texts: the most likely token is the same in "
+                 "{same:.1%}; the mean divergence is {nats:.2g} nats; logits differ by at most "
+                 "{largest:.2g}.", **values)
     paragraph(said)
     if found.same < ENOUGH:
         paragraph(_("That is a large difference. Ask both the same questions before you use the "
@@ -63,14 +63,16 @@ def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
 
 
 def shown(folder: Path) -> str:
-    """A folder as an argument of a command, so that it is not taken for a flag or for the built-in
-    base nano."""
+    """A folder as an argument of a command.
+
+    It gets `./` if the command would read it as a flag or as the built-in base nano.
+    """
     text = str(folder)
     return f"./{text}" if text.startswith("-") or text == "nano" else text
 
 
 def say_uses(options, source: Source, nf4_dtype: torch.dtype | None, seconds: float) -> None:
-    """What was written, and the command that uses each."""
+    """Print the written files, and a command for each use of them."""
     folder = shlex.quote(shown(options.out))
     files = sorted(file for file in options.out.rglob("*") if file.is_file())
     listing(_("written to {folder}", folder=options.out), {
@@ -91,14 +93,14 @@ def say_uses(options, source: Source, nf4_dtype: torch.dtype | None, seconds: fl
         commands.append((_("Ollama:"), f"cd {folder} && ollama create phogpt -f Modelfile && "
                                        f"ollama run phogpt"))
     if options.gguf in ("f32", "f16"):
-        commands.append((_("Smaller, by llama.cpp's own tool (the gguf package has no K types):"),
+        commands.append((_("A smaller file, with llama.cpp's own tool (gguf has no K types):"),
                          f"llama-quantize {folder}/model.gguf {folder}/model-q4_k_m.gguf Q4_K_M"))
     if options.lora_gguf:
         commands.append((_("llama.cpp over a GGUF of the base (in versions before 2026 "
                            "llama-completion is llama-cli):"),
                          f"llama-completion -m BASE/model.gguf --lora {folder}/adapter.gguf "
                          f"-no-cnv -p {question}"))
-        commands.append((_("That GGUF of the base, if you have none:"),
+        commands.append((_("If you have no GGUF of the base, this writes it:"),
                          f"python -m phogpt_raw.export {base} BASE --gguf q8_0"))
     if options.nf4:
         dtype = f" --dtype {dtype_name(nf4_dtype)}"

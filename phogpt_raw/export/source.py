@@ -1,6 +1,6 @@
-"""The model to export: a base, perhaps with an adapter, as recorded by the run or given by flags.
+"""Find the model to export, from flags and the run's record: a base, with or without an adapter.
 
-Nothing here reads weights, so errors are found before that takes time.
+Nothing here reads weights. So errors are found before the slow steps.
 """
 
 import re
@@ -17,12 +17,12 @@ from phogpt_raw.model.weights import WITHOUT_WEIGHTS, find_folder, read_tokenize
 
 @dataclass(frozen=True)
 class Source:
-    """The model to export: a base, perhaps with an adapter, and how the adapter was trained."""
+    """The model to export: a base, with or without an adapter, and settings of the training."""
 
     base: str
     revision: str | None
-    nf4: bool  # whether the adapter was trained over NF4 weights
-    dtype: str  # in which its run computed, or auto
+    nf4: bool  # whether a merged checkpoint is compared with the adapter over NF4 weights
+    dtype: str  # the dtype in which the adapter's run computed, or auto
     name: str
     template: str
     tokenizer: object
@@ -31,7 +31,10 @@ class Source:
 
 
 def find_source(options) -> Source:
-    """Everything but the weights. Raises Refusal for all errors that can be found without them."""
+    """The model to export, without its weights.
+
+    Raises Refusal for all errors that can be found without reading weights.
+    """
     made = read_origin(options.adapter) if options.adapter else Origin(options.run)
     base, revision, named = chosen_base(options.adapter, made, options.model, options.revision)
     folder = find_folder(base, revision, WITHOUT_WEIGHTS, named)
@@ -53,7 +56,7 @@ def find_source(options) -> Source:
 
 
 def run_name(adapter: Path) -> str:
-    """nano-001, or nano-001 checkpoint-30."""
+    """The name of an adapter's folder, such as "nano-001" or "nano-001 checkpoint-30"."""
     folder = adapter.resolve()
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name)
     return f"{folder.parent.name} {folder.name}" if is_checkpoint else folder.name

@@ -1,8 +1,8 @@
-"""generate.py --input FILE --output FILE: many questions, and one line of output for each answer.
+"""generate.py --input FILE --output FILE answers many questions, one JSON line for each answer.
 
-Prompts are answered in batches, the longest first, so that the cache is allocated once. Each answer
-is stored as soon as it is finished, so that after a kill the same command continues. The output
-file appears at the end, in the order of the input.
+Prompts are answered in batches, the longest first. So the cache is allocated only once. Each answer
+is stored as soon as it is finished. After a kill, the same command continues with the remaining
+questions. The output file is written at the end, in the order of the input.
 """
 
 import hashlib
@@ -37,14 +37,14 @@ from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 
 ANSWERS = ("response", "completion", "output", "answer")
-STAND_IN = "-"  # the answer of a row that has none
-LINES = (".txt", ".md", ".markdown")  # in these files a line is a question
-PROGRESS = ".progress"  # behind the name of an output file that is not complete
+STAND_IN = "-"  # placeholder answer for a row without an answer
+LINES = (".txt", ".md", ".markdown")  # in these files each line is a question
+PROGRESS = ".progress"  # added to the output file's name: the file of the finished answers
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation up to its last question; where: file:line."""
+    """A conversation that ends with a question. where: its file and line, as file:line."""
 
     turns: tuple[Turn, ...]
     system: str
@@ -53,8 +53,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the output. stopped: whether the model, or a stop text, ended the answer; sample:
-    which of --num-samples it is."""
+    """A line of the output.
+
+    stopped: True if the model or a stop string ended the answer. sample: the number of this answer
+    to the question, from 0 to --num-samples minus 1.
+    """
 
     question: str
     answer: str
@@ -64,8 +67,11 @@ class Line:
 
 
 def read_questions(spec: str, mapped: dict[str, str]) -> list[Question]:
-    """Of any file that train.py reads, with or without answers; of a text file a line is a
-    question. Raises Refusal that names the rows which cannot be used."""
+    """The questions of a file, in any format that train.py reads.
+
+    The rows may have answers or not. In a text file each line is a question. If rows cannot be
+    used, Refusal is raised and names them.
+    """
     source, found, findings = find_unweighted(spec, "--input"), [], Findings()
     units = [(read_hub(*source.hub), None)] if source.hub else [
         (read_file(path, findings), path) for path in source.files]
@@ -95,7 +101,8 @@ def lines_of(path: Path, findings: Findings) -> Iterator[Question]:
 
 
 def with_answer(record: Record, mapped: dict[str, str]) -> Record:
-    """The record with an answer, which the reader of training rows needs."""
+    """The record, with a placeholder answer if it has none. The reader of training rows needs one.
+    """
     row = record.value
     if not isinstance(row, dict):
         return record
@@ -116,7 +123,7 @@ def with_answer(record: Record, mapped: dict[str, str]) -> Record:
 
 
 def question_of(row: Conversation) -> Question:
-    """A conversation without its last answer."""
+    """The conversation without its last answer. Raises Unusable for a text without a question."""
     system = "".join(text for role, text in row.turns if role == SYSTEM)
     turns = [text for role, text in row.turns if role in (USER, ASSISTANT)]
     if len(turns) < 2:
@@ -127,11 +134,11 @@ def question_of(row: Conversation) -> Question:
 
 
 class Progress:
-    """Finished answers of an output file that is not complete, in a file beside it.
+    """The finished answers, stored in a progress file until the output file is written.
 
-    Its first line is a hash of everything that changes the answers. Raises Refusal if this hash
-    differs. Each answer has a hash too: one that is damaged, or was written for other questions,
-    is not used, and its question is answered again.
+    The first line of the progress file is a hash of the questions, the settings and the model. If
+    this hash differs from `key`, Refusal is raised. Each answer has its own hash. An answer with a
+    wrong hash is damaged or belongs to other questions. Its question is answered again.
     """
 
     def __init__(self, output: Path, key: str):
@@ -140,11 +147,11 @@ class Progress:
         self.done: dict[int, Line] = {}
         first, *lines = self.file.read_bytes().split(b"\n") if self.file.is_file() else [b""]
         if first and first != key.encode():
-            raise Refusal(f"{self.file}: was begun with other questions, flags or another model; "
+            raise Refusal(f"{self.file}: belongs to other questions, flags or another model; "
                           f"delete it, or name another --output")
         for line in lines:
             hashed, _space, text = line.partition(b" ")
-            if hashed == self.hash_of(text):  # a kill or a full disk may cut the last
+            if hashed == self.hash_of(text):  # a kill or a full disk can cut off the last line
                 row = json.loads(text)
                 n = row.pop("n")
                 self.done[n] = Line(**row)
@@ -163,8 +170,8 @@ class Progress:
             with self.file.open("a", encoding="utf-8") as unfinished:
                 unfinished.write(self.line(n))
         except OSError as error:
-            raise Refusal(f"{self.file}: {error.strerror}; {counted(len(self.done) - 1)} kept "
-                          f"there: free some space, and give the same command again") from None
+            raise Refusal(f"{self.file}: {error.strerror}; it holds {counted(len(self.done) - 1)}; "
+                          f"free some disk space and run the same command again") from None
 
 
 def counted(answers: int) -> str:
@@ -176,18 +183,21 @@ def as_json(row: dict) -> str:
 
 
 def encoded(found: Found, asked: list[Question]) -> list[list[int]]:
-    """The token ids of each question; Refusal for one that is too long."""
+    """The token ids of each question's prompt. Raises Refusal if a prompt is too long."""
     prompts = [encode_history(found.tokenizer, found.template, list(one.turns), one.system)
                for one in asked]
     for one, prompt in zip(asked, prompts, strict=True):
         if len(prompt) >= found.shape.max_seq_len:
-            raise Refusal(f"{one.where}: the question has {len(prompt):,} tokens of the "
-                          f"{found.shape.max_seq_len:,} that the model was made for; shorten it")
+            raise Refusal(f"{one.where}: the question has {len(prompt):,} tokens; with its answer "
+                          f"it can have at most {found.shape.max_seq_len:,}; shorten it")
     return prompts
 
 
 def lengths_in(found: Found, spec: str, mapped: dict[str, str]) -> list[int]:
-    """Tokens of each question of a file; without a tokenizer as many as the model can read."""
+    """The number of tokens of each question in a file.
+
+    Without a tokenizer, each question is assumed to be as long as the model allows.
+    """
     asked = read_questions(spec, mapped)
     if found.tokenizer is None:
         return [found.shape.max_seq_len - 1] * len(asked)
@@ -196,7 +206,8 @@ def lengths_in(found: Found, spec: str, mapped: dict[str, str]) -> list[int]:
 
 def answer_file(found: Found, spec: str, output: Path, how: Generation, *, samples: int = 1,
                 mapped: dict[str, str]) -> None:
-    """Answer every question of a file `samples` times and write the lines to `output`."""
+    """Answer every question of a file `samples` times; write one line for each answer to `output`.
+    """
     output = expanded(output)
     with awaited_file(output):
         answer_held_file(found, spec, output, how, samples, mapped)
@@ -204,7 +215,7 @@ def answer_file(found: Found, spec: str, output: Path, how: Generation, *, sampl
 
 def answer_held_file(found: Found, spec: str, output: Path, how: Generation, samples: int,
                      mapped: dict[str, str]) -> None:
-    """answer_file, for the one process that may write `output` and its progress."""
+    """The work of answer_file. The caller holds the lock, so no other process writes `output`."""
     asked = read_questions(spec, mapped)
     prompts = encoded(found, asked)
     memory_plan.check_fits(found, memory_plan.file(found, how, samples * list(map(len, prompts))))
@@ -212,7 +223,7 @@ def answer_held_file(found: Found, spec: str, output: Path, how: Generation, sam
     progress = Progress(output, key)
     waiting = [n for n in range(len(asked) * samples) if n not in progress.done]
     if progress.done:
-        say(_("({answers} there already)", answers=counted(len(progress.done))))
+        say(_("({answers} already finished)", answers=counted(len(progress.done))))
     prompt_of = {n: prompts[n // samples] for n in waiting}
     try:
         for n, answer, stopped in (answered(found, found.load(), prompt_of, how,
@@ -220,7 +231,7 @@ def answer_held_file(found: Found, spec: str, output: Path, how: Generation, sam
             one = asked[n // samples]
             progress.add(n, Line(one.turns[-1].question, answer, stopped, n % samples, one.where))
     except (KeyboardInterrupt, SystemExit):
-        say(_("({answers} kept in {file}; the same command goes on)",
+        say(_("({answers} saved in {file}; the same command continues)",
               answers=counted(len(progress.done)), file=progress.file))
         raise
     write_text(output, "".join(as_json(asdict(progress.done[n])) + "\n"
@@ -233,9 +244,10 @@ def answer_held_file(found: Found, spec: str, output: Path, how: Generation, sam
 
 def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Generation,
              done: int = 0) -> Iterator[tuple[int, str, bool]]:
-    """(key, answer, whether it ended by itself) of each prompt, by its key, as they are finished.
+    """Yield (key, answer, stopped) for each prompt as soon as its answer is finished.
 
-    done: answers that are there already, for the progress line.
+    prompts: {key: token ids}. stopped: True if the model or a stop string ended the answer. done:
+    number of answers from an earlier run; the progress bar starts with it.
     """
     tokenizer, holds = found.tokenizer, found.shape.max_seq_len
     longest = min(max(map(len, prompts.values())) + how.most, holds)
@@ -261,7 +273,7 @@ def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Ge
 
 
 def free_mib(model: PhoGPT) -> int:
-    """MiB that keys and values may take: half of what the GPU has left."""
+    """MiB that keys and values may take: half of the GPU's free memory; CPU_MIB on a CPU."""
     if model.head.device.type != "cuda":
         return memory_plan.CPU_MIB
     return torch.cuda.mem_get_info()[0] // 2**21

@@ -1,8 +1,9 @@
 """A conversation in a terminal, or through a pipe with one question per line.
 
-The conversation is kept as token ids in the base's own history format (decode/history.py), exactly
-as the model wrote its answers. The engine keeps their keys and values, so a turn costs its own
-tokens only. When the conversation outgrows the model, its oldest turns are left out.
+The conversation is stored as token ids, in the base's own history format (decode/history.py). The
+ids of an answer are exactly those that the model generated. The engine keeps the keys and values of
+earlier turns, so each turn computes only its new tokens. If the conversation becomes too long for
+the model, its oldest turns are left out.
 """
 
 import re
@@ -35,18 +36,22 @@ class Turn:
 
 
 class Conversation:
-    """Turns, and the part of them that the model reads. system: a text before the first question,
-    also after the oldest turns were left out."""
+    """The turns that the model reads. If they become too many, the oldest are left out.
+
+    most: the largest number of tokens in an answer. system: a text before the oldest question that
+    the model reads.
+    """
 
     def __init__(self, found: Found, most: int, system: str = ""):
         self.found, self.most, self.system = found, most, system
         self.turns: list[Turn] = []
 
     def ask(self, question: str) -> tuple[list[int], int, int]:
-        """(prompt, tokens that the answer may have, oldest turns left out) of the next question.
+        """Begin the next turn; return (prompt, tokens that the answer may have, turns left out).
 
-        Turns are left out until the whole answer fits, or none is left; Refusal where the question
-        alone is too long, which leaves out none.
+        The prompt is a list of token ids. The oldest turns are left out until an answer of `most`
+        tokens fits, or until no turn remains. Raises Refusal if the question alone is too long. In
+        that case no turn is left out.
         """
         holds, before, prompt = self.found.shape.max_seq_len, self.turns, self.prompt(question)
         while self.turns and holds - len(prompt) < self.most:
@@ -54,13 +59,13 @@ class Conversation:
             prompt = self.prompt(question)
         if len(prompt) >= holds:
             self.turns = before
-            raise Refusal(f"the question is too long: {len(prompt):,} tokens of the {holds:,} that "
-                          f"the model was made for")
+            raise Refusal(f"the question is too long: {len(prompt):,} tokens; with its answer it "
+                          f"can have at most {holds:,}")
         self.question = question
         return prompt, min(self.most, holds - len(prompt)), len(before) - len(self.turns)
 
     def prompt(self, question: str) -> list[int]:
-        """The turns and a question, in the base's own history format."""
+        """The token ids of the turns and a new question, in the base's own history format."""
         tokenizer, template = self.found.tokenizer, self.found.template
         newline, told, ids = encode_text(tokenizer, template.between), self.system, []
         for turn in (*self.turns, Turn(question, [])):
@@ -71,12 +76,12 @@ class Conversation:
         return ids
 
     def answered(self, ids: list[int]) -> None:
-        """Keep the answer, whole or not, to the question asked last."""
+        """Store the answer to the last question. The answer may be incomplete."""
         self.turns.append(Turn(self.question, [*ids, self.found.tokenizer.eos_token_id]))
 
 
 def chat(found: Found, how: Generation, system: str = "") -> None:
-    """Read questions and print answers until the input ends or the user leaves."""
+    """Read questions and print answers until the input ends or the user quits."""
     live = sys.stdin.isatty()
     if not live and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -88,8 +93,8 @@ def chat(found: Found, how: Generation, system: str = "") -> None:
     model, tokenizer = found.load(), found.tokenizer
     if live:
         edit_lines()
-        say(_("/xoá (/reset) begins a new conversation, /thoát (/quit) leaves; Ctrl-C ends an "
-              "answer"))
+        say(_("/xoá (/reset) starts a new conversation, /thoát (/quit) ends the program, Ctrl-C "
+              "stops an answer"))
     with Engine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, rows=1,
                 capture=how.capture) as engine, CtrlC() as ctrl_c:
         for question in questions(live, ctrl_c):
@@ -101,11 +106,10 @@ def chat(found: Found, how: Generation, system: str = "") -> None:
 
 
 class CtrlC:
-    """Raises KeyboardInterrupt for Ctrl-C only inside the blocks that expect it, and once for each
-    block.
+    """Raises KeyboardInterrupt for Ctrl-C only inside the blocks of `ends`, once for each block.
 
-    A key that is held down sends many signals. A signal between two turns, or while an answer is
-    stored, would end the program.
+    A key that is held down sends many signals. Without this class, a signal between two turns, or
+    while an answer is stored, would end the program.
     """
 
     def __init__(self):
@@ -125,7 +129,7 @@ class CtrlC:
 
     @contextmanager
     def ends(self) -> Iterator[None]:
-        """A block that Ctrl-C ends."""
+        """A context in which Ctrl-C raises KeyboardInterrupt."""
         self.expected = True
         try:
             yield
@@ -135,16 +139,16 @@ class CtrlC:
 
 def turn(conversation: Conversation, question: str, engine: Engine, how: Generation,
          ctrl_c: CtrlC) -> None:
-    """Answer one question of a conversation; in a terminal Ctrl-C ends the answer alone."""
+    """Answer one question of a conversation. In a terminal, Ctrl-C stops only the answer."""
     holds = conversation.found.shape.max_seq_len
     try:
         prompt, most, left_out = conversation.ask(question)
     except Refusal as refusal:
         return say(f"({refusal})")
     if left_out:
-        say(plural(left_out, _("(the oldest turn is left out: the model holds {most:,} tokens)",
+        say(plural(left_out, _("(the oldest turn is left out: the model reads {most:,} tokens)",
                                most=holds),
-                   _("(the oldest {n} turns are left out: the model holds {most:,} tokens)",
+                   _("(the oldest {n} turns are left out: the model reads {most:,} tokens)",
                      n=left_out, most=holds)))
     written = Written()
     try:
@@ -161,8 +165,10 @@ def turn(conversation: Conversation, question: str, engine: Engine, how: Generat
 
 
 def questions(live: bool, ctrl_c: CtrlC):
-    """What is typed, or the lines of a pipe, until the end or /thoát. In a terminal, Ctrl-C drops
-    the line that is being typed; with a pipe it ends the program."""
+    """Yield the questions from the terminal or the pipe, until its end or /thoát.
+
+    In a terminal, Ctrl-C discards the line that is being typed. With a pipe, it ends the program.
+    """
     while True:
         try:
             with ctrl_c.ends():
@@ -173,7 +179,7 @@ def questions(live: bool, ctrl_c: CtrlC):
             if not live:
                 raise
             say("")
-            say(_("(/thoát or Ctrl-D leaves)"))
+            say(_("(/thoát or Ctrl-D ends the program)"))
             continue
         except Refusal as refusal:
             say(f"({refusal})")
@@ -182,17 +188,16 @@ def questions(live: bool, ctrl_c: CtrlC):
         if question.lower() in QUIT:
             return
         if question.lower() in HELP:
-            say(_("/xoá (/reset) begins a new conversation, /thoát (/quit) leaves; Ctrl-C ends an "
-                  "answer"))
+            say(_("/xoá (/reset) starts a new conversation, /thoát (/quit) ends the program, "
+                  "Ctrl-C stops an answer"))
         elif re.fullmatch(r"/\w+", question) and question.lower() not in RESET:
-            say(_("({command} is no command; /xoá, /thoát)", command=question))
+            say(_("({command} is not a command; type /xoá or /thoát)", command=question))
         elif question:
             yield question
 
 
 def typed() -> str:
-    """The line that is typed. If the output is not a terminal, the prompt is not written into
-    it."""
+    """The line that the user types. If the output is not a terminal, the prompt goes to stderr."""
     if terminal_width():
         return as_text(input(PROMPT))
     print(PROMPT, end="", file=sys.stderr, flush=True)
@@ -200,13 +205,15 @@ def typed() -> str:
 
 
 def as_text(line: str) -> str:
-    """A line as text, "" if it is blank; raises Refusal if it cannot be decoded."""
+    """The text of a line, or "" if it is blank. Raises Refusal if the line cannot be decoded."""
     return checked(line) if line.strip() else ""
 
 
 def next_line() -> str:
-    """The next line of a pipe; raises EOFError after the last, Refusal if the line cannot be
-    decoded."""
+    """The next line of a pipe.
+
+    Raises EOFError after the last line, and Refusal if the line cannot be decoded.
+    """
     line = sys.stdin.readline()
     if not line:
         raise EOFError
@@ -214,7 +221,7 @@ def next_line() -> str:
 
 
 def edit_lines() -> None:
-    """Arrow keys and a history, and pasted lines as one question."""
+    """Enable arrow keys, a history of lines, and several pasted lines as one question."""
     try:
         import readline
     except ImportError:  # Windows

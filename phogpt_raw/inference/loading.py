@@ -1,8 +1,7 @@
-"""The model that answers: a base, perhaps with an adapter, and how the adapter was trained.
+"""Find and load the model that answers: a base, with or without an adapter.
 
-Everything that needs no weights is done first, so that mistakes are reported before weights are
-read. An adapter's template, precision, base and revision are those of its run, unless a flag names
-others.
+All steps that need no weights come first, so that mistakes are reported before weights are read.
+For an adapter, the template, precision, base and revision come from its run. A flag overrides each.
 """
 
 from dataclasses import dataclass, replace
@@ -40,10 +39,10 @@ LEAST_CONTEXT = 64  # tokens
 
 @dataclass(frozen=True)
 class Found:
-    """A model without its weights; `load` reads them.
+    """A model whose weights have not been read. `load` reads them.
 
-    shape: with the tokens of --context as its max_seq_len. tokenizer, template: None where a plan
-    is for a built-in shape.
+    shape: the base's shape; --context replaces its max_seq_len. tokenizer, template: None if the
+    model is a built-in shape, which has no files.
     """
 
     base: str
@@ -59,8 +58,10 @@ class Found:
     base_weights: str | None = None  # hash of the adapter's base, if known
 
     def identity(self) -> tuple:
-        """Everything except question and sampling that changes the answers, as far as it is known
-        without reading the base's weights."""
+        """The properties of the model that change its answers, as a tuple to be hashed.
+
+        A base is identified by its name and revision, because its weights are not read here.
+        """
         return (self.base, self.revision, self.adapter and adapter_hash(self.adapter),
                 self.template.question, self.nf4, str(self.dtype), self.shape.max_seq_len)
 
@@ -81,7 +82,7 @@ class Found:
 
 
 def find(options) -> Found:
-    """The model of generate.py's flags; raises Refusal for flags that are not valid."""
+    """The model that generate.py's flags name. Raises Refusal for invalid flags."""
     card = known_card(options.card) if options.card else this_card()
     adapter = options.adapter and expanded(options.adapter)
     made = read_origin(adapter) if adapter else Origin("nano")
@@ -105,11 +106,14 @@ def find(options) -> Found:
 
 
 def in_context(shape: ModelConfig, most: int | None) -> ModelConfig:
-    """The shape with `most` tokens as the limit of a prompt with its answer; raises Refusal for
-    more tokens than the model was made for."""
+    """The shape, with `most` as the limit of tokens for a prompt and its answer together.
+
+    None keeps the model's own limit. Raises Refusal if `most` is below LEAST_CONTEXT or above the
+    model's own limit.
+    """
     if most is None:
         return shape
     if not LEAST_CONTEXT <= most <= shape.max_seq_len:
         raise Refusal(f"--context {most}: must be from {LEAST_CONTEXT} to {shape.max_seq_len}, "
-                      f"which the model was made for")
+                      f"the limit of the model")
     return replace(shape, max_seq_len=most)

@@ -1,6 +1,7 @@
-"""The GPU memory that answering needs: printed at the start, and all that --dry-run prints.
+"""The GPU memory that is needed to answer questions.
 
-If it does not fit, this is an error before any weights are read.
+It is printed when generate.py starts. --dry-run prints it and stops. If the GPU has too little
+memory, an error is raised before any weights are read.
 """
 
 from phogpt_raw.cards import GIB, capability, dtype_name
@@ -25,28 +26,28 @@ from phogpt_raw.simulate.decoding import (
 from phogpt_raw.simulate.rates import CONTEXT
 
 CPU_MIB = 2048  # for keys and values on a CPU
-SHORTER = "a smaller --context needs less"
+SHORTER = "a smaller --context needs less memory"
 
 
 def model_of(found: Found) -> Model:
-    """A model as its memory is computed."""
+    """The properties of a model from which its memory is computed."""
     return Model(found.shape, found.dtype, found.nf4,
                  adapter_weights(found.adapter) if found.adapter else 0)
 
 
 def one_answer(how: Generation, prompt: int, most: int) -> Work:
-    """The work of one answer of `most` tokens to a prompt."""
+    """The work of one answer of at most `most` tokens to a prompt of `prompt` tokens."""
     return Work(1, prompt + most, prompt, kinds=kinds(how))
 
 
 def conversation(found: Found, how: Generation) -> Work:
-    """The work of a conversation as long as the model can hold it."""
+    """The work of a conversation of the largest length that the model allows."""
     most = found.shape.max_seq_len
     return Work(1, most, most, kinds=kinds(how))
 
 
 def file(found: Found, how: Generation, lengths: list[int]) -> Work:
-    """The work of answering prompts of these lengths, several at once."""
+    """The work of answering a file of prompts, several at once. lengths: tokens of each prompt."""
     longest = min(max(lengths) + how.most, found.shape.max_seq_len)
     model, card = model_of(found), found.card
     free = card.memory_gib * GIB - CONTEXT - base_bytes(model) - adapter_bytes(model)
@@ -56,8 +57,11 @@ def file(found: Found, how: Generation, lengths: list[int]) -> Work:
 
 
 def rows_at_once(found: Found, longest: int, prompts: int, free_mib: int) -> int:
-    """How many prompts of a file are answered at once. longest: tokens of one and its answer;
-    free_mib: what their keys and values may take."""
+    """The number of prompts of a file that are answered at once.
+
+    longest: tokens of the longest prompt together with its answer. free_mib: MiB that all keys and
+    values may take.
+    """
     return min(rows_that_fit(found.shape, longest, found.dtype.itemsize, max(0, free_mib)),
                prompts, MOST)
 
@@ -67,12 +71,12 @@ def kinds(how: Generation) -> tuple[int, ...]:
 
 
 def check_fits(found: Found, work: Work, remedy: str = SHORTER) -> Memory:
-    """The memory of the work; Refusal where the GPU has less, with what can be done."""
+    """The memory that the work needs. Raises Refusal with a remedy if the GPU has less."""
     used = memory(model_of(found), work, found.card)
     card = found.card
     if card.memory_gib and used.total > card.memory_gib * GIB:
         if used.base > card.memory_gib * GIB / 2 and not found.nf4:
-            remedy = "without --no-nf4 the base takes a third"
+            remedy = "without --no-nf4 the base takes a third of that"
         raise Refusal(f"{card.name} has {card.memory_gib:.1f} GiB, and this takes about "
                       f"{gib(used.total)}: {parts(used)}; {remedy}")
     return used
@@ -85,14 +89,14 @@ def parts(used: Memory) -> str:
 
 
 def in_short(found: Found, work: Work, used: Memory) -> str:
-    """One line for the start on a GPU."""
+    """The memory as one line of text, which is printed at the start on a GPU."""
     return _("({name}, {precision}: about {all} of {of:.1f} GiB, simulated: {parts})",
              name=found.card.name, precision=precision(found), all=gib(used.total),
              of=found.card.memory_gib, parts=parts(used))
 
 
 def show(found: Found, work: Work, remedy: str = SHORTER) -> None:
-    """All of --dry-run; Refusal where the GPU has too little memory."""
+    """Print the output of --dry-run. Raises Refusal if the GPU has too little memory."""
     used, card, gpu = memory(model_of(found), work, found.card), found.card, found.card.memory_gib
     adapter = (_("none") if not found.adapter else
                plural(work.models, f"{gib(used.adapters)} GiB",
@@ -108,10 +112,10 @@ def show(found: Found, work: Work, remedy: str = SHORTER) -> None:
         _("base"): f"{gib(used.base)} GiB",
         _("adapter"): adapter,
         **({} if gpu else {_("dequantised"): f"{gib(used.dequantised)} GiB"}),
-        _("cache"): _("{gib} GiB, when all are as long as that", gib=gib(used.cache)),
+        _("cache"): _("{gib} GiB, if all answers are that long", gib=gib(used.cache)),
         _("prompts"): _("{gib} GiB while they are read", gib=gib(used.prompts)),
         **({_("CUDA graphs"): f"{gib(used.graphs)} GiB",
-            _("CUDA"): _("{gib} GiB, with what its allocator reserves beside tensors",
+            _("CUDA"): _("{gib} GiB, with reserved memory that no tensor uses",
                          gib=gib(used.cuda))} if gpu else {}),
         _("in all"): _("about {gib} GiB, simulated", gib=gib(used.total)) + (
             _("; the card has {of:.1f}", of=gpu) if gpu else ""),

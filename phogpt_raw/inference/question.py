@@ -1,4 +1,4 @@
-"""A question from the user: as an argument, on standard input, or as a line of a pipe."""
+"""Read a question of the user: an argument, the text of standard input, or a line of a pipe."""
 
 import codecs
 import os
@@ -8,12 +8,13 @@ from phogpt_raw.refusal import Refusal
 
 
 def read_question(given: str) -> str:
-    """The question of the command line, or of standard input for `-`."""
+    """The question of the command line. If it is `-`, the question is read from standard input."""
     return checked(from_stdin() if given == "-" else given)
 
 
 def from_stdin() -> str:
-    """Standard input as text, with or without the byte order mark that Windows writes."""
+    """Standard input as text, in UTF-8 or in UTF-16 with a byte order mark, as Windows writes it.
+    """
     read = getattr(sys.stdin, "buffer", None)
     if read is None:
         return sys.stdin.read()
@@ -26,10 +27,10 @@ def from_stdin() -> str:
 
 
 def checked(question: str) -> str:
-    """The question without a byte order mark; Refusal where it is empty or no text.
+    """The question without a byte order mark. Raises Refusal if it is empty or not text.
 
-    Where the system's encoding is not UTF-8, Python turns the bytes of an argument that it cannot
-    decode into lone surrogates. They are read again as UTF-8.
+    If the system's encoding is not UTF-8, Python cannot decode some bytes of an argument. It
+    replaces these bytes with lone surrogates. Here they are decoded again, as UTF-8.
     """
     try:
         question = os.fsencode(question).decode("utf-8") if broken(question) else question
@@ -38,13 +39,13 @@ def checked(question: str) -> str:
     question = question.removeprefix("\ufeff")
     lost = next((letter for letter in question if letter in "\0\ufffd\ufffe\uffff"), None)
     if lost:
-        raise Refusal(f"the question holds U+{ord(lost):04X}, which no text has: it was saved or "
-                      f"converted in another encoding; save it as UTF-8")
+        raise Refusal(f"the question holds U+{ord(lost):04X}, which is not part of a text; it was "
+                      f"saved in another encoding; save it as UTF-8")
     if not question.strip():
         raise Refusal("the question is empty")
     return question
 
 
 def broken(text: str) -> bool:
-    """Whether a text has lone surrogates."""
+    """True if a text contains lone surrogates."""
     return any("\ud800" <= letter <= "\udfff" for letter in text)

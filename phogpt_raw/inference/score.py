@@ -1,10 +1,14 @@
-"""generate.py --eval FILE: the quality of the model's answers to rows with known answers.
+"""generate.py --eval FILE scores the model on rows with known answers.
 
-The loss in nats per token of all known answers. An answer is generated to the last question of each
-row, after the known answers to its earlier ones. For the generated answers it gives: the share that
-equals the known answer except for capitals, spaces and a full stop at the end; chrF (Popović 2015,
-doi:10.18653/v1/W15-3049; by sacrebleu); and the share that ends by itself. With an adapter each
-score is given twice: for the base alone, and with the adapter.
+It prints the loss of all known answers, in nats per token, and the perplexity. Then the model
+answers the last question of each row. Earlier questions of a row keep their known answers. The
+generated answers have three scores:
+
+- the share that equals the known answer, except for capitals, spaces and a full stop at the end
+- chrF (Popović 2015, doi:10.18653/v1/W15-3049), computed by sacrebleu
+- the share that ends by itself
+
+With an adapter, each score is printed twice: for the base alone, and with the adapter.
 """
 
 import html
@@ -22,7 +26,7 @@ from phogpt_raw.data.encoded import encode_sources
 from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import check_all
 from phogpt_raw.data.sources import find_unweighted
-from phogpt_raw.files import check_place, expanded, write_text
+from phogpt_raw.files import awaited_file, expanded, write_text
 from phogpt_raw.inference import memory_plan
 from phogpt_raw.inference.answers import answered
 from phogpt_raw.inference.loading import Found
@@ -36,13 +40,16 @@ from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import chunk_rows
 
 SHOWN = 20  # answers on the page
-LOSS_MIB = 256  # that one chunk of logits may take
+LOSS_MIB = 256  # the most MiB of one chunk of logits
 
 
 @dataclass(frozen=True)
 class Score:
-    """loss: nats per token of the known answers; exact, stops: shares of the generated answers;
-    chrf: 0 to 100."""
+    """The scores of one model.
+
+    loss: nats per token of the known answers. exact: share of answers that equal the known answer.
+    chrf: from 0 to 100. stops: share of answers that end by themselves.
+    """
 
     loss: float
     perplexity: float
@@ -53,7 +60,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """A question, its known answer, and the answer generated without and with the adapter."""
+    """A question, its known answer, and the generated answers by name: "base", "adapter"."""
 
     question: str
     known: str
@@ -62,16 +69,38 @@ class Row:
 
 def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
              mapped: dict[str, str]) -> None:
-    """Score the model on the rows of a file; print a table, and write `output` (JSON) and a page
-    of answers beside it."""
+    """Score the model on the rows of a file, and print a table.
+
+    output: a JSON file for the scores and answers. A page of answers is written to its folder.
+    """
     metric = chrf()
-    output = output and expanded(output)
-    if output:
-        page = output.with_suffix(".html")
-        if output.suffix != ".json":
-            raise Refusal(f"--output {output}: with --eval it must end in .json")
-        for file in (output, page):
-            check_place(file)
+    with reserved(output) as files:
+        scores, rows = scored(found, spec, how, metric, mapped)
+        show(scores, len(rows))
+        if files:
+            write(*files, spec, scores, rows)
+            out.print(_("written to {output} and {page}", output=files[0], page=files[1]),
+                      markup=False)
+
+
+@contextmanager
+def reserved(output: Path | None) -> Iterator[tuple[Path, Path] | None]:
+    """Reserve the names of the JSON file and of its page during the block; None without --output.
+    """
+    if output is None:
+        yield None
+        return
+    output = expanded(output)
+    if output.suffix != ".json":
+        raise Refusal(f"--output {output}: with --eval it must end in .json")
+    page = output.with_suffix(".html")
+    with awaited_file(output), awaited_file(page):
+        yield output, page
+
+
+def scored(found: Found, spec: str, how: Generation, metric,
+           mapped: dict[str, str]) -> tuple[dict[str, Score], list[Row]]:
+    """The scores of each model by name, and the rows with their generated answers."""
     examples = read(found, spec, mapped)
     prompts = [prompt_of(example) for example in examples]
     memory_plan.check_fits(found, memory_plan.file(found, how, list(map(len, prompts))))
@@ -89,13 +118,9 @@ def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
             share(same(*pair) for pair in zip(answers[name], known, strict=True)),
             metric.corpus_score(answers[name], [known]).score,
             share(stopped for _text, stopped in given.values()))
-    show(scores, len(examples))
-    if output:
-        rows = [Row(question_in(tokenizer, found.template, prompt), known[n],
-                    {name: answers[name][n] for name in answers})
-                for n, prompt in enumerate(prompts)]
-        write(output, page, spec, scores, rows)
-        out.print(_("written to {output} and {page}", output=output, page=page), markup=False)
+    return scores, [Row(question_in(tokenizer, found.template, prompt), known[n],
+                        {name: answers[name][n] for name in answers})
+                    for n, prompt in enumerate(prompts)]
 
 
 def chrf():
@@ -108,10 +133,10 @@ def chrf():
 
 
 def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
-    """The rows of a file, encoded as train.py encodes them; bad ones are refused."""
+    """The rows of a file, encoded as train.py encodes them. Raises Refusal for a bad row."""
     if found.tokenizer is None:
-        raise Refusal(f"--eval {spec}: a shape without weights has no tokenizer to read it with; "
-                      f"name a base with --model")
+        raise Refusal(f"--eval {spec}: a shape without weights has no tokenizer; name a base with "
+                      f"--model")
     rows = encode_sources([find_unweighted(spec, "--eval")], found.tokenizer, found.template,
                           max_len=found.shape.max_seq_len, mapped=mapped)
     check_all(rows.together())
@@ -126,19 +151,19 @@ def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
 
 
 def last_answer(example: Example) -> slice:
-    """The positions of the last answer in the ids, with its `</s>`."""
+    """The slice of the example's ids that contains the last answer and its `</s>`."""
     spoken = [n for n, target in enumerate(example.targets) if target != IGNORED]
     start = next((n for n in range(spoken[-1], 0, -1) if example.targets[n - 1] == IGNORED), 0)
     return slice(start + 1, spoken[-1] + 2)
 
 
 def prompt_of(example: Example) -> list[int]:
-    """The ids up to the last answer, of a conversation with all that was said before."""
+    """The token ids before the last answer: the conversation up to its last question."""
     return example.ids[: last_answer(example).start]
 
 
 def question_in(tokenizer, template: Template, prompt: list[int]) -> str:
-    """The last question of a prompt, as typed."""
+    """The text of the last question in a prompt, without the template."""
     before, after = template.question.split("{}")
     return tokenizer.decode(prompt).removesuffix(after).rpartition(before)[2]
 
@@ -149,7 +174,7 @@ def text_of(tokenizer, ids: list[int]) -> str:
 
 @contextmanager
 def without_adapter(model: PhoGPT) -> Iterator[None]:
-    """The base alone."""
+    """A context in which the adapter is switched off."""
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]
     for layer in layers:
         layer.enable_adapters(False)
@@ -166,14 +191,14 @@ def as_it_is() -> Iterator[None]:
 
 
 def settings(model: PhoGPT, found: Found):
-    """(name, context) of each model that is scored."""
+    """A list of (name, context manager). The model is scored once in each context."""
     if not found.adapter:
         return [("base", as_it_is())]
     return [("base", without_adapter(model)), ("adapter", as_it_is())]
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two answers are equal except for capitals, spaces and a full stop at the end.
+    """True if two answers are equal except for capitals, spaces and a full stop at the end.
 
     >>> same("Dạ,  phở ạ.", "dạ, phở ạ"), same("phở", "phơ")
     (True, False)
@@ -189,10 +214,10 @@ def share(flags) -> float:
 
 
 def lines(scores: dict[str, Score]) -> list[tuple[str, ...]]:
-    """The names of the columns, then a line for each score: its name and its values."""
+    """The cells of the table: a line of column names, then a line for each score."""
     kinds = (("loss", _("loss, nats per token"), "{:.3f}"),
              ("perplexity", _("perplexity"), "{:.2f}"),
-             ("exact", _("the known answer"), "{:.1%}"),
+             ("exact", _("equals the known answer"), "{:.1%}"),
              ("chrf", _("chrF"), "{:.1f}"),
              ("stops", _("ends by itself"), "{:.1%}"))
     return [("", *map(name_of, scores)),
@@ -247,7 +272,7 @@ dt {{ opacity: .7; }} dd {{ margin: 0; white-space: pre-wrap; overflow-wrap: any
 
 
 def write(output: Path, page: Path, spec: str, scores: dict[str, Score], rows: list[Row]) -> None:
-    """The scores with every answer as JSON; the first answers as a page to read."""
+    """Write the scores and all answers to `output` as JSON, and the first answers to `page`."""
     content = {"rows": Path(spec).name, "scores": {k: asdict(v) for k, v in scores.items()},
                "answers": [asdict(row) for row in rows]}
     write_text(output, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
@@ -265,7 +290,7 @@ def write(output: Path, page: Path, spec: str, scores: dict[str, Score], rows: l
 
 
 def in_html(table: list[tuple[str, ...]]) -> str:
-    """A table whose first line and first column are names."""
+    """A table as HTML. Its first line and its first column are headings."""
     first, *rest = [[html.escape(cell) for cell in line] for line in table]
     head = "".join(f"<th>{name}</th>" for name in first)
     body = "".join(f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

@@ -1,4 +1,4 @@
-"""An answer on the screen while it is written."""
+"""Print an answer while the model generates it."""
 
 import shutil
 import sys
@@ -15,8 +15,11 @@ from phogpt_raw.messages import _, plural
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are generated. most: tokens of an answer; stops: texts before which it ends;
-    capture: run steps as CUDA graphs on a GPU."""
+    """Settings of generation.
+
+    most: the largest number of tokens in an answer. stops: stop strings; an answer ends before the
+    first one. capture: run steps as CUDA graphs on a GPU.
+    """
 
     most: int
     sampling: Sampling
@@ -27,8 +30,12 @@ class Generation:
 
 @dataclass
 class Written:
-    """What was written so far. ids: without `</s>`; ended: by `</s>` or a stop string, not by the
-    number of tokens; first_s, then_s: seconds until the first token, and from there on."""
+    """The part of an answer that has been generated.
+
+    ids: its token ids, without `</s>`. ended: True if `</s>` or a stop string ended the answer,
+    False if the limit of tokens ended it. first_s: seconds until the first token. then_s: seconds
+    from the first token to the newest.
+    """
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -38,7 +45,7 @@ class Written:
     screen: "Screen" = field(default_factory=lambda: Screen(terminal_width()))
 
     def show(self, text: str) -> None:
-        """Print text, without white space at its beginning (4B's template begins with a space)."""
+        """Print text. White space before an answer is removed: 4B's answers begin with a space."""
         text = text if self.text else text.lstrip()
         self.text += text
         if self.screen.width:
@@ -46,12 +53,12 @@ class Written:
         print(self.screen.put(text), end="", flush=True)
 
     def end(self) -> None:
-        """Print what was held back, and end the line."""
+        """Print the last word, which Screen has held back, and end the line."""
         print(self.screen.end())
 
 
 class Screen:
-    """Text broken between words where a terminal of `width` columns ends; width 0: as it is.
+    """Breaks lines between words, for a terminal of `width` columns. Width 0 breaks no lines.
 
     A word is held back until it is complete, so that it is never split over two lines.
     """
@@ -60,7 +67,7 @@ class Screen:
         self.width, self.column, self.word = width, 0, ""
 
     def put(self, text: str) -> str:
-        """What of this text, and of what was held back, can be shown now."""
+        """Add `text`; return the text that can be shown now, up to the last complete word."""
         if not self.width:
             return text
         shown = ""
@@ -73,15 +80,15 @@ class Screen:
         return shown
 
     def resize(self, width: int) -> None:
-        """The terminal has `width` columns now, and has wrapped longer lines."""
+        """Use a new width. The terminal has already wrapped the lines that were longer."""
         if width and width != self.width:
             self.width, self.column = width, self.column % width
 
     def place(self) -> str:
-        """The complete word, on the next line where this one has no room for it."""
+        """The complete word, after a line break if it does not fit into the current line."""
         word, self.word = self.word, ""
         size = cell_len(word)
-        wraps = self.column > 0 and self.column + size >= self.width  # a space needs room too
+        wraps = self.column > 0 and self.column + size >= self.width  # one column for a space
         self.column = size if wraps else self.column + size
         return f"\n{word}" if wraps else word
 
@@ -90,16 +97,16 @@ class Screen:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal that shows the output; 0 where none does."""
+    """The width of the terminal in columns, or 0 if the output is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
 
 
 def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Written,
            how: Generation) -> None:
-    """Answer one prompt in an engine without other requests, and print the answer meanwhile.
+    """Answer one prompt, and print the answer while it is generated.
 
-    most: tokens of this answer. `written` is filled as the answer grows: After Ctrl-C it contains
-    the text that is on the screen.
+    The engine must have no other requests. most: the largest number of tokens in this answer.
+    `written` is updated for each token. So after Ctrl-C it contains the text on the screen.
     """
     text, begun = TextStream(tokenizer, how.stops), time.perf_counter()
     engine.add(0, prompt, most, how.seed, how.sampling)
@@ -123,14 +130,16 @@ def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Wri
 
 
 def remarks(written: Written, most: int, full: bool) -> list[str]:
-    """Remarks for the user on an answer that has ended. most: the limit of its tokens; full:
-    whether the model's context is full."""
+    """Remarks for the user about an answer that has ended.
+
+    most: the limit of its tokens. full: True if this limit is the end of the model's context.
+    """
     lines = []
     if written.ended and not written.text.strip():
         lines.append(_("(the answer is empty)"))
     if not written.ended:
         lines.append(
-            _("(cut at {n}: the model was made for no more)", n=tokens(most)) if full else
+            _("(cut at {n}: the model's context is full)", n=tokens(most)) if full else
             _("(cut at {n}: raise --max-new-tokens for a longer answer)", n=tokens(most)))
     if loops(written.ids):
         lines.append(_("(the answer repeats itself; --repetition-penalty 1.2 may help, or more "
@@ -143,5 +152,5 @@ def tokens(count: int) -> str:
 
 
 def say(line: str) -> None:
-    """A line that is not part of an answer."""
+    """Print a line that is not part of an answer, to standard error."""
     print(line, file=sys.stderr, flush=True)

@@ -1,8 +1,7 @@
-"""The description of an adapter in its folder: PEFT's configuration, checked, and how its run was
-made.
+"""Read and check an adapter's adapter_config.json, and read from its run how it was trained.
 
-PEFT accepts any content of adapter_config.json without checks. Here a field is refused, and the
-error names it, if this program would compute something else than PEFT, or does not support it.
+PEFT accepts any content of adapter_config.json without checks. This program refuses a field that it
+does not support, or with which its results would differ from PEFT's. The error names the field.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ from phogpt_raw.files import expanded, read_object
 from phogpt_raw.limited import OverLimit, limited
 from phogpt_raw.refusal import Refusal
 
-# Fields that have no effect here. Of the initialisations' own fields: the weights are in the file.
+# Fields without effect here. Some belong to initialisations, but the weights come from the file.
 WITHOUT_EFFECT = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
@@ -30,21 +29,22 @@ HONOURED = {
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "r",
     "rank_pattern", "revision", "target_modules",
 }
-# Initialisations that leave the base's weights as they are. The others (PiSSA, OLoRA, CorDA, LoftQ)
-# subtract what they put into the adapter, and the base that they leave is not the one in the files.
+# Initialisations that do not change the base's weights. The others (PiSSA, OLoRA, CorDA, LoftQ)
+# subtract the adapter's first values from the base. Such a base differs from the base in the files.
 PLAIN = (True, False, None, "gaussian", "orthogonal", "eva")
 BIASES = ("none", "all", "lora_only")
 HIGHEST_RANK, HIGHEST_ALPHA = 2**16, 2**20
-MERGED = "merged_adapters"  # in a merged checkpoint's config.json: their hashes
+MERGED = "merged_adapters"  # field in a merged checkpoint's config.json: the adapters' hashes
 
 
 def read_adapter_config(folder: Path):
-    """PEFT's LoraConfig of an adapter folder; raises Refusal naming the file and the field."""
+    """PEFT's LoraConfig of an adapter's folder. Raises Refusal that names the file and the field.
+    """
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise Refusal(f"{file}: missing; name a folder that a run has written, such as "
                       f"runs/nano-001")
-    fields = read_object(file, "take another copy of the adapter")
+    fields = read_object(file, "use another copy of the adapter")
     check(fields, file)
     from peft import PeftConfig
 
@@ -81,7 +81,7 @@ def check(fields: dict, file: Path) -> None:
 
 
 def check_strengths(fields: dict, file: Path) -> None:
-    """Ranks, alphas and dropout: types and ranges."""
+    """Raise Refusal if a rank, an alpha or the dropout has a wrong type or is out of range."""
     ranks = {"r": fields.get("r", 8)} | pattern(fields, "rank_pattern", file)
     for field, rank in ranks.items():
         if type(rank) is not int or not 1 <= rank <= HIGHEST_RANK:
@@ -103,7 +103,8 @@ def shortened(value) -> str:
 
 
 def pattern(fields: dict, field: str, file: Path) -> dict:
-    """rank_pattern or alpha_pattern, its keys with the field's name before them."""
+    """The entries of rank_pattern or alpha_pattern. The field's name is put before each key, for
+    error messages."""
     values = {} if fields.get(field) is None else fields[field]
     if not isinstance(values, dict):
         raise Refusal(f"{file}: {field} is not an object")
@@ -113,7 +114,8 @@ def pattern(fields: dict, field: str, file: Path) -> dict:
 
 
 def check_layers(fields: dict, file: Path) -> None:
-    """Which layers have adapters: names, regular expressions, numbers of blocks."""
+    """Raise Refusal if a field that selects layers is not valid. Such a field contains names, a
+    regular expression or block numbers."""
     if not fields.get("target_modules"):
         raise Refusal(f"{file}: target_modules names no layers")
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -126,7 +128,7 @@ def check_layers(fields: dict, file: Path) -> None:
 
 
 def check_names(names, field: str, file: Path) -> None:
-    """A list of names, or a regular expression."""
+    """Raise Refusal unless `names` is a list of names, a regular expression or None."""
     if isinstance(names, str):
         try:
             re.compile(names)
@@ -135,12 +137,12 @@ def check_names(names, field: str, file: Path) -> None:
                           f"({error})") from None
     elif names is not None and not (isinstance(names, list)
                                     and all(isinstance(name, str) for name in names)):
-        raise Refusal(f"{file}: {field} {shortened(names)} holds something else than names")
+        raise Refusal(f"{file}: {field} {shortened(names)} is not a list of names")
 
 
 def check_time(fields: dict, file: Path) -> None:
-    """Raise Refusal for a regular expression that takes too long over the name of a layer: some
-    try every way to divide it."""
+    """Raise Refusal if matching a layer's name with a regular expression takes too long. Some
+    expressions try every way to divide the name."""
     one_or_more = [fields.get(field) for field in ("target_modules", "exclude_modules")]
     expressions = [*(names for names in one_or_more if isinstance(names, str)),
                    *(fields.get("rank_pattern") or ()), *(fields.get("alpha_pattern") or ())]
@@ -155,7 +157,7 @@ def check_time(fields: dict, file: Path) -> None:
 
 
 def match_all(expressions: list[str]) -> None:
-    """Each over a layer's name, in the ways in which PEFT does it."""
+    """Match each expression with the names of linear layers, in every way that PEFT uses."""
     for expression in expressions:
         for form in (expression, rf"(.*\.)?({expression})$", rf"(?:^|.*?\.){expression}\.(\d+)\."):
             for layer in ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"):
@@ -164,21 +166,21 @@ def match_all(expressions: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """How an adapter was made: over which base, in which template, over which weights."""
+    """How an adapter was trained: the base, the prompt template and the precision."""
 
     base: str | None
     revision: str | None = None
     template: str = "auto"
     nf4: bool = True
     dtype: str = "auto"
-    base_weights: str | None = None  # of base_hash
+    base_weights: str | None = None  # the base's base_hash
 
 
 def read_origin(folder: Path) -> Origin:
-    """The origin of the adapter in a folder. For the folder of a run or of a checkpoint it is read
-    from the run's config.json, for other adapters from adapter_config.json.
+    """How the adapter in a folder was trained. The base's name comes from adapter_config.json. For
+    the folder of a run or of a checkpoint, the other values come from the run's config.json.
 
-    Raises Refusal for a recorded value that is not valid.
+    Raises Refusal if a recorded value is not valid.
     """
     lora = read_adapter_config(folder)
     base, revision = lora.base_model_name_or_path, lora.revision
@@ -204,8 +206,9 @@ def read_origin(folder: Path) -> Origin:
 
 
 def run_record(file: Path) -> dict | None:
-    """The content of a run's config.json; None where there is none, or a model's. The run's folder,
-    not a checkpoint, has one. Raises Refusal where it is damaged or not complete."""
+    """The content of a run's config.json. None if `file` does not exist, or is a model's
+    config.json. Only the folder of a run has this file, not the folders of its checkpoints. Raises
+    Refusal if the file is damaged or not complete."""
     if not file.is_file():
         return None
     try:
@@ -215,13 +218,13 @@ def run_record(file: Path) -> dict | None:
     if isinstance(content, dict) and {"model_type", "architectures", "d_model"} & content.keys():
         return None
     if not isinstance(content, dict) or not {"model", "template", "rank"} <= content.keys():
-        raise Refusal(f"{file}: is not a whole config.json of a run, so how the adapter was "
-                      f"trained is not known; restore it, or move it away and give --template")
+        raise Refusal(f"{file}: is not a complete config.json of a run; restore it, or move it "
+                      f"away and give --template")
     return content
 
 
 class Base(NamedTuple):
-    """A base, and where its name comes from, for the beginning of an error message."""
+    """A base model. named: the source of its name, for the beginning of an error message."""
 
     model: str
     revision: str | None
@@ -230,8 +233,9 @@ class Base(NamedTuple):
 
 def chosen_base(folder: Path | None, made: Origin, model: str | None,
                 revision: str | None) -> Base:
-    """The base below the adapter of `folder`, if there is one: that of the flags --model and
-    --revision, else the one with which it was made. Only the same base has the recorded revision.
+    """The base model to load: the one that --model names, else the base of the adapter in `folder`.
+
+    --revision overrides the recorded revision. Another base does not get the recorded revision.
     """
     if model:
         same = model == made.base and hub_id(model)
@@ -240,25 +244,26 @@ def chosen_base(folder: Path | None, made: Origin, model: str | None,
         return Base(made.base, revision, f"{made.base}")
     base = named_base(folder)
     if made.revision and not revision and not hub_id(base):
-        raise Refusal(f"{folder}: its base is {base} in revision {made.revision}, of the hub, and "
-                      f"a folder of that name is here; say which with --model")
+        raise Refusal(f"{folder}: its base is {base} on the hub, revision {made.revision}, but "
+                      f"there is a folder of that name too; name one with --model")
     return Base(base, revision or made.revision, f"{folder}: its base {base}")
 
 
 def named_base(folder: Path) -> str:
-    """The base that an adapter names; raises Refusal if that is a folder that does not exist."""
+    """The base that an adapter names. Raises Refusal if it names none, or a folder that does not
+    exist."""
     base = read_adapter_config(folder).base_model_name_or_path
     if not base:
-        raise Refusal(f"{folder}: names no base model; say which with --model")
+        raise Refusal(f"{folder}: names no base model; name it with --model")
     there = base == "nano" or hub_id(base) or expanded(base).is_dir()
     if not there:
-        raise Refusal(f"{folder}: its base is {base}, and no such folder is there; say with "
-                      f"--model where it is now")
+        raise Refusal(f"{folder}: its base is {base}, but no such folder exists; name its new "
+                      f"folder with --model")
     return base
 
 
 def adapter_hash(folder: Path) -> str:
-    """SHA-256 of an adapter's weights, as a merged checkpoint's config.json records it."""
+    """The SHA-256 of an adapter's weight file, as a merged checkpoint's config.json records it."""
     file = next((file for name in ("adapter_model.safetensors", "adapter_model.bin")
                  if (file := folder / name).is_file()), None)
     if file is None:
@@ -268,8 +273,8 @@ def adapter_hash(folder: Path) -> str:
 
 
 def check_not_merged(base: Path, adapter: Path) -> None:
-    """Raise Refusal where the checkpoint in the folder `base` has the adapter merged into it."""
+    """Raise Refusal if the adapter is already merged into the checkpoint in the folder `base`."""
     merged = read_object(base / "config.json", "fetch it again").get(MERGED)
     if merged and adapter_hash(adapter) in merged:
         raise Refusal(f"--model {base}: the adapter {adapter} is already merged into it; leave out "
-                      f"the adapter, or name the base without it")
+                      f"the adapter, or name the unmerged base")

@@ -1,12 +1,13 @@
 """LoRA adapters: PEFT defines them, and one flat buffer stores them.
 
-PEFT injects the LoRA layers, names them and fixes the file format, so an adapter trained here is an
-adapter anywhere. The training itself uses this project's code: all adapter weights are views of one
-flat buffer (flat.py), and a layer that is plain LoRA runs `lora_linear` in place of PEFT's forward.
-DoRA, dropout and other variants run PEFT's forward.
+PEFT injects the LoRA layers, names them and defines the file format. So any program that uses PEFT
+can load an adapter that was trained here. The training itself uses this project's code. All adapter
+weights are views of one flat buffer (flat.py). A layer with plain LoRA runs `lora_linear` in place
+of PEFT's forward. A layer with dropout, DoRA or another variant runs PEFT's forward.
 
-A target that the model lacks (`q_proj`, from Llama recipes) is no error to PEFT as long as another
-target matches; half the layers then stay without adapters. Here it is an error.
+Recipes for Llama name target layers such as `q_proj`, which PhoGPT does not have. PEFT ignores an
+unknown target if another target matches, and then half the layers may have no adapter. Here an
+unknown target is an error.
 """
 
 import copy
@@ -27,21 +28,21 @@ from phogpt_raw.private_apis import held_by
 from phogpt_raw.refusal import Refusal
 
 TARGETS = ("Wqkv", "out_proj", "up_proj", "down_proj")
-PREFIX = "base_model.model."  # stock PEFT applies no key without it, and only warns
+PREFIX = "base_model.model."  # stock PEFT ignores a key without this prefix, with a warning
 
 
 class Adapters(FlatBuffer):
     """The adapters of a model in a FlatBuffer, and their files in PEFT's format.
 
-    All parameters of `model` that require a gradient are adapters. Where `trainable` is False they
-    no longer do, and no gradient buffer is allocated: enough to decode.
+    All parameters of `model` that require a gradient are adapters. trainable=False is for decoding:
+    the adapters then require no gradient, and no gradient buffer is allocated.
     """
 
     def __init__(self, model: PhoGPT, trainable: bool = True):
         self.model = model
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         super().__init__(named, model.head.dtype, trainable)
-        self.named = None  # the result of `tensors`, which stays what it is
+        self.named = None  # the result of `tensors`, computed only once
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The adapters under PEFT's names, fp32, as views of the flat buffer."""
@@ -54,21 +55,22 @@ class Adapters(FlatBuffer):
         return self.named
 
     def on_host(self) -> dict[str, torch.Tensor]:
-        """A copy of `tensors` in the host's memory, made by one copy of the flat buffer. On a GPU
-        the copy runs asynchronously: synchronize before you read it."""
+        """A copy of `tensors()` in host memory, made with one copy of the flat buffer. On a GPU the
+        copy is asynchronous: synchronize before you read the values."""
         flat = on_host(self.flat.detach())
         return {name: flat.as_strided(view.shape, view.stride(), view.storage_offset())
                 for name, view in self.tensors().items()}
 
     def load_tensors(self, tensors: dict[str, torch.Tensor], where: str) -> None:
-        """Copy `tensors` (PEFT's names) into the views; every name and shape must agree.
+        """Copy `tensors`, which have PEFT's names, into the flat buffer.
 
-        Raises Refusal that begins with `where` and names the tensor that does not.
+        Every name and shape must match, and every value must be finite. Else it raises Refusal that
+        begins with `where` and names the tensor.
         """
         own = self.tensors()
         for name in sorted(own.keys() ^ tensors.keys()):
-            problem = "lacks" if name in own else "holds an unknown"
-            raise Refusal(f"{where}: {problem} {name}; it was made for another model")
+            problem = "lacks tensor" if name in own else "holds unknown tensor"
+            raise Refusal(f"{where}: {problem} {name}; the adapter was made for another model")
         for name, view in own.items():
             if view.shape != tensors[name].shape:
                 raise Refusal(f"{where}: {name} has shape {list(tensors[name].shape)}, this model "
@@ -78,14 +80,14 @@ class Adapters(FlatBuffer):
                               f"floating-point numbers")
             if not tensors[name].isfinite().all():
                 raise Refusal(f"{where}: {name} holds NaN or infinite values: its training "
-                              f"diverged, or the file is damaged; take an earlier checkpoint")
+                              f"diverged, or the file is damaged; use an earlier checkpoint")
             view.copy_(tensors[name])
         self.cast()
 
     def save(self, folder: Path, tensors: dict[str, torch.Tensor] | None = None) -> None:
         """Write adapter_model.safetensors and adapter_config.json, as stock PEFT reads them.
 
-        tensors: of an earlier `on_host`; the adapters as they are now where it is not given.
+        tensors: the result of an earlier `on_host`. By default the current weights are written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.cpu().contiguous()
@@ -98,27 +100,28 @@ class Adapters(FlatBuffer):
         config.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Load the weights of an adapter folder of the same configuration.
+        """Load the weights from the folder of an adapter with the same configuration.
 
-        Raises Refusal where the file is missing, damaged or of other shapes.
+        Raises Refusal if the file is missing or damaged, or if its tensors do not match.
         """
         tensors, file = read_tensors(Path(folder))
         self.load_tensors(tensors, str(file))
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
-    """The weights in an adapter's folder under PEFT's names, on the CPU, and their file."""
+    """(weights, their file) of an adapter's folder. The weights have PEFT's names and are on the
+    CPU."""
     from safetensors.torch import load_file
 
     file = folder / "adapter_model.safetensors"
-    older = file.with_suffix(".bin")  # of PEFT before 0.6
+    older = file.with_suffix(".bin")  # written by PEFT before 0.6
     try:
         if older.is_file() and not file.is_file():
             file = older
             return torch.load(file, map_location="cpu", weights_only=True), file
         return load_file(file), file
     except FileNotFoundError:
-        raise Refusal(f"{file}: missing; --adapter names a folder that a run has written") \
+        raise Refusal(f"{file}: missing; give --adapter the folder of a run") \
             from None
     except Exception as error:
         raise Refusal(f"{file}: cannot be read ({error})") from None
@@ -135,9 +138,10 @@ def new_adapters(
     revision: str | None = None,
     seed: int = 0,
 ) -> Adapters:
-    """Inject fresh LoRA layers: A uniform (Kaiming), B zero, scaled by alpha / rank.
+    """Inject new LoRA layers. A is random (Kaiming uniform), B is zero, and the product is scaled
+    by alpha / rank.
 
-    adapter_config.json gets `base` and its `revision` as the name of the base model.
+    adapter_config.json records `base` and `revision` as the base model's name and revision.
     """
     from peft import LoraConfig
 
@@ -152,11 +156,12 @@ def new_adapters(
 
 def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
                   revision: str | None = None, trainable: bool = True) -> Adapters:
-    """Inject the adapters of a folder, with its own rank, alpha and targets.
+    """Inject the adapters of a folder. Their rank, alpha and targets come from its
+    adapter_config.json.
 
-    `base`, `revision`: the base model that is named when the adapters are saved again; without
-    `base` its name does not change. trainable=False is for decoding: no gradients, and no memory
-    for them.
+    `base`, `revision`: the base model's name and revision to record when the adapters are saved
+    again. Without `base` the recorded name and revision do not change. trainable=False is for
+    decoding: no memory is allocated for gradients.
     """
     folder = Path(folder)
     config = read_adapter_config(folder)
@@ -164,7 +169,7 @@ def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
     where = str(folder / "adapter_config.json")
     check_size(config, model, tensors, where)
     config.inference_mode = False
-    config.init_lora_weights = True  # the weights are read next; PEFT need not make them
+    config.init_lora_weights = True  # PEFT's default, because the file's weights replace it next
     if base:
         config.base_model_name_or_path, config.revision = base, revision
     adapters = inject(model, config, trainable, where)
@@ -174,58 +179,58 @@ def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
 
 
 def check_size(config, model: PhoGPT, tensors: dict[str, torch.Tensor], where: str) -> None:
-    """Raise Refusal, before anything is allocated, where an adapter's configuration asks for more
-    than its weights or its base have."""
+    """Raise Refusal if an adapter's configuration names a higher rank than its weights have, or a
+    block that the base does not have. This check runs before anything is allocated."""
     stored = max((tensor.shape[0] for name, tensor in tensors.items()
                   if "lora_A" in name and tensor.dim()), default=0)
     for rank in (config.r, *config.rank_pattern.values()):
         if stored and rank > stored:
-            raise Refusal(f"{where}: rank {rank}, but the highest in the file of its weights is "
-                          f"{stored}; take another copy of the adapter")
+            raise Refusal(f"{where}: rank {rank}, but the highest rank of its weights is "
+                          f"{stored}; use another copy of the adapter")
     chosen, last = config.layers_to_transform, model.config.n_layers - 1
     for block in [chosen] if isinstance(chosen, int) else chosen or []:
         if block > last:
             raise Refusal(f"{where}: layers_to_transform {block}, but the base's blocks are 0 to "
-                          f"{last}; it was made for another model")
+                          f"{last}; the adapter was made for another model")
 
 
 def check_patterns(config, model: PhoGPT, where: str) -> None:
-    """Raise Refusal where a rank or an alpha is given for layers that have no adapter. PEFT leaves
-    it out with a warning, and the adapter is not what its configuration says."""
+    """Raise Refusal if rank_pattern or alpha_pattern names a layer without an adapter. PEFT ignores
+    such an entry with a warning, and the adapter then differs from its configuration."""
     adapted = [name for name, layer in model.named_modules() if hasattr(layer, "lora_A")]
     for field in ("rank_pattern", "alpha_pattern"):
         for name in getattr(config, field):
             if not any(re.match(rf"(.*\.)?({name})$", layer) for layer in adapted):
-                raise Refusal(f"{where}: {field} names {name}, and no layer of that name has an "
-                              f"adapter; correct it, or take it out of the file")
+                raise Refusal(f"{where}: {field} names {name}, but no layer of that name has an "
+                              f"adapter; correct the entry, or remove it")
 
 
 def inject(model: PhoGPT, config, trainable: bool = True,
            where: str = "adapter_config.json") -> Adapters:
-    """Put the LoRA layers that PEFT's `config` describes into the model.
+    """Inject the LoRA layers that PEFT's `config` describes into the model.
 
-    Raises Refusal that begins with `where` if no target is in the model, or if a bias would be
-    trained in 16 bits.
+    Raises Refusal that begins with `where` if the model has none of the targets, or if a bias would
+    be trained in 16 bits.
     """
     from peft import inject_adapter_in_model
 
     if config.bias != "none" and model.head.dtype != torch.float32:
-        raise Refusal(f"{where}: bias {config.bias!r} trains biases, which are frozen "
-                      f"here in {str(model.head.dtype).removeprefix('torch.')}; use an adapter "
+        raise Refusal(f"{where}: bias {config.bias!r} trains biases, but biases are frozen "
+                      f"in {str(model.head.dtype).removeprefix('torch.')}; use an adapter "
                       f"with bias \"none\", or --dtype fp32")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what check_patterns refuses
+        with warnings.catch_warnings(action="ignore"):  # check_patterns raises errors instead
             inject_adapter_in_model(config, model)
     except ValueError as error:
         said = " ".join(str(error).split())
-        raise Refusal(f"{where}: its layers are not this base's ({said[:200]})") from None
-    model.train(model.training)  # the new layers too: they begin in training mode, with dropout
+        raise Refusal(f"{where}: its layers do not match this base ({said[:200]})") from None
+    model.train(model.training)  # new layers are in training mode at first, with dropout
     fuse(model)
     return Adapters(model, trainable)
 
 
 def fuse(model: PhoGPT) -> None:
-    """Put `lora_forward` in front of PEFT's own forward in LoRA layers over a linear."""
+    """Replace PEFT's forward by `lora_forward` in each LoRA layer over a linear layer."""
     from bitsandbytes import nn as bnb
     from peft.tuners.lora import Linear, Linear4bit
 
@@ -236,7 +241,8 @@ def fuse(model: PhoGPT) -> None:
 
 
 def lora_forward(layer, x, *args, **kwargs):
-    """The forward of a LoRA layer: one fused function while it is plain LoRA, else PEFT's own."""
+    """The forward of a LoRA layer. It runs `lora_linear` if the layer is plain LoRA, else PEFT's
+    own forward."""
     name = plain_adapter(layer)
     if name is None or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -245,9 +251,11 @@ def lora_forward(layer, x, *args, **kwargs):
 
 
 def plain_adapter(layer) -> str | None:
-    """The name of the one adapter that `layer` applies, if it is LoRA and nothing more; else None.
+    """The name of the active adapter of `layer`, if exactly one is active and it is plain LoRA.
+    Else None.
 
-    Checked at each call: PEFT can disable, merge, exchange and add adapters at any time.
+    `lora_forward` checks this at each call, because PEFT can disable, merge, replace and add
+    adapters at any time.
     """
     active = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(active) != 1:
@@ -258,14 +266,18 @@ def plain_adapter(layer) -> str | None:
         and name not in layer.lora_variant  # DoRA and other variants
         and not layer.lora_bias[name]
         and isinstance(layer.lora_dropout[name], nn.Identity)
-        and not any(p.requires_grad for p in layer.base_layer.parameters())  # bias="all"
+        and not any(p.requires_grad for p in layer.base_layer.parameters())  # not bias="all"
     )
     return name if plain else None
 
 
 def base_and_adapter(layer: nn.Module) -> tuple[nn.Module, str | None] | None:
-    """(the linear below, the name of the adapter that applies or None) of a linear with or without
-    LoRA; None where the two are not what W x + LoRA gives: more than LoRA, or merged."""
+    """(base layer, name of the active adapter) of a linear layer with or without LoRA. The name is
+    None if the layer has no LoRA, or if its adapters are disabled.
+
+    Returns None if an adapter is merged, or if the layer computes anything but its base layer plus
+    one plain LoRA adapter.
+    """
     if not hasattr(layer, "lora_A"):
         return layer, None
     adapter = plain_adapter(layer)
@@ -275,7 +287,7 @@ def base_and_adapter(layer: nn.Module) -> tuple[nn.Module, str | None] | None:
 
 
 def check_targets(model: PhoGPT, targets) -> None:
-    if isinstance(targets, str):  # a regular expression, or all-linear: PEFT checks those itself
+    if isinstance(targets, str):  # PEFT itself checks a regular expression, and all-linear
         return
     names = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not targets:
@@ -287,10 +299,10 @@ def check_targets(model: PhoGPT, targets) -> None:
 
 
 def same_base(model: PhoGPT) -> PhoGPT:
-    """Another model over the same frozen weights, for another adapter.
+    """A second model that shares the frozen weights of `model`, for another adapter.
 
-    Its modules are new, so an adapter put into one is not in the other; its parameters and buffers
-    are the very tensors of `model`, which must have no adapters yet.
+    Its modules are new, so an adapter that is injected into one model is not in the other. Its
+    parameters and buffers are the same tensors as in `model`. `model` must not have adapters yet.
     """
     shared = {id(value): value for module in model.modules() for value in held_by(module)}
     return copy.deepcopy(model, shared)

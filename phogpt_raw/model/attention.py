@@ -1,18 +1,21 @@
-"""Causal attention with ALiBi, between tokens of one document.
+"""Causal attention with ALiBi. A token attends only to tokens of its own document.
 
-ALiBi needs no position embedding: head h adds `-slope_h * (i - j)` to the score of query i and key
-j (Press et al. 2022, arXiv:2108.12409). This, the causal mask and the document mask are one
-additive bias in the compute dtype. The scores exist only inside torch's fused kernels.
+ALiBi replaces position embeddings. Head h adds `-slope_h * (i - j)` to the score of query i and key
+j (Press et al. 2022, arXiv:2108.12409). One additive bias in the compute dtype contains the ALiBi
+term, the causal mask and the document mask. The scores exist only inside torch's fused kernels.
 
-Two things are unusual. First, the bias is a distance, 0 on the diagonal. MPT's bias is
-`slope * (j - L + 1)` in fp32. The two differ by a constant in each row, which softmax ignores. But
-MPT's values are largest near the diagonal, where the attention weights are largest too, and 16 bits
-would round them there. The distance is small there and keeps its precision.
+This bias differs from MPT's bias in two ways. First, its values depend only on the distance i - j
+and are 0 on the diagonal. MPT's bias is `slope * (j - L + 1)` in fp32. In each row the two biases
+differ by a constant, and softmax ignores a constant. On the diagonal, MPT's bias is
+`-slope * (L - 1 - i)`, a large value for the first queries of a long row. In 16 bits such a value
+would lose precision where the attention weights are largest. The distance is small near the
+diagonal, so it keeps its precision.
 
-Second, a long row has no bias of L x L, which would be 4 GiB for 8,192 tokens of PhoGPT-7B5.
-Queries are processed in blocks. A block's keys end at its own last query; counted from that end,
-all blocks have the same distances i - j. So one block's bias serves all blocks and all layers; a
-block with fewer keys uses its last columns. Keys after a block's last query are never computed.
+Second, no bias of size L x L is stored. For 8,192 tokens of PhoGPT-7B5 it would take 4 GiB. The
+queries are processed in blocks. A block of queries attends to the keys up to the block's last
+query. Counted back from this last key, all blocks have the same distances i - j. So one stored bias
+serves all blocks and all layers. A block with fewer keys uses only the last columns of that bias.
+Scores of keys after a block's last query are never computed.
 
 B micro-batch, L queries, S keys, H heads, K head width.
 """
@@ -28,15 +31,16 @@ from torch.nn.attention import SDPBackend
 from phogpt_raw import private_apis
 from phogpt_raw.refusal import Refusal
 
-BLOCK = 1024  # most queries in a block; a shorter row is one block
-BIAS_MIB = 512  # largest bias; very long rows have fewer queries in a block
-ALIGNMENT = 16  # elements; the kernels read the bias in vectors
+BLOCK = 1024  # the largest number of queries in a block; a shorter row is one block
+BIAS_MIB = 512  # the largest size of a bias; a very long row has fewer queries in a block
+ALIGNMENT = 16  # elements; the kernels read several elements of the bias at once
 
 
 def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
-    """Slopes [H] in fp32: `2^(-bias_max * i / n)` for i = 1…n, n the next power of two.
+    """Slopes [H] in fp32: `2^(-bias_max * i / n)` for i = 1…n.
 
-    Where H is not a power of two (PhoGPT-4B has 24) MPT takes the odd places first, then the even:
+    n is the smallest power of two that is at least H. If n is greater than H, MPT takes the slopes
+    of even i first, then those of odd i, and keeps the first H. PhoGPT-4B has 24 heads, so n is 32.
 
     >>> alibi_slopes(4).tolist()
     [0.25, 0.0625, 0.015625, 0.00390625]
@@ -44,7 +48,7 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
     [0.0625, 0.00390625, 0.25]
     """
     n = 2 ** math.ceil(math.log2(heads))
-    # explicitly on the CPU: slopes need values even while the model is built on the meta device
+    # On the CPU, because the slopes need values even if the model is built on the meta device.
     i = torch.arange(1, n + 1, dtype=torch.float64, device="cpu")
     slopes = 2.0 ** (-bias_max / n * i)
     if n != heads:
@@ -53,11 +57,12 @@ def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
 
 
 class Bias:
-    """The bias for `queries` over `keys`, one block of queries at a time.
+    """The attention bias of a micro-batch, one block of queries at a time.
 
-    A query sees the keys of its own document up to itself. The queries are the last of the keys.
-    doc_BS: the number of each position's document; None: a row is one document. Every query sees at
-    least itself, also in padding, so no softmax row is empty.
+    A query attends to the keys of its own document, up to and including its own position.
+    queries, keys: two counts; the queries are at the last `queries` of the `keys` positions.
+    doc_BS: the document number of each position. If it is None, each row is one document.
+    Every query attends at least to itself, also in padding, so no softmax row is empty.
     """
 
     def __init__(self, slopes_H: torch.Tensor, queries: int, keys: int, dtype: torch.dtype,
@@ -65,7 +70,7 @@ class Bias:
         self.queries, self.keys, self.doc_BS = queries, keys, doc_BS
         self.block = min(queries, block or block_size(len(slopes_H), keys, dtype))
         self.last_1HLS = distance_bias(slopes_H, self.block, keys, dtype)
-        if self.whole and doc_BS is not None:  # one block: masked once for all layers
+        if self.whole and doc_BS is not None:  # a single block is masked once for all layers
             self.last_1HLS, self.doc_BS = self.masked(self.last_1HLS, 0, queries), None
 
     @property
@@ -74,15 +79,16 @@ class Bias:
         return self.block == self.queries
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """(queries, the keys that they see) of each block, the last block first.
+        """Yields (slice of queries, slice of their keys) for each block, the last block first.
 
-        The first block of the row is the short one, so that all biases begin at an aligned column.
+        If one block is shorter than the others, it is the first block of the row. So the bias of
+        every block begins at an aligned column.
         """
         for end in range(self.queries, 0, -self.block):
             yield slice(max(0, end - self.block), end), slice(0, self.keys - self.queries + end)
 
     def of(self, rows: slice) -> torch.Tensor:
-        """The bias of one block, [B, H, queries, keys]; B is 1 without documents."""
+        """The bias of one block of queries, [B, H, queries, keys]. Without documents, B is 1."""
         count, behind = rows.stop - rows.start, self.queries - rows.stop
         bias = self.last_1HLS[:, :, self.block - count :, behind:]
         return bias if self.doc_BS is None else self.masked(bias, rows.start, rows.stop)
@@ -97,9 +103,10 @@ class Bias:
 
 
 class OneTokenBias(Bias):
-    """The bias of one query in each row, at the row's own position.
+    """The bias of one query per row. Each row's query has its own position.
 
-    place_B: the query's position in each row, on the device. keys: how many of the cache to read.
+    place_B: the position of each row's query, on the device. keys: the number of cache positions
+    that attention reads.
     """
 
     def __init__(self, slopes_H: torch.Tensor, place_B: torch.Tensor, keys: int,
@@ -113,7 +120,8 @@ class OneTokenBias(Bias):
 
 
 def block_size(heads: int, keys: int, dtype: torch.dtype) -> int:
-    """Queries in a block: a power of two, at most BLOCK, with a bias of at most BIAS_MIB.
+    """The number of queries in a block: the largest power of two that is at most BLOCK and whose
+    bias takes at most BIAS_MIB.
 
     >>> [block_size(32, keys, torch.float16) for keys in (2048, 8192, 16384)]
     [1024, 1024, 512]
@@ -123,8 +131,8 @@ def block_size(heads: int, keys: int, dtype: torch.dtype) -> int:
 
 
 def distance_bias(slopes_H, queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """[1, H, L, S]: -slope * (i - j) for the last `queries` of `keys` positions, with the causal
-    mask."""
+    """-slope * (i - j) with the causal mask, [1, H, L, S]. The queries i are the last `queries` of
+    the `keys` positions."""
     device = slopes_H.device
     j = torch.arange(keys, device=device)
     distance_LS = j[keys - queries :, None] - j[None, :]
@@ -134,9 +142,11 @@ def distance_bias(slopes_H, queries: int, keys: int, dtype: torch.dtype) -> torc
 
 
 def empty(shape, dtype: torch.dtype, device) -> torch.Tensor:
-    """An uninitialised bias whose rows begin at addresses that the kernels can read as vectors.
+    """An uninitialised tensor of `shape` for a bias. Its rows begin at addresses from which the
+    kernels can read several elements at once.
 
-    scaled_dot_product_attention pads a bias itself; the operations behind it do not.
+    F.scaled_dot_product_attention pads a bias for this purpose. This file calls the kernels
+    directly, and they do not pad.
     """
     *rows, keys = shape
     width = -(-keys // ALIGNMENT) * ALIGNMENT
@@ -144,15 +154,17 @@ def empty(shape, dtype: torch.dtype, device) -> torch.Tensor:
 
 
 def attend(q_BHLK, k_BHSK, v_BHSK, bias: Bias, scale: float | None) -> torch.Tensor:
-    """Softmax(q k^T * scale + bias) v -> [B, H, L, K]; statistics in fp32 inside the kernel."""
+    """softmax(q k^T * scale + bias) v, [B, H, L, K]. The kernel keeps the softmax statistics in
+    fp32. scale None: 1 / sqrt(K)."""
     return BlockAttention.apply(q_BHLK, k_BHSK, v_BHSK, bias, scale)
 
 
 class BlockAttention(torch.autograd.Function):
-    """`attend` one block of queries at a time; gradients of k and v are accumulated in place.
+    """The autograd function of `attend`. It processes one block of queries at a time.
 
-    With plain slices autograd would make a gradient of the keys' full length, mostly zeros, for
-    each block.
+    The gradients of k and v from all blocks are added in place. If autograd differentiated the
+    slices itself, it would allocate gradients of the keys' full length, mostly zeros, for each
+    block.
     """
 
     @staticmethod
@@ -190,29 +202,31 @@ class BlockAttention(torch.autograd.Function):
 
 
 def zeros_BLHK(x_BHLK) -> torch.Tensor:
-    """Zeros of this shape in memory order [B, L, H, K], which the linears before and after use."""
+    """Zeros with the shape of x_BHLK, in memory order [B, L, H, K]. The linear layers before and
+    after attention use this order."""
     return torch.zeros_like(x_BHLK.transpose(1, 2), memory_format=torch.contiguous_format) \
         .transpose(1, 2)
 
 
-# torch's own operations behind F.scaled_dot_product_attention, forward and backward
+# (forward, backward) of the kernels from which F.scaled_dot_product_attention chooses
 KERNELS = {
     SDPBackend.EFFICIENT_ATTENTION: (private_apis.efficient_attention,
                                      private_apis.efficient_attention_backward),
     SDPBackend.CUDNN_ATTENTION: (private_apis.cudnn_attention,
                                  private_apis.cudnn_attention_backward),
-    # chosen with a bias only on a CPU
+    # with a bias, torch chooses this kernel only on a CPU
     SDPBackend.FLASH_ATTENTION: (private_apis.cpu_attention, private_apis.cpu_attention_backward),
 }
 
 
 def choose_kernel(q, k, v, bias: Bias) -> SDPBackend:
-    """The fused kernel that torch chooses for a block; raises Refusal where it has none.
+    """The fused kernel that torch chooses for a block. Raises Refusal if torch has none.
 
-    torch itself would silently use separate operations that hold all scores in memory.
+    Without a fused kernel, torch would silently use separate operations, which store all scores in
+    memory.
     """
     rows, keys = next(bias.blocks())
-    # The bias without documents is enough: the choice depends on shapes, not on values.
+    # The choice depends on shapes, not on values, so the bias needs no document mask here.
     choice = private_apis.choose_attention_kernel(
         q[:, :, rows], k[:, :, keys], v[:, :, keys], bias.last_1HLS)
     if choice not in KERNELS:
@@ -224,10 +238,10 @@ def choose_kernel(q, k, v, bias: Bias) -> SDPBackend:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """How rows of some length attend.
+    """The attention kernel and the blocks for rows of one length.
 
-    kernel: torch's name of it, such as EFFICIENT_ATTENTION. block: queries in a block, so the bias
-    is block x length for each head. blocks: blocks in a row.
+    kernel: torch's name of the kernel, such as EFFICIENT_ATTENTION. block: the number of queries in
+    a block. The bias of a head has block x length values. blocks: the number of blocks in a row.
     """
 
     kernel: str
@@ -237,9 +251,9 @@ class AttentionChoice:
 
 def choose_attention(slopes_H: torch.Tensor, config, length: int,
                      dtype: torch.dtype) -> AttentionChoice:
-    """The choice for rows of `length` tokens on the device of slopes_H; `config`: the ModelConfig.
+    """The kernel and the blocks for rows of `length` tokens, on the device of slopes_H.
 
-    Raises Refusal where torch has no fused kernel.
+    config: the ModelConfig. Raises Refusal if torch has no fused kernel.
     """
     shape = (1, config.n_heads, length, config.d_model // config.n_heads)
     q = torch.empty(shape, dtype=dtype, device=slopes_H.device, requires_grad=True)

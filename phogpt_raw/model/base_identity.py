@@ -1,9 +1,9 @@
-"""Which base a run was trained over: a hash of its shape and of samples of its weight files.
+"""A hash that identifies the base model of a run, from its shape and samples of its weight files.
 
-An adapter fits the weights that it was trained over and no others, and the same path or hub id may
-hold others later. The time of a file's last change cannot be used: it differs if the same files are
-downloaded again, as on a new computer. Samples are enough, because another training changes weights
-everywhere. They also avoid reading 15 GB.
+An adapter fits only the weights that it was trained over. The same path or hub id may have other
+weights later. The time of a file's last change cannot identify the weights: it differs if the same
+files are downloaded again, for example on a new computer. Samples of the weights are enough,
+because training changes weights everywhere. With samples, the program need not read 15 GB.
 """
 
 import sys
@@ -14,13 +14,13 @@ import xxhash
 from phogpt_raw.messages import _
 from phogpt_raw.model.weights import list_files, read_config
 
-SAMPLE, SAMPLES = 2**16, 64  # bytes of a sample, and samples of a file
+SAMPLE, SAMPLES = 2**16, 64  # bytes per sample; samples per file
 
 
 def base_hash(folder: Path) -> str:
-    """A hash of the fields of a base's config.json that decide values, and of the names, sizes and
-    samples of its weight files: 64 samples of each file, evenly spaced from its first bytes to its
-    last."""
+    """The hash of a base model. It covers the fields of config.json that affect the model's
+    results, and the name, the size and 64 samples of each weight file. The samples are evenly
+    spaced from the first bytes of the file to its last bytes."""
     hasher = xxhash.xxh3_128(repr(read_config(folder)).encode())
     for file in list_files(folder):
         size = file.stat().st_size
@@ -33,8 +33,9 @@ def base_hash(folder: Path) -> str:
 
 
 def say_if_another(folder: Path, recorded: str | None, adapter: Path) -> None:
-    """Print a warning if the base in `folder` has another hash than the adapter's run recorded."""
+    """Print a warning if the hash of the base in `folder` differs from the hash that the adapter's
+    run recorded."""
     if recorded and base_hash(folder) != recorded:
-        print(_("{folder}: holds other weights, or another config.json, than those {adapter} was "
-                "trained over, so its answers may be worse", folder=folder, adapter=adapter),
+        print(_("{folder}: its weights or config.json differ from the base that {adapter} was "
+                "trained over; answers may be worse", folder=folder, adapter=adapter),
               file=sys.stderr)

@@ -1,13 +1,14 @@
-"""The key-value cache, with which decoding computes one new token at a time.
+"""The key-value cache. With it, decoding computes only the new token of each sequence.
 
-A row of the cache is one sequence, from position 0 on. Each row has its own length. The lengths,
-`place_B`, are on the device, so a step of one token for each row needs no value from the host and
-can be a CUDA graph. Positions after a row's end contain old values, which attention never reads.
+A row of the cache holds one sequence, from position 0 on. Each row has its own length. The tensor
+`place_B` holds the lengths on the device. So a step of one token per row needs no value from the
+host, and can be a CUDA graph. Positions after a row's end may contain old values. Attention masks
+these positions.
 
-The model accesses the cache through a view: `Piece` for the next L tokens of some rows' prompts,
-`Step` for one more token in each row.
+The model accesses the cache through one of two views. `Piece` is for the next L tokens of the
+prompts in some rows. `Step` is for one more token in each row.
 
-On PhoGPT-7B5 a token takes 0.5 MiB in 16 bits.
+In 16 bits, one token of PhoGPT-7B5 takes 0.5 MiB of the cache.
 
 B rows, L new tokens, S positions, H heads, K head width.
 """
@@ -18,12 +19,12 @@ from phogpt_raw.model.attention import Bias, OneTokenBias
 
 
 class Cache:
-    """kv: keys and values of each layer, [2, B, H, S, K]. place_B: the position of each row's next
-    token."""
+    """kv: a tensor [2, B, H, S, K] for each layer, with its keys, then its values. place_B: the
+    position of each row's next token."""
 
     def __init__(self, layers: int, rows: int, heads: int, positions: int, width: int, *, dtype,
                  device):
-        # zeros: masked values have a weight of 0, but 0 * inf would be nan
+        # Zeros, not uninitialised memory: masked values have a weight of 0, but 0 * inf is nan.
         self.kv = [torch.zeros(2, rows, heads, positions, width, dtype=dtype, device=device)
                    for _ in range(layers)]
         self.place_B = torch.zeros(rows, dtype=torch.long, device=device)
@@ -37,8 +38,10 @@ class Cache:
         return self.kv[0].shape[3]
 
     def grow(self, positions: int) -> None:
-        """Add positions, a layer at a time, so that only one layer is held twice. Replaces all
-        tensors of `kv`."""
+        """Enlarge each row to `positions` positions. Replaces all tensors of `kv`.
+
+        It copies one layer at a time, so only one layer is in memory twice.
+        """
         for n, old in enumerate(self.kv):
             new = old.new_zeros(*old.shape[:3], positions, old.shape[4])
             new[:, :, :, : old.shape[3]] = old
@@ -52,7 +55,10 @@ class Cache:
 
 
 class Piece:
-    """The tokens from position `start` on of the prompts in rows `first`, `first` + 1, …"""
+    """The next tokens of the prompts in rows `first`, `first` + 1, … of the cache.
+
+    start: the position of the first of these tokens in each prompt.
+    """
 
     def __init__(self, cache: Cache, first: int = 0, start: int = 0):
         self.cache, self.first, self.start = cache, first, start
@@ -61,7 +67,8 @@ class Piece:
         return Bias(slopes_H, queries, self.start + queries, dtype)
 
     def extend(self, layer: int, k_BHLK, v_BHLK):
-        """Store the new tokens' keys and values; returns all so far, [B, H, S, K] each."""
+        """Store the keys and values of the new tokens. Returns (keys, values) of all tokens so far,
+        [B, H, S, K] each."""
         end = self.start + k_BHLK.shape[2]
         kv = self.cache.kv[layer][:, self.first : self.first + len(k_BHLK), :, :end]
         kv[0, :, :, self.start :], kv[1, :, :, self.start :] = k_BHLK, v_BHLK
@@ -69,9 +76,10 @@ class Piece:
 
 
 class Step:
-    """One token for each of the first `rows` rows, at the row's own position.
+    """One new token in each of the first `rows` rows, at the row's own position.
 
-    positions: how many of the cache attention reads; more than any of the rows holds.
+    positions: the number of cache positions that attention reads. It must be greater than the
+    length of each row.
     """
 
     def __init__(self, cache: Cache, rows: int, positions: int):
@@ -84,7 +92,7 @@ class Step:
         return OneTokenBias(slopes_H, self.place_B, self.positions, dtype)
 
     def extend(self, layer: int, k_BHLK, v_BHLK):
-        """As Piece.extend; each row's new key and value go to its own position."""
+        """Like Piece.extend, but each row's new key and value go to the row's own position."""
         kv = self.cache.kv[layer][:, : self.rows]
         for all_BHSK, new_BHLK in zip(kv, (k_BHLK, v_BHLK), strict=True):
             all_BHSK[self.row_B, :, self.place_B] = new_BHLK[:, :, 0]
@@ -92,7 +100,9 @@ class Step:
 
 
 def cache_bytes(layers: int, width: int, rows: int, positions: int, itemsize: int) -> int:
-    """Bytes of the keys and values of `rows` rows of `positions` positions.
+    """The size in bytes of a cache with `rows` rows of `positions` positions each.
+
+    width: the hidden size of the model.
 
     >>> cache_bytes(layers=32, width=4096, rows=1, positions=1, itemsize=2)  # 7B5, fp16
     524288

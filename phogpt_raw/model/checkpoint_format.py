@@ -1,8 +1,9 @@
-"""Write a checkpoint in the format in which VinAI ships PhoGPT.
+"""Write a checkpoint in the format of VinAI's PhoGPT checkpoints.
 
-A folder holds config.json (an MPT config with VinAI's fields), the weights under llm-foundry's
-names without `lm_head.weight` (the head is tied to the embedding), and the tokenizer's files. The
-weights are one file, or several (shards) with an index. `model.weights` reads this format.
+A folder contains config.json, the weights and the tokenizer's files. config.json is an MPT config
+with VinAI's fields. The weights have llm-foundry's names. There is no `lm_head.weight`, because the
+head is tied to the embedding. The weights are in one file, or in several files (shards) with an
+index. `model.weights` reads this format.
 
 `write_checkpoint` takes the tensors one by one and holds at most one shard in host memory.
 """
@@ -24,10 +25,10 @@ STEMS = {"bin": "pytorch_model", "safetensors": "model"}
 
 
 def vinai_config(shape: ModelConfig, **overrides) -> dict:
-    """config.json with VinAI's fields and the values of `shape`.
+    """The content of config.json, with VinAI's fields and the values of `shape`.
 
-    overrides: fields to replace or add; `attn_config` is merged field by field. VinAI's file sets
-    learned_pos_emb, which MPT ignores with ALiBi.
+    overrides: fields to replace or add. `attn_config` is merged field by field. As in VinAI's file,
+    learned_pos_emb is true, but MPT ignores it with ALiBi.
     """
     config = {
         "architectures": ["MPTForCausalLM"],
@@ -78,7 +79,7 @@ def vinai_config(shape: ModelConfig, **overrides) -> dict:
         "verbose": 0,
         "vocab_size": shape.vocab_size,
     }
-    if shape.layer_norm_epsilon != ModelConfig.layer_norm_epsilon:  # VinAI's file leaves it out
+    if shape.layer_norm_epsilon != ModelConfig.layer_norm_epsilon:  # not in VinAI's file
         config["layer_norm_epsilon"] = shape.layer_norm_epsilon
     attention = {**config["attn_config"], **overrides.get("attn_config", {})}
     return {**config, **overrides, "attn_config": attention}
@@ -93,19 +94,20 @@ def write_checkpoint(
     kind: str = "bin",
     tokenizer: Path | None = None,
 ) -> None:
-    """Write config.json, the weights and, from the folder `tokenizer`, the tokenizer's files.
+    """Write config.json and the weights, and copy the tokenizer's files from the folder
+    `tokenizer`.
 
     `tensors` are all parameters of the PhoGPT that `config` describes, in any order, on any device
-    and in the dtype to be stored; an iterable is read once. They go to `shards` files of about
-    equal size, in the order in which they come. A shard stays in host memory until it is full, so a
-    single file needs memory for all tensors. `kind`: "bin" (torch.save) or "safetensors".
+    and in the dtype to be stored. An iterable is read once. The tensors go to `shards` files of
+    about equal size, in their given order. A shard stays in host memory until it is complete, so a
+    single file needs memory for all tensors. `kind` is "bin" (torch.save) or "safetensors".
 
-    Files of the same name are replaced; others in the folder stay. The index and config.json are
-    written last, so an interrupted write cannot be read as a checkpoint.
+    Files of the same name are replaced. Other files in the folder stay. The index and config.json
+    are written last, so an interrupted write cannot be read as a checkpoint.
 
-    Raises ValueError where a tensor is not a parameter of that model, is given twice, has another
-    shape or is missing, or where there are too few tensors for `shards` files; Refusal where
-    `config` is not PhoGPT's or a tokenizer file is missing.
+    Raises ValueError if a tensor is missing, is given twice, has another shape or is not a
+    parameter of the model. Raises ValueError also if there are too few tensors for `shards` files.
+    Raises Refusal if `config` is not PhoGPT's or a tokenizer file is missing.
     """
     for name in TOKENIZER_FILES if tokenizer else ():
         if not (tokenizer / name).is_file():
@@ -121,7 +123,7 @@ def write_checkpoint(
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()  # enumerate keeps a reference to it while the next shard is filled
     if number + 1 != shards:
-        raise ValueError(f"{shards} shards: the tensors fill only {number + 1}; ask for fewer")
+        raise ValueError(f"{shards} shards: the tensors fill only {number + 1}; use fewer shards")
     if shards > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": files}
         write_json(folder / f"{STEMS[kind]}.{kind}.index.json", index)
@@ -142,12 +144,12 @@ def parameter_shapes(shape: ModelConfig) -> dict[str, torch.Size]:
 def checked(
     pairs: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, torch.Size]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the pairs; raises ValueError where they are not exactly those of `shapes`."""
+    """Yields the pairs. Raises ValueError if their names and shapes are not those of `shapes`."""
     missing = dict(shapes)
     for name, tensor in pairs:
         shape = missing.pop(name, None)
         if shape is None:
-            raise ValueError(f"tensor {name} comes twice or is not one of config.json's model")
+            raise ValueError(f"tensor {name} is given twice or is not in config.json's model")
         if tensor.shape != shape:
             raise ValueError(f"tensor {name}: shape {list(tensor.shape)}, not {list(shape)}")
         yield name, tensor
@@ -158,10 +160,10 @@ def checked(
 def split(
     pairs: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, torch.Size], shards: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Consecutive tensors as `shards` groups of about equal size, on the host.
+    """Yields `shards` groups of consecutive tensors, of about equal size, on the host.
 
-    Group n (0, 1, …) ends with the tensor that brings the elements so far to (n + 1) / shards of
-    all.
+    Group n (0, 1, …) ends with the tensor with which the number of elements so far reaches
+    (n + 1) / shards of the total.
     """
     total = sum(shape.numel() for shape in shapes.values())
     group, number, seen = {}, 0, 0
@@ -176,8 +178,8 @@ def split(
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The values on the CPU, contiguous; never a view, since torch.save writes its whole
-    storage."""
+    """The tensor on the CPU, contiguous. It is never a view of a larger storage, because torch.save
+    would write the whole storage."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
@@ -188,7 +190,7 @@ def file_name(kind: str, number: int, shards: int) -> str:
 
 
 def save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A .bin or .safetensors file of these tensors."""
+    """Write the tensors to a .bin or .safetensors file."""
     if file.suffix == ".bin":
         torch.save(tensors, file)
     else:

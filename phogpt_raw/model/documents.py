@@ -1,16 +1,17 @@
-"""Attention of packed rows by torch's variable-length kernels, each document separately.
+"""Attention of packed rows with torch's variable-length kernels, which keep documents separate.
 
-The bias of attention.py masks other documents, so a row of 8,192 tokens computes all scores of the
-row even where its documents have a hundred tokens. The kernels here take the position at which each
-document begins; their work grows with the sum of the squared lengths of the documents.
+attention.py masks other documents with a bias. So for a row of 8,192 tokens it computes all scores
+of the row, even if each document has only a hundred tokens. The kernels used here take the position
+at which each document begins. Their work grows with the sum of the squared document lengths.
 
-They accept no bias, so ALiBi goes into the product of queries and keys. Of -slope * (i - j) only
-slope * j matters, since softmax ignores what is constant along a row; j counts from the beginning
-of the document. Three extra columns of each key hold slope * j / (scale * COLUMN), split into three
-parts that the compute dtype holds exactly. The same columns of each query hold COLUMN. Five more
-columns are zero, because the kernels read eight elements at once.
+These kernels accept no bias, so ALiBi is added through extra columns of the queries and keys. Of
+-slope * (i - j) only slope * j is needed, because softmax ignores a value that is constant along a
+row. j counts from the beginning of the document. Three extra columns of each key contain
+slope * j / (scale * COLUMN) as the sum of three values in the compute dtype. The same columns of
+each query contain COLUMN. Five more columns are zero, because the kernels read eight elements at
+once.
 
-`plain` computes the same, a document at a time, to read and to test against.
+`plain` computes the same, one document at a time. Tests compare the kernels with it.
 
 B micro-batch, L length, T = B * L tokens, H heads, K head width.
 """
@@ -25,17 +26,20 @@ from phogpt_raw import private_apis
 from phogpt_raw.data.packing import DocumentBounds
 from phogpt_raw.model.attention import Bias
 
-COLUMN = 16.0  # a power of two, so exact; about as large as scores, so that no part overflows
+# The value in the extra columns of the queries. Dividing by a power of two is exact. Dividing by 16
+# keeps the values in the keys' columns within the range of fp16.
+COLUMN = 16.0
 PARTS, COLUMNS = 3, 8
-# The memory-efficient kernel is slow for heads wider than 128. Forward and backward of 8,192 tokens
-# whose longest document has 8,000 take 95.9 ms a layer on an H100. The masked bias takes 35.9 ms,
-# 3/8 of that, for any lengths of documents. So the masked bias is used for a row where the longest
-# document has more than 3/8 of the tokens.
+# The memory-efficient kernel is slow for heads wider than 128, and the extra columns make heads
+# wider. On an H100, forward and backward of a row of 8,192 tokens take 95.9 ms per layer if the
+# longest document has 8,000 tokens. With the masked bias they take 35.9 ms, 3/8 of that time, for
+# any document lengths. So if the longest document has more than 3/8 of a row's tokens, the masked
+# bias is used.
 LONGEST_SHARE = 3 / 8
 
 
 class Documents:
-    """The documents of a micro-batch as the kernels take them; shared by all layers."""
+    """The documents of a micro-batch, in the form that the kernels take. All layers share it."""
 
     def __init__(self, slopes_H: torch.Tensor, doc_BL: torch.Tensor, bounds: DocumentBounds,
                  kernel: SDPBackend):
@@ -52,8 +56,11 @@ class Documents:
 
 def columns(slopes_H: torch.Tensor, place_T: torch.Tensor, dtype: torch.dtype,
             scale: float) -> torch.Tensor:
-    """[T, 3, H, 8]: columns whose query-key products sum to slope * place / scale; those of the
-    values are zero."""
+    """The extra columns of queries, keys and values, [T, 3, H, 8].
+
+    The dot product of a query's columns and a key's columns is slope * place / scale, with the
+    place of the key in its document. The columns of the values are zero.
+    """
     rest_TH = slopes_H.double() * place_T[:, None] / (scale * COLUMN)
     tokens, heads = rest_TH.shape
     made = torch.zeros(tokens, 3, heads, COLUMNS, dtype=dtype, device=place_T.device)
@@ -65,10 +72,11 @@ def columns(slopes_H: torch.Tensor, place_T: torch.Tensor, dtype: torch.dtype,
 
 
 def starts_of(doc_BL: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The position at which each of B * count documents begins, [B * count + 1] int32, and the
-    place of each token in its document, [T]. Unused documents are empty.
+    """(starts, place_T). starts: the position at which each of the B * count documents begins, and
+    the end of the last one, int32 [B * count + 1]. place_T: each token's position in its document.
 
-    Shapes do not depend on values, so nothing waits for the GPU.
+    A document number that does not occur gives a document of length 0. The shapes do not depend on
+    values, so the host does not wait for the GPU.
     """
     rows, length = doc_BL.shape
     row_B1 = torch.arange(rows, device=doc_BL.device)[:, None]
@@ -81,9 +89,10 @@ def starts_of(doc_BL: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 
 def visible(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.dtype,
             doc_BL: torch.Tensor | None, bounds: DocumentBounds | None) -> Bias | Documents:
-    """Which keys each query sees, in the form that is fastest on the device; width: of a head.
+    """A Bias or a Documents, which defines the keys that each query attends to. The faster of the
+    two on the device is chosen. width: the width of a head.
 
-    Without bounds and on a CPU it is the masked bias.
+    Without documents, without bounds, or on a CPU, the result is a Bias.
     """
     if bounds is not None and doc_BL is not None:
         kernel = choose_kernel(slopes_H, width, length, dtype, bounds)
@@ -100,8 +109,12 @@ def attend_documents(qkv_BL3HK: torch.Tensor, documents: Documents,
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Queries, keys and values stay in one tensor, as the linear before gives them. One copy adds
-    the columns to all three. The copy is saved for backward: 1/16 more memory for heads of 128."""
+    """The autograd function of `attend_documents`.
+
+    Queries, keys and values stay in one tensor, the output of Wqkv. One copy appends the extra
+    columns to all three. The copy is saved for backward. For heads of width 128 it takes 1/16 more
+    memory than the output of Wqkv.
+    """
 
     @staticmethod
     def forward(ctx, qkv, documents, scale):
@@ -162,16 +175,16 @@ KERNELS = {SDPBackend.EFFICIENT_ATTENTION: Efficient, SDPBackend.FLASH_ATTENTION
 
 def choose_kernel(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.dtype,
                   bounds: DocumentBounds) -> SDPBackend | None:
-    """The variable-length kernel for rows of `length` tokens on the device of slopes_H, with heads
-    of this width; None where the masked bias must be used or is faster."""
+    """The variable-length kernel for rows of `length` tokens and heads of this width, on the device
+    of slopes_H. None if the masked bias must be used or is faster."""
     if slopes_H.device.type == "cpu" or dtype.itemsize > 2:
-        return None  # the CPU has no such kernel; in fp32 large scores would be rounded
+        return None  # a CPU has no such kernel; in fp32, large slope * j would cost precision
     if width % COLUMNS:
-        return None  # the kernels could not read the wider heads as vectors
+        return None  # with the extra columns, the kernels could not read eight elements at once
     q = torch.empty(1, len(slopes_H), 1, width + COLUMNS, dtype=dtype, device=slopes_H.device)
     q = q.expand(-1, -1, length, -1)
     kernel = private_apis.choose_attention_kernel(q, q, q, None)
-    if kernel == SDPBackend.CUDNN_ATTENTION:  # it has no variable-length form in torch
+    if kernel == SDPBackend.CUDNN_ATTENTION:  # torch has no variable-length form of it
         kernel = SDPBackend.FLASH_ATTENTION
     is_long = bounds.longest > LONGEST_SHARE * length
     if kernel not in KERNELS or (kernel == SDPBackend.EFFICIENT_ATTENTION and is_long):
@@ -180,7 +193,8 @@ def choose_kernel(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.
 
 
 def plain(q_LHK, k_LHK, v_LHK, slopes_H: torch.Tensor, lengths: list[int], scale: float):
-    """Attention with ALiBi within each document of one row, [L, H, K]."""
+    """Attention with ALiBi within each document of one row, [L, H, K]. lengths: the number of
+    tokens in each document."""
     outputs, start = [], 0
     for length in lengths:
         q, k, v = (x[start : start + length].transpose(0, 1) for x in (q_LHK, k_LHK, v_LHK))

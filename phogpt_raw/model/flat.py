@@ -1,11 +1,11 @@
-"""Many small parameters as views of one flat buffer, their gradients as views of another.
+"""Store many small parameters as views of one flat buffer, and their gradients as views of another.
 
 Clipping, the optimizer and an all-reduce then handle one tensor instead of hundreds. Parameters and
-gradients are fp32. Where the model computes in 16 bits, a third buffer holds the parameters in that
-dtype, so that one cast serves all layers and micro-batches.
+gradients are fp32. If the model computes in 16 bits, a third buffer holds a copy of the parameters
+in that dtype. One cast then serves all layers and all micro-batches of a step.
 
-That copy is not updated automatically. Code that changes the parameters must call `cast`
-afterwards: after loading, and after each update by the optimizer. A forward never casts.
+The 16-bit copy is not updated automatically. Code that changes the parameters must call `cast`
+afterwards: after loading, and after each optimizer step. The forward pass never casts.
 """
 
 from collections.abc import Iterable
@@ -13,19 +13,19 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-ALIGNMENT = 256  # elements; the 8-bit optimizer's block, so that no block spans two parameters
+ALIGNMENT = 256  # elements in a block of the 8-bit optimizer; no block spans two parameters
 
 
 class FlatBuffer:
     """Moves `named_parameters` (fp32, on one device) into one buffer.
 
-    flat: the one parameter, fp32 [N]. Where trainable, flat.grad is allocated at once, zero, and
-        each parameter's gradient is a view of it, into which autograd adds. Where not, neither flat
-        nor any of the parameters requires a gradient, and there is no gradient buffer.
-    compute: flat in `compute_dtype` as of the last `cast`, None where that is fp32. Each
-        parameter's view of it is its attribute `compute_copy`.
+    flat: the buffer, one nn.Parameter, fp32 [N]. If `trainable`, flat.grad is allocated immediately
+        and is zero. Each parameter's gradient is a view of flat.grad, and autograd adds to it. If
+        not `trainable`, nothing requires a gradient, and flat.grad is None.
+    compute: a copy of flat in `compute_dtype`, made by the last `cast`. It is None if
+        `compute_dtype` is fp32. Each parameter's attribute `compute_copy` is a view of this copy.
     views: (name, fp32 view of flat) of each parameter, in order.
-    count: elements of all parameters, without the gaps that alignment leaves.
+    count: the number of elements in all parameters, without the padding between them.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]],
@@ -53,16 +53,16 @@ class FlatBuffer:
         self.cast()
 
     def cast(self) -> None:
-        """Refresh `compute` from `flat`; call it after every change of the parameters."""
+        """Copy `flat` to `compute`. Call this after every change of the parameters."""
         if self.compute is not None:
             self.compute.copy_(self.flat.detach())
 
 
 def on_host(value):
-    """A copy of a tensor, or of a nest of dicts and lists with tensors in it, in the host's memory.
+    """A copy of a tensor in host memory. `value` can also be nested dicts and lists of tensors.
 
-    From a GPU it goes to page-locked memory, which torch keeps for the next copy. The copy still
-    runs when this returns.
+    A copy from a GPU goes to page-locked memory, which torch reuses for the next copy. It is
+    asynchronous: it may still run when this function returns.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", non_blocking=True, copy=True)
@@ -74,7 +74,7 @@ def on_host(value):
 
 
 def aligned_places(tensors: list[torch.Tensor]) -> tuple[list[slice], int]:
-    """The place of each tensor in a flat buffer, and the buffer's size, both in elements.
+    """The slice of each tensor in a flat buffer, and the size of the buffer, both in elements.
 
     >>> aligned_places([torch.empty(3, 5), torch.empty(300), torch.empty(1)])
     ([slice(0, 15, None), slice(256, 556, None), slice(768, 769, None)], 1024)

@@ -1,16 +1,23 @@
-"""NF4: frozen weights in 4 bits, dequantised to the compute dtype for one matrix product at a time.
+"""NF4: frozen weights are stored in 4 bits, and dequantised for one matrix product at a time.
 
-A weight is cut into blocks of 64 values. A block is stored as its largest absolute value, the
-scale, and 4 bits for each value: the nearest of 16 fixed values times that scale. The scales are
-quantised too (double quantisation): minus their mean, in blocks of 256, 8 bits each. In all that is
-4.13 bits a weight (Dettmers et al. 2023, arXiv:2305.14314).
+A weight matrix is divided into blocks of 64 values. The scale of a block is its largest absolute
+value. Each value is stored as a 4-bit index into 16 fixed values from -1 to 1. Dequantising
+multiplies the fixed value by the scale. The scales are quantised too, which is called double
+quantisation. Their mean is subtracted, and the differences are stored in 8 bits each, in blocks of
+256. In total a weight takes 4.13 bits (Dettmers et al. 2023, arXiv:2305.14314).
 
-bitsandbytes quantises. Dequantising has three versions that give the same result bit for bit:
-`dequantise_plain` shows the arithmetic; bitsandbytes runs three kernels; `nf4_kernel` below is one
-kernel, at twice the speed. `dequantise` uses the fused kernel where it works, else bitsandbytes'.
+bitsandbytes quantises the weights. Dequantising has three versions, whose results are equal bit for
+bit:
 
-Dequantising is a large part of a step: it moves 2.5 bytes per weight and pass, 33 GB in a step of
-PhoGPT-7B5 for any number of tokens. At 512 tokens on a fast GPU that is over a quarter of the step.
+- `dequantise_plain` shows the arithmetic.
+- bitsandbytes' version runs three kernels.
+- `nf4_kernel` below does the same in one fused kernel, at twice the speed.
+
+`dequantise` uses the fused kernel if it works on the GPU, else bitsandbytes' version.
+
+Dequantising is a large part of a training step. Each pass over the weights, forward or backward,
+moves 2.5 bytes per weight. In a step of PhoGPT-7B5 this is 33 GB, for any number of tokens. At 512
+tokens on a fast GPU it takes over a quarter of the step's time.
 
 O out, D in.
 """
@@ -32,39 +39,42 @@ from phogpt_raw.private_apis import (
 try:
     import triton
     import triton.language as tl
-except ImportError:  # only torch for CUDA on Linux installs it
+except ImportError:  # only torch for CUDA on Linux installs Triton
     triton = None
 
 WEIGHTS, SCALES = 64, 256  # values in a block of weights, and in a block of scales
 ROWS = 64  # blocks of weights that one program of the kernel dequantises
-NF4_BYTES = 0.5 + (1 + 4 / SCALES) / WEIGHTS  # bytes a weight: 4 bits and its share of both scales
+NF4_BYTES = 0.5 + (1 + 4 / SCALES) / WEIGHTS  # bytes per weight: 4 bits and a share of the scales
 
 
 def quantise(weight_OD: torch.Tensor, dtype: torch.dtype):
-    """(packed, state): two weights a byte, uint8 [O * D / 2, 1], and bitsandbytes' QuantState.
+    """(packed, state) of an NF4 weight. packed: uint8 [O * D / 2, 1], two weights per byte. state:
+    bitsandbytes' QuantState.
 
-    dtype: of the dequantised weight. Give weight_OD in the dtype in which it is stored.
+    dtype: the dtype of the dequantised weight. Pass weight_OD in the checkpoint's dtype, without a
+    cast.
     """
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(weight_OD, quant_type="nf4", compress_statistics=True)
     set_dequantised_dtype(state, dtype)
-    # The fused kernel takes the offset as a Python float: reading it from the GPU at each call
-    # would wait for the GPU. bitsandbytes' kernels read it on the device.
+    # The offset is the mean of the scales. The fused kernel takes it as a Python float. Reading the
+    # float from the GPU at each call would wait for the GPU, so it is read once, here.
+    # bitsandbytes' kernels read the offset on the device.
     state.offset_on_host = None if weight_OD.is_meta else float(nf4_fields(state).offset)
     return packed, state
 
 
 def stored_state(fields: NF4Fields):
-    """The QuantState of `quantise`, from its fields alone."""
+    """The QuantState that `quantise` returned, rebuilt from its stored fields."""
     state = make_nf4_state(fields)
     state.offset_on_host = float(fields.offset)
     return state
 
 
 def stored_shapes(shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """(dtype, shape) of each tensor that stores an NF4 weight of `shape`: `packed`, and the tensors
-    of NF4Fields under their names there."""
+    """(dtype, shape) of each tensor that stores an NF4 weight of `shape`, by the tensor's name. The
+    names are `packed` and the names of the tensors in NF4Fields."""
     blocks = -(-shape.numel() // WEIGHTS)
     return {
         "packed": (torch.uint8, (-(-shape.numel() // 2), 1)),
@@ -77,19 +87,19 @@ def stored_shapes(shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, 
 
 
 def kept_in_nf4(module: nn.Module, kind: str) -> bool:
-    """Whether an NF4 model stores the parameter `kind` of this module in 4 bits: only weights of
-    linears."""
+    """Whether an NF4 model stores a parameter of `module` in 4 bits. `kind` is the parameter's name
+    in the module. Only weights of linear layers are stored in 4 bits."""
     return kind == "weight" and isinstance(module, nn.Linear)
 
 
 def nf4_linear(weight_OD: torch.Tensor, dtype: torch.dtype, device,
                bias: nn.Parameter | None = None):
-    """bitsandbytes' Linear4bit with `weight_OD` in NF4, computing in `dtype`."""
+    """A bitsandbytes Linear4bit with `weight_OD` in NF4. It computes in `dtype`."""
     return linear_of(*quantise(weight_OD.to(device), dtype), bias)
 
 
 def linear_of(packed: torch.Tensor, state, bias: nn.Parameter | None = None):
-    """bitsandbytes' Linear4bit over the result of `quantise`."""
+    """A bitsandbytes Linear4bit made from the result of `quantise`."""
     import bitsandbytes as bnb
 
     fields = nf4_fields(state)
@@ -106,7 +116,7 @@ def linear_of(packed: torch.Tensor, state, bias: nn.Parameter | None = None):
 
 
 def dequantise(weight: torch.Tensor) -> torch.Tensor:
-    """W [O, D] of an NF4 `weight`, in the dtype that it was quantised for."""
+    """The dequantised W [O, D] of an NF4 `weight`, in the dtype that was given to `quantise`."""
     from bitsandbytes.functional import dequantize_4bit
 
     state = nf4_state(weight)
@@ -124,7 +134,7 @@ def can_fuse(fields: NF4Fields) -> bool:
 
 
 def dequantise_plain(packed: torch.Tensor, fields: NF4Fields) -> torch.Tensor:
-    """W [O, D] in plain PyTorch, to read and to test the kernels against."""
+    """The dequantised W [O, D] in plain PyTorch. Tests compare the kernels with it."""
     block = torch.arange(len(fields.scales), device=packed.device)
     scale = fields.scale_code[fields.scales.int()] * fields.scale_scales[block // SCALES]
     scale = scale + fields.offset
@@ -150,12 +160,13 @@ def fused_works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def dequantise_fused(packed: torch.Tensor, fields: NF4Fields, offset: float) -> torch.Tensor:
-    """W [O, D] by the Triton kernel; O * D must be a multiple of WEIGHTS * ROWS.
+    """The dequantised W [O, D], computed by the Triton kernel. O * D must be a multiple of
+    WEIGHTS * ROWS.
 
     offset: fields.offset as a Python float.
     """
     dense = torch.empty(fields.shape, dtype=fields.dtype, device=packed.device)
-    # No fused multiply-add: both operations must round, as in bitsandbytes' kernels.
+    # No fused multiply-add: the product and the sum must both be rounded, as in bitsandbytes.
     nf4_kernel[(dense.numel() // (WEIGHTS * ROWS),)](
         packed, fields.code, fields.scales, fields.scale_code, fields.scale_scales,
         offset, dense, ROWS, num_warps=4, enable_fp_fusion=False)

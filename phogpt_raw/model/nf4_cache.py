@@ -1,8 +1,10 @@
-"""A cache of quantised bases in a folder, so that the next start need not quantise.
+"""A folder of quantised base models. With it, later starts need not quantise again.
 
-PhoGPT-7B5 in NF4 is 5.4 GB instead of the checkpoint's 15 and needs no arithmetic to load. Each
-file (nf4_file.py) has a key: what its bits depend on. A file with another key is stale. A stale or
-damaged file is not used: the program prints its name and the reason, and writes a new one.
+PhoGPT-7B5 takes 5.4 GB in NF4, and 15 GB as a checkpoint. Loading the NF4 file needs no arithmetic.
+Each file (nf4_file.py) contains a key. The key lists everything that the quantised weights depend
+on, such as the checkpoint's files and the dtype. A file is stale if its key differs from the key
+that is needed now. A stale or damaged file is not used. The program prints the file's name and the
+reason, and writes a new file.
 """
 
 import json
@@ -25,17 +27,21 @@ from phogpt_raw.model.nf4_file import Damaged, read, read_header, write
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal
 
-FORMAT = 1  # of the file; raise it if names or the checksum change, and older files are stale
+# The version of the file format. Raise it if names or the checksum change, so that older files
+# become stale.
+FORMAT = 1
 HEAD = 2**16  # bytes at the beginning of a weight file that are hashed
 
 
-# -- what the bits depend on
+# -- the key of a file
 
 
 def make_key(files: list[Path], dtype: torch.dtype, device: torch.device) -> dict:
-    """What the quantised weights of `files` (config.json among them) depend on.
+    """The key: everything that the quantised weights depend on.
 
-    A GPU and a CPU quantise slightly differently: of 10,000 scales about 16 differ by one step.
+    files: the checkpoint's weight files and config.json. The key contains the type of the device,
+    because a GPU and a CPU quantise slightly differently. About 16 of 10,000 scales differ by one
+    step.
     """
     return {
         "format": FORMAT,
@@ -47,10 +53,12 @@ def make_key(files: list[Path], dtype: torch.dtype, device: torch.device) -> dic
 
 
 def identity(file: Path) -> list:
-    """A file's name and values that change with its content, without reading all of it.
+    """A list of the file's name and of values that change if its content changes. It does not read
+    the whole file.
 
-    In the hub's cache a file is a link to a blob that is named by its content. Elsewhere: size,
-    time of the last change and a hash of the first 64 KiB.
+    In the hub's cache a file is a link to a blob. The value is the blob's name, which is a hash of
+    the content. For other files the values are the size, the time of the last change and a hash of
+    the first 64 KiB.
     """
     if file.is_symlink() and (blob := Path(os.readlink(file))).parent.name == "blobs":
         return [file.name, blob.name]
@@ -61,21 +69,21 @@ def identity(file: Path) -> list:
 
 
 def difference(old: dict, new: dict) -> str:
-    """Why a cache with the key `old` cannot be used where `new` is needed."""
+    """The reason why a cache file with the key `old` cannot be used if the key `new` is needed."""
     changed = [entry[0] for entry in new["source"] if entry not in old.get("source", [])]
     if changed:
-        return _("{files} of the base changed since", files=", ".join(changed))
+        return _("{files} of the base changed", files=", ".join(changed))
     parts = [_("{what} {old}, now {new}", what=name, old=old.get(name), new=new[name])
              for name in new if name != "source" and old.get(name) != new[name]]
-    return ", ".join(parts) or _("the base had more files")
+    return ", ".join(parts) or _("the base has fewer files now")
 
 
-# -- one base's file in a folder of caches
+# -- the cache file of one base
 
 
 def family(file: Path, ending: str = "") -> list[Path]:
-    """Files beside `file` of the same model, dtype and device, with any key; `ending`: a regular
-    expression for what follows .safetensors."""
+    """The cache files in the folder of `file` with the same model, dtype and device, and with any
+    key. ending: a regular expression for the text after `.safetensors`."""
     stem = file.stem.rpartition("-")[0]
     name = re.compile(re.escape(stem) + r"-[0-9a-f]{8}\.safetensors" + ending)
     try:
@@ -86,11 +94,11 @@ def family(file: Path, ending: str = "") -> list[Path]:
 
 @dataclass(frozen=True)
 class NF4Cache:
-    """The cache file of one base, whether it exists or not."""
+    """The cache file of one base model. The file may not exist yet."""
 
-    folder: Path  # shared by any number of bases
+    folder: Path  # it can contain files of several bases
     name: str  # of the model
-    base: str  # where its checkpoint is
+    base: str  # the folder of its checkpoint
     key: dict
 
     @property
@@ -101,8 +109,8 @@ class NF4Cache:
         return self.folder / ("-".join(parts) + ".safetensors")
 
     def load(self, config: ModelConfig, device: torch.device) -> PhoGPT | None:
-        """The model, not yet frozen; None without a valid file of this key. Says which on standard
-        error."""
+        """The model from the cache file, not yet frozen. None if there is no valid file with this
+        key. Prints to standard error that the file was read, or why files are not used."""
         if os.path.isfile(self.file):
             try:
                 head = read_header(self.file)
@@ -119,8 +127,9 @@ class NF4Cache:
         return None
 
     def keep(self, phogpt: PhoGPT) -> None:
-        """Write the model's file. Before that it deletes what a killed write has left, afterwards
-        stale files. If the write fails it says so on standard error, and the run goes on."""
+        """Write the cache file of the model, then delete stale files. Temporary files of killed
+        runs are deleted first. If the write fails, a message on standard error says so, and the run
+        continues."""
         try:
             for left in family(self.file, re.escape(UNFINISHED)):
                 left.unlink(missing_ok=True)
@@ -135,7 +144,7 @@ class NF4Cache:
                 file.unlink()
 
     def stale(self) -> Iterator[tuple[Path, str]]:
-        """Stale or damaged files of this base, dtype and device, and the reason for each."""
+        """Yields (file, reason) for each stale or damaged file of this base, dtype and device."""
         for file in family(self.file):
             if file == self.file:
                 continue
@@ -161,5 +170,5 @@ def say(line: str) -> None:
 
 
 def human(size: int) -> str:
-    """Bytes as 5.4 GB or 31 MB."""
+    """A number of bytes as text, such as 5.4 GB or 31 MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

@@ -1,18 +1,20 @@
-"""The quantised base as one file: write, check and read it.
+"""Write, check and read the file of a quantised base model.
 
-It is a safetensors file of all parameters. Norms, biases and the embedding are in the compute dtype
-under their names in the checkpoint. A linear's weight is six tensors: `NAME.packed` and the fields
-of `NF4Fields` (`NAME.scales`, …). The metadata holds
+It is a safetensors file of all parameters. Norms, biases and the embedding have the compute dtype
+and their names from the checkpoint. The weight of a linear layer is stored as six tensors:
+`NAME.packed` and the tensors of `NF4Fields` (`NAME.scales`, …). The metadata has three fields:
 
-- `checksum`: XXH3-128 of the whole file, computed with zeros in the checksum's own place;
-- `key`: what the bits depend on, as JSON (nf4_cache.py);
-- `base`: where the checkpoint was, to tell a stale cache from another base of the same name.
+- `checksum`: XXH3-128 of the whole file, computed with zeros in place of the checksum itself.
+- `key`: everything that the quantised weights depend on, as JSON (nf4_cache.py).
+- `base`: the checkpoint's folder. It distinguishes a stale file of this base from a file of another
+  base with the same name.
 
-A file with another checksum, other tensors or other shapes is damaged and is not used.
+A file is damaged if its checksum does not match, or if a tensor is missing or has another shape or
+dtype. A damaged file is not used.
 
-To read it, the file is mapped and each tensor is copied to the device, also on a CPU: later changes
-of the file do not reach the model, and training never writes to the file. A second thread computes
-the checksum meanwhile; the model is returned only if it matches.
+`read` maps the file into memory and copies each tensor to the device. On a CPU it copies too. So
+later changes of the file do not change the model, and training never writes to the file. A second
+thread computes the checksum at the same time. The model is returned only if the checksum matches.
 """
 
 import json
@@ -37,11 +39,14 @@ NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", tor
 
 
 class Damaged(Exception):
-    """Why a cache file cannot be used, in a few words."""
+    """A cache file cannot be used. The exception's text is a short reason."""
 
 
 def expected(phogpt: PhoGPT, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple]]:
-    """(dtype, shape) of each tensor in the file of such a model, by its name there."""
+    """(dtype, shape) of each tensor that the file of this model contains, by the tensor's name.
+
+    dtype: the compute dtype.
+    """
     wanted = {}
     for name, parameter in phogpt.named_parameters():
         if kept_in_nf4(*owner(phogpt, name)):
@@ -53,14 +58,14 @@ def expected(phogpt: PhoGPT, dtype: torch.dtype) -> dict[str, tuple[torch.dtype,
 
 
 def owner(phogpt: PhoGPT, name: str) -> tuple[nn.Module, str]:
-    """The module of a parameter, and the parameter's name in it."""
+    """The module that contains the parameter `name`, and the parameter's name in that module."""
     path, kind = name.rsplit(".", 1)
     return phogpt.get_submodule(path), kind
 
 
 def stored_tensors(phogpt: PhoGPT) -> dict[str, torch.Tensor]:
-    """Every tensor of a quantised PhoGPT by its name in the file. The fp32 ones come first, then 16
-    bits, then bytes, so that each begins at a multiple of its element size."""
+    """Every tensor of a quantised PhoGPT, by its name in the file. fp32 tensors come first, then
+    16-bit tensors, then bytes. So each tensor begins at a multiple of its element size."""
     tensors = {}
     for name, parameter in phogpt.named_parameters():
         if (state := nf4_state(parameter)) is None:
@@ -73,11 +78,12 @@ def stored_tensors(phogpt: PhoGPT) -> dict[str, torch.Tensor]:
 
 
 def write(phogpt: PhoGPT, file: Path, key: dict, base: str = "") -> int:
-    """Write a quantised PhoGPT without adapters, as read_model returns it; returns the bytes.
+    """Write a quantised PhoGPT without adapters. Returns the size of the file in bytes.
 
-    key: nf4_cache.make_key's for the checkpoint; base: where that is. The file is written under
-    another name, flushed to the disk and renamed, so it is either complete or absent. At most 64
-    MiB are in host memory. Raises OSError or Refusal where it cannot be written.
+    key: the result of nf4_cache.make_key for the checkpoint. base: the checkpoint's folder. The
+    file is written under a temporary name, flushed to the disk and renamed, so it is either
+    complete or absent. At most 64 MiB of a GPU's tensors are in host memory at once. Raises OSError
+    or Refusal if the file cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = stored_tensors(phogpt)
@@ -97,11 +103,11 @@ def write(phogpt: PhoGPT, file: Path, key: dict, base: str = "") -> int:
 
 
 def header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """The beginning of a safetensors file whose tensors follow in this order: the length of the
-    JSON in 8 bytes, then the JSON, padded so that the tensors begin at a multiple of 64.
+    """The header of a safetensors file with these tensors, in this order.
 
-    The metadata come before all names and the checksum before everything else, so nothing else can
-    be mistaken for it.
+    It is the length of a JSON text in 8 bytes, then the JSON text. Spaces at the end of the text
+    let the tensors begin at a multiple of 64 bytes. In the text, the metadata come before the
+    tensors' names. So the checksum can come first, and no other text can be mistaken for it.
     """
     entries, begin = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
@@ -115,17 +121,17 @@ def header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
 
 
 class Header(NamedTuple):
-    """The parts of a file before its tensors."""
+    """The parts of a file's header, which precedes the tensors."""
 
     raw: bytes
-    entries: dict[str, dict]  # of each tensor
+    entries: dict[str, dict]  # dtype, shape and offsets of each tensor, by its name
     key: dict
     base: str
     checksum: str
 
 
 def read_header(file: Path) -> Header:
-    """The header of a file that `write` wrote; raises Damaged."""
+    """The header of a file that `write` wrote. Raises Damaged if the header is not valid."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if not 0 < length < os.path.getsize(file):
@@ -139,15 +145,15 @@ def read_header(file: Path) -> Header:
             raise ValueError
         return Header(length.to_bytes(8, "little") + text, entries, key, metadata["base"],
                       metadata["checksum"])
-    except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, or other JSON
+    except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, or unexpected JSON
         raise Damaged(_("damaged: its header cannot be read")) from None
 
 
 def checksum(file: Path, head: Header) -> str:
-    """The checksum of a file's content, to be compared with `head.checksum`.
+    """The checksum of a file's content. In an undamaged file it equals `head.checksum`.
 
-    It reads into one small buffer and not through the memory map. This is faster, because no pages
-    are mapped.
+    The file is read into one small buffer, not through the memory map. This is faster, because no
+    pages are mapped.
     """
     hasher = xxhash.xxh3_128(head.raw.replace(head.checksum.encode(), 32 * b"0", 1))
     buffer = memoryview(bytearray(2**20))
@@ -159,7 +165,8 @@ def checksum(file: Path, head: Header) -> str:
 
 
 def read(file: Path, head: Header, config: ModelConfig, device: torch.device) -> PhoGPT:
-    """The PhoGPT that `write` wrote, on the device, not yet frozen; raises Damaged."""
+    """The PhoGPT that `write` wrote, on `device`, not yet frozen. Raises Damaged if the file is
+    damaged."""
     from safetensors import SafetensorError, safe_open
 
     with torch.device("meta"):
@@ -172,7 +179,7 @@ def read(file: Path, head: Header, config: ModelConfig, device: torch.device) ->
                 if missing := wanted.keys() - mapped.keys():
                     raise Damaged(_("damaged: tensor {name} is missing", name=min(missing)))
                 tensors = {}
-                for name in (name for name in head.entries if name in wanted):  # the file's order
+                for name in (name for name in head.entries if name in wanted):  # in file order
                     tensor = mapped.get_tensor(name)
                     if (tensor.dtype, tuple(tensor.shape)) != wanted[name]:
                         raise Damaged(_("damaged: tensor {name} has another shape or dtype",
@@ -187,7 +194,7 @@ def read(file: Path, head: Header, config: ModelConfig, device: torch.device) ->
 
 
 def assemble(phogpt: PhoGPT, tensors: dict[str, torch.Tensor]) -> None:
-    """Make the tensors of the file the parameters of a PhoGPT on the meta device."""
+    """Replace the parameters of a PhoGPT on the meta device by the tensors of the file."""
     dtype = tensors["transformer.wte.weight"].dtype
     for name, parameter in list(phogpt.named_parameters()):
         module, kind = owner(phogpt, name)

@@ -1,27 +1,31 @@
-"""x Wᵀ for the few rows of a decoding step, directly from W's 4 bits.
+"""Compute x Wᵀ for the few rows of a decoding step, directly from the 4-bit weights.
 
-A decoding step reads every weight once, so memory decides its time. 4 bits a weight are a quarter
-of a 16-bit copy, and making that copy first would move nine times the bytes. One Triton kernel
-serves a single row; another serves 2 to 16 rows on tensor cores. GPUs older than Ampere, on whose
-tensor cores Triton cannot run, use the first kernel for each row. The kernels add bias, low-rank
-path, residual and GELU while the result is in registers. `product_plain` is the same in ordinary
-operations. Without Triton, model/lora.py calls bitsandbytes' kernel.
+A decoding step reads every weight once, so the speed of the GPU's memory limits the step. NF4
+weights take a quarter of the bytes of 16-bit weights. Dequantising them to 16 bits first would move
+nine times the bytes. The Triton kernel `one_row` is for a single row of x. The kernel `some_rows`
+is for 2 to 16 rows and uses tensor cores. Triton does not support the tensor cores of GPUs older
+than Ampere. On those GPUs `one_row` computes each row separately. While the result is in registers,
+the kernels also add the bias, the adapter's product and the residual, and apply GELU.
+`product_plain` computes the same in ordinary operations. Without Triton, model/lora.py uses
+bitsandbytes' kernel.
 
-Three things are not obvious.
+Three details are not obvious.
 
-A byte holds two weights, an even and an odd one. So x is given in halves, [N, 2, D / 2]: its even
-elements, then its odd ones (`halves`). A thread can then read the elements of x that belong to its
-bytes as whole vectors.
+A byte contains two weights, of an even and an odd column. So x is passed in halves, [N, 2, D / 2]:
+its even elements, then its odd elements (`halves`). The elements of x that a thread needs for its
+bytes are then next to each other in memory.
 
-The 16 NF4 values are read from registers, not from a table in memory. PRMT, the GPU's byte
-permutation, picks bytes out of eight by 4-bit selectors, and the nibbles of four weights are such
-selectors. Two permutations give the low bytes of the fp16 values: one for the first eight values,
-one for the last eight. Two others give the high bytes. The top bit of each nibble chooses between
-the two results. A table in memory, even cached, would be read once for each byte of weights, at two
-thirds of this speed.
+The kernels take the 16 NF4 values from registers, not from a table in memory. PRMT is the GPU's
+instruction that permutes bytes: each selector chooses one of eight bytes. The lower three bits of a
+weight's nibble are such a selector. Two permutations find the low byte of the weight's fp16 value:
+one among the first eight NF4 values, one among the last eight. Two other permutations find the high
+byte. The top bit of the nibble chooses between the first eight and the last eight values. A table
+in memory would be read once for each byte of weights. Even if the table were cached, the kernels
+would run at two thirds of this speed.
 
-Where a matrix has few rows, several programs share the columns of one row (`split`). The last
-program to finish adds the parts in a fixed order, so the result does not depend on timing.
+If W has few rows, several programs divide the columns of the same rows among themselves (`split`).
+The program that finishes last adds the partial sums in a fixed order, so the result does not depend
+on timing.
 
 N rows, D in, O out, R rank.
 """
@@ -38,13 +42,14 @@ from phogpt_raw.private_apis import NF4Fields
 try:
     import triton
     import triton.language as tl
-except ImportError:  # only torch for CUDA on Linux installs it
+except ImportError:  # only torch for CUDA on Linux installs Triton
     triton = None
 
-MOST = 16  # rows of x
-TENSOR_CORES = (8, 0)  # the compute capability from which Triton uses them
-SPLIT, PROGRAMS = 8, 256  # most programs that share a row's columns; fewest programs in all
-# The NF4 values, -1 to 1: quantiles of a normal distribution (arXiv:2305.14314, appendix E).
+MOST = 16  # the largest number of rows of x
+TENSOR_CORES = (8, 0)  # the lowest compute capability on which Triton uses tensor cores
+# The columns of a row are split among at most SPLIT programs, to reach PROGRAMS programs in total.
+SPLIT, PROGRAMS = 8, 256
+# The 16 NF4 values are quantiles of a normal distribution (arXiv:2305.14314, appendix E).
 VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -54,8 +59,8 @@ VALUES = (
 
 @dataclass(frozen=True)
 class Linear:
-    """A frozen linear as the kernels read it, and its adapter in the compute dtype, if it has
-    one."""
+    """The tensors of a frozen linear layer, as the kernels read them. If the layer has an adapter,
+    A and B are the adapter's matrices in the compute dtype."""
 
     packed: torch.Tensor  # uint8 [O, D / 2]
     fields: NF4Fields
@@ -81,14 +86,15 @@ def halves(x_ND: torch.Tensor) -> torch.Tensor:
 
 
 def whole(x_N2: torch.Tensor) -> torch.Tensor:
-    """The inverse of `halves`."""
+    """The inverse of `halves`: [N, 2, D / 2] -> [N, D]."""
     return x_N2.mT.flatten(-2)
 
 
 def product_plain(x_N2, linear: Linear, low_NR=None, add_NO=None, gelu: bool = False):
-    """x Wᵀ + bias + low Bᵀ -> [N, O], in fp32; then GELU if `gelu`; then plus `add_NO`.
+    """x Wᵀ + bias + low Bᵀ, [N, O]. Then GELU is applied if `gelu`, and then add_NO is added.
 
-    x_N2: x in halves. low_NR: scaling * x Aᵀ.
+    It computes in fp32, and the result has the dtype of x. x_N2: x in halves. low_NR: the result of
+    scaling * x Aᵀ.
     """
     y = whole(x_N2).float() @ dequantise_plain(linear.packed, linear.fields).float().t()
     if linear.bias_O is not None:
@@ -103,7 +109,8 @@ def product_plain(x_N2, linear: Linear, low_NR=None, add_NO=None, gelu: bool = F
 
 
 class Scratch:
-    """Memory for the parts of programs that share a row; one serves all products on a stream."""
+    """Working memory for the partial sums of programs that share a row. One Scratch serves all
+    products on one CUDA stream. most_out: the largest O of these products."""
 
     def __init__(self, most_out: int, device):
         self.parts = torch.empty(SPLIT * MOST * most_out, device=device)
@@ -112,9 +119,10 @@ class Scratch:
 
 def product(x_N2, linear: Linear, scratch: Scratch, low_NR=None, add_NO=None, gelu: bool = False,
             in_halves: bool = False) -> torch.Tensor:
-    """`product_plain` by the kernels, for at most MOST rows; [N, 2, O / 2] if `in_halves`.
+    """`product_plain`, computed by the kernels, for at most MOST rows of x. If `in_halves`, the
+    result is in halves, [N, 2, O / 2].
 
-    add_NO, if given, is overwritten and returned.
+    If add_NO is given, the result overwrites it.
     """
     rows, (out, width) = len(x_N2), linear.shape
     assert rows <= MOST
@@ -134,8 +142,11 @@ def product(x_N2, linear: Linear, scratch: Scratch, low_NR=None, add_NO=None, ge
 
 
 def choose(some: bool, out: int, width: int) -> tuple[int, int, int, int]:
-    """(rows of W in a program, bytes of a row at once, programs that share a row, warps) for
-    `some_rows` or `one_row`; measured on an H100 and an H200 at the shapes of 7B5 and 4B."""
+    """(rows of W per program, bytes of a row that are read at once, programs that share a row,
+    warps) for the kernel `some_rows` if `some`, else for `one_row`.
+
+    The choice is based on measurements with the shapes of 7B5 and 4B on an H100 and an H200.
+    """
     half = width // 2
     if not some:
         columns = math.gcd(half, 512 if half < 4096 else 2048)
@@ -152,8 +163,12 @@ def fits(out: int, width: int) -> bool:
 
 
 def dequantise_asm(to_fp32: bool) -> str:
-    """PTX that turns four bytes $n into the values of their high nibbles, then of their low
-    nibbles: as fp32 ($0 to $7), or as pairs of fp16 ($0 to $3)."""
+    """PTX code that converts four packed bytes, which contain eight weights, to NF4 values.
+
+    The first half of the outputs are the values of the high nibbles, the second half are those of
+    the low nibbles. The outputs are eight fp32 registers, $0 to $7, or four registers with two fp16
+    values each, $0 to $3. The next register is the input.
+    """
     bits = torch.tensor(VALUES).half().view(torch.uint16).tolist()
     low, high = ([sum((value >> shift & 255) << 8 * n for n, value in enumerate(bits[i : i + 4]))
                   for i in range(0, 16, 4)] for shift in (0, 8))
@@ -161,16 +176,16 @@ def dequantise_asm(to_fp32: bool) -> str:
     lines = [
         ".reg .b32 s<2>, t<2>, a, b, l<2>, h<2>, pair;", ".reg .b16 x, y;",
         f"and.b32 s0, {packed}, 0x77777777;",  # the lower three bits of each nibble
-        f"shr.u32 t0, {packed}, 1;",  # its top bit: 4 more where the value is one of the last 8
+        f"shr.u32 t0, {packed}, 1;",  # the top bit: it is set for the last 8 values, and adds 4
         "lop3.b32 t0, t0, 0x44444444, 0x32103210, 0xEA;",  # (t0 & 0x4…) | 0x3210…
         "shr.u32 s1, s0, 16;", "shr.u32 t1, t0, 16;",
     ]
-    for n in (0, 1):  # the first two bytes' nibbles, then the last two's
+    for n in (0, 1):  # the nibbles of the first two bytes, then of the last two bytes
         for name, table in (("l", low), ("h", high)):
             lines += [f"prmt.b32 a, {table[0]}, {table[1]}, s{n};",
                       f"prmt.b32 b, {table[2]}, {table[3]}, s{n};",
                       f"prmt.b32 {name}{n}, a, b, t{n};"]
-    for which, order in ((0, "0x7351"), (1, "0x6240")):  # bytes 1, 3 are the high nibbles' values
+    for which, order in ((0, "0x7351"), (1, "0x6240")):  # bytes 1 and 3: high nibbles
         for n in (0, 1):
             if to_fp32:
                 place = 4 * which + 2 * n
@@ -216,7 +231,7 @@ if triton is not None:
                 BIAS: tl.constexpr, LOW: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr,
                 HALVES: tl.constexpr):
         half: tl.constexpr = width // 2
-        row = tl.program_id(0)  # rows of x are neighbours: they share W in the GPU's cache
+        row = tl.program_id(0)  # programs of all rows of x use the same cached part of W
         o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         sums = tl.zeros([BLOCK, COLUMNS // 32], tl.float32)
         for start in tl.static_range(0, half, COLUMNS):

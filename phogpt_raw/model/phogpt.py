@@ -1,9 +1,10 @@
 """PhoGPT's forward: MPT blocks with biases, ALiBi attention and a tied head.
 
-Names are llm-foundry's, so that a parameter's name is its name in the checkpoint. Every linear and
-every norm has a bias (transformers' own MPT has none and drops them without an error). There is no
-position embedding. With a vocabulary of 250,880 the head, not the blocks, decides the memory, so
-`forward` ends at the hidden states and the loss takes only the rows it needs through the head.
+The parameters have llm-foundry's names, which are also their names in the checkpoint. Every linear
+layer and every norm has a bias. transformers' own MPT has no biases, and drops PhoGPT's without an
+error. There is no position embedding. With a vocabulary of 250,880 tokens, logits for all positions
+would take much memory. So `forward` returns the hidden states, and the loss applies the head only
+to the rows that it needs.
 
 B micro-batch, L length, S positions that attention sees, D hidden, H heads, K head width, V
 vocabulary.
@@ -28,7 +29,8 @@ from phogpt_raw.refusal import Refusal
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The fields of VinAI's config.json that decide values; `from_json` checks all others."""
+    """The fields of VinAI's config.json that affect the model's results. `from_json` also checks
+    the fields in SUPPORTED."""
 
     d_model: int
     n_heads: int
@@ -44,19 +46,21 @@ class ModelConfig:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all linears of all blocks: Wqkv, out_proj, up_proj, down_proj."""
+        """The number of weights in the linear layers of all blocks: Wqkv, out_proj, up_proj and
+        down_proj."""
         return self.n_layers * self.d_model**2 * (4 + 2 * self.expansion_ratio)
 
     @classmethod
     def from_json(cls, config: dict, where: str = "config.json") -> "ModelConfig":
-        """The config as VinAI ships it; raises Refusal naming the first field not supported."""
+        """A ModelConfig from VinAI's config.json. Raises Refusal that names the first field that is
+        not supported or not valid."""
         parts = {part: config.get(part) or {} for part in ("attn_config", "ffn_config")}
         for part, fields in parts.items():
             if not isinstance(fields, dict):
                 raise Refusal(f"{where}: {part} is not an object")
         if config.get("quantization_config"):
             raise Refusal(f"{where}: the checkpoint is already quantised (quantization_config); "
-                          f"name the original one, which is quantised here while it is read")
+                          f"name the original checkpoint, which this program quantises itself")
         for field, supported in SUPPORTED.items():
             part, _, name = field.rpartition(".")
             value = parts.get(part, config).get(name, supported[0])
@@ -70,7 +74,7 @@ class ModelConfig:
         epsilon = config.get("norm_eps")  # llm-foundry's name
         if epsilon is not None and given.setdefault("layer_norm_epsilon", epsilon) != epsilon:
             raise Refusal(f"{where}: layer_norm_epsilon and norm_eps are two names of one value, "
-                          f"and differ")
+                          f"but their values differ")
         try:
             shape = cls(**given)
         except TypeError as error:
@@ -88,19 +92,20 @@ class ModelConfig:
             if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise Refusal(f"{where}: {field} = {value!r} is not a positive number")
         if shape.d_model % shape.n_heads:
-            raise Refusal(f"{where}: d_model {shape.d_model} is not divided by n_heads "
+            raise Refusal(f"{where}: d_model {shape.d_model} is not a multiple of n_heads "
                           f"{shape.n_heads}")
         return shape
 
 
-# VinAI's two shapes; PhoGPT-7B5-Instruct and 4B-Chat are the same as their bases.
+# VinAI's two model shapes. PhoGPT-7B5-Instruct and 4B-Chat have the same shapes as their bases.
 PUBLISHED = {
     "7b5": ModelConfig(4096, 32, 32, vocab_size=250_880, max_seq_len=2048),
     "4b": ModelConfig(3072, 24, 32, vocab_size=20_480, max_seq_len=8192),
 }
 
-# Learned positions are switched off by MPT itself where ALiBi is on (VinAI's raw file says true):
-# should a checkpoint really hold them, loading refuses their key.
+# LARGEST: the largest accepted value of a field. SUPPORTED: the accepted values of other fields;
+# the first value is the default. learned_pos_emb is not listed: VinAI's config.json sets it to
+# true, but MPT has no learned positions with ALiBi. Loading refuses a checkpoint that has them.
 LARGEST = {"n_layers": 1024, "d_model": 2**16, "n_heads": 1024, "expansion_ratio": 64}
 SUPPORTED = {
     "model_type": ("mpt",),
@@ -141,7 +146,7 @@ class Attention(nn.Module):
         if isinstance(seen, Documents):
             out = attend_documents(qkv, seen, self.scale)
             return self.out_proj(rearrange(out, "b l h k -> b l (h k)"))
-        # split along an inner axis: backward then joins the gradients in the layout of qkv
+        # The split is along an inner axis, so backward joins the gradients in the layout of qkv.
         q, k, v = (rearrange(part, "b l h k -> b h l k") for part in qkv.unbind(2))
         if extend is not None:
             k, v = extend(k, v)
@@ -156,14 +161,14 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.expansion_ratio * d, d, bias=bias)
 
     def forward(self, x_BLD):
-        with recomputed(F.gelu, self.up_proj(x_BLD)) as wide:  # the exact GELU, not tanh's
+        with recomputed(F.gelu, self.up_proj(x_BLD)) as wide:  # exact GELU, no tanh approximation
             return self.down_proj(wide)
 
 
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x)).
 
-    Backward recomputes the outputs of the norms and of the GELU; they are not saved (recompute.py).
+    The outputs of the norms and of the GELU are not saved. Backward recomputes them (recompute.py).
     """
 
     def __init__(self, config: ModelConfig):
@@ -182,7 +187,8 @@ class Block(nn.Module):
 
 
 class PhoGPT(nn.Module):
-    """`forward` gives hidden states, `logits` takes the rows that are wanted through the head."""
+    """`forward` returns hidden states. `logits` applies the head to the rows that the caller
+    selects."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -203,16 +209,17 @@ class PhoGPT(nn.Module):
                 recompute: int = 0, bounds: DocumentBounds | None = None) -> torch.Tensor:
         """Hidden states [B, L, D] after the last norm.
 
-        doc_BL: the number of each token's document. Attention stays inside a document, so padding
-            (a document of its own, on either side) and packing are one case. None: one document a
-            row.
-        cache: ids_BL are the next L tokens of its rows and attend to all that it holds of them.
-            There are no documents then.
-        recompute: the number of blocks, from the first, that save only their input and run a second
-        time in backward. Each of them saves about ten activations fewer, for 1.5 times the
-        arithmetic: with frozen
-            weights a block of N parameters takes 4N FLOPs a token, recomputed 6N.
-        bounds: of the documents of doc_BL; with them attention costs less (documents.py).
+        doc_BL: the document number of each token. A token attends only to its own document. Padding
+            has its own document number, so padding and packing need no separate code. None: each
+            row is one document.
+        cache: a view of a key-value cache. ids_BL are the next L tokens of its rows. They attend to
+            the earlier tokens of their row in the cache. doc_BL is then ignored.
+        recompute: the number of blocks, counted from the first, that save only their input. These
+            blocks run a second time in backward. Each of them saves about ten activations fewer,
+            but needs 1.5 times the arithmetic. With frozen weights, a block of N parameters takes
+            4N FLOPs per token, and 6N FLOPs with recomputation.
+        bounds: limits on the number and the length of the documents in doc_BL. With these limits,
+            attention can use faster kernels (documents.py).
         """
         x, length = self.transformer.wte(ids_BL), ids_BL.shape[1]
         if cache is None:
@@ -230,7 +237,7 @@ class PhoGPT(nn.Module):
         return self.transformer.norm_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[…, D] -> [..., V] through the embedding's own weights (the head is tied)."""
+        """The logits, [..., D] -> [..., V]. The head is tied: its weights are the embedding's."""
         return F.linear(hidden, self.head)
 
     @property

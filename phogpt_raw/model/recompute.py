@@ -1,17 +1,18 @@
-"""Activation recomputation of norms and GELU: backward recomputes their outputs, none is saved.
+"""Activation recomputation of norms and GELU: backward recomputes their outputs.
 
-A linear layer saves its input for the gradient of its adapter. Where that input is the output of a
+A linear layer saves its input for the gradient of its adapter. If that input is the output of a
 norm or of a GELU, it need not be saved. The norm or the GELU saves its own input in any case, and
-from that its output can be recomputed by reading and writing each value once, without a matrix
-product. Of about 16 activations that a block saves, 6 are outputs of norms or of GELU.
+its output can be recomputed from that input. The recomputation needs no matrix product: it reads
+and writes each value once. In units of [B, L, D], a block saves about 16 activations. Of these, 6
+are outputs of norms or of GELU.
 
-torch.utils.checkpoint is the coarse form of the same idea: it recomputes a whole block from the
-block's input. Both can be combined.
+torch.utils.checkpoint applies the same idea to a whole block: it recomputes the block from the
+block's input. The two can be combined.
 
-Of nested saved-tensor hooks torch calls only the innermost. A checkpoint is made of
-such hooks too. Inside it, the hooks here would hide every tensor that they do not handle
-themselves, and the checkpointed block would save them all. So they pass such a tensor on to the
-hooks outside.
+If saved-tensor hooks are nested, torch calls only the innermost hooks. torch.utils.checkpoint uses
+such hooks too. Inside a checkpointed block, the hooks of this file are the innermost hooks. If they
+kept the tensors that they do not handle, the block would save all these tensors. So they pass each
+such tensor to the outer hooks.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,22 +27,23 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from phogpt_raw.private_apis import base_of, current_saved_tensor_hooks, version_of
 
-Saved = Callable[[], Tensor]  # saved in place of a tensor; called, it gives the tensor
+Saved = Callable[[], Tensor]  # a function that is saved in place of a tensor and returns it
 
 
 @contextmanager
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Tensor]:
-    """Yields function(*inputs). Operations inside the context that would save this output for their
-    backward save how to recompute it.
+    """Yields the output, function(*inputs). If an operation inside the context saves the output for
+    its backward, a function that recomputes the output is saved instead.
 
-    `function` must be deterministic. The hooks recognise the output tensor and its views, as long
-    as they are not changed in place. A copy or a cast of the output is another tensor, and is
-    saved. If an input is changed in place before backward, backward raises a RuntimeError, as in
-    plain autograd. Changing a norm's weight or bias raises too, since the norm's own backward needs
-    them.
+    `function` must be deterministic. The hooks recognise the output and its views, unless the
+    output is changed in place. A copy or a cast of the output is another tensor, so it is saved as
+    usual. If an input is changed in place before backward, backward raises a RuntimeError, as in
+    plain autograd. The same happens if a norm's weight or bias is changed, because the norm's own
+    backward needs them.
     """
     output = function(*inputs)
-    # If the output needs no gradient, `function` saves no input, and there is nothing to gain.
+    # If the output needs no gradient, `function` itself saves no input. Recomputation would then
+    # save an input in place of the output, which takes no less memory.
     hooks = recompute_hooks(output, function, inputs) if output.requires_grad else nullcontext()
     del inputs  # this frame must not keep the inputs alive
     with hooks:
@@ -50,11 +52,12 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
 
 def recompute_hooks(output: Tensor, function: Callable[..., Tensor],
                     inputs: tuple[Tensor, ...]) -> saved_tensors_hooks:
-    """Hooks that save a Recomputation in place of `output`, which function(*inputs) has given."""
+    """Saved-tensor hooks that save a Recomputation in place of `output`, which is the result of
+    function(*inputs)."""
     save = current_save()
     recomputation = Recomputation(function, [save(x) for x in inputs])
-    # Weak, because torch keeps `pack` alive as long as what it packed. The caller holds the output
-    # during the context.
+    # A weak reference: torch keeps `pack` alive as long as the saved tensors, and `pack` must not
+    # keep the output alive. During the context the caller holds the output.
     output_ref, version = ref(output), version_of(output)
 
     def pack(tensor: Tensor) -> Saved:
@@ -68,8 +71,10 @@ def recompute_hooks(output: Tensor, function: Callable[..., Tensor],
 
 
 class Recomputation:
-    """function(*inputs), computed when backward first needs it and freed after its last use:
-    several operations may have saved the same output."""
+    """The output function(*inputs), recomputed when backward first needs it.
+
+    Several operations may have saved the same output. It is freed after its last use.
+    """
 
     def __init__(self, function: Callable[..., Tensor], inputs: list[Saved]):
         self.function, self.inputs = function, inputs
@@ -77,12 +82,13 @@ class Recomputation:
         self.output = None
 
     def save(self, view: Tensor) -> Saved:
-        """What an operation saves in place of `view`, the output or a view of it."""
+        """The function that is saved in place of `view`, which is the output or a view of it."""
         self.users += 1
         return partial(self.load, view.shape, view.stride(), view.storage_offset())
 
     def load(self, *geometry) -> Tensor:
-        """The view with this shape, stride and offset of the recomputed output."""
+        """A view of the recomputed output. geometry: shape, stride and storage offset of the view.
+        """
         if self.output is None:
             with torch.no_grad():
                 self.output = self.function(*(load() for load in self.inputs))
@@ -95,7 +101,8 @@ class Recomputation:
 
 
 def current_save() -> Callable[[Tensor], Saved]:
-    """How to save a tensor here: by the hooks outside if there are any, else as autograd does."""
+    """A function that saves a tensor with the outer hooks, or without outer hooks as autograd does.
+    """
     outside = current_saved_tensor_hooks()
     if outside is None:
         return lambda tensor: partial(unchanged, tensor.detach(), version_of(tensor))
@@ -104,7 +111,8 @@ def current_save() -> Callable[[Tensor], Saved]:
 
 
 def unchanged(tensor: Tensor, version: int) -> Tensor:
-    """`tensor`; raises autograd's RuntimeError if it was changed in place since `version`."""
+    """Returns `tensor`. Raises the same RuntimeError as autograd if the tensor's version is no
+    longer `version`, which means that it was changed in place."""
     if version_of(tensor) != version:
         raise RuntimeError(
             f"a tensor of shape {list(tensor.shape)} that backward needs was modified by an "

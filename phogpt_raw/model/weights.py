@@ -1,11 +1,11 @@
-"""A checkpoint becomes an NF4 model, one tensor at a time, and every key is accounted for.
+"""Load a checkpoint as an NF4 model, one tensor at a time, and check every key.
 
-Linear weights are quantised to NF4 with double quantisation (Dettmers et al. 2023,
-arXiv:2305.14314) from the dtype that they are stored in; embedding, norms and biases are cast to
-the compute dtype. transformers' MPT loads PhoGPT without its 193 biases and only reports it; here a
-key that is missing, unknown or of another shape is an error that names it.
+The weights of linear layers are quantised to NF4 with double quantisation (Dettmers et al. 2023,
+arXiv:2305.14314), directly from the checkpoint's dtype. Embedding, norms and biases are cast to the
+compute dtype. transformers' MPT loads PhoGPT without its 193 biases, with no more than a warning.
+Here a missing key, an unknown key or a wrong shape is an error that names the key.
 
-Files are memory-mapped, so what a load holds in anonymous host memory is one tensor, not a shard.
+Files are memory-mapped, so only one tensor at a time is copied to host memory, not a whole shard.
 """
 
 import difflib
@@ -32,9 +32,9 @@ from phogpt_raw.refusal import Refusal
 KNOWN = ("nano", "vinai/PhoGPT-7B5", "vinai/PhoGPT-7B5-Instruct", "vinai/PhoGPT-4B",
          "vinai/PhoGPT-4B-Chat")
 NANO = Path(__file__).parents[1] / "nano" / "base"
-WITHOUT_WEIGHTS = ["*.json", "*.jinja"]  # of a hub repository: config and tokenizer
-FILES = [*WITHOUT_WEIGHTS, "*.safetensors", "*.bin"]  # never its code
-EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"  # some writers store both
+WITHOUT_WEIGHTS = ["*.json", "*.jinja"]  # files of a hub repository: config and tokenizer
+FILES = [*WITHOUT_WEIGHTS, "*.safetensors", "*.bin"]  # never the repository's code
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"  # some programs store both
 PINNED_IDS = dict(unk=0, bos=1, eos=2, pad=3)
 
 
@@ -47,12 +47,12 @@ def load_base(
     revision: str | None = None,
     nf4_cache: str | Path | None = None,
 ) -> tuple[PhoGPT, "PreTrainedTokenizerFast"]:  # noqa: F821
-    """A frozen PhoGPT and its tokenizer; `model` is `nano`, a folder or a hub id.
+    """A frozen PhoGPT and its tokenizer. `model` is `nano`, a folder or a hub id.
 
-    `dtype` is the compute dtype (default fp32 on the CPU, fp16 elsewhere). nf4=False keeps plain
-    weights in it. `nf4_cache` is a folder that keeps the quantised weights after a first load; from
-    then on they are read from there (nf4_cache.py). Raises Refusal if the folder, the config, a
-    file or a key is not valid.
+    `dtype` is the compute dtype: by default fp32 on a CPU, else fp16. With nf4=False the weights
+    are not quantised, and have this dtype. `nf4_cache` is a folder for quantised weights. The first
+    load writes them there, and later loads read them from there (nf4_cache.py). Raises Refusal if
+    the folder, the config, a file or a key is not valid.
     """
     check_nf4_cache(nf4_cache, nf4=nf4)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -63,29 +63,36 @@ def load_base(
 
 
 def shape_alone(model: str | None, card: Card, *, planned: bool) -> ModelConfig | None:
-    """The built-in shape that --model 7b5 or 4b names, for a plan without any file of the base;
-    None for a base with files. Raises Refusal where there is no plan for it."""
+    """The built-in shape that --model 7b5 or 4b names. With it, --dry-run needs no files of the
+    base. None if `model` names a base with files.
+
+    planned: whether --dry-run was given. Raises Refusal for a built-in shape without --dry-run, or
+    on a CPU.
+    """
     if model not in PUBLISHED or expanded(model).is_dir():
         return None
     if not planned:
         raise Refusal(f"--model {model}: is a shape without weights, for --dry-run; otherwise name "
                       f"a folder or a hub id such as vinai/PhoGPT-4B-Chat")
     if card.device == "cpu":
-        raise Refusal(f"--model {model} --dry-run: plans for a GPU, and there is none here; name "
+        raise Refusal(f"--model {model} --dry-run: plans for a GPU, but there is none here; name "
                       f"one, such as --card t4")
     return PUBLISHED[model]
 
 
 def find_folder(model: str, revision: str | None = None, files: list[str] = FILES,
                 named: str | None = None) -> Path:
-    """The folder of `nano`, of a path, or of a hub repository, whose `files` are fetched or found
-    in the cache; Refusal that begins with `named` (default: --model) where there is none."""
+    """The folder of a model. `model` is `nano`, a path or the id of a hub repository. The `files`
+    of a repository are downloaded, or found in the hub's cache.
+
+    Raises Refusal if there is no such folder. Its message begins with `named` (default: --model).
+    """
     named = named or f"--model {model}"
     local = NANO if model == "nano" else expanded(model)
     if local.is_dir():
         if revision:
-            raise Refusal(f"--revision {revision}: is for a repository of the hub; {model} is on "
-                          f"this computer and has none")
+            raise Refusal(f"--revision {revision}: is for a repository of the hub; {model} is a "
+                          f"local folder and has no revisions")
         return local
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise Refusal(f"{named}: no such folder, and not a hub id such as vinai/PhoGPT-4B"
@@ -101,14 +108,14 @@ def find_folder(model: str, revision: str | None = None, files: list[str] = FILE
             f"https://huggingface.co/{model} and set HF_TOKEN to a token of that account"
         ) from None
     except hub.RevisionNotFoundError:
-        raise Refusal(f"{named}: it has no revision {revision!r}") from None
+        raise Refusal(f"{named}: the repository has no revision {revision!r}") from None
     except hub.RepositoryNotFoundError:
         raise Refusal(
-            f"{named}: no such repository on the hub (or private: then set HF_TOKEN){meant(model)}"
+            f"{named}: no such repository on the hub (if it is private, set HF_TOKEN){meant(model)}"
         ) from None
     except hub.HFValidationError as error:
         raise Refusal(f"{named}: no such folder, and not a hub id ({error})") from None
-    except (hub.HTTPError, hub.LocalEntryNotFoundError, OSError) as error:  # proxy's: HTTPError
+    except (hub.HTTPError, hub.LocalEntryNotFoundError, OSError) as error:  # proxies: HTTPError
         raise Refusal(
             f"{named}: no such folder, and the hub does not answer "
             f"({type(error).__name__}); fetch it once while online, or name a folder{meant(model)}"
@@ -116,7 +123,8 @@ def find_folder(model: str, revision: str | None = None, files: list[str] = FILE
 
 
 def meant(model: str) -> str:
-    """A question after a base that cannot be found: the known one whose name is spelled like it.
+    """A question for the end of an error message about an unknown base. It names the known base
+    with the most similar name. Without a similar name it is empty.
 
     >>> meant("PhoGPT-4B-Chat"), meant("vinai/phogpt_7b5")
     ('; did you mean vinai/PhoGPT-4B-Chat?', '; did you mean vinai/PhoGPT-7B5?')
@@ -141,10 +149,10 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_tokenizer(folder: Path, config: ModelConfig):
-    """The tokenizer of a model folder, its special tokens checked against PhoGPT's ids.
+    """The tokenizer of a model's folder. Its special tokens must have PhoGPT's ids.
 
-    PreTrainedTokenizerFast rather than AutoTokenizer: that one first parses config.json with
-    transformers' own MPT class, which refuses VinAI's `attn_pdrop: 0.0`.
+    This function uses PreTrainedTokenizerFast, not AutoTokenizer. AutoTokenizer first parses
+    config.json with transformers' own MPT class, which refuses VinAI's `attn_pdrop: 0.0`.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -152,7 +160,7 @@ def read_tokenizer(folder: Path, config: ModelConfig):
         raise Refusal(f"{folder / 'tokenizer.json'}: missing; copy the base's tokenizer files")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as error:  # tokenizers raises nothing more special
+    except Exception as error:  # tokenizers has no more specific error
         raise Refusal(f"{folder}: its tokenizer.json, or another tokenizer file, cannot be read "
                       f"({error}); fetch them again") from None
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in PINNED_IDS}
@@ -160,19 +168,19 @@ def read_tokenizer(folder: Path, config: ModelConfig):
         raise Refusal(f"{folder}: the tokenizer's special token ids {ids} are not PhoGPT's "
                       f"{PINNED_IDS}; copy the base's tokenizer files")
     if not isinstance(tokenizer.model_max_length, int | float):
-        raise Refusal(f"{folder / 'tokenizer_config.json'}: model_max_length is no number; fetch "
-                      f"it again")
+        raise Refusal(f"{folder / 'tokenizer_config.json'}: model_max_length is not a number; "
+                      f"fetch it again")
     highest = max(tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
-        raise Refusal(f"{folder}: the tokenizer has a token of id {highest}, the embedding only "
-                      f"{config.vocab_size} rows: they are not of one model")
+        raise Refusal(f"{folder}: the tokenizer has a token of id {highest}, but the embedding "
+                      f"has only {config.vocab_size} rows; they belong to different models")
     return tokenizer
 
 
 def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.device,
                nf4_cache: str | Path | None = None) -> PhoGPT:
-    """The frozen PhoGPT of a model folder: from its cache where `nf4_cache` holds a whole one, else
-    from the checkpoint, and then the cache is made."""
+    """The frozen PhoGPT of a model's folder. If the folder `nf4_cache` has a valid file of it, the
+    model is read from this file. Else it is read from the checkpoint, and the file is written."""
     check_nf4_cache(nf4_cache, nf4=nf4)
     config = read_config(folder)
     cache = nf4_cache and find_cache(folder, nf4_cache, dtype=dtype, device=device)
@@ -186,8 +194,8 @@ def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.dev
 
 def find_cache(folder: Path, caches: str | Path, *, dtype: torch.dtype,
                device: torch.device) -> NF4Cache:
-    """The place of a model folder's NF4 weights in the folder `caches`, whether they exist there or
-    not."""
+    """The cache file of a model's NF4 weights in the folder `caches`. The file may not exist yet.
+    """
     key = make_key([folder / "config.json", *list_files(folder)], dtype, device)
     base = folder.resolve()
     if base.parent.name == "snapshots":  # …/models--vinai--PhoGPT-4B/snapshots/0a1b…
@@ -198,7 +206,8 @@ def find_cache(folder: Path, caches: str | Path, *, dtype: torch.dtype,
 
 def read_checkpoint(folder: Path, config: ModelConfig, *, nf4: bool, dtype: torch.dtype,
                     device: torch.device) -> PhoGPT:
-    """Build on the meta device, then fill each parameter as its tensor is read."""
+    """The PhoGPT of a checkpoint. It is built on the meta device. Each parameter is filled when its
+    tensor is read."""
     with torch.device("meta"):
         phogpt = PhoGPT(config)
     shapes = {name: p.shape for name, p in phogpt.named_parameters()}
@@ -214,8 +223,12 @@ def read_checkpoint(folder: Path, config: ModelConfig, *, nf4: bool, dtype: torc
 
 def accounted(folder: Path, shapes: dict[str, torch.Size]
               ) -> Iterator[tuple[str, torch.Tensor, Path]]:
-    """(name, tensor, file) of each tensor of a model folder, not yet read; Refusal where they are
-    not exactly those of `shapes`: each of them once, and no other."""
+    """Yields (name, tensor, file) for each tensor in a model's folder. The tensors are mapped, not
+    yet read.
+
+    Raises Refusal unless each name in `shapes` occurs once, with its shape, and no other name
+    occurs. Only lm_head.weight may occur too, if it equals the embedding.
+    """
     wanted, heads, embedding = dict(shapes), [], None
     for name, tensor, file in iterate(list_files(folder)):
         shape = wanted.pop(name, None)
@@ -224,11 +237,11 @@ def accounted(folder: Path, shapes: dict[str, torch.Size]
             continue
         if shape is None:
             raise Refusal(f"{file}: tensor {name} " + (
-                "is there twice" if name in shapes else
+                "occurs twice" if name in shapes else
                 "is not part of PhoGPT as config.json describes it; wrong config, or renamed keys"))
         if tensor.shape != shape:
             raise Refusal(f"{file}: tensor {name} has shape {list(tensor.shape)}, config.json "
-                          f"asks for {list(shape)}")
+                          f"requires {list(shape)}")
         if name == EMBEDDING:
             embedding = tensor
         yield name, tensor, file
@@ -238,7 +251,7 @@ def accounted(folder: Path, shapes: dict[str, torch.Size]
                           f"its embedding")
     if wanted:
         biases = sum(name.endswith(".bias") for name in wanted)
-        hint = "; PhoGPT has biases: was it saved by transformers' own MPT?" if biases else ""
+        hint = "; was it saved by transformers' MPT, which drops biases?" if biases else ""
         raise Refusal(
             f"{folder}: {len(wanted)} tensors are missing ({biases} of them biases), the first is "
             f"{next(iter(wanted))}{hint}"
@@ -246,7 +259,8 @@ def accounted(folder: Path, shapes: dict[str, torch.Size]
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Weight files of a folder, safetensors before .bin; an index's shards must all be there."""
+    """The weight files of a folder. safetensors files are preferred to .bin files. If there is an
+    index, all its shards must exist."""
     for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{end}.index.json"
         if index.is_file():
@@ -258,24 +272,25 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The names of the shards that an index lists; Refusal for what is no index."""
+    """The names of the shards that an index lists. Raises Refusal if the file is not a valid index.
+    """
     listed = read_object(index, "fetch it again").get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise Refusal(f"{index}: its weight_map does not say which tensor is in which file; fetch "
                       f"it again")
     for tensor, name in listed.items():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise Refusal(f"{index}: {tensor} is in {str(name)[:80]!r}, which is no name of a file "
-                          f"beside it; fetch it again")
+            raise Refusal(f"{index}: {tensor} is in {str(name)[:80]!r}, which is not the name of a "
+                          f"file in the same folder; fetch the index again")
     return sorted(set(listed.values()))
 
 
 def shard(folder: Path, name: str, index: Path) -> Path:
-    """The file of a shard. Raises Refusal where it is missing, or a link to somewhere else than the
-    hub's cache, which keeps the content of its files in blobs/."""
+    """The file of a shard. Raises Refusal if it is missing or is a link to another folder. A link
+    to blobs/ is allowed, because the hub's cache stores the content of its files there."""
     file = folder / name
     if not file.is_file():
-        raise Refusal(f"{file}: this shard is missing, {index.name} names it")
+        raise Refusal(f"{file}: this shard is missing, but {index.name} names it")
     there = file.resolve().parent
     if there not in (folder.resolve(), folder.resolve().parent.parent / "blobs"):
         raise Refusal(f"{file}: is a link to another folder, {there}; copy the file, or name that "
@@ -284,7 +299,7 @@ def shard(folder: Path, name: str, index: Path) -> Path:
 
 
 def iterate(files: list[Path]) -> Iterator[tuple[str, torch.Tensor, Path]]:
-    """(name, tensor, file) of each tensor, mapped from the file and not yet read."""
+    """Yields (name, tensor, file) for each tensor. The tensors are mapped, not yet read."""
     for file in files:
         try:
             if file.suffix == ".safetensors":
@@ -297,30 +312,32 @@ def iterate(files: list[Path]) -> Iterator[tuple[str, torch.Tensor, Path]]:
                 yield from ((name, tensor, file) for name, tensor in read_bin(file).items())
         except Refusal:
             raise
-        except Exception as error:  # each reader raises other errors for a damaged file
+        except Exception as error:  # the readers raise different errors for a damaged file
             reason = str(error).strip().split("\n")[0]
             raise Refusal(f"{file}: cannot be read ({reason}); {os.path.getsize(file)} bytes: "
                           f"truncated? fetch it again") from None
 
 
 def read_bin(file: Path) -> dict[str, torch.Tensor]:
-    """A .bin file's tensors, memory-mapped; weights only, so that no code in it can run."""
+    """The memory-mapped tensors of a .bin file. It loads weights only, so no code in the file can
+    run."""
     with open(file, "rb") as opened:
         if opened.read(2) != b"PK":
             raise Refusal(f"{file}: not the zip that torch.save writes since torch 1.6; fetch it "
                           f"again (is it a git-lfs pointer?), or load and save it with a new torch")
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:  # torch's error text advises to run the code
+    except pickle.UnpicklingError:  # torch's own message advises running the code
         raise Refusal(f"{file}: holds more than tensors, maybe code that would run on loading; "
                       f"use safetensors or another source") from None
 
 
 def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device):
-    """Put one tensor into the parameter of its name: a block's linear weight as NF4, the others in
-    `dtype`.
+    """Store one tensor in the parameter `name` of the model. With `nf4`, the weights of linear
+    layers are stored in NF4. All other tensors are stored in `dtype`.
 
-    Raises Refusal where it holds inf, nan or what `dtype` cannot hold: every loss would be nan.
+    Raises Refusal if the tensor contains inf, nan or a value that is too large for `dtype`. With
+    such values every loss would be nan.
     """
     path, kind = name.rsplit(".", 1)
     module = phogpt.get_submodule(path)
@@ -339,8 +356,8 @@ def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device
 
 
 def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) -> PhoGPT:
-    """The module tree of a loaded checkpoint on the meta device, without its values."""
-    make_scale_code()  # on the CPU, before the first weight on the meta device
+    """A PhoGPT with the modules of a loaded checkpoint, on the meta device, so without values."""
+    make_scale_code()  # must run on the CPU before a weight is quantised on the meta device
     meta = torch.device("meta")
     with meta:
         phogpt = PhoGPT(shape)
@@ -351,27 +368,31 @@ def base_on_meta(shape: ModelConfig, dtype: torch.dtype, *, nf4: bool = True) ->
 
 
 def check_finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> None:
-    """Raise Refusal where `dtype` cannot hold the values of a tensor."""
-    check_values(tensor, name, torch.finfo(dtype).max, dtype_name(dtype), "take another dtype")
+    """Raise Refusal if a tensor contains NaN, infinity or a value that is too large for `dtype`."""
+    check_values(tensor, name, torch.finfo(dtype).max, dtype_name(dtype), "use another dtype")
 
 
 def check_values(tensor: torch.Tensor, name: str, limit: float, kind: str, remedy: str) -> None:
-    """Raise Refusal where a tensor holds NaN, infinity, or more than the `limit` of a `kind`."""
+    """Raise Refusal if a tensor contains NaN, infinity or a value larger than `limit`.
+
+    kind: the number format whose largest value is `limit`. remedy: the end of the message.
+    """
     if tensor.is_meta or not tensor.is_floating_point():
         return
     low, high = (float(end) for end in tensor.aminmax())
     largest = max(-low, high)
     if not math.isfinite(low + high):
         raise Refusal(f"tensor {name} holds NaN or infinite values: the file is damaged; fetch it "
-                      f"again, or take an earlier checkpoint")
+                      f"again, or use an earlier checkpoint")
     if largest > limit:
-        raise Refusal(f"tensor {name} holds values up to {largest:.3g}, and {kind} ends at "
-                      f"{limit:.3g}; {remedy}")
+        raise Refusal(f"tensor {name} holds values up to {largest:.3g}, but the largest value of "
+                      f"{kind} is {limit:.3g}; {remedy}")
 
 
 def frozen(phogpt: PhoGPT, *, nf4: bool, device) -> PhoGPT:
-    """A model whose every parameter has been placed, ready for adapters."""
+    """Freeze a model whose parameters are all loaded, and set its evaluation mode. It is then ready
+    for adapters."""
     phogpt.slopes_H = phogpt.slopes_H.to(device)
-    # PEFT decides by this flag whether a linear gets its 4-bit layer.
+    # If this flag is set, PEFT uses its LoRA layer for 4-bit linear layers.
     phogpt.is_loaded_in_4bit = nf4
     return phogpt.requires_grad_(False).eval()

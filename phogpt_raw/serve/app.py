@@ -1,8 +1,8 @@
 """The ASGI application of the server: addresses, checks of requests, and streaming.
 
-A browser sends requests to 127.0.0.1 for any web page that asks for it. Two headers reveal requests
-of foreign pages: `Host` contains another name if a page has pointed its own domain at this computer
-(DNS rebinding), and `Origin` names the page. Programs send no `Origin`.
+Any web page can make its browser send requests to 127.0.0.1. Two headers reveal such requests.
+`Origin` names the page; programs send no `Origin`. A page can also point its own domain at this
+computer, which is called DNS rebinding. Then `Host` contains that domain.
 """
 
 import asyncio
@@ -40,22 +40,22 @@ from phogpt_raw.serve.protocol import (
 )
 from phogpt_raw.serve.worker import Job, Piece, Worker, broken
 
-MOST_BODY = 2**20  # bytes; the longest conversation of a model takes a tenth of it
-BODY_S = 30  # in which a request's body must arrive
+MOST_BODY = 2**20  # bytes; the longest conversation of a model has a tenth of that
+BODY_S = 30  # seconds within which a request's body must arrive
 PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
-LEFT = 499  # the status of a request whose client has left; nobody receives it
+LEFT = 499  # HTTP status if the client has disconnected; nobody receives it
 
 
 class Answers:
-    """Pieces of answers, from the worker's thread to the requests that wait for them."""
+    """Passes pieces of answers from the worker's thread to the requests that wait for them."""
 
     def __init__(self):
-        self.waiting: dict[int, tuple[int, asyncio.Queue]] = {}  # by a job's key
+        self.waiting: dict[int, tuple[int, asyncio.Queue]] = {}  # job's key: (choice, queue)
         self.keys = itertools.count()
         self.loop = None
 
     def deliver(self, pieces: list[Piece]) -> None:
-        """Can be called from any thread; does nothing after the event loop has ended."""
+        """Pass pieces to their requests, from any thread. Does nothing after the loop is closed."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.hand_out, pieces)
 
@@ -67,8 +67,11 @@ class Answers:
 
     @asynccontextmanager
     async def of(self, ask: Ask, served: Served, prompts: list[list[int]], worker: Worker):
-        """An iterator of (index of the choice, piece) until all of a request's answers have ended.
-        Those that have not ended when the block is left are cancelled."""
+        """Submit the jobs of a request; give an iterator of (index of the choice, piece).
+
+        The iterator ends after the last piece of all answers. At the end of the context, unfinished
+        answers are cancelled.
+        """
         keys, to = [], asyncio.Queue()
         seed = secrets.randbits(63) if ask.seed is None else ask.seed
         most = served.model.config.max_seq_len
@@ -98,7 +101,11 @@ class Answers:
 
 def create_app(worker: Worker, answers: Answers, *, key: str | None = None, host: str = "127.0.0.1",
                defaults: Defaults = NO_FLAGS) -> "Guard":
-    """The application. key: what /v1/ asks for; host: the name that the server listens on."""
+    """The application.
+
+    key: the API key that requests to /v1/ must send; None: they need none. host: the name or
+    address on which the server listens.
+    """
     models = {served.name: served for served in worker.models}
     started = int(time.time())
 
@@ -123,7 +130,7 @@ def create_app(worker: Worker, answers: Answers, *, key: str | None = None, host
         if name is None:
             return worker.models[0]
         if name not in models:
-            raise ProtocolError(f"the model '{name}' does not exist; there is {', '.join(models)}",
+            raise ProtocolError(f"the model '{name}' does not exist; name {' or '.join(models)}",
                                 status=404, param="model", code="model_not_found")
         return models[name]
 
@@ -140,7 +147,7 @@ def create_app(worker: Worker, answers: Answers, *, key: str | None = None, host
         reply = Reply.to(ask, served.name)
         work = answers.of(ask, served, prompts, worker)
         if ask.stream:
-            pieces = await work.__aenter__()  # raises here, before the headers are sent
+            pieces = await work.__aenter__()  # errors are raised here, before headers are sent
             return Streaming(work, events(ask, reply, pieces, prompts))
         return await unless_left(request, whole(ask, reply, work, prompts))
 
@@ -172,7 +179,7 @@ async def whole(ask: Ask, reply: Reply, work, prompts: list[list[int]]) -> Respo
 
 
 async def events(ask: Ask, reply: Reply, pieces, prompts: list[list[int]]) -> AsyncIterator[bytes]:
-    """Server-sent events; an error after the first of them is an event too."""
+    """Yield an answer as server-sent events. An error while it is written is an event too."""
     choices = [Choice() for _ in range(len(prompts) * ask.n)]
     try:
         for index in range(len(choices) if ask.chat else 0):
@@ -198,7 +205,7 @@ def add(choice: Choice, piece: Piece) -> None:
 
 
 class Streaming(StreamingResponse):
-    """A stream that exits the context `work` at its end, also after an error."""
+    """A streamed response. It exits the context `work` at its end, also after an error."""
 
     def __init__(self, work, content: AsyncIterator[bytes]):
         super().__init__(content, media_type="text/event-stream",
@@ -213,7 +220,7 @@ class Streaming(StreamingResponse):
 
 
 async def unless_left(request: Request, answer) -> Response:
-    """What `answer` returns; it is cancelled where the client leaves first."""
+    """The response of the coroutine `answer`. If the client disconnects first, it is cancelled."""
     answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(gone(request))
     try:
         await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -232,7 +239,7 @@ async def gone(request: Request) -> None:
 
 
 async def body_of(request: Request) -> bytes:
-    """The body, if it is not too large and arrives in time."""
+    """The body of a request. Raises ProtocolError if it is too large or arrives too late."""
     too_large = ProtocolError(f"the body is larger than {MOST_BODY:,} bytes", status=413)
     declared = request.headers.get("content-length", "0")
     if not declared.isdigit() or int(declared) > MOST_BODY:
@@ -275,12 +282,15 @@ async def a_bug(_request: Request, _error: Exception) -> Response:
     return error_response(broken())
 
 
-# -- who may ask
+# -- access control
 
 
 class Guard:
-    """Passes requests on to `app` if they do not come from a foreign page, and if they have the key
-    that the server may ask for. The page itself and /health need no key."""
+    """Passes requests on to `app` unless they come from a foreign page.
+
+    If the server has an API key, requests to /v1/ must send it. The page itself and /health need no
+    key.
+    """
 
     def __init__(self, app, key: str | None, host: str):
         self.app, self.key = app, key
@@ -299,8 +309,8 @@ class Guard:
         hosts, origins = headers.get(b"host", []), headers.get(b"origin", [])
         host = hosts[0].decode("latin-1").lower() if len(hosts) == 1 else ""
         if not self.is_own(host):
-            return ProtocolError(f"Host: {host or 'missing'} is not this server; name it by "
-                                 f"address or as localhost", status=403, code="foreign_host")
+            return ProtocolError(f"Host: {host or 'missing'} is not this server; use its IP "
+                                 f"address or localhost", status=403, code="foreign_host")
         for origin in origins:
             if origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}"):
                 return ProtocolError("Origin: requests from other pages are not answered",
@@ -311,8 +321,10 @@ class Guard:
         return None
 
     def is_own(self, host: str) -> bool:
-        """Whether a Host header may name this server: one of its names, or any numeric address,
-        since a foreign domain is never numeric."""
+        """True if a Host header contains a name of this server or any IP address.
+
+        A foreign domain is never an IP address.
+        """
         try:
             place = urlsplit(f"//{host}")
             name = place.hostname or ""
@@ -328,8 +340,11 @@ class Guard:
 
 
 def policy(page: str) -> str:
-    """A Content-Security-Policy under which only the page's own script and style run, and nothing
-    is loaded from elsewhere."""
+    """A Content-Security-Policy for a page, as the text of the header.
+
+    It allows the page's own script and style, and requests to this server. Everything else is
+    blocked.
+    """
     def hashes(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         return " ".join("'sha256-{}'".format(base64.b64encode(hashlib.sha256(

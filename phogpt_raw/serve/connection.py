@@ -1,4 +1,4 @@
-"""A connection whose client must send a complete request in time.
+"""A connection that is closed if the client does not send its request's headers in time.
 
 uvicorn closes a connection that is idle between two requests. But it waits without limit for
 headers that do not arrive. A few thousand such connections would use up all connections.
@@ -9,11 +9,11 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD_S = 30  # in which a request's first line and headers must arrive
+HEAD_S = 30  # seconds within which a request's first line and headers must arrive
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, closed if the headers are not complete after HEAD_S."""
+    """uvicorn's connection. It is closed if the headers are not complete after HEAD_S seconds."""
 
     late: asyncio.TimerHandle | None = None
 

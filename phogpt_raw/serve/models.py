@@ -1,8 +1,8 @@
-"""The models of a server: adapters by name over one base, and the memory that answering needs.
+"""The models of a server, which are named adapters over one base, and the memory that they need.
 
-Each adapter has a copy of the model's modules over the same weights (`same_base`) and its own
-engine, so no adapter has to be exchanged between two steps. What is not shared is the adapter, the
-cache, the CUDA graphs, and on a CPU the dequantised weights.
+Each adapter has its own copy of the model's modules and its own engine. So no adapter has to be
+exchanged between two steps. The copies share the base's weights (`same_base`). They do not share
+the cache, the CUDA graphs and, on a CPU, the dequantised weights.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from phogpt_raw.serve.protocol import Conversation, ProtocolError
 from phogpt_raw.simulate.decoding import DRAWN, GREEDY, Work, memory, most_rows
 
 NAME = r"[\w.-]+"
-SLOTS = 8  # unless --slots says otherwise, or fewer fit
-KINDS = (GREEDY, DRAWN, DRAWN)  # requests may be greedy, drawn, and drawn with top-p
+SLOTS = 8  # the default of --slots, if as many fit into the GPU's memory
+KINDS = (GREEDY, DRAWN, DRAWN)  # requests can be greedy, sampled, and sampled with top-p
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model that requests name."""
+    """A model that requests can name."""
 
     name: str
     model: PhoGPT
@@ -41,7 +41,10 @@ class Served:
     template: Template
 
     def encode(self, prompt: Conversation | str | list[int]) -> list[int]:
-        """Ids of a prompt; ProtocolError where it holds none, unknown ones or too many."""
+        """The token ids of a prompt.
+
+        Raises ProtocolError if the prompt has no token, an unknown token id or too many tokens.
+        """
         if isinstance(prompt, Conversation):
             ids = encode_history(self.tokenizer, self.template, list(prompt.turns), prompt.system)
         else:
@@ -55,30 +58,30 @@ class Served:
                                 param=where)
         if len(ids) >= config.max_seq_len:
             raise ProtocolError(
-                f"'{where}' has {len(ids)} tokens; the model was made for {config.max_seq_len}, "
-                f"answer included: shorten it", param=where, code="context_length_exceeded")
+                f"'{where}' has {len(ids)} tokens; with the answer there can be at most "
+                f"{config.max_seq_len}; shorten it", param=where, code="context_length_exceeded")
         return ids
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, Path]:
-    """The folders of --adapter, given as NAME=DIR or DIR, by name; DIR alone has its own name."""
+    """{name: folder} of the flags --adapter NAME=DIR. For --adapter DIR, the folder's name is used.
+    """
     found = {}
     for text in given:
         name, folder = text.split("=", 1) if re.match(f"{NAME}=", text) else (None, text)
         path = expanded(folder)
         name = name or path.resolve().name
         if name in found:
-            raise Refusal(f"--adapter {text}: there are two of the name {name}; name them with "
-                          f"--adapter NAME=DIR")
+            raise Refusal(f"--adapter {text}: two adapters have the name {name}; give each its own "
+                          f"name with --adapter NAME=DIR")
         found[name] = path
     return found
 
 
 def plan(options, adapters: dict[str, Path]) -> tuple[dict[str, Found], int]:
-    """The models that generate.py's options name, by name, over one base, and the number of slots
-    of each.
+    """Return ({name: model}, number of slots of each model) for generate.py's options.
 
-    Raises Refusal where the adapters are not over one base, or where the slots do not fit into the
+    Raises Refusal if the adapters do not have the same base, or if the slots do not fit into the
     GPU's memory.
     """
     named = adapters or {own_name(options.model): None}
@@ -89,9 +92,9 @@ def plan(options, adapters: dict[str, Path]) -> tuple[dict[str, Found], int]:
         for what, flag in (("base", "--model"), ("revision", "--revision"),
                            ("nf4", "--nf4 or --no-nf4"), ("dtype", "--dtype")):
             if getattr(one, what) != getattr(other, what):
-                raise Refusal(f"--adapter: {first} and {name} are not over the same base ({what}: "
-                              f"{getattr(one, what)} and {getattr(other, what)}); say one for all "
-                              f"with {flag}, or serve each by itself")
+                raise Refusal(f"--adapter: {first} and {name} have different bases ({what}: "
+                              f"{getattr(one, what)} and {getattr(other, what)}); choose one for "
+                              f"all with {flag}, or run a server for each")
     return found, slots_for(options.slots, found, planned=options.dry_run)
 
 
@@ -101,7 +104,7 @@ def own_name(model: str | None) -> str:
 
 
 def load(found: dict[str, Found]) -> list[Served]:
-    """The models of a plan over one set of weights."""
+    """Load the models of a plan. They share one copy of the base's weights."""
     base = replace(next(iter(found.values())), adapter=None).load()
     served = []
     for name, one in found.items():
@@ -117,10 +120,10 @@ def load(found: dict[str, Found]) -> list[Served]:
 
 
 def slots_for(asked: int | None, found: dict[str, Found], *, planned: bool = False) -> int:
-    """--slots checked against the GPU's memory; by default 8, or as many as fit.
+    """The number of slots of each model: --slots, or by default as many as fit, at most 8.
 
-    Every model has its own slots. Raises Refusal where they do not fit, except in a plan, which
-    shows first what they would take.
+    Raises Refusal if the slots do not fit into the GPU's memory. With planned=True this error comes
+    later: --dry-run first prints the memory that the slots would need.
     """
     if asked is not None and not 1 <= asked <= 1024:
         raise Refusal(f"--slots {asked}: must be from 1 to 1024")
@@ -147,19 +150,19 @@ def largest(found: dict[str, Found]) -> Found:
 
 
 def work_of(found: dict[str, Found], slots: int) -> Work:
-    """The most work at one time: in each model, every slot has a conversation of full length."""
+    """The largest work at one time: every slot of each model has a conversation of full length."""
     return Work(slots, largest(found).shape.max_seq_len, models=len(found), kinds=KINDS)
 
 
 def show_plan(found: dict[str, Found], slots: int) -> None:
-    """What --dry-run prints."""
+    """Print the output of --dry-run."""
     one, work = largest(found), work_of(found, slots)
     fit = most_rows(memory_plan.model_of(one), work, one.card, slots)
     memory_plan.show(one, work, remedy(found, fit))
 
 
 def memory_line(found: dict[str, Found], slots: int) -> str:
-    """The memory of weights and slots, as a line that is printed at the start."""
+    """The memory of weights and slots as one line of text, which is printed at the start."""
     one, work = largest(found), work_of(found, slots)
     used = memory(memory_plan.model_of(one), work, one.card)
     text = _("(slots for {slots} answers of {tokens:,} tokens", slots=slots, tokens=work.positions)

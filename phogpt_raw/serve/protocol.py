@@ -1,8 +1,8 @@
-"""The chat-completions and completions protocol: requests checked, replies as its JSON.
+"""The chat-completions and completions protocol: check requests, and build replies as JSON.
 
-Nothing here waits or computes. A field that would change the answer but is not supported is
-refused, and the error names it. So no client relies on a field that has no effect. `null` is a
-field left out.
+This module does not run the model. A field that would change the answer, but is not supported, is
+an error that names the field. So no client relies on a field without effect. A field of the value
+`null` counts as missing.
 """
 
 import json
@@ -15,12 +15,12 @@ from phogpt_raw.decode.engine import GREEDY
 from phogpt_raw.decode.history import Turn
 from phogpt_raw.decode.sampling import Sampling
 
-MOST_CHOICES, MOST_STOPS, MOST_STOP = 128, 16, 1000  # per request; characters of a stop string
+MOST_CHOICES, MOST_STOPS, MOST_STOP = 128, 16, 1000  # choices, stop strings, characters of each
 COMPLETION_TOKENS = 16  # the protocol's default for /v1/completions
 
 WITHOUT_EFFECT = {"metadata", "prediction", "prompt_cache_key", "prompt_cache_retention",
                   "safety_identifier", "service_tier", "store", "user"}
-# Fields that are not supported: the values that ask for nothing.
+# Fields that are not supported, each with the values that have no effect and are accepted.
 ONLY = {
     "audio": (), "best_of": (1,), "echo": (False,), "frequency_penalty": (0,),
     "function_call": ("none", "auto"), "functions": ([],), "logit_bias": ({},),
@@ -31,13 +31,13 @@ ONLY = {
 }
 USED = {"max_completion_tokens", "max_tokens", "min_p", "model", "n", "repetition_penalty", "seed",
         "stop", "stream", "stream_options", "temperature", "top_k", "top_p"}
-# (least, most, whether the least itself is allowed); Sampling says what each is
+# field: (least, most, is the least value itself allowed); Sampling explains the fields
 BOUNDS = {"temperature": (0, 100, True), "top_k": (0, 2**31 - 1, True), "top_p": (0, 1, False),
           "min_p": (0, 1, True), "repetition_penalty": (0, 100, False)}
 
 
 class ProtocolError(Exception):
-    """A request that cannot be answered: its HTTP status and the protocol's four fields."""
+    """An error in reply to a request, with its HTTP status and the protocol's four fields."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None,
                  code: str | None = None, kind: str = "invalid_request_error"):
@@ -52,7 +52,7 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True)
 class Defaults:
-    """The values of fields that a request leaves out: those of generate.py's flags."""
+    """The values of generate.py's flags. They are used for fields that a request leaves out."""
 
     sampling: Sampling = GREEDY
     max_tokens: int = 256
@@ -64,7 +64,7 @@ NO_FLAGS = Defaults()
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of which the last has no answer yet, and the system text."""
+    """The turns of a conversation, and its system text. The last turn has no answer yet."""
 
     turns: tuple[Turn, ...]
     system: str = ""
@@ -72,9 +72,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Ask:
-    """A checked request; each of its prompts gets `n` answers.
+    """A checked request. Each of its prompts gets `n` answers.
 
-    A prompt is a Conversation, or for /v1/completions text or token ids as they are.
+    A chat has one prompt, a Conversation. A prompt of /v1/completions is text or a list of token
+    ids, and is used without a template.
     """
 
     chat: bool
@@ -90,7 +91,7 @@ class Ask:
 
 
 def read_request(body: bytes, chat: bool, defaults: Defaults) -> Ask:
-    """The request in a body; raises ProtocolError naming the field that is not as it should be."""
+    """Read and check the body of a request. Raises ProtocolError that names the wrong field."""
     fields = read_json(body)
     own = "messages" if chat else "prompt"
     for name, value in fields.items():
@@ -102,7 +103,7 @@ def read_request(body: bytes, chat: bool, defaults: Defaults) -> Ask:
     prompts = [conversation(fields[own])] if chat else raw_prompts(fields[own])
     n = whole(fields, "n", 1, MOST_CHOICES) or 1
     if n * len(prompts) > MOST_CHOICES:
-        raise wrong("n", f"times the prompts must be at most {MOST_CHOICES}")
+        raise wrong("n", f"times the number of prompts must be at most {MOST_CHOICES}")
     stream = boolean(fields, "stream")
     return Ask(
         chat=chat, model=text(fields, "model"), prompts=prompts,
@@ -124,7 +125,7 @@ def read_json(body: bytes) -> dict:
 
 
 def not_a_number(name: str):
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def asks_for_nothing(name: str, value) -> bool:
@@ -151,8 +152,10 @@ def text(fields: dict, name: str) -> str | None:
 
 
 def clean(value, name: str) -> str:
-    """Raise ProtocolError for text that UTF-8 cannot encode: JSON can contain half of a surrogate
-    pair."""
+    """The value, if it is text. Raises ProtocolError if it is not, or if UTF-8 cannot encode it.
+
+    JSON can contain half of a surrogate pair, which UTF-8 cannot encode.
+    """
     if not isinstance(value, str):
         raise wrong(name, f"must be text, not {shortened(value)}")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -177,12 +180,12 @@ def whole(fields: dict, name: str, least: int, most: int) -> int | None:
 
 
 def max_tokens(fields: dict) -> int | None:
-    """max_completion_tokens, or max_tokens, its older name."""
+    """The value of max_completion_tokens, or of max_tokens, which is its older name."""
     newer, older = (whole(fields, name, 1, 2**31 - 1)
                     for name in ("max_completion_tokens", "max_tokens"))
     if newer and older and newer != older:
-        raise wrong("max_tokens", "and 'max_completion_tokens' are two names of one value, and "
-                                  "differ")
+        raise wrong("max_tokens", "and 'max_completion_tokens' are two names of one value; give "
+                                  "one of them")
     return newer or older
 
 
@@ -201,7 +204,7 @@ def sampling(fields: dict, default: Sampling) -> Sampling:
 
 
 def stops(value) -> list[str]:
-    """The stop strings of a request, normalised to NFC as answers are."""
+    """The stop strings of a request, normalised to NFC. Answers are normalised to NFC too."""
     if value is None:
         return []
     found = value if isinstance(value, list) else [value]
@@ -230,8 +233,11 @@ def include_usage(fields: dict, stream: bool) -> bool:
 
 
 def conversation(messages) -> Conversation:
-    """Messages as turns: system messages come first, then questions and answers alternate; the last
-    is a question. Consecutive user messages become one question, each on its own line."""
+    """A list of messages as a Conversation.
+
+    System messages must come first. Then each answer follows a question, and the last message is a
+    question. Consecutive user messages become one question, with one line for each message.
+    """
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "must be a list of at least one message")
     system, turns, asked = [], [], []
@@ -264,7 +270,7 @@ def conversation(messages) -> Conversation:
 
 
 def content(value, where: str) -> str:
-    """A message's text: a string, or parts of type text."""
+    """The text of a message. `value` is a string or a list of parts of type text."""
     if isinstance(value, list) and value:
         for n, part in enumerate(value):
             if not isinstance(part, dict) or part.get("type") != "text":
@@ -278,7 +284,10 @@ def content(value, where: str) -> str:
 
 
 def raw_prompts(prompt) -> list[str | list[int]]:
-    """Text, token ids, or a list of either; text goes to the model without a template."""
+    """The prompts of /v1/completions: a text, a list of token ids, or a list of either.
+
+    A text goes to the model without a template.
+    """
     if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
         prompts = [prompt]
     else:
@@ -294,7 +303,7 @@ def raw_prompts(prompt) -> list[str | list[int]]:
 
 @dataclass
 class Choice:
-    """An answer as far as it is written; `written` counts its tokens."""
+    """The part of an answer that has been generated. `written` is its number of tokens."""
 
     text: str = ""
     written: int = 0
@@ -307,7 +316,7 @@ class Reply:
 
     chat: bool
     model: str
-    with_usage: bool  # every chunk has a field for it, the last one its values
+    with_usage: bool  # add the field `usage` to every chunk; only the last one has its values
     id: str
     created: int
 
@@ -331,7 +340,7 @@ class Reply:
         return {**self.head(False), "choices": made, "usage": usage(choices, prompt_tokens)}
 
     def begin(self, index: int) -> dict:
-        """The first chunk of a chat's choice: who speaks."""
+        """The first chunk of a chat's choice. It contains the role and no text."""
         return self.chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
 
     def piece(self, index: int, text: str, finish: str | None = None) -> dict:
@@ -345,19 +354,19 @@ class Reply:
         return {**made, "usage": None} if self.with_usage else made
 
     def used(self, choices: list[Choice], prompt_tokens: int) -> dict:
-        """The last chunk, for stream_options.include_usage."""
+        """The last chunk, with the numbers of tokens. It is for stream_options.include_usage."""
         return {**self.head(True), "choices": [], "usage": usage(choices, prompt_tokens)}
 
 
 def usage(choices: list[Choice], prompt_tokens: int) -> dict:
-    """Tokens read, each prompt counted once, and written, without `</s>`."""
+    """The numbers of tokens. Each prompt is counted once; `</s>` of an answer is not counted."""
     written = sum(choice.written for choice in choices)
     return {"prompt_tokens": prompt_tokens, "completion_tokens": written,
             "total_tokens": prompt_tokens + written}
 
 
 def server_sent(message: dict | str) -> bytes:
-    """A server-sent event."""
+    """A message as the bytes of a server-sent event."""
     data = message if isinstance(message, str) else json.dumps(message, ensure_ascii=False)
     return f"data: {data}\n\n".encode()
 

@@ -1,7 +1,7 @@
-"""`generate.py --serve`: checks its flags, starts the server, and ends it.
+"""Run `generate.py --serve`: check its flags, start the server, and stop it.
 
-All errors that can be found early are found before weights are read: flags, adapters, an address in
-use. SIGTERM, SIGHUP and Ctrl-C end the server after the answers that are being written.
+Wrong flags, wrong adapters and an address in use are reported before weights are read. SIGTERM,
+SIGHUP and Ctrl-C stop the server after the answers in progress are finished.
 """
 
 import ipaddress
@@ -21,20 +21,24 @@ from phogpt_raw.serve.protocol import NO_FLAGS, Defaults
 from phogpt_raw.serve.worker import Worker
 
 HERE = "127.0.0.1"
-GRACE_S = 600  # for the last answers; then their connections are closed
+GRACE_S = 600  # seconds for the last answers; after that their connections are closed
 JOIN_S = 30
-BACKLOG = 2048  # connections that wait, also while the model is loaded
-SWITCH_S = 5e-4  # after which a thread gives way: the engines' thread must not wait for the server
+BACKLOG = 2048  # connections that can wait, also while the model is loaded
+SWITCH_S = 5e-4  # seconds until Python switches threads; short for the sake of the engines' thread
 
 
 def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
-    """Serve until SIGTERM, SIGHUP or Ctrl-C. options: of generate.py; adapters: by name, none for
-    the base alone; sampling: for requests without their own."""
+    """Serve until SIGTERM, SIGHUP or Ctrl-C.
+
+    options: those of generate.py. adapters: {name: folder}, empty for the base alone. sampling: the
+    settings of requests that name none.
+    """
     check_extra()
     host, port = address(options.serve)
     check_key(options.api_key)
     if options.seed is not None:
-        raise Refusal(f"--seed {options.seed}: each request names its own; leave it out")
+        raise Refusal(f"--seed {options.seed}: with --serve each request names its own seed; leave "
+                      f"it out")
     found, slots = plan(options, adapters)
     if options.dry_run:
         return show_plan(found, slots)
@@ -43,7 +47,7 @@ def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     defaults = Defaults(sampling, options.max_new_tokens, stops)
     tell(memory_line(found, slots))
     if not (options.api_key or is_this_computer(host)):
-        tell(_("(anybody who reaches {host} can ask without a key: --api-key KEY asks for one)",
+        tell(_("(anybody who reaches {host} can ask without a key; --api-key KEY requires a key)",
                host=host))
     run(load(found), slots, listening, host=host, key=options.api_key, defaults=defaults,
         capture=options.capture)
@@ -51,7 +55,7 @@ def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
 
 def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: str | None = None,
         defaults: Defaults = NO_FLAGS, capture: bool = True) -> None:
-    """Serve models at a bound socket."""
+    """Serve models on a socket that is already bound to an address."""
     import uvicorn
 
     from phogpt_raw.serve.app import Answers, create_app
@@ -69,10 +73,10 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
-            """Handle SIGHUP too, which uvicorn leaves alone."""
+            """Handle SIGHUP too. uvicorn does not handle it."""
             with super().capture_signals():
                 before = signal.getsignal(signal.SIGHUP)
-                if before is not signal.SIG_IGN:  # as nohup has it
+                if before is not signal.SIG_IGN:  # nohup makes a program ignore SIGHUP
                     signal.signal(signal.SIGHUP, self.handle_exit)
                 try:
                     yield
@@ -80,8 +84,8 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
                     signal.signal(signal.SIGHUP, before)
 
         def handle_exit(self, number, frame) -> None:
-            """The first signal lets answers finish, the second stops them, the third does not wait
-            for the clients."""
+            """The first signal lets answers finish. The second stops them. The third ends the
+            server without waiting for the clients."""
             times = len(self._captured_signals)
             worker.close(finish=not times)
             if times < 2:
@@ -92,7 +96,7 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
 
         async def shutdown(self, sockets=None) -> None:
             if worker.answering:
-                tell(plural(worker.answering, _("finishing 1 answer (Ctrl-C breaks it off)"),
+                tell(plural(worker.answering, _("finishing 1 answer (Ctrl-C stops it)"),
                             _("finishing {n} answers (Ctrl-C stops them)",
                               n=worker.answering)))
             await super().shutdown(sockets)
@@ -137,7 +141,7 @@ def address(text: str) -> tuple[str, int]:
 
 
 def is_this_computer(host: str) -> bool:
-    """Whether a host can be reached from this computer only."""
+    """True if the address can be reached only from this computer."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -161,8 +165,8 @@ def bind(host: str, port: int) -> socket.socket:
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(place)
-        found.listen(BACKLOG)  # now, or a second server could bind the address while this one loads
+        found.listen(BACKLOG)  # at once: so no second server binds the address during loading
     except OSError as error:
-        raise Refusal(f"--serve {shown(host)}:{port}: cannot be listened on ({error.strerror}); "
-                      f"choose another") from None
+        raise Refusal(f"--serve {shown(host)}:{port}: this address cannot be used "
+                      f"({error.strerror}); choose another") from None
     return found

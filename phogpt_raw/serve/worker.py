@@ -1,12 +1,12 @@
-"""The one thread that owns the engines: requests join and leave their batches between two tokens.
+"""The thread that runs the engines. Requests join and leave an engine's batch between two steps.
 
 Other threads put orders into an inbox. Between two steps the thread reads the orders. Then it runs
-one step of each engine that has rows, and delivers the new text of all answers in one call. If a
-client leaves, its answer's row becomes free at once. If an engine fails, its requests get an error,
-and later requests get a new engine.
+one step of each engine with open requests, and delivers the new text of all answers in one call. If
+a client disconnects, the row of its answer becomes free at once. If an engine fails, its requests
+get an error. A new engine answers later requests.
 
-Tokens become text here, and not where they are sent, so that a stop string frees the row before the
-next step.
+Tokens are decoded to text in this thread. So a stop string is found before the next step, and the
+row becomes free in time.
 """
 
 import copy
@@ -26,12 +26,15 @@ from phogpt_raw.serve.models import Served
 from phogpt_raw.serve.protocol import ProtocolError
 
 MOST_WAITING = 2048
-WARM_UP = 4  # tokens; the first is eager, then a step's CUDA graph is captured and replayed
+WARM_UP = 4  # tokens: one for an eager step, the others to capture and replay a CUDA graph
 
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to write. lstrip: without white space at its beginning."""
+    """One answer to generate.
+
+    most: the largest number of its tokens. lstrip: remove white space from its beginning.
+    """
 
     key: int
     model: str
@@ -45,12 +48,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Piece:
-    """New text of answer `key`. finish: stop or length, where this is its last piece; error: why
-    there is no more."""
+    """New text of the answer `key`.
+
+    finish: "stop" or "length" in the last piece of an answer, otherwise None. error: the reason if
+    the answer ends with an error.
+    """
 
     key: int
     text: str
-    written: int  # tokens so far
+    written: int  # number of the answer's tokens up to this piece
     finish: str | None = None
     error: ProtocolError | None = None
 
@@ -61,7 +67,7 @@ class Piece:
 
 @dataclass
 class Open:
-    """A job that is being answered or waits for a row."""
+    """A job that is being answered or is waiting for a row."""
 
     job: Job
     stream: TextStream
@@ -75,14 +81,15 @@ class Line:
 
     served: Served
     engine: Engine
-    tokenizer: object  # this thread's own: encoding changes a tokenizer while it runs
+    tokenizer: object  # a copy for this thread: two threads cannot use one tokenizer at once
     open: dict[int, Open] = field(default_factory=dict)
 
 
 class Worker:
-    """Answers jobs until `close`. deliver: gets each step's pieces, in the worker's thread.
+    """Answers jobs from `start` until `close`. After `start` returns, its engines are warmed up.
 
-    slots: rows of each engine. Start it with `start`; it is warm when that returns.
+    slots: number of rows of each engine. deliver: a function that gets the pieces of each step. It
+    is called in the worker's thread.
     """
 
     def __init__(self, models: list[Served], slots: int, deliver: Callable[[list[Piece]], None],
@@ -99,14 +106,17 @@ class Worker:
     # -- from any thread
 
     def start(self) -> None:
-        """Run the thread and wait until every engine has answered once; raises what it raised."""
+        """Start the thread, and wait until every engine has answered once.
+
+        If this fails in the thread, the thread's error is raised here.
+        """
         self.thread.start()
         self.ready.wait()
         if self.failed:
             raise self.failed
 
     def submit(self, job: Job) -> None:
-        """Raises ProtocolError where no more jobs are taken."""
+        """Add a job. Raises ProtocolError if the worker accepts no more jobs."""
         if self.closing:
             raise shutting_down()
         if not self.alive:
@@ -117,7 +127,7 @@ class Worker:
         self.inbox.put(lambda: self.add(job))
 
     def cancel(self, key: int) -> None:
-        """Nobody waits for this answer any more; nothing more of it is delivered."""
+        """Stop an answer for which nobody waits. No more pieces of it are delivered."""
         self.inbox.put(lambda: self.drop(key))
 
     def close(self, finish: bool = True) -> None:
@@ -131,7 +141,7 @@ class Worker:
 
     # -- in the thread
 
-    @torch.no_grad()  # an engine that is replaced restores what was there before it
+    @torch.no_grad()  # without it, the exit of a replaced engine would switch gradients on again
     def work(self) -> None:
         try:
             for served in self.models:
@@ -150,7 +160,7 @@ class Worker:
                     if line.open:
                         self.turn(line)
                 self.send()
-        finally:  # also after an error that a new engine does not solve
+        finally:  # also after an error that a new engine cannot fix
             self.pieces += [Piece(key, "", 0, error=broken()) for line in self.lines.values()
                             for key in line.open]
             self.send()
@@ -200,7 +210,7 @@ class Worker:
         self.count()
 
     def turn(self, line: Line) -> None:
-        """The tokens of one step of an engine."""
+        """Run one step of an engine, and deliver its tokens."""
         try:
             for token in line.engine.run():
                 self.got(line, token)
@@ -229,7 +239,7 @@ class Worker:
             del line.open[token.key]
 
     def fail(self, line: Line, error: Exception) -> None:
-        """Give all requests of an engine an error, and later ones a new engine."""
+        """Send an error to all requests of an engine. A new engine answers later requests."""
         traceback.print_exception(error, file=sys.stderr)
         full = type(error).__name__ == "OutOfMemoryError"
         told = broken()

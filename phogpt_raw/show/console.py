@@ -1,7 +1,7 @@
-"""The output of a run while it trains: one progress line, evaluations, a summary.
+"""Print the progress of a run: a progress line, the evaluations and a summary.
 
-On a terminal the progress line is updated in place; elsewhere a new line is printed from time to
-time.
+On a terminal the progress line is updated in place. In a file or a pipe, about ten lines are
+printed over the whole run.
 """
 
 import shlex
@@ -26,8 +26,8 @@ out = Rich(highlight=False, soft_wrap=True)
 
 
 def listing(title: str, lines: dict[str, str]) -> None:
-    """A titled list of name and value; on a terminal a long value continues on the next line, below
-    its beginning."""
+    """Print a title, and a line for each name and value. On a terminal a long value is wrapped, and
+    its later lines are indented to the start of the value."""
     heading(title)
     indent = max(map(len, lines)) + 2
     for name, value in lines.items():
@@ -36,13 +36,13 @@ def listing(title: str, lines: dict[str, str]) -> None:
 
 
 def paragraph(text: str, style: str = "") -> None:
-    """Sentences, wrapped at words."""
+    """Print text. On a terminal it is wrapped between words."""
     out.print(Text(wrapped(text), style))
 
 
 def wrapped(text: str, indent: int = 0) -> str:
-    """Text broken between words where a terminal is narrower, its later lines indented; as it is
-    where no terminal reads it."""
+    """Text for a terminal, wrapped between words, with later lines indented by `indent` columns. If
+    the output is not a terminal, the text is unchanged."""
     if not out.is_terminal:
         return text
     return textwrap.fill(text, max(20, out.width - indent), break_long_words=False,
@@ -54,13 +54,13 @@ def heading(title: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line above the progress line, on a terminal broken between words."""
+    """Print a line above the progress line. On a terminal it is wrapped between words."""
     tqdm.write(wrapped(text), file=sys.stdout)
 
 
 class Display:
-    """The progress line of a run, and the time that is left. `shutdown` gets to know where nobody
-    sees it."""
+    """The progress line of a run, with the remaining time. If the line cannot be written,
+    `shutdown` stops the run."""
 
     def __init__(self, run: Run, shutdown: GracefulShutdown):
         self.run, self.shutdown = run, shutdown
@@ -68,7 +68,7 @@ class Display:
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
                         dynamic_ncols=True,
                         bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}")
-        self.latest = _("first step")  # or the latest one's values, without the time left
+        self.latest = _("first step")  # later: the latest values, without the time left
         self.bar.set_description_str(_("evaluating") if run.evaluation_due() else self.latest)
         self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 
@@ -76,7 +76,8 @@ class Display:
         return self
 
     def __exit__(self, kind, error, _traceback) -> None:
-        """Close the line. Ctrl-C and a full disk are raised again, with what is left of the run."""
+        """Close the progress line. Raise KeyboardInterrupt and Refusal again, with a text that says
+        from which checkpoint the run can be resumed."""
         with self.shutdown.printing():
             self.bar.set_description_str(self.latest)
             self.bar.close()
@@ -105,7 +106,7 @@ class Display:
                       flush=True)
 
     def seconds_left(self) -> float:
-        """The estimated time of the steps and evaluations that are left."""
+        """The estimated seconds of the remaining steps and evaluations."""
         run = self.run
         return ((run.steps - run.state.step) * self.step_seconds.value
                 + run.still_due(run.config.eval_every) * self.evaluation_seconds.value)
@@ -119,12 +120,12 @@ class Display:
 
 
 def stopped(run: Run) -> str:
-    """What is left of a run that is stopped without being saved."""
+    """A text about a run that stops without saving: its step and its newest checkpoint."""
     run.settle()
-    saved = newest(run.folder, up_to=run.state.step)  # above it are damaged ones
+    saved = newest(run.folder, up_to=run.state.step)  # later checkpoints are damaged
     if saved is None:
         return _("after step {n}; no checkpoint was saved yet", n=run.state.step)
-    return _("after step {n}; with --out {folder} it goes on from {checkpoint}",
+    return _("after step {n}; with --out {folder} it resumes from {checkpoint}",
              n=run.state.step, folder=shlex.quote(str(run.folder)), checkpoint=saved.name)
 
 
@@ -136,12 +137,12 @@ def ended_early(run: Run, why: str, arguments: list[str]) -> None:
         return print(_("nothing was trained yet, so nothing is saved"), file=sys.stderr)
     if not run.config.out:
         arguments = [*arguments, "--out", str(run.folder)]
-    print(_("saved; go on with:\n  {command}",
+    print(_("saved; resume with:\n  {command}",
             command=f"python {script('train.py')} {shlex.join(arguments)}"), file=sys.stderr)
 
 
 class Mean:
-    """The mean of the values added so far, 0 before the first."""
+    """The mean of all values added so far; 0 if there are none."""
 
     def __init__(self):
         self.total, self.count = 0.0, 0
@@ -164,7 +165,8 @@ def score_line(score: Score) -> str:
 
 
 def clock(seconds: float) -> str:
-    """
+    """A duration in seconds as text.
+
     >>> clock(75), clock(3700)
     ('1 min 15 s', '1 h 01 min')
     """
@@ -176,8 +178,9 @@ def clock(seconds: float) -> str:
 
 
 def summary(run: Run, questions: list[str], display: Display) -> None:
-    """The result of the run: losses, two held-out answers before and after, the next command."""
-    state, first, best = run.state, run.state.first, run.state.best  # empty: nothing is held out
+    """Print the result of a run: losses, two held-out answers before and after training, and a
+    command that asks the trained model a question."""
+    state, first, best = run.state, run.state.first, run.state.best  # empty if no rows are held out
     steps = str(state.step)
     if display.step_seconds.count:
         steps += _(", {seconds:.2f} s each", seconds=display.step_seconds.value)
@@ -199,7 +202,7 @@ def summary(run: Run, questions: list[str], display: Display) -> None:
     about = [name for name in ("README.md", "loss.png", "loss.svg")
              if (run.folder / name).is_file()]
     if about:
-        lines[_("also there")] = ", ".join(about)
+        lines[_("other files")] = ", ".join(about)
     early = state.step < run.steps
     ended = plural(state.not_better,
                    _("ended early: the validation loss was no lower in 1 evaluation"),
@@ -208,8 +211,8 @@ def summary(run: Run, questions: list[str], display: Display) -> None:
     listing(ended if early else _("done"), lines)
     if no_better:
         out.print()
-        paragraph(_("This training made the model no better on the held-out rows: even its best "
-                    "step has a loss no lower than before training. Try a lower --lr, or more "
+        paragraph(_("The training did not improve the model on the held-out rows: at no step is "
+                    "the validation loss lower than before training. Try a lower --lr, or more "
                     "rows."))
     if first and best["answers"] and first["answers"]:
         heading(_("held-out questions"))
@@ -221,12 +224,12 @@ def summary(run: Run, questions: list[str], display: Display) -> None:
                 out.print(Text(f"  {name:<7} " + wrapped(one_line(answer), 10), style))
     question = one_line(questions[2]) if len(questions) > 2 else "Câu hỏi của bạn"
     command = f"python {script('generate.py')} --adapter {shlex.quote(str(run.folder))}"
-    out.print("\n" + _("Ask it yourself:"), markup=False)
+    out.print("\n" + _("Ask the trained model:"), markup=False)
     out.print(f"  {command} {quoted(question)}", markup=False)
 
 
 def quoted(text: str) -> str:
-    """Text quoted for a shell: in double quotes if these are safe, else as shlex does it."""
+    """Text quoted for a shell: in double quotes if they are safe, else by shlex.quote."""
     return shlex.quote(text) if set('"$`\\!') & set(text) else f'"{text}"'
 
 

@@ -1,5 +1,5 @@
-"""The statistics of a run's rows, before anything is trained: format, lengths, findings, and rows
-that were left out."""
+"""Print statistics of a run's rows before training: format, lengths, findings, and rows that are
+left out."""
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples, questions
@@ -10,13 +10,13 @@ from phogpt_raw.messages import _, plural
 from phogpt_raw.show.console import listing, one_line
 
 BARS = "▁▂▃▄▅▆▇█"
-FEW = 10  # examples; of fewer no histogram is drawn
-USUAL = ("turns", "text", "system")  # notes on what is as it should be
-EXCERPT = 60  # letters of a question or an answer
+FEW = 10  # no histogram is drawn for fewer examples
+USUAL = ("turns", "text", "system")  # notes that are not warnings; they name no example row
+EXCERPT = 60  # most characters that are shown of a text
 
 
 def show(tokenizer, examples: Examples, config: Config) -> None:
-    """The training rows, and the findings in separate held-out files."""
+    """Print the statistics of the training rows, and the findings in separate held-out files."""
     report = examples.report
     listing(_("rows"), {
         _("format"): format_line(report.findings),
@@ -33,14 +33,14 @@ def show(tokenizer, examples: Examples, config: Config) -> None:
 
 
 def found(report: Report) -> dict[str, str]:
-    """The findings in rows; nothing if there are none."""
+    """The lines about findings and about rows that are left out; empty if there are none."""
     notes, left_out = note_lines(report), left_out_line(report.findings)
     return {**({_("found"): "; ".join(notes)} if notes else {}),
             **({_("left out"): left_out} if left_out else {})}
 
 
 def format_line(findings: Findings) -> str:
-    """The fields that were used and how many rows have them, and those that were not."""
+    """The fields that are used, with their number of rows, and the fields that are not used."""
     used = [_("{fields}: {n:,}", fields=note.example, n=note.count)
             for kind, note in findings.notes.items() if kind.startswith("format ")]
     unused = [one_line(note.example, EXCERPT) for kind, note in findings.notes.items()
@@ -73,7 +73,7 @@ def tokens_line(lengths: Lengths) -> str:
 
 
 def histogram(lengths: Lengths) -> str:
-    """A bar for each bin of lengths, for the number of rows in it."""
+    """A histogram of the row lengths, as one line of text with a bar for each bin."""
     begin = next(n for n, count in enumerate(lengths.counts) if count)
     highest, width = max(lengths.counts), lengths.edges[0]
     bars = "".join(BARS[-(-count * (len(BARS) - 1) // highest)] for count in lengths.counts[begin:])
@@ -96,19 +96,19 @@ def fit_line(report: Report, config: Config) -> str:
 
 
 def note_lines(report: Report) -> list[str]:
-    """What was found in the rows, and what was done about it."""
-    twice = [_("rows that are there already: {n:,}", n=report.duplicates)]
+    """A text for each finding in the rows. It also says what is done about the finding."""
+    twice = [_("rows that repeat an earlier row: {n:,}", n=report.duplicates)]
     texts = (note_text(kind, note) for kind, note in report.findings.notes.items())
     return [*(twice if report.duplicates else []), *filter(None, texts)]
 
 
 def note_text(kind: str, note: Note) -> str | None:
-    """A note in words; None if another line says it already."""
+    """The text of a note; None if another line of the report already has this text."""
     values = dict(n=note.count, where=note.where, name=note.example)
     text = {
         "turns": _("conversations of several turns: {n:,}", **values),
-        "text": _("texts, learned whole: {n:,}", **values),
-        "template": _("rows in PhoGPT's template, which the run's replaces: {n:,}", **values),
+        "text": _("texts without a question, learned as a whole: {n:,}", **values),
+        "template": _("rows in PhoGPT's template, replaced by the run's template: {n:,}", **values),
         "system": _("rows with a system text, which is put before the first question: {n:,}",
                     **values),
         "open question": _("conversations that end with a question, which is left out: {n:,}",
@@ -121,24 +121,24 @@ def note_text(kind: str, note: Note) -> str | None:
         "lost characters": _("rows with lost characters (�): {n:,}", **values),
         "control": _("rows with control characters, which the model does not see: {n:,}",
                      **values),
-        "like rows": _("quoted cells with lines that look like rows (a quote too much?): {n:,}",
+        "like rows": _("quoted cells with lines that look like rows (an extra quote?): {n:,}",
                        **values),
         "formula": _("cells with formulas, whose saved values are used: {n:,}", **values),
-        "number": _("cells with numbers, taken as their digits: {n:,}", **values),
+        "number": _("cells with numbers, read as text: {n:,}", **values),
     }.get(kind)
     if text:
         return text if kind in USUAL else text + _(" (the first: {where})", where=note.where)
     return {
         "hidden sheet": _("hidden sheets, not read: {n:,} (the first: {name})", **values),
-        "cp1258": _("{where} is in Windows-1258 and was read as such", **values),
+        "cp1258": _("{where} was read as Windows-1258", **values),
         "sheet": _("sheets with other columns, not read: {n:,} (the first: {name})", **values),
         "file": _("files not read: {n:,} (the first: {name})", **values),
-        "beside the list": _("not used beside the list of rows: {name}", **values),
+        "beside the list": _("fields outside the list of rows, not used: {name}", **values),
     }.get(kind)
 
 
 def left_out_line(findings: Findings) -> str:
-    """How many rows cannot be used, and the first of them."""
+    """The number of rows that cannot be used, and the names of the first ones."""
     if not findings.bad:
         return ""
     return _("{n:,} of {total:,} rows; {rows}", n=len(findings.bad),

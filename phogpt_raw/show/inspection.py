@@ -1,4 +1,4 @@
-"""`--inspect N`: the first packed rows of a run as the model reads them, or for scripts."""
+"""Print the first packed rows of a run, for `--inspect N`: as text, or as JSON for scripts."""
 
 import json
 from collections.abc import Iterator
@@ -14,8 +14,10 @@ from phogpt_raw.training.setup import Job
 
 
 def show(job: Job) -> None:
-    """The first --inspect rows: prompts, answers, where each example begins, and what is learned;
-    with --json a line of JSON for each."""
+    """Print the first --inspect rows: the text of each example, and the tokens that carry loss.
+
+    With --json, print a line of JSON for each row instead.
+    """
     for number, (examples, length) in enumerate(islice(rows(job), job.config.inspect), 1):
         if job.config.json:
             print(json.dumps(as_lists(examples), ensure_ascii=False))
@@ -28,7 +30,7 @@ def show(job: Job) -> None:
 
 
 def rows(job: Job) -> Iterator[tuple[list[Example], int]]:
-    """(examples, tokens with padding) of the rows of one epoch, in their order."""
+    """Yield (examples of the row, its length with padding) for each row of one epoch, in order."""
     for step in range(job.stream.steps(1)):
         for alike, length in job.stream.window(step).layout(1):
             yield alike[0], length
@@ -36,7 +38,7 @@ def rows(job: Job) -> Iterator[tuple[list[Example], int]]:
 
 def as_lists(examples: list[Example]) -> dict[str, list]:
     """A row without its padding. targets[i] is the token that position i must predict, or -100;
-    documents[i] the number of the example that position i is of."""
+    documents[i] is the number of the example at position i."""
     return {"ids": [token for e in examples for token in e.ids],
             "targets": [target for e in examples for target in e.targets],
             "documents": [n for n, e in enumerate(examples) for _token in e.ids],
@@ -44,7 +46,7 @@ def as_lists(examples: list[Example]) -> dict[str, list]:
 
 
 def print_example(tokenizer, example: Example, place: int | None = None) -> None:
-    """A training example, the tokens that carry loss in brackets and colour."""
+    """Print a training example. The tokens that carry loss have brackets and a colour."""
     border = "" if place is None else _("document {n}, ", n=place)
     out.print(Text(border + _("{where}; loss on the {n} of {of} tokens between ⟦ and ⟧",
                               where=printable(example.where), n=example.supervised,

@@ -2,8 +2,8 @@
 
 The picture has its own light background, so that it looks the same in a light and a dark viewer.
 The SVG contains text as outlines, so a viewer needs no font with Vietnamese characters. The same
-metrics give the same bytes. matplotlib is imported only when a picture is drawn: it takes a second,
-which the start of a run should not wait for.
+metrics give the same files, byte for byte. matplotlib is imported only when a picture is drawn,
+because the import takes a second and would delay the start of a run.
 """
 
 import logging
@@ -21,9 +21,9 @@ from phogpt_raw.show.console import say
 from phogpt_raw.training.metrics import read_metrics
 from phogpt_raw.training.run import Run
 
-MOST = 1000  # points of a curve; of more steps each bin shows its lowest and highest loss
-SMOOTHED_FROM = 30  # steps; fewer have no running mean
-LOG_FROM = 20  # log scale if the highest loss is more than this times the lowest
+MOST = 1000  # most points of a curve; more steps are drawn as bins with lowest and highest loss
+SMOOTHED_FROM = 30  # with fewer steps no running mean is drawn
+LOG_FROM = 20  # log scale if the highest loss is more than LOG_FROM times the lowest
 BACKGROUND, INK, GRID = "#fcfcfa", "#24292f", "#dddfe3"
 TRAINING, HELD_OUT, SKIPPED = "#1f6fb2", "#c2410c", "#a21caf"
 STYLE = {
@@ -38,8 +38,8 @@ STYLE = {
 
 @contextmanager
 def drawn(run: Run):
-    """Draw a run's curves when the block ends, also after an error, because a failed run needs them
-    most. If they cannot be drawn it prints one line and raises nothing."""
+    """A context that draws a run's curves at its end, also after an error. The curves of a failed
+    run are needed most. If they cannot be drawn, one line is printed and nothing is raised."""
     try:
         yield
     finally:
@@ -47,7 +47,7 @@ def drawn(run: Run):
             draw(run.folder, run.config.base_name())
         except Exception as error:  # a full disk or a damaged font cache must not stop the run
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            with suppress(OSError):  # whoever read the output may be gone
+            with suppress(OSError):  # the output may be closed
                 say(_("{folder}: loss.svg and loss.png were not drawn ({reason})",
                       folder=run.folder, reason=reason))
 
@@ -73,8 +73,8 @@ def draw(folder: Path, base: str) -> None:
 
 
 def pictures(steps: list[dict], evaluations: list[dict], title: str, base: str):
-    """(SVG, PNG) as bytes."""
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures alive
+    """Draw the curves, and return (SVG, PNG) as bytes."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures in memory
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -92,8 +92,8 @@ def pictures(steps: list[dict], evaluations: list[dict], title: str, base: str):
 
 
 def training_loss(axes, steps: list[dict]) -> None:
-    """Each step's loss, faint if there are enough steps for a running mean over it. A loss that is
-    not finite leaves a gap."""
+    """Draw the loss of each step. If there are enough steps, this curve is faint and a running mean
+    is drawn over it. A loss that is not finite leaves a gap."""
     if not steps:
         return
     step, loss = column(steps, "step"), column(steps, "loss")
@@ -113,7 +113,7 @@ def training_loss(axes, steps: list[dict]) -> None:
 
 
 def held_out_loss(axes, evaluations: list[dict]) -> None:
-    """The held-out loss; the lowest one after step 0 is circled and named in the legend."""
+    """Draw the held-out loss. The lowest value after step 0 is circled and named in the legend."""
     if not evaluations:
         return
     step, loss = column(evaluations, "step"), column(evaluations, "val_loss")
@@ -130,7 +130,8 @@ def held_out_loss(axes, evaluations: list[dict]) -> None:
 
 
 def skipped_steps(axes, steps: list[dict]) -> None:
-    """A mark at the bottom for each skipped step; `skipped` in a row is the count so far."""
+    """Draw a mark at the bottom for each skipped step. `skipped` in a row counts all skipped steps
+    up to this row."""
     count = [row["skipped"] for row in steps]
     at = [row["step"] for row, before, now in zip(steps, [0, *count], count, strict=False)
           if now > before]
@@ -148,7 +149,7 @@ def learning_rate(axes, steps: list[dict]) -> None:
 
 
 def scale(axes, finite: np.ndarray) -> None:
-    """Use a logarithmic scale where a high loss would flatten all others on a linear one."""
+    """Use a logarithmic scale if high losses would flatten the rest of a linear curve."""
     if not len(finite):
         axes.set_yticks([])
         axes.text(0.5, 0.5, _("no loss was finite"), transform=axes.transAxes, ha="center")
@@ -172,7 +173,7 @@ def dress(figure, losses, rates, last: int, title: str, base: str) -> None:
     figure.align_ylabels()
     legend = losses.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2, borderaxespad=0,
                            handlelength=1.6, borderpad=0)
-    over = 12 + 14 * -(-len(legend.get_texts()) // 2)  # points above the legend's rows
+    over = 12 + 14 * -(-len(legend.get_texts()) // 2)  # height of the legend in points
     # parse_math=False: a $ in a name is a plain $.
     losses.set_title(one_line(title), loc="left", fontsize=13, fontweight="bold", pad=over + 14,
                      parse_math=False)
@@ -181,26 +182,29 @@ def dress(figure, losses, rates, last: int, title: str, base: str) -> None:
 
 
 def one_line(name: str, width: int = 60) -> str:
-    """A name in NFC on one line; of a long name the middle is left out, so that about `width`
-    characters remain."""
+    """A name on one line, in the Unicode form NFC. A long name is shortened to about `width`
+    characters, and its middle is left out."""
     name = " ".join(unicodedata.normalize("NFC", name).split())
     return name if len(name) <= width else f"{name[: width // 2]} … {name[-width // 2 + 3 :]}"
 
 
 def column(rows: list[dict], name: str) -> np.ndarray:
-    """A column as fp64 [rows]; null, a value that was not finite, becomes NaN."""
+    """The values of one name as an fp64 array [rows]. None becomes NaN."""
     return np.array([row[name] for row in rows], dtype=float)
 
 
 def extremes(step: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(step, lowest, highest) of at most MOST bins of steps; NaN where no value of a bin is
-    finite."""
+    """Divide the steps into at most MOST bins. Return (first step, lowest loss, highest loss) of
+    each bin. The losses are NaN if the bin has no finite loss."""
     starts = np.arange(0, len(step), -(-len(step) // MOST))
     return (step[starts], np.fmin.reduceat(loss, starts), np.fmax.reduceat(loss, starts))
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the finite values at most window / 2 away, [n]; NaN where there are none.
+    """The running mean of `values`, as an array [n].
+
+    Each mean is over the finite values that are at most window // 2 positions away. It is NaN if
+    there are none.
 
     >>> running_mean(np.array([1.0, 2.0, np.nan, 6.0]), 3).tolist()
     [1.5, 1.5, 4.0, 6.0]

@@ -1,4 +1,4 @@
-"""The settings of a run, printed before anything is trained: all that `--dry-run` prints."""
+"""Print the settings of a run before training. `--dry-run` prints only these and one example."""
 
 import statistics
 from contextlib import nullcontext
@@ -22,13 +22,13 @@ from phogpt_raw.training.setup import EPOCHS, Job
 
 
 def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
-    """Print the settings of a run; `duration`: of a plan."""
+    """Print the settings of a run. duration: the simulated time of a step, for --dry-run."""
     config, shape, run = job.config, job.model.config, job.run
     slopes_H, kernels = job.model.slopes_H, nullcontext()
-    if slopes_H.is_meta and job.card.device == "cuda":  # the card need not be here
+    if slopes_H.is_meta and job.card.device == "cuda":  # this computer may lack the card
         kernels = Recorder(attention_kernels(job.card, job.model.head.dtype))
     elif slopes_H.is_meta:
-        slopes_H = torch.zeros(slopes_H.shape)  # the CPU that is here
+        slopes_H = torch.zeros(slopes_H.shape)  # on the CPU of this computer
     with kernels:
         attention = attention_line(job, slopes_H)
     longest, dtype = max(len(e.ids) for e in job.examples.train), job.model.head.dtype
@@ -47,7 +47,7 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
         _("optimizer"): optimizer_line(job),
         _("recompute"): recompute_line(choice),
         _("CUDA graphs"): _("off: {reason}", reason=job.not_captured) if job.not_captured else
-        _("on, for each shape of micro-batch that was seen before"),
+        _("on, for micro-batches of a shape that was seen before"),
         _("folder"): f"{run.folder}" + (
             _(", resumed after step {n}", n=run.state.step) if run.state.step else ""),
     })
@@ -76,14 +76,14 @@ def preset_line(config: Config) -> str:
 
 def data_line(job: Job) -> str:
     if job.tokenizer is None and not job.config.data:
-        return _("no rows are read: each is taken to have {n:,} tokens (--max-len)",
+        return _("no rows are read: each is assumed to have {n:,} tokens (--max-len)",
                  n=job.config.max_len)
     n, file = job.examples.rows, job.examples.source
     rows = plural(n, _("1 training row of {file}", file=file),
                   _("{n:,} training rows of {file}", n=n, file=file))
     if job.tokenizer is None:
-        return _("{rows}, counted but not tokenised: each is taken to have {tokens:,} tokens "
-                 "(--max-len); {held}", rows=rows, tokens=job.config.max_len,
+        return _("{rows}, counted but not tokenised: each is assumed to have {tokens:,} "
+                 "tokens (--max-len); {held}", rows=rows, tokens=job.config.max_len,
                  held=held_out_line(job))
     lengths = [len(e.ids) for e in job.examples.train]
     if len(lengths) != job.examples.rows:
@@ -116,7 +116,7 @@ def held_out_line(job: Job) -> str:
 
 
 def model_line(job: Job) -> str:
-    """The parameters of the base; an NF4 byte has two of them. Adapters are not counted."""
+    """The number of parameters of the base, without adapters. An NF4 byte holds two parameters."""
     frozen = [p for p in job.model.parameters() if not p.requires_grad]
     quantised = 2 * sum(p.numel() for p in frozen if p.dtype == torch.uint8)
     plain = sum(p.numel() for p in frozen if p.dtype != torch.uint8)
@@ -134,7 +134,7 @@ def adapters_line(job: Job) -> str:
     text = _("{n} parameters in fp32: LoRA rank {rank}, alpha {alpha:g}, on {targets}",
              n=millions(job.adapters.count), rank=lora.r, alpha=lora.lora_alpha, targets=targets)
     if job.config.adapter:
-        text += _(", going on from {folder}", folder=job.config.adapter)
+        text += _(", starting from {folder}", folder=job.config.adapter)
     return text
 
 
@@ -148,11 +148,11 @@ def card_line(job: Job) -> str:
 
 def steps_line(job: Job) -> str:
     config, steps = job.config, job.run.steps
-    if job.tokenizer is None and not config.data:  # epochs of nothing
+    if job.tokenizer is None and not config.data:  # no rows, so no epochs
         each = (_("at most {n:,} tokens each", n=config.batch_tokens) if config.batch_tokens
                 else _("{n} examples each", n=config.batch_size))
         return f"{config.steps}, {each}" if config.steps else _(
-            "{each}; --data FILE or --steps N gives their number", each=each)
+            "{each}; --data FILE or --steps N gives the number of steps", each=each)
     passes = (steps / job.stream.steps(1) if config.batch_tokens
               else steps * config.batch_size / len(job.examples.train))
     asked = None if config.steps else config.epochs or EPOCHS
@@ -165,18 +165,18 @@ def steps_line(job: Job) -> str:
                    epochs=epochs))
     if job.run.planned not in (0, steps):
         before = plural(job.run.planned, _("1 step"), _("{n} steps", n=job.run.planned))
-        text += _("; it began with {before}: the learning rate now falls until step {steps}",
+        text += _("; planned before: {before}; the learning rate now falls until step {steps}",
                   before=before, steps=steps)
     return text
 
 
 def time_line(job: Job, duration: Duration) -> str:
-    """Seconds of a step, and of all steps where their number is known."""
+    """The simulated time of a step, and of all steps if their number is known."""
     text = _("simulated: {low:.3g} to {high:.3g} s a step", low=duration.low, high=duration.high)
     if job.tokenizer or job.config.data or job.config.steps:
         ends = dict.fromkeys(clock(max(1, job.run.steps * s))
                              for s in (duration.low, duration.high))
-        text += _(", {span} for all of them, without evaluations", span=_(" to ").join(ends))
+        text += _(", {span} for all steps, without evaluations", span=_(" to ").join(ends))
     return text
 
 
@@ -195,7 +195,7 @@ def packing_line(job: Job) -> str:
 
 
 def attention_line(job: Job, slopes_H: torch.Tensor) -> str:
-    """The attention kernel on the device of slopes_H."""
+    """The attention kernel on the device of slopes_H, and the form in which it gets ALiBi."""
     model, packing, dtype = job.model, job.stream.packing, job.model.head.dtype
     length = (packing.lengths[-1] if packing
               else max(len(e.ids) for e in job.examples.train))
@@ -203,7 +203,7 @@ def attention_line(job: Job, slopes_H: torch.Tensor) -> str:
         kernel = choose_kernel(slopes_H, model.config.d_model // model.config.n_heads, length,
                                dtype, packing.bounds(length))
         if kernel is not None:
-            return _("{kernel}, each example for itself, ALiBi as columns of the keys",
+            return _("{kernel}, each example separately, ALiBi as columns of the keys",
                      kernel=in_words(kernel.name))
     found = choose_attention(slopes_H, model.config, length, dtype)
     text = _("{kernel}, ALiBi as a bias of {block} x {length}", kernel=in_words(found.kernel),
@@ -249,7 +249,7 @@ def recompute_line(choice: Choice) -> str:
 
 
 def example(tokenizer, encoded: Example) -> None:
-    """One training example; nothing without a tokenizer."""
+    """Print one training example, if there is a tokenizer."""
     if tokenizer is None:
         return
     heading(_("one training example"))

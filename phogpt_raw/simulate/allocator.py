@@ -1,11 +1,12 @@
-"""A simulation of torch's CUDA caching allocator: the bytes it counts as allocated and reserved.
+"""Simulate torch's CUDA caching allocator, and count its allocated and reserved bytes.
 
-The allocator takes segments from the driver, cuts blocks from them (best fit) and merges freed
-neighbours. It allocates more than the tensors hold: sizes are rounded up to 512 bytes, and a block
-of a large segment is not split where the rest would be 1 MiB or less.
+The allocator takes segments of memory from the driver. It cuts blocks from the segments by best
+fit, and merges a freed block with free neighbours. It allocates more bytes than the tensors
+contain, for two reasons. Sizes are rounded up to 512 bytes. In segments for sizes above 1 MiB, a
+block is not split if the rest would have 1 MiB or less.
 
-Constants and rules are those of c10/cuda/CUDACachingAllocator (torch 2.10 to 2.13) without
-PYTORCH_ALLOC_CONF, on one stream.
+The constants and rules are those of c10/cuda/CUDACachingAllocator in torch 2.10 to 2.13, on one
+stream and without PYTORCH_ALLOC_CONF.
 """
 
 from bisect import bisect_left, insort
@@ -14,13 +15,13 @@ from dataclasses import dataclass, field
 MIB = 2**20
 ROUND = 512
 SMALL = MIB  # blocks up to this size come from segments of 2 MiB
-MEDIUM = 10 * MIB  # blocks below it from segments of 20 MiB, others from one of their own size
+MEDIUM = 10 * MIB  # smaller blocks come from segments of 20 MiB, others have their own segment
 SEGMENTS = {"small": 2 * MIB, "medium": 20 * MIB}
 
 
 @dataclass(eq=False)
 class Block:
-    """A piece of a segment, linked to its neighbours there."""
+    """A piece of a segment, with links to the neighbouring pieces."""
 
     start: int
     size: int
@@ -31,20 +32,20 @@ class Block:
 
 
 class Allocator:
-    """Sizes in, blocks out; counts `allocated` and `reserved` bytes and their peaks.
+    """Allocates and frees blocks, and counts `allocated` and `reserved` bytes and their peaks.
 
-    At `limit` reserved bytes it first returns empty segments to the driver; where that is not
-    enough it raises MemoryError.
+    If a new segment would exceed `limit` reserved bytes, empty segments are first returned to the
+    driver. If this does not free enough memory, MemoryError is raised.
     """
 
     def __init__(self, limit: float = float("inf")):
         self.limit = limit
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
-        self.end = 0  # of the addresses used so far
+        self.end = 0  # end of the addresses used so far
         self.cached: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
 
     def take(self, nbytes: int) -> Block:
-        """A block of nbytes or slightly more, from a cached block or a new segment."""
+        """Allocate a block of at least nbytes, from a cached block or from a new segment."""
         size = max(ROUND, -(-nbytes // ROUND) * ROUND)
         small = size <= SMALL
         cached = self.cached[small]
@@ -64,7 +65,7 @@ class Allocator:
         return block
 
     def give(self, block: Block) -> None:
-        """Free a block: merged with free neighbours it is cached for later use."""
+        """Free a block. It is merged with free neighbours and cached for later use."""
         self.allocated -= block.size
         for other in (block.before, block.after):
             if other is not None and other.free:
@@ -89,7 +90,7 @@ class Allocator:
         insort(self.cached[block.small], (block.size, block.start, block))
 
     def empty_cache(self) -> None:
-        """Return segments that are entirely free to the driver."""
+        """Return to the driver all segments that contain no allocated block."""
         for small, cached in self.cached.items():
             whole = [entry for entry in cached if not (entry[2].before or entry[2].after)]
             self.reserved -= sum(size for size, _, _ in whole)
@@ -100,7 +101,7 @@ class Allocator:
 
 
 def joined(left: Block, right: Block) -> Block:
-    """Two adjacent blocks merged into the left one."""
+    """Merge two adjacent blocks into the left one, and return it."""
     left.size += right.size
     left.after = right.after
     if right.after:

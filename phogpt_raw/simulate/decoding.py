@@ -1,11 +1,11 @@
-"""The GPU memory that answering needs, computed from the model's shape before any weights are read.
+"""Compute the memory that generating answers needs, before any weights are read.
 
-Weights, adapters and cache are exact. The memory of a prompt's tensors was counted in
-decode/prefill.py, at the moment when the most of them are alive. A test compares the sum with 26
-settings measured on an H100: it is within 1% of the memory that torch allocated, and never below
-the memory that torch reserved.
+The memory follows from the model's shape. The sizes of weights, adapters and cache are exact. The
+size of a prompt's tensors was counted in the code of decode/prefill.py, at the point where they
+take the most memory. A test compares the results with 26 settings measured on an H100. The computed
+allocated memory agrees within 1%. The computed reserved memory is never below the measured one.
 
-On a CPU there is one more part, the weights dequantised in fp32 (decode/dense.py).
+On a CPU, the weights dequantised to fp32 (decode/dense.py) take additional memory.
 """
 
 import math
@@ -26,16 +26,17 @@ from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.simulate.rates import CONTEXT, matmul_workspace
 
-# Bytes that the choice of a token takes for each entry of the vocabulary, its logits included.
+# Bytes for each entry of the vocabulary, to choose a token greedily or by sampling. The logits are
+# included.
 GREEDY, DRAWN = 2 + 4, 2 + 40
-# Reserved by torch above what is allocated: blocks of other sizes, and the pool of one CUDA graph.
-# Measured: 0.10 to 0.34 GiB.
+# Memory that torch reserves above the allocated memory, because of fragmentation and of the pool of
+# one CUDA graph. Measured values are 0.10 to 0.34 GiB.
 FRAGMENTS = 0.4 * GIB
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model before its weights are read. adapter: number of the adapter's weights."""
+    """A model whose weights are not read yet. adapter: number of weights in the adapter."""
 
     shape: ModelConfig
     dtype: torch.dtype
@@ -45,9 +46,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Work:
-    """What is answered. rows: answers at once, in each of `models` engines; positions: tokens of
-    the longest prompt with its answer; reading: tokens of prompts that are read together; kinds:
-    bytes of a choice in each of the steps that become CUDA graphs."""
+    """The answers to generate.
+
+    rows: number of answers that an engine generates at once. models: number of engines. positions:
+    tokens of the longest prompt and its answer. reading: tokens of all prompts that are read at
+    once. kinds: GREEDY or DRAWN for each kind of decoding step that becomes a CUDA graph.
+    """
 
     rows: int
     positions: int
@@ -58,7 +62,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, by what they are for."""
+    """Bytes of memory by purpose."""
 
     base: float
     adapters: float
@@ -74,7 +78,7 @@ class Memory:
 
 
 def memory(model: Model, work: Work, card: Card) -> Memory:
-    """What answering takes at most."""
+    """The most memory that generating the answers takes on a card."""
     gpu = card.device == "cuda"
     return Memory(
         base=base_bytes(model),
@@ -87,31 +91,34 @@ def memory(model: Model, work: Work, card: Card) -> Memory:
 
 
 def base_bytes(model: Model) -> float:
-    """The linears, the embedding, which is also the head, and the biases and norms."""
+    """Bytes of the base: linear layers, biases, norms, and the embedding, which is the head too."""
     shape, size = model.shape, model.dtype.itemsize
     linears = shape.linear_weights * (NF4_BYTES if model.nf4 else size)
-    vectors = shape.n_layers * (9 + shape.expansion_ratio) + 2  # 4 biases, 2 norms; the last norm
+    # Vectors of d_model elements: 4 biases and 2 norms in each block, and the last norm.
+    vectors = shape.n_layers * (9 + shape.expansion_ratio) + 2
     return linears + size * shape.d_model * (shape.vocab_size + vectors)
 
 
 def adapter_bytes(model: Model) -> int:
-    """The adapter's weights in fp32, and a 16-bit copy if the model computes in 16 bits."""
+    """Bytes of an adapter: fp32 weights, and a 16-bit copy if the model computes in 16 bits."""
     return model.adapter * (4 + (2 if model.dtype.itemsize == 2 else 0))
 
 
 def row_bytes(model: Model, positions: int) -> int:
-    """The keys and values of one row."""
+    """Bytes of the keys and values of one row."""
     shape = model.shape
     return cache_bytes(shape.n_layers, shape.d_model, 1, round_up(positions, STEP),
                        model.dtype.itemsize)
 
 
 def prompt_bytes(model: Model, work: Work, card: Card) -> float:
-    """What prompts take while they are read, PREFILL tokens at a time: the widest linear's weight
-    dequantised; tensors of read_prompt, of which x, its norm and attention's output are of the
-    model's width, q, k and v three times, and two of the MLP's 4 times as wide; the attention bias.
+    """Bytes that are needed to read prompts, at most PREFILL tokens at once.
 
-    In a batch of more than MOST rows every step dequantises too, in the pool of its graph.
+    Three parts are added: the tensors of read_prompt, the attention bias, and on a GPU the partial
+    sums of the NF4 product. The size of the tensors is the maximum of two points in read_prompt. At
+    the first point there are two tensors of the MLP's width, six of the model's width (x, its norm,
+    attention's output, q, k and v), and the largest NF4 weight dequantised. At the second point
+    there are three tensors of the MLP's width and five of the model's width, without this weight.
     """
     shape, size = model.shape, model.dtype.itemsize
     tokens = min(PREFILL, work.reading)
@@ -127,33 +134,36 @@ def prompt_bytes(model: Model, work: Work, card: Card) -> float:
 
 
 def graph_bytes(model: Model, work: Work) -> float:
-    """The pools of all CUDA graphs: one graph for each power of two up to `rows`, and for each kind
-    of choice."""
+    """Bytes of the memory pools of all CUDA graphs.
+
+    There is one graph for each batch size (the powers of two below `rows`, and `rows` itself) and
+    for each of `work.kinds`.
+    """
     sizes = [2**n for n in range((work.rows - 1).bit_length())] + [work.rows]
     pools = [rows * kind * model.shape.vocab_size for rows in sizes for kind in work.kinds]
-    if work.rows > MOST and model.nf4:  # these steps run through the model's own forward
+    if work.rows > MOST and model.nf4:  # such steps dequantise each weight
         widest = model.dtype.itemsize * model.shape.expansion_ratio * model.shape.d_model**2
         pools += [widest] * sum(rows > MOST for rows in sizes)
     return sum(pools)
 
 
 def most_rows(model: Model, work: Work, card: Card, most: int) -> int:
-    """The most rows, up to `most`, with which the work fits the card; 0 where none do."""
+    """The largest number of rows, up to `most`, that fits in the card's memory; 0 if none fits."""
     return next((rows for rows in range(most, 0, -1)
                  if memory(model, replace(work, rows=rows), card).total <= card.memory_gib * GIB),
                 0)
 
 
 def adapter_weights(folder: Path) -> int:
-    """How many weights an adapter's file holds."""
+    """The number of weights in an adapter's file; 0 if the folder has no file."""
     file = folder / "adapter_model.safetensors"
-    if not file.is_file():  # PEFT's older .bin: 4 bytes a weight
+    if not file.is_file():  # older PEFT wrote a .bin file: 4 bytes per weight
         old = folder / "adapter_model.bin"
         return old.stat().st_size // 4 if old.is_file() else 0
     try:
         with safe_open(file, framework="pt") as tensors:
             names = tensors.keys()
             return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    except Exception as error:  # safetensors raises nothing more special
+    except Exception as error:  # safetensors has no narrower error class
         raise Refusal(f"{file}: cannot be read ({error}); take another copy of the adapter") \
             from None

@@ -1,14 +1,14 @@
-"""Choose, from a GPU's memory, the length of packed rows and how many blocks are recomputed.
+"""Choose the length of packed rows and the number of recomputed blocks, to fit a GPU's memory.
 
-The peak memory of a step comes from a simulation (trace.py). Of n blocks the first N are
-recomputed; the others keep their activations for backward. The peak falls along a straight line
-from N = 0 to N = n - 1, so two simulations give the whole line. Recomputing the last block too
-saves nothing: backward begins with this block, so its activations are needed at once. `--recompute
-auto` is the smallest N that fits the GPU. Packed rows are as long as the GPU can hold without
-recomputation.
+The peak memory of a step comes from a simulation (trace.py). The model has n blocks. Backward
+recomputes the activations of the first N blocks. The other blocks keep their activations. The peak
+falls linearly from N = 0 to N = n - 1, so two simulations give the peak for every N. Recomputing
+the last block saves nothing, because backward begins with this block and needs its activations at
+once. `--recompute auto` chooses the smallest N with which the step fits in the GPU's memory. Packed
+rows are as long as possible without recomputation, up to ROW tokens.
 
-The choice does not depend on how much memory happens to be free, since two runs of the same command
-would then differ. It compares the GPU's total memory with the peak plus the margins below.
+The choice uses the GPU's total memory, not its free memory. Two runs of the same command therefore
+make the same choice. The total memory is compared with the peak plus the margins below.
 """
 
 import copy
@@ -34,22 +34,24 @@ from phogpt_raw.training.evaluate import CACHE_MIB
 from phogpt_raw.training.setup import Job, wire
 from phogpt_raw.training.step import Training
 
-# Margins for what CUDA graphs reserve above an eager step's peak, and for fragmentation. They were
-# enough in 33 of 36 measured settings (LOG.md). The other three are micro-batches of 16,000 tokens
-# and more: where memory is too full for their graphs they run eagerly, at nearly the same speed.
+# Margins for fragmentation, and for the memory that CUDA graphs reserve above the peak of an eager
+# step. They were enough in 33 of 36 measured settings (LOG.md). The other three settings have
+# micro-batches of 16,000 or more tokens. If memory is too full for the graphs, such micro-batches
+# run eagerly, at nearly the same speed.
 GRAPHS, SHARE = 0.6 * GIB, 1.05
-ROW = 2048  # tokens of a packed row, at most; a longer one is hardly faster
-SHORTER = 0.75  # if rows are too long, the next length to try is this share of the length
+ROW = 2048  # most tokens of a packed row; longer rows are hardly faster
+SHORTER = 0.75  # if rows do not fit, the next length to try is this share of the last one
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a run.
+    """The packing of rows and the recomputed blocks of a run.
 
-    recompute: blocks to recompute, of `blocks`. gib: the peak on the GPU, margins included; least:
-    the same with all blocks recomputed; of: the GPU's memory. These three are None if the choice
-    did not need them. packing: how rows are packed; None: not at all. auto: whether `recompute` was
-    chosen here, not asked for.
+    recompute: number of blocks to recompute. blocks: number of blocks in the model. gib: peak GPU
+    memory in GiB, margins included. least: the same peak if all blocks are recomputed. of: the
+    GPU's memory in GiB. gib, least and of are None if the choice did not need them. packing: how
+    rows are packed; None if they are not packed. auto: True if `recompute` was chosen here, False
+    if the user gave it.
     """
 
     recompute: int
@@ -62,7 +64,11 @@ class Choice:
 
 
 def choose(job: Job) -> Choice:
-    """--pack-len and --recompute as given, or chosen by simulating the run's rows on its GPU."""
+    """Choose the packing and the recomputed blocks of a run.
+
+    Values given by --pack-len and --recompute are kept. The others are chosen by simulating steps
+    with the run's rows on its GPU.
+    """
     longest = max(len(e.ids) for e in job.examples.train + job.examples.held_out)
     return choose_for(job.card, job.config, job.model.config.n_layers, job.stream,
                       job.planned(), longest, simulated(job))
@@ -70,12 +76,12 @@ def choose(job: Job) -> Choice:
 
 def choose_for(card: Card, config: Config, blocks: int, stream: Stream, planned: range,
                longest: int, trace: Callable[[Window, int], Trace]) -> Choice:
-    """`choose` for any card and stream of examples.
+    """Like `choose`, for any card and any stream of examples.
 
-    planned: the steps whose windows are considered; the longest example of the stream is added,
-    since it may be in a later one. longest: tokens of the longest example, held-out ones included.
-    trace(window, recompute): a simulated step of `blocks` blocks over the window as one
-    micro-batch.
+    planned: the steps whose windows are considered. The longest example of the stream is also
+    considered, because it may be in a later window. longest: number of tokens in the longest
+    example, held-out examples included. trace(window, recompute): simulates a step of a model with
+    `blocks` blocks; the window is one micro-batch.
     """
     windows = [stream.picked(step) for step in planned]
     windows.append([max(stream.examples, key=lambda e: len(e.ids))])
@@ -109,7 +115,7 @@ def choose_recompute(card: Card, config: Config, blocks: int,
                      trace: Callable[[int], Trace]) -> Choice:
     if config.recompute != "auto":
         depth = config.blocks_to_recompute(blocks)
-        if config.dry_run and card.memory_gib:  # a plan says whether it fits
+        if config.dry_run and card.memory_gib:  # --dry-run prints whether the step fits
             gib = needed(trace(depth), card)
             return Choice(depth, blocks, gib, None, card.memory_gib, auto=False)
         return Choice(depth, blocks, auto=False)
@@ -119,7 +125,7 @@ def choose_recompute(card: Card, config: Config, blocks: int,
 
 
 def simulated(job: Job) -> Callable[[Window, int], Trace]:
-    """trace(window, recompute): a step of the run on the meta device."""
+    """Return trace(window, recompute), which simulates a step of the run on the meta device."""
     @cache
     def twin() -> Training:
         config, dtype = job.config, job.model.head.dtype
@@ -138,8 +144,9 @@ def simulated(job: Job) -> Callable[[Window, int], Trace]:
 
 
 def least_recompute(trace: Callable[[int], Trace], blocks: int, card: Card) -> Choice:
-    """The smallest `recompute` whose step fits `card`; trace(N): a step with N blocks
-    recomputed."""
+    """Choose the smallest number of recomputed blocks with which a step fits in the card's memory.
+    If no number is enough, choose all blocks. trace(N): simulates a step that recomputes N blocks.
+    """
     none = needed(trace(0), card)
     if none <= card.memory_gib:
         return Choice(0, blocks, none, None, card.memory_gib)
@@ -151,16 +158,16 @@ def least_recompute(trace: Callable[[int], Trace], blocks: int, card: Card) -> C
 
 
 def needed(trace: Trace, card: Card) -> float:
-    """GiB of GPU memory that a run needs: the peak of a step or of an evaluation, with margins,
-    CUDA's context and the optimizer's pages."""
+    """GiB of GPU memory that a run needs: the peak of a step or of an evaluation, whichever is
+    higher, plus the margins, CUDA's context and the optimizer's pages."""
     allocator = trace.replay(workspace=matmul_workspace(card))
     peak = max(allocator.peak_allocated, trace.resident + CACHE_MIB * 2**20)
     return (SHARE * peak + GRAPHS + CONTEXT + trace.pages) / GIB
 
 
 def largest(windows: list[list[Example]], packing: Packing, micro_batch: int) -> Window:
-    """The micro-batch of these windows that takes the most memory: the one with the most tokens,
-    and among those the one with the most supervised tokens."""
+    """A window with the micro-batch that takes the most memory. This micro-batch has the most
+    tokens. If several have equally many, it has the most supervised tokens of these."""
     batches = (batch for examples in windows
                for batch in Window(examples, 0, packing).layout(micro_batch))
     rows, length = max(batches, key=lambda batch: (
@@ -169,16 +176,19 @@ def largest(windows: list[list[Example]], packing: Packing, micro_batch: int) ->
 
 
 def longest_rows(examples: list[Example], micro_batch: int) -> Window:
-    """The micro-batch of unpacked rows that takes the most memory: the longest rows together."""
+    """A window with the longest unpacked rows. This micro-batch takes the most memory."""
     ordered = sorted(examples, key=lambda e: (len(e.ids), e.supervised))
     return Window(ordered[-micro_batch:], pad_id=0)
 
 
 def attention_kernels(card: Card, dtype: torch.dtype) -> Kernels:
-    """The kernels that torch chooses on a card. In 16 bits, with a bias: cuDNN's on Hopper and the
-    large Blackwell; without a bias: flash from compute capability 8.0 on. Otherwise the
-    memory-efficient one (check_prefer_cudnn_attention and the priorities in torch's
-    sdp_utils.cpp)."""
+    """The attention kernels that torch chooses on a card.
+
+    In 16 bits and with a bias, torch uses cuDNN on compute capability 9.0 and 10.0. In 16 bits and
+    without a bias, it uses flash attention from compute capability 8.0 on. In all other cases it
+    uses the memory-efficient kernel. The source is check_prefer_cudnn_attention and the order of
+    priorities in torch's sdp_utils.cpp.
+    """
     efficient, short = SDPBackend.EFFICIENT_ATTENTION, dtype.itemsize == 2
     cudnn = short and card.capability in ((9, 0), (10, 0))
     flash = short and card.capability >= (8, 0)

@@ -1,8 +1,8 @@
 """The trace of a step: its operations, and each tensor's storage with its lifetime and purpose.
 
-trace.py records it and names the weights and adapters. The purpose of every other storage follows
-from the phase and the block that made it, and from whether it outlived that block's forward: saved
-activations do, temporaries do not.
+trace.py records the trace, and names the purpose of each storage that exists before the step. The
+purpose of every other storage follows from the phase and the block that created it, and from its
+lifetime. Saved activations exist longer than the forward of their block. Temporaries do not.
 """
 
 from collections import defaultdict
@@ -20,7 +20,10 @@ KINDS = (
 
 @dataclass(eq=False)
 class Storage:
-    """Bytes that are alive from operation `born` until before operation `died` (None: the end)."""
+    """The memory of a tensor. It exists from operation `born` until just before operation `died`.
+
+    died: None if the storage exists until the end of the step.
+    """
 
     nbytes: int
     born: int
@@ -33,7 +36,8 @@ class Storage:
 
 @dataclass(frozen=True)
 class Op:
-    """An operation that runs kernels: FLOPs of matrix products, bytes read and written."""
+    """An operation that runs kernels. flops: FLOPs of its matrix products. moved: bytes that it
+    reads and writes."""
 
     name: str
     phase: str
@@ -43,22 +47,23 @@ class Op:
 
 @dataclass
 class Moment:
-    """What is alive at one operation, in bytes, by kind; `allocated` as the allocator counts it."""
+    """The memory in use at one operation, in bytes. allocated and reserved: as the allocator counts
+    them. kinds: bytes of each kind of storage."""
 
     op: int
     phase: str
     allocated: int
     reserved: int
     kinds: dict[str, int]
-    blocks: dict[str, int]  # saved activations by block
+    blocks: dict[str, int]  # bytes of saved activations by block
 
 
 @dataclass
 class Trace:
-    """All operations of a step, and all storages, including those from before the step."""
+    """All operations of a step, and all storages, including storages from before the step."""
 
     ops: list[Op]
-    events: list[tuple[Storage, bool]]  # allocated (True) or freed, from before the step on
+    events: list[tuple[Storage, bool]]  # True: allocated, False: freed
     begun: int  # index of the first event of the step
     pages: int  # bytes of the optimizer's state in CUDA's managed memory
 
@@ -70,7 +75,7 @@ class Trace:
     def replay(self, limit: float = float("inf"), workspace: int = 0, watch=None) -> Allocator:
         """Replay the allocations through the simulated allocator; its peaks are those of the step.
 
-        Raises MemoryError where `limit` bytes are too few. workspace: bytes that torch takes for
+        Raises MemoryError if `limit` bytes are too few. workspace: bytes that torch takes for
         cuBLAS and keeps. watch(allocator, n): called after each event n of the step.
         """
         allocator, blocks = Allocator(limit), {}
@@ -122,7 +127,8 @@ class Trace:
 
 
 def kind_of(storage: Storage) -> str:
-    """The kind of a storage: its name, or what its origin and lifetime imply."""
+    """The recorded kind of a storage. If none is recorded, the kind follows from the storage's
+    phase, block and lifetime."""
     if storage.kind:
         return storage.kind
     if storage.phase == "forward":

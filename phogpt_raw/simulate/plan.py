@@ -1,4 +1,4 @@
-"""What --dry-run adds to a plan for a GPU whose rates are known: how long the run would take."""
+"""Estimate the duration of a run for --dry-run, on a GPU whose rates are known."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,19 @@ from phogpt_raw.training.setup import Job
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds of the step that has the median number of tokens, at the card's higher and lower
-    rates; evaluations and saving are not included."""
+    """Seconds of a step with the median number of tokens. Evaluations and checkpoints are not
+    included. low: at the card's higher rates. high: at the card's lower rates."""
 
     low: float
     high: float
 
 
 def duration(job: Job, choice: Choice) -> Duration | None:
-    """The simulated duration of a step of the planned run; None for a card without known rates, and
-    in fp32, of which no rates are known. The rows must be packed as `choice` says."""
+    """The simulated duration of a step of the planned run.
+
+    It is None if no rates are known for the card. It is None in fp32 too, because no fp32 rates are
+    known. The rows must already be packed with `choice.packing`.
+    """
     rates = rates_of(job.card)
     if rates is None or job.model.head.dtype == torch.float32:
         return None

@@ -1,6 +1,6 @@
 """Speeds and memory of the GPUs that can be simulated, each with its source.
 
-Where sources differ, or there is none, a rate is a range.
+A rate is a range if its sources differ, or if a part of it is assumed.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Rates:
-    """The sustained rates of a card, as (low, high).
+    """The sustained rates of a card, each as (low, high).
 
     matmul: FLOP/s of 16-bit matrix products. attention: the attention kernel's rate as a share of
-    matmul. bandwidth: bytes/s, read and written. launch: seconds from one kernel of a CUDA graph to
-    the next. host: seconds that Python needs to launch one kernel eagerly.
+    matmul. bandwidth: bytes read and written per second. launch: seconds between two kernels of a
+    CUDA graph. host: seconds that Python needs to launch one kernel eagerly.
     """
 
     matmul: tuple[float, float]
@@ -36,7 +36,7 @@ class Known:
 
 
 T = 1e12
-COLAB = (50e-6, 150e-6)  # host; its cores are two to four times slower than those measured
+COLAB = (50e-6, 150e-6)  # `host` on Colab; its cores are 2 to 4 times slower than the measured ones
 EFFICIENT = "attention 15 % of the matmul rate (measured on an H200 with this kernel) to 40 " \
             "(assumed)"
 KNOWN = {
@@ -66,12 +66,15 @@ CONTEXT = 0.81 * GIB  # bytes of CUDA's context with its kernels, on an H200; sm
 
 
 def known(name: str) -> Known:
-    """A card and its rates by short name; raises Refusal for an unknown one."""
+    """A card and its rates by the card's short name. Raises Refusal for an unknown name."""
     known_card(name)
     return KNOWN[name.lower()]
 
 
 def matmul_workspace(card: Card) -> int:
-    """Bytes that torch allocates for cuBLAS at the first matrix product and keeps (CUDABlas.cpp,
-    torch 2.10 to 2.13: 32 MiB on Hopper, else two buffers of 4 MiB and eight of 16 KiB)."""
+    """Bytes of the workspace that torch allocates for cuBLAS at the first matrix product and keeps.
+
+    On Hopper it has 32 MiB. On other cards it has two buffers of 4 MiB and eight of 16 KiB. The
+    source is CUDABlas.cpp of torch 2.10 to 2.13.
+    """
     return 32 * MIB if card.capability[0] == 9 else 8320 * 1024

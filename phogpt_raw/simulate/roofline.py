@@ -1,9 +1,10 @@
 """Estimate the time of a step on a GPU from its operations, by the roofline model.
 
-An operation takes the larger of FLOPs over the sustained rate and bytes over the sustained
-bandwidth, plus a launch (Williams et al. 2009, doi:10.1145/1498765.1498785). Not modelled: caches,
-overlap, and the shapes of matrices, which all share one rate. An eager step takes at least the time
-in which Python launches its kernels.
+The model is from Williams et al. 2009, doi:10.1145/1498765.1498785. Arithmetic takes an operation's
+FLOPs divided by the sustained rate. Memory traffic takes its bytes divided by the sustained
+bandwidth. The operation takes the longer of these two times, plus the time of a launch. Caches and
+overlap are not modelled. Matrices of all shapes have the same rate. An eager step takes at least
+the time that Python needs to launch its kernels.
 """
 
 from collections.abc import Iterable
@@ -15,8 +16,11 @@ from phogpt_raw.simulate.rates import Rates
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a step: `low` and `high` at the card's higher and lower rates; `host`: what Python
-    needs to launch its kernels eagerly, (low, high)."""
+    """The time of a step, in seconds.
+
+    low: at the card's higher rates. high: at the card's lower rates. host: (low, high) of the time
+    that Python needs to launch the step's kernels eagerly.
+    """
 
     low: float
     high: float
@@ -28,7 +32,7 @@ class Seconds:
 
     @property
     def eager(self) -> float:
-        """Seconds of an eager step: the mean of the range of the card's time or of the host's,
+        """Seconds of an eager step: the mean time of the card or the mean time of the host,
         whichever is longer."""
         return max(self.middle, sum(self.host) / 2)
 
@@ -39,7 +43,7 @@ class Seconds:
 
 
 def op_seconds(op: Op, rates: Rates, at: int) -> float:
-    """Seconds of one operation at the low (at = 0) or high (1) rates."""
+    """Seconds of one operation, at the card's low rates (at = 0) or high rates (at = 1)."""
     rate = rates.matmul[at] * (rates.attention[at] if "attention" in op.name else 1)
     return max(op.flops / rate, op.moved / rates.bandwidth[at]) + rates.launch[1 - at]
 
@@ -52,7 +56,7 @@ def step_seconds(ops: Iterable[Op], rates: Rates) -> Seconds:
 
 
 def by_phase(ops: Iterable[Op], rates: Rates) -> dict[str, Seconds]:
-    """step_seconds of each phase."""
+    """The result of step_seconds for each phase."""
     phases: dict[str, list[Op]] = {}
     for op in ops:
         phases.setdefault(op.phase, []).append(op)

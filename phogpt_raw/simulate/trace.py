@@ -1,16 +1,17 @@
-"""Record a training step on tensors without values: its memory and its FLOPs, on any laptop.
+"""Record the memory and the FLOPs of a training step on tensors without values, on any laptop.
 
-This is not a second description of the step. It builds the modules that train, on torch's meta
-device, and runs `train_step` itself. A dispatch mode records every operation with the bytes that it
-reads and writes, and when every storage is created and freed. A change of the step changes its
-trace.
+This is not a second implementation of the step. The model that trains is built on torch's meta
+device, and `train_step` itself runs on it. A dispatch mode records every operation, with the bytes
+that it reads and writes. It also records when each storage is created and freed. If the step
+changes, its trace changes too.
 
-Two things differ from a GPU, neither at the peak: 32-bit AdamW is several operations here and one
-fused kernel there; and memory that a kernel takes only while it runs is not seen. Two things must
-be given: the attention kernel of the GPU, and the workspace that torch keeps there for cuBLAS.
+Two things differ from a GPU, but not at the memory peak. 32-bit AdamW is several operations on the
+meta device, and one fused kernel on a GPU. Memory that a kernel allocates only while it runs is not
+recorded. The caller must supply two facts about the GPU: its attention kernels, and the size of the
+workspace that torch keeps for cuBLAS.
 
-The tensors are meta tensors because fake tensors of device cuda abort the process where torch is
-built without CUDA.
+Meta tensors are used for the following reason: if torch is built without CUDA, fake tensors of the
+device cuda abort the process.
 """
 
 import weakref
@@ -35,14 +36,16 @@ META = torch.device("meta")
 
 
 class Kernels(NamedTuple):
-    """The attention kernels that torch chooses on a card: with a bias, and causal without one."""
+    """The attention kernels that torch chooses on a card. bias: for attention with a bias. causal:
+    for causal attention without a bias."""
 
     bias: SDPBackend
     causal: SDPBackend
 
 
 class Recorder(TorchDispatchMode):
-    """Records the operations on meta tensors; `kernels`: the attention kernels of the card."""
+    """A dispatch mode that records all operations on meta tensors. kernels: the attention kernels
+    of the card."""
 
     def __init__(self, kernels: Kernels):
         super().__init__()
@@ -70,7 +73,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def see(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        """Record a tensor's storage if it is new; `kind`: what it is for."""
+        """Record a tensor's storage if it is new. kind: its purpose, one of ledger.KINDS."""
         whole = tensor.untyped_storage()
         key = storage_key(whole)
         if key in self.alive:
@@ -89,7 +92,10 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def following(self, modules: Iterable[tuple[str, torch.nn.Module]]):
-        """Record storages that are made while one of `modules` runs under the module's name."""
+        """A context that records new storages under the name of the module that runs.
+
+        modules: (name, module) of each module that is followed.
+        """
 
         def leave(*_):
             for storage in self.scopes.pop()[1]:
@@ -109,7 +115,7 @@ class Recorder(TorchDispatchMode):
 
 
 def tensors(found) -> Iterator[torch.Tensor]:
-    """All tensors among an operation's arguments or results, those in lists too."""
+    """All tensors among an operation's arguments or results, including tensors in lists."""
     if isinstance(found, torch.Tensor):
         yield found
     elif isinstance(found, (list, tuple, ValuesView)):
@@ -119,7 +125,7 @@ def tensors(found) -> Iterator[torch.Tensor]:
 
 @cache
 def is_view(func) -> bool:
-    """Whether an operation runs no kernel: it returns a view, or uninitialised memory."""
+    """Whether an operation runs no kernel, because it returns a view or uninitialised memory."""
     if func.is_view or func in NO_KERNEL or func.namespace == "profiler":
         return True
     returns = schema_of(func).returns
@@ -130,14 +136,15 @@ NO_KERNEL = {private_apis.unsafe_view(), aten.empty.memory_format, aten.empty_li
              aten.empty_strided.default, aten.new_empty.default, aten.detach.default}
 PICKS = {aten.embedding.default, aten.gather.default, aten.index_select.default,
          aten.scatter_.src}
-OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}  # their target is not read
+OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}  # only write
 
 
 def flops(func, args, kwargs, out) -> float:
-    """FLOPs of an operation's matrix products; a multiplication and an addition are two.
+    """FLOPs of an operation's matrix products. A multiplication and an addition are two FLOPs.
 
-    The formulas are torch's, and addmm's also for addmm_, which torch leaves out. Attention counts
-    every key that a block of queries is given, also masked ones, as the kernels with a bias do.
+    The formulas are torch's. torch has no formula for addmm_, so the formula of addmm is used.
+    Attention counts every key that a block of queries receives. Masked keys count too, because the
+    kernels with a bias process them.
     """
     if private_apis.is_document_attention(func):
         return document_flops(func, args)
@@ -147,11 +154,12 @@ def flops(func, args, kwargs, out) -> float:
 
 
 def document_flops(func, args) -> float:
-    """FLOPs of variable-length attention: two products forward, five backward, each document
-    counted as long as the longest, times two.
+    """FLOPs of variable-length attention, times two.
 
-    Times two, because the memory-efficient kernel for heads wider than 128 took 1.1 to 2.4 times as
-    long per key as the same kernel with a bias (on an H100; keys counted alike, causal or not).
+    Forward has two matrix products, and backward has five. Each document counts as if it were as
+    long as the longest one. The factor two comes from a measurement on an H100, for heads wider
+    than 128: per key, the memory-efficient kernel took 1.1 to 2.4 times as long as the same kernel
+    with a bias. For both kernels all keys were counted, causal or not.
     """
     named = dict(zip((a.name for a in schema_of(func).arguments), args, strict=False))
     tokens, heads, width = named["query"].shape[-3:]
@@ -165,7 +173,7 @@ def moved(func, args, kwargs, made: list[torch.Tensor]) -> int:
     if func in PICKS:  # only the picked rows of a large tensor are read and written
         return 2 * sum(map(touched, made if func is not aten.scatter_.src else [args[3]]))
     read = [*tensors(args), *tensors(kwargs.values())]
-    if schema_of(func).is_mutable:  # the results are among the arguments
+    if schema_of(func).is_mutable:  # an in-place operation: its results are arguments
         made = []
         written = [a for a, s in zip(args, schema_of(func).arguments, strict=False)
                    if s.is_write and isinstance(a, torch.Tensor)]
@@ -182,13 +190,17 @@ def touched(tensor: torch.Tensor) -> int:
 
 
 def trace_step(training: Training, window: Window, kernels: Kernels) -> Trace:
-    """The trace of a step over a model from base_on_meta with adapters; `kernels`: the card's."""
+    """Run a training step on the meta device, and return its trace.
+
+    training: its model comes from base_on_meta and has adapters. kernels: the attention kernels of
+    the card.
+    """
     recorder, model = Recorder(kernels), training.model.train()
     name_residents(recorder, training)
     begun = len(recorder.events)
     with recorder, recorder.following(scopes(model)):
         train_step(training, window, recorder.mark)
-    # A copy: when the tensors are freed later, the recorder adds events to its own list.
+    # The list of events is copied, because the recorder adds events when tensors are freed later.
     return Trace(recorder.ops, list(recorder.events), begun, paged_bytes(training.optimizer))
 
 
@@ -201,8 +213,8 @@ def scopes(model: PhoGPT) -> Iterable[tuple[str, torch.nn.Module]]:
 
 
 def name_residents(recorder: Recorder, training: Training) -> None:
-    """Name the tensors that exist before the step by their purpose. Paged optimizer states are left
-    out, because torch's allocator does not manage them."""
+    """Record the purpose of each tensor that exists before the step. Paged optimizer states are
+    left out, because torch's allocator does not manage them."""
     model, adapters = training.model, training.adapters
     for name, tensor in training.optimizer.state[adapters.flat].items():
         if isinstance(tensor, torch.Tensor) and name not in ("state1", "state2"):

@@ -1,14 +1,15 @@
-"""A checkpoint is written completely or not at all; a run that resumes from it continues bit for
-bit.
+"""Write and read checkpoints. A checkpoint is written completely or not at all.
 
-`checkpoint-N` holds the adapter in PEFT's format, the optimizer, and what else the next step
-depends on: loss scale, random generators, counters, the best validation loss. The order of the data
-needs no state, because it follows from the step's number. It is written under a temporary name and
-renamed at the end. It contains the hashes of its files, so a damaged checkpoint is noticed and not
-used.
+On a CPU, a run that resumes from a checkpoint gives the same result as a run without a stop, bit
+for bit. The folder `checkpoint-N` contains the adapter in PEFT's format, the optimizer state, the
+loss scale, the states of the random generators, the counters and the best validation loss. The
+order of the data is not stored, because it follows from the step's number.
 
-`take` copies all of it to the host's memory, in a fraction of a step's time. `write` writes that
-copy, in seconds, while the next steps are computed.
+A checkpoint is written under a temporary name and renamed at the end. It contains hashes of its
+files. A damaged checkpoint is detected by these hashes and is not used.
+
+`take` copies this state to the host's memory, in a fraction of a step's time. `write` writes the
+copy to the disk. This takes seconds, and the next steps are computed at the same time.
 """
 
 import ast
@@ -33,23 +34,26 @@ from phogpt_raw.training.step import Training
 
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 STATE, PROGRESS = "training_state.pt", "progress.json"
-HASHES = "sha256.json"  # of the other files
-REPLACED = ".replaced"  # a checkpoint of the same step, until the new one has its name
+HASHES = "sha256.json"  # the hashes of the checkpoint's other files
+REPLACED = ".replaced"  # suffix of an old checkpoint while a new one takes its name
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run after a step, in the host's memory. adapter: its tensors under PEFT's names; training:
-    optimizer, loss scale, random generators; state: of the run, what `read_state` returns."""
+    """The content of a checkpoint, in the host's memory.
 
-    adapters: Adapters  # for their configuration
+    adapter: the adapter's tensors by their PEFT names. training: the states of the optimizer, the
+    loss scale and the random generators. state: the run's state, as `read_state` returns it.
+    """
+
+    adapters: Adapters  # only their configuration is used
     adapter: dict[str, torch.Tensor]
     training: dict
     state: dict
 
 
 def take(training: Training, state: dict) -> Snapshot:
-    """Copy what a checkpoint holds; the next step may begin when this returns."""
+    """Copy a checkpoint's content to the host. When this returns, the next step may start."""
     adapter = training.adapters.on_host()
     rest = on_host({"optimizer": training.optimizer.state_dict(),
                     "scaler": training.scaler.state_dict(), "random": random_state()})
@@ -59,7 +63,7 @@ def take(training: Training, state: dict) -> Snapshot:
 
 
 def write(run: Path, snapshot: Snapshot) -> Path:
-    """Write run/checkpoint-<step>."""
+    """Write the folder run/checkpoint-<step>, and return its path."""
     final = run / f"checkpoint-{snapshot.state['step']}"
     replaced = final.with_name(final.name + REPLACED)
     with whole_folder(final, ours=True) as folder:
@@ -80,8 +84,8 @@ def write(run: Path, snapshot: Snapshot) -> Path:
 
 
 def save_state(file: Path, state: dict) -> None:
-    """torch.save, but a full disk raises the system's error. torch itself continues after that
-    error and then reports a wrong position."""
+    """Like torch.save, but a full disk raises the system's OSError. torch.save itself continues
+    after this error, and then raises another error about a wrong position in the file."""
     with file.open("wb") as opened:
         written = Written(opened)
         torch.save(state, written)
@@ -90,8 +94,8 @@ def save_state(file: Path, state: dict) -> None:
 
 
 class Written:
-    """The methods of a file that torch.save needs. The first error is kept, and nothing is written
-    after it."""
+    """A file with the methods that torch.save needs. It keeps the first error of a write, and
+    writes nothing after this error."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.error = file, None
@@ -109,11 +113,14 @@ class Written:
 
 
 def tidy(run: Path) -> None:
-    """Remove what a killed process leaves behind in a run's folder; a checkpoint that was about to
-    be replaced gets its name back if the new one does not exist."""
+    """Remove the unfinished files of a killed process from a run's folder.
+
+    The process may have been killed while it replaced a checkpoint. If the new checkpoint does not
+    exist, the old one gets its name back.
+    """
     for left in run.glob(f"*{UNFINISHED}"):
         name = left.name.removesuffix(UNFINISHED)
-        if name in ADAPTER or re.fullmatch(r"checkpoint-\d+", name):  # others are not a run's
+        if name in ADAPTER or re.fullmatch(r"checkpoint-\d+", name):  # other files stay
             remove(left)
     for replaced in run.glob(f"checkpoint-*{REPLACED}"):
         final = replaced.with_name(replaced.name.removesuffix(REPLACED))
@@ -128,9 +135,9 @@ def hash_of(file: Path) -> str:
 
 
 def by_step(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run, from the highest step down."""
+    """The checkpoints of a run by their step, from the highest step to the lowest."""
     found = {}
-    for folder in sorted(run.glob("checkpoint-*"), reverse=True):  # N.replaced before N
+    for folder in sorted(run.glob("checkpoint-*"), reverse=True):  # N comes after N.replaced
         name = folder.name.removeprefix("checkpoint-").removesuffix(REPLACED)
         if name.isdecimal():
             found[int(name)] = folder
@@ -138,13 +145,16 @@ def by_step(run: Path) -> dict[int, Path]:
 
 
 def newest(run: Path, up_to: float = math.inf) -> Path | None:
-    """The checkpoint of the highest step, at most `up_to`; None where there is none."""
+    """The checkpoint of the highest step that is not above `up_to`; None if there is none."""
     return next((folder for step, folder in by_step(run).items() if step <= up_to), None)
 
 
 def newest_whole(run: Path, identity: str = "") -> tuple[Path | None, list[str]]:
-    """(the whole checkpoint of the highest step or None, what is wrong with those above it).
-    identity: of the run, which its checkpoints record; "" if it is not known."""
+    """Return (newest undamaged checkpoint or None, a message for each newer checkpoint).
+
+    identity: the identity of the run. A checkpoint of a run with another identity counts as
+    damaged. With "" the identity is not checked.
+    """
     damaged = []
     for step, folder in by_step(run).items():
         fault = damage(folder, step, identity)
@@ -155,8 +165,10 @@ def newest_whole(run: Path, identity: str = "") -> tuple[Path | None, list[str]]
 
 
 def damage(folder: Path, step: int, identity: str) -> str | None:
-    """What is wrong with a checkpoint: a file that is missing or has other bytes than were written,
-    or a state of another step or of another run."""
+    """A message that says why a checkpoint cannot be used; None if it can.
+
+    A file may be missing or damaged, or the checkpoint may belong to another step or another run.
+    """
     try:
         hashes = json.loads((folder / HASHES).read_text("utf-8"))
         for name in (*ADAPTER, STATE, PROGRESS):
@@ -164,18 +176,22 @@ def damage(folder: Path, step: int, identity: str) -> str | None:
                 return f"{folder}: {name} is damaged"
         state = read_state(folder)
         if state["step"] != step:
-            return f"{folder}: its {PROGRESS} is of another step"
+            return f"{folder}: its {PROGRESS} belongs to another step"
         if identity and state.get("run") != identity:
-            return f"{folder}: is of another run"
+            return f"{folder}: belongs to another run"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{folder}: cannot be read ({' '.join(str(error).split())})"
     return None
 
 
 def remove_older(run: Path, keep: int, best: int, newest: int) -> None:
-    """Remove the checkpoints before step `newest` but `keep` - 1 of them and the one of step
-    `best`. Those above it are damaged: they count for nothing and stay until they are written anew.
-    The name goes first: killed here, half a folder is not taken for a checkpoint."""
+    """Remove all checkpoints up to step `newest`, except the newest `keep` of them and the one of
+    step `best`.
+
+    Checkpoints above step `newest` are damaged. They are not counted, and stay until the run writes
+    them again. A checkpoint is renamed before its files are removed. If the process is killed
+    during the removal, the remaining files do not look like a checkpoint.
+    """
     up_to = [(step, folder) for step, folder in by_step(run).items() if step <= newest]
     for step, folder in up_to[keep:]:
         if step != best:
@@ -201,15 +217,17 @@ def load(folder: Path, training: Training) -> None:
 def readable(folder: Path, read):
     try:
         return read()
-    except Exception as error:  # each reader raises other errors for a damaged file
+    except Exception as error:  # each reader has its own errors for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Refusal(f"{folder}: cannot be read ({reason}); delete it to go on from the one "
-                      f"before") from None
+        raise Refusal(f"{folder}: cannot be read ({reason}); delete it to resume from the "
+                      f"checkpoint before it") from None
 
 
 def random_state() -> dict:
-    """The states of the random generators that this run uses: that of the host, and that of its own
-    GPU only, so that a checkpoint does not depend on the number of GPUs in the computer."""
+    """The states of the random generators of torch, of Python and of the run's GPU.
+
+    Other GPUs are left out, so a checkpoint does not depend on the number of GPUs in the computer.
+    """
     return {"torch": torch.get_rng_state(), "python": repr(random.getstate()),
             "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []}
 
@@ -217,5 +235,5 @@ def random_state() -> dict:
 def restore_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state(state["cuda"][0])  # older checkpoints list all GPUs of the machine
+        torch.cuda.set_rng_state(state["cuda"][0])  # older checkpoints list all GPUs
     random.setstate(ast.literal_eval(state["python"]))

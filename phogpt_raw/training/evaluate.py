@@ -1,4 +1,4 @@
-"""The quality of the adapters: loss on held-out rows, and whether answers stop by themselves."""
+"""Evaluate the adapters: the loss on held-out rows, and how many answers end by themselves."""
 
 import math
 import time
@@ -18,13 +18,16 @@ from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import summed_loss
 
-CACHE_MIB = 512  # answers are written together as far as their keys and values fit into this
+CACHE_MIB = 512  # of keys and values; this limits how many answers are generated at once
 
 
 @dataclass(frozen=True)
 class Score:
-    """val_loss: nats per supervised token; stops: share of `answers` that end by themselves;
-    seconds: what the evaluation took."""
+    """The result of an evaluation.
+
+    val_loss: nats per supervised token. stops: share of `answers` that end by themselves; None if
+    there are no answers. seconds: duration of the evaluation.
+    """
 
     val_loss: float
     stops: float | None
@@ -37,16 +40,16 @@ class Score:
 
 
 def perplexity(loss: float) -> float:
-    """e^loss, of a loss in nats per token; a loss over 700 would overflow."""
+    """e^loss, for a loss in nats per token. A loss above 700 counts as 700, to avoid overflow."""
     return math.exp(min(loss, 700))
 
 
 def evaluate(model: PhoGPT, tokenizer, examples: list[Example], config: Config, limits: Limits,
              packing: Packing | None = None,
              memory: Callable[[], AbstractContextManager] = nullcontext) -> Score:
-    """Loss on all examples, greedy answers to the first --eval-answers of them.
+    """Compute the loss on all examples, and greedy answers to the first --eval-answers questions.
 
-    memory: a context in which large tensors are allocated.
+    memory: a function that returns a context manager. Large tensors are allocated inside it.
     """
     started = time.perf_counter()
     with memory():
@@ -64,7 +67,8 @@ def evaluate(model: PhoGPT, tokenizer, examples: list[Example], config: Config, 
 
 
 def held_out_loss(model: PhoGPT, window: Window, limits: Limits) -> float:
-    """Mean loss in nats over all supervised tokens: long answers weigh by their length."""
+    """The mean loss in nats per supervised token. Every token has the same weight, so a long answer
+    has more weight than a short one."""
     device = model.head.device
     total = torch.zeros((), device=device)
     with evaluating(model):

@@ -1,21 +1,21 @@
-"""The model's forward and backward as CUDA graphs, so that Python launches no kernels one by one.
+"""Run the model's forward and backward as CUDA graphs, so that Python need not launch each kernel.
 
-At 512 tokens of PhoGPT-7B5 the GPU works 50 ms on a micro-batch, and Python needs twice that to
-launch its thousands of kernels. A CUDA graph is that list of kernels, recorded once and replayed by
-the GPU. Its inputs and outputs keep their addresses, so a graph serves one shape: micro-batch x
-length, with or without documents, and one recompute depth.
+With PhoGPT-7B5 and 512 tokens, the GPU works 50 ms on a micro-batch. Python needs twice as long to
+launch the thousands of kernels. A CUDA graph is a recorded list of kernels that the GPU replays.
+Its inputs and outputs keep their addresses, so a graph serves only one shape. A shape consists of
+micro-batch, length, document bounds (if there are documents) and recompute depth.
 
-A shape runs eagerly the first time, which shows that it fits in memory, and is captured the second
-time. The loss between forward and backward has few kernels and stays eager, so the number of
-supervised rows may vary.
+A shape runs eagerly the first time. This shows that it fits in memory. The shape is captured the
+second time. The loss is computed between forward and backward. It has few kernels and always runs
+eagerly, so the number of supervised rows may vary.
 
-Memory is the difficult part. Graphs have their own memory pool, and torch does not lend it to other
-work; memory freed on one stream can be reused on that stream only. So large work that never runs
-between a graph's forward and its backward (the eager step of another shape, an evaluation)
-allocates from that pool, on the graphs' stream. The loss runs between a graph's forward and its
-backward, so it must not allocate from that pool. While a pool is in use torch cannot release its
-cached memory when the GPU is full, so rows of many long lengths can exhaust it. Then limits.py
-drops the graphs and repeats the work without them.
+Memory is the difficult part. Graphs have their own memory pool, and torch does not use this pool
+for other work. Memory that was freed on one stream can be reused on the same stream only. Therefore
+some other work also allocates from the graphs' pool, on the graphs' stream: an eager step of
+another shape, and an evaluation. Such work never runs between a graph's forward and its backward.
+The loss runs between them, so it must not allocate from the pool. While the pool is in use, torch
+cannot release the pool's cached memory when the GPU is full. Many different long row lengths can
+therefore fill the memory. Then limits.py drops the graphs and repeats the work without graphs.
 
 B micro-batch, L length, D hidden.
 """
@@ -33,15 +33,17 @@ from phogpt_raw.messages import _
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.limits import Limits
 
-SHAPES = 64  # shapes captured at most; each graph takes some driver memory
-WORTH = 10  # micro-batches still to come; capturing takes about as long as these save
+SHAPES = 64  # most shapes that are captured; each graph takes some driver memory
+WORTH = 10  # remaining micro-batches of a shape; their graphs save about the time of the capture
 
 
 class GraphedModel:
-    """A PhoGPT for training: called like the model, with the same hidden states and gradients.
+    """Wraps a PhoGPT for training. It is called like the model, and computes the same hidden states
+    and gradients.
 
-    flat: the adapters' flat parameter. The adapters' tensors and scaling must not be replaced;
-    their values may change. Where `limits.graphs` is off it calls the model.
+    flat: the adapters' flat parameter. The values in the adapters' tensors may change. The tensors
+    themselves and the LoRA scaling must not be replaced. If `limits.graphs` is False, every call
+    runs the model eagerly.
     """
 
     def __init__(self, model: PhoGPT, flat: nn.Parameter, limits: Limits):
@@ -49,13 +51,13 @@ class GraphedModel:
         self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
         self.seen: set[tuple] = set()
         self.graphs: dict[tuple, Graphs | None] = {}
-        self.expected: Counter | None = None  # micro-batches of each (B, L) to come; None: unknown
-        self.replayed: set[Graphs] = set()  # in this step
+        self.expected: Counter | None = None  # remaining micro-batches by (B, L), if known
+        self.replayed: set[Graphs] = set()  # replayed in this step
         self.new: set[Graphs | None] = set()  # captured in this step
 
     def __call__(self, ids_BL: torch.Tensor, doc_BL: torch.Tensor | None = None,
                  recompute: int = 0, bounds: DocumentBounds | None = None) -> torch.Tensor:
-        """Hidden states [B, L, D]; the next replay overwrites those of a replay."""
+        """Hidden states [B, L, D]. If a graph computed them, the next replay may overwrite them."""
         how = {"recompute": recompute, "bounds": bounds}
         if not self.limits.graphs:
             return self.model(ids_BL, doc_BL, **how)
@@ -74,8 +76,8 @@ class GraphedModel:
         return Replay.apply(self.flat, graphs, ids_BL, doc_BL)
 
     def is_worth(self, shape: torch.Size) -> bool:
-        """Whether capturing saves time: whether enough micro-batches of this shape are still to
-        come."""
+        """Whether capturing a shape [B, L] saves time, because enough micro-batches of this shape
+        remain. Each call counts one micro-batch as done."""
         if self.expected is None:
             return True
         self.expected[tuple(shape)] -= 1
@@ -83,7 +85,10 @@ class GraphedModel:
 
     @contextmanager
     def memory(self):
-        """Run on the graphs' stream, in their pool; never between a forward and its backward."""
+        """A context that uses the graphs' stream and allocates from their pool.
+
+        It must not be used between a graph's forward and its backward.
+        """
         if not self.limits.graphs:
             yield
             return
@@ -94,9 +99,10 @@ class GraphedModel:
         outside.wait_stream(self.stream)
 
     def capture(self, ids_BL, doc_BL, how: dict) -> "Graphs | None":
-        """Record forward, and backward into the adapters' gradients; runs neither.
+        """Record the model's forward and backward without running them. The recorded backward adds
+        to the adapters' gradients.
 
-        None where memory is too full; the shape then stays eager.
+        Returns None if memory is too full. The shape then always runs eagerly.
         """
         torch.cuda.empty_cache()  # during a capture cached memory cannot be released
         ids_BL, doc_BL = ids_BL.clone(), doc_BL if doc_BL is None else doc_BL.clone()
@@ -110,7 +116,7 @@ class GraphedModel:
             with torch.cuda.graph(backward, **into), \
                     torch.autograd.set_multithreading_enabled(False):
                 hidden_BLD.backward(gradient_BLD)
-        except RuntimeError as error:  # out of memory may appear as an error of ending the capture
+        except RuntimeError as error:  # torch may report a full memory as a failed capture
             if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__context__)):
                 raise
             return None
@@ -118,7 +124,7 @@ class GraphedModel:
         return Graphs(ids_BL, doc_BL, hidden_BLD.detach(), gradient_BLD, forward, backward, saved)
 
     def release(self) -> None:
-        """Free the graphs' memory; nothing in it may be used afterwards."""
+        """Free the graphs' memory. Tensors in this memory must not be used afterwards."""
         torch.cuda.synchronize()
         self.graphs, self.replayed, self.new = {}, set(), set()
         gc.collect()
@@ -126,11 +132,12 @@ class GraphedModel:
         torch.cuda.empty_cache()
 
     def peak_bytes(self) -> int:
-        """The most memory in use since torch's peak was reset and since the last call.
+        """Peak GPU memory of a step, in bytes. Reset torch's peak before the step, and call this
+        method once after the step.
 
-        torch counts a graph's own memory as free once it is captured. So
-        `torch.cuda.max_memory_allocated` includes the loss of a replayed step but not its saved
-        activations; they are added here. During a capture torch counts them itself.
+        After a capture torch counts the graph's memory as free. In a step that replays a graph,
+        `torch.cuda.max_memory_allocated` therefore omits the saved activations. This method adds
+        them. In the step of the capture, torch counts them itself.
         """
         saved = max((graphs.saved for graphs in self.replayed - self.new), default=0)
         self.replayed, self.new = set(), set()
@@ -139,9 +146,10 @@ class GraphedModel:
 
 @dataclass(frozen=True, eq=False)
 class Graphs:
-    """A forward and a backward graph and their input and output tensors, at fixed addresses.
+    """The forward and backward graphs of a shape, with their input and output tensors.
 
-    saved: bytes of the activations that forward leaves for backward.
+    These tensors have fixed addresses. saved: bytes of the activations that forward saves for
+    backward.
     """
 
     ids_BL: torch.Tensor
@@ -154,7 +162,11 @@ class Graphs:
 
 
 class Replay(torch.autograd.Function):
-    """Takes `flat` so that autograd calls backward; the graph itself adds to flat.grad."""
+    """Replays the forward graph, and the backward graph in backward.
+
+    `flat` is an input only to make autograd call `backward`. The backward graph itself adds to
+    flat.grad.
+    """
 
     @staticmethod
     def forward(ctx, flat, graphs: Graphs, ids_BL, doc_BL):
@@ -173,11 +185,11 @@ class Replay(torch.autograd.Function):
 
 
 def why_not(model: PhoGPT, device: str, wanted: bool) -> str | None:
-    """The reason why this model cannot be captured; None where it can."""
+    """The reason why CUDA graphs are off for this model; None if they are on."""
     if not wanted:
         return "--no-capture"
     if device != "cuda":
         return _("there is no GPU")
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        return _("dropout runs PEFT's own layers")
+        return _("LoRA dropout needs PEFT's own layers")
     return None

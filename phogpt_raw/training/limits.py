@@ -1,6 +1,7 @@
-"""Limits on the GPU memory of a step, and a retry without CUDA graphs when memory runs out.
+"""Settings that limit the GPU memory of a step, and a retry without CUDA graphs.
 
-Every step reads the limits, so a run can continue with lower ones after it has run out of memory.
+Every step reads these settings anew. A run that has run out of memory can therefore switch CUDA
+graphs off and continue.
 """
 
 from collections.abc import Callable
@@ -13,18 +14,20 @@ from phogpt_raw.messages import _
 
 @dataclass
 class Limits:
-    """Mutable, so that a run can change them. No value changes the result of a step."""
+    """The memory settings of a step. A run may change them at any time. No setting changes the
+    result of a step."""
 
     micro_batch: int  # rows in one pass through the model
     chunk_rows: int  # supervised rows whose logits are in memory at once
-    recompute: int = 0  # blocks, from the first, that backward recomputes
-    graphs: bool = False  # forward and backward run as CUDA graphs
+    recompute: int = 0  # backward recomputes the activations of the first N blocks
+    graphs: bool = False  # whether forward and backward run as CUDA graphs
 
 
 def retry_without_graphs(work: Callable, training, say: Callable[[str], None]) -> Callable:
-    """`work`, repeated without CUDA graphs if it runs out of memory with them; graphs stay off.
+    """Wrap `work`: if it runs out of memory with CUDA graphs, repeat it without them.
 
-    `work` must be repeatable: train_step clears its gradients first and updates last.
+    The graphs then stay off. `work` must be safe to repeat. train_step is, because it clears the
+    gradients first and updates last.
     """
 
     def attempt(*args):
@@ -33,10 +36,11 @@ def retry_without_graphs(work: Callable, training, say: Callable[[str], None]) -
         except torch.OutOfMemoryError:
             if not training.limits.graphs:
                 raise
-        # Outside `except`, whose traceback would keep all activations alive.
+        # Not inside `except`: the traceback there would keep all activations in memory.
         training.limits.graphs = False
         training.forward.release()
-        say(_("GPU memory is too full for CUDA graphs: going on without, as with --no-capture"))
+        say(_("GPU memory is too full for CUDA graphs: continuing without them, as with "
+              "--no-capture"))
         return work(*args)
 
     return attempt

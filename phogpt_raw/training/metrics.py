@@ -1,4 +1,7 @@
-"""DIR/metrics.jsonl: one row for each step and each evaluation, with the cost of each step."""
+"""Write and read metrics.jsonl in a run's folder: one row for each step and each evaluation.
+
+The row of a step also contains its speed and its peak memory.
+"""
 
 import json
 import math
@@ -19,9 +22,14 @@ from phogpt_raw.training.step import StepStats, Training
 
 @dataclass(frozen=True)
 class StepRow:
-    """The row of a step. tokens: those that carry loss. tokens_per_s: counts all tokens. peak_gib:
-    None on a CPU. skipped: skipped steps of the run so far. rows: rows that went through the model.
-    fill: the share of their tokens that is not padding."""
+    """The row of a step.
+
+    loss: nats per supervised token. grad_norm: the gradient's norm before clipping. tokens: number
+    of supervised tokens. tokens_per_s: all tokens of the examples per second, without padding.
+    peak_gib: peak GPU memory in GiB, None on a CPU. scale: the loss scale. skipped: number of
+    skipped steps in the run so far. rows: number of rows that went through the model. fill: share
+    of the tokens in these rows that are not padding.
+    """
 
     step: int
     loss: float
@@ -37,15 +45,19 @@ class StepRow:
 
 
 class Metrics:
-    """The metrics file of a run; rows that a resumed run writes again are dropped. tensorboard:
-    write the same values to folder/tensorboard. last_loss: of the last
-    evaluation or, after it or without one, of the last step; NaN before the first."""
+    """The metrics file of a run.
+
+    A resumed run first removes the rows that were written after its checkpoint, because it writes
+    them again. tensorboard: also write the values to folder/tensorboard. last_loss: the loss in the
+    newest row, of a step or of an evaluation; NaN if there is no row.
+    """
 
     def __init__(self, folder: Path, state: RunState, training: Training,
                  tensorboard: bool = False):
         self.file, self.training = folder / METRICS, training
-        self.started = self.seconds = 0.0  # when the step began, and how long it took
-        rows = whole_rows(self.file) if state.step else []  # an incomplete row is of a later step
+        self.started = self.seconds = 0.0  # start time and duration of the step
+        # whole_rows omits an incomplete row. Such a row was written after the checkpoint.
+        rows = whole_rows(self.file) if state.step else []
         kept = [row for row in rows if is_before(state, row)]
         self.last_loss = loss_of(kept[-1]) if kept else math.nan
         write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
@@ -59,7 +71,7 @@ class Metrics:
         self.started = time.perf_counter()
 
     def step(self, state: RunState, stats: StepStats, window: Window, lr: float) -> StepRow:
-        """Write a finished step; reading its loss waits for the GPU."""
+        """Write the row of a finished step. Reading its loss waits for the GPU."""
         loss, grad_norm, scale = torch.stack((stats.loss, stats.grad_norm, stats.scale)).tolist()
         self.seconds = time.perf_counter() - self.started
         peak = peak_bytes(self.training.forward)
@@ -79,7 +91,7 @@ class Metrics:
                             stops=score.stops))
 
     def write(self, row: dict) -> None:
-        """Append a row; NaN and infinity become null, since JSON has neither."""
+        """Append a row. NaN and infinity are written as null, because JSON has neither."""
         row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                for name, value in row.items()}
         self.last_loss = loss_of(row)
@@ -93,18 +105,18 @@ class Metrics:
 
 
 def loss_of(row: dict) -> float:
-    """The loss of a row of metrics.jsonl, of a step or of an evaluation; NaN where it is null."""
+    """The loss in a row: val_loss of an evaluation, or loss of a step. null becomes NaN."""
     loss = row["val_loss"] if "val_loss" in row else row["loss"]
     return math.nan if loss is None else loss
 
 
 def is_before(state: RunState, row: dict) -> bool:
-    """Whether a row was written before the checkpoint of this state."""
+    """Whether a row was written before the checkpoint that contains `state`."""
     return row["step"] <= (state.evaluated if "val_loss" in row else state.step)
 
 
 def summary_writer():
-    """torch's SummaryWriter; raises Refusal where the package tensorboard is missing."""
+    """Return torch's SummaryWriter. Raises Refusal if the package tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -114,17 +126,17 @@ def summary_writer():
 
 
 def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
-    """(rows of steps, rows of evaluations) of a run's metrics.jsonl; empty where there is no file.
+    """Return (rows of steps, rows of evaluations) from a run's metrics.jsonl.
 
-    null stands for a value that was not finite.
+    Both lists are empty if there is no file. A value that was not finite is None.
     """
     rows = whole_rows(folder / METRICS)
     return [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
 
 
 def whole_rows(file: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, without one that a power failure has cut off or that is damaged;
-    empty where there is no file."""
+    """The valid rows of a metrics.jsonl file; an empty list if there is no file. Damaged rows are
+    omitted, for example a row that a power failure has cut off."""
     lines = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
     return [row for line in lines if is_row(row := parsed(line))]
 
@@ -144,7 +156,7 @@ def is_row(row) -> bool:
 
 
 def peak_bytes(forward) -> int | None:
-    """The most GPU memory in use since the step began; None on a CPU."""
+    """Peak GPU memory since the start of the step, in bytes; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     if isinstance(forward, GraphedModel):

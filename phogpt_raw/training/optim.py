@@ -1,9 +1,9 @@
 """The optimizer of the flat adapter buffer: AdamW with 8-bit state in paged memory.
 
-Both moments are 8-bit values with one scale for each block of 256 (Dettmers et al. 2022,
-arXiv:2110.02861). Paged memory is CUDA's managed memory, which moves to the host when the GPU is
-full. bitsandbytes' `load_state_dict` would replace it by ordinary device memory; `load_state` keeps
-the pages.
+Both moments of AdamW are stored as 8-bit values. Each block of 256 values has one scale (Dettmers
+et al. 2022, arXiv:2110.02861). Paged memory is CUDA's managed memory. It moves to the host when the
+GPU is full. bitsandbytes' `load_state_dict` would replace the pages by ordinary GPU memory.
+`load_state` in this module keeps the pages.
 """
 
 import math
@@ -14,15 +14,16 @@ from phogpt_raw.private_apis import make_state
 
 
 def make_optimizer(flat: torch.nn.Parameter, kind: str, lr: float, weight_decay: float):
-    """`paged_adamw_8bit` (not paged on a CPU) or 32-bit `adamw`.
+    """Create the optimizer of this `kind`: 32-bit `adamw`, or `paged_adamw_8bit`.
 
-    The state is allocated at the start, so an update allocates nothing. A step that runs out of
-    memory therefore does so before it has changed anything, and can be repeated.
+    The 8-bit optimizer is not paged on a CPU. The state is allocated here, not in the first update.
+    A step can therefore run out of memory only before it has changed anything, so it can be
+    repeated.
     """
     settings = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     device = flat.device.type
     if kind == "adamw":
-        fused = device != "meta"  # one kernel without temporaries; the meta device has none
+        fused = device != "meta"  # one kernel, no temporary tensors; not on meta
         optimizer = torch.optim.AdamW([flat], **settings, fused=fused)
         optimizer.state[flat] = {
             "step": torch.zeros((), device=flat.device if fused else "cpu"),
@@ -38,16 +39,21 @@ def make_optimizer(flat: torch.nn.Parameter, kind: str, lr: float, weight_decay:
 
 
 def paged_bytes(optimizer) -> int:
-    """Bytes of the state in paged memory on a GPU: the 8-bit moments; 0 for 32 bits.
+    """Bytes of the optimizer state that a GPU keeps in paged memory: the 8-bit moments.
 
-    torch's allocator does not count them.
+    The result is 0 for 32-bit AdamW. torch's allocator does not count these bytes.
     """
     return sum(tensor.nbytes for state in optimizer.state.values()
                for name, tensor in state.items() if name in ("state1", "state2"))
 
 
 def lr_at(step: int, steps: int, peak: float, warmup: int, floor: float) -> float:
-    """Learning rate of applied step 0, 1, …: linear to the peak, then a cosine to floor * peak.
+    """The learning rate of a step.
+
+    step: number of applied steps before this one. steps: planned number of steps.
+
+    The rate rises linearly to `peak` during `warmup` steps. Then it falls along a cosine to
+    floor * peak.
 
     >>> [round(lr_at(s, 10, 1.0, 2, 0.1), 2) for s in (0, 1, 2, 6, 10)]
     [0.5, 1.0, 1.0, 0.55, 0.1]
@@ -61,7 +67,8 @@ def lr_at(step: int, steps: int, peak: float, warmup: int, floor: float) -> floa
 def load_state(optimizer, saved: dict) -> None:
     """Copy a saved state_dict into the optimizer's own tensors, which keep their addresses.
 
-    Older checkpoints have no state before the first applied step, and an AdamW that is not fused.
+    Checkpoints of older versions are accepted too. They contain no state before the first applied
+    step, and their AdamW is not fused.
     """
     own = {flat: dict(values) for flat, values in optimizer.state.items()}
     fused = [group.get("fused") for group in optimizer.param_groups]

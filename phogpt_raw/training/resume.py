@@ -1,8 +1,8 @@
-"""Check that a run may be resumed in a folder: same settings, same rows, no files of other
-programs.
+"""Check whether a run can be started or resumed in a folder.
 
-A run records its settings in config.json and a hash of each of its rows in row_hashes.json. The
-files of the rows may be renamed or moved; the rows themselves must stay the same.
+A resumed run must have the same settings and the same rows as at its start. A new run must not
+overwrite files of other programs. A run records its settings in config.json, and a hash of each row
+in row_hashes.json. Data files may be renamed or moved, but the rows must stay the same.
 """
 
 import dataclasses
@@ -21,20 +21,22 @@ from phogpt_raw.files import LOCK, SIGN, expanded, read_object, write_text
 from phogpt_raw.model.adapter_config import run_record
 from phogpt_raw.refusal import Refusal
 
-# Settings that may differ when a run is resumed. Any other change would make it another run.
+# Settings that may differ when a run is resumed. All other settings must stay the same.
 FREE = {"preset", "data", "val", "map", "strict", "too_long", "data_cache", "inspect", "json",
         "hold_out", "out", "dry_run", "steps", "epochs", "eval_every", "eval_answers",
         "answer_tokens", "patience", "save_every", "keep", "max_minutes", "tensorboard",
         "max_skipped",
         "micro_batch", "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
 ANOTHER = "name another --out"
-ROWS = "row_hashes.json"  # of the rows with which the run began
+ROWS = "row_hashes.json"  # a hash of each row, from the start of the run
 
 
 def record_run(folder: Path, config: Config, examples: Examples, *, base_weights: str | None,
                run: str) -> None:
-    """Write the settings and row hashes with which a later start is compared. base_weights: of
-    base_hash; run: of identity."""
+    """Write the run's settings and row hashes. A resumed run is compared with them.
+
+    base_weights: the result of base_hash. run: the result of `identity`.
+    """
     configuration.save(config, folder / "config.json", base_weights=base_weights, run=run)
     write_text(folder / ROWS, json.dumps(row_hashes(examples), indent=0) + "\n")
 
@@ -45,8 +47,10 @@ def row_hashes(examples: Examples) -> dict[str, list[str]]:
 
 
 def identity(config: Config, examples: Examples, base_weights: str) -> str:
-    """A hash of what must stay the same when a run is resumed: settings, rows and base. Each
-    checkpoint records it. So a checkpoint that was copied from another run is noticed."""
+    """A hash of the base, the rows and the settings that must stay the same when a run is resumed.
+
+    Each checkpoint records this hash. It shows whether a checkpoint was copied from another run.
+    """
     settings = {name: value for name, value in dataclasses.asdict(config).items()
                 if name not in FREE}
     text = json.dumps([settings, row_hashes(examples), base_weights], sort_keys=True)
@@ -54,8 +58,8 @@ def identity(config: Config, examples: Examples, base_weights: str) -> str:
 
 
 def recorded_identity(folder: Path) -> str:
-    """The identity of the run in a folder; "" if there is no run, or its config.json is damaged or
-    older than identities."""
+    """The identity that the run in a folder has recorded. It is "" if there is no run, if its
+    config.json is damaged, or if an older version wrote config.json without an identity."""
     with suppress(Refusal):
         return str((run_record(folder / "config.json") or {}).get("run", ""))
     return ""
@@ -73,30 +77,30 @@ def check_place(folder: Path) -> None:
     for name in ("config.json", ROWS, "metrics.jsonl", "adapter_config.json", "loss.svg",
                  "loss.png", *([LOCK] if foreign else [])):
         if os.path.lexists(folder / name):
-            raise Refusal(f"--out {folder}: holds a {name} that is not a run's, and the run would "
-                          f"write over it; name another --out")
+            raise Refusal(f"--out {folder}: contains a {name} that does not belong to a run and "
+                          f"would be overwritten; name another --out")
 
 
 def check_same(folder: Path, config: Config, examples: Examples) -> None:
-    """Raise Refusal where the folder's run has other settings or other rows."""
+    """Raise Refusal if the run in the folder was started with other settings or other rows."""
     file = folder / "config.json"
     if not file.is_file():
-        raise Refusal(f"{file}: missing, so this run cannot go on; name another --out, and the "
-                      f"newest checkpoint of {folder} with --adapter")
-    # A run that is older than a setting has this setting's default.
+        raise Refusal(f"{file}: missing, so this run cannot be resumed; name another --out, and "
+                      f"give the newest checkpoint of {folder} as --adapter")
+    # If a setting is newer than the run, the run has used its default value.
     before = dataclasses.asdict(Config()) | read_object(file, ANOTHER)
     now = dataclasses.asdict(config)
     for name in sorted(now.keys() - FREE):
         if whole_path(name, before[name]) != whole_path(name, now[name]):
             raise Refusal(
-                f"--out {folder}: this run began {as_typed(name, before[name])}, not "
-                f"{as_typed(name, now[name])}; go on with the same, or name another --out"
+                f"--out {folder}: this run started {as_typed(name, before[name])}, not "
+                f"{as_typed(name, now[name])}; keep the old setting, or name another --out"
             )
     check_rows(folder, before, now, examples)
 
 
 def as_typed(name: str, value) -> str:
-    """A setting as the flag that is typed for it.
+    """A setting as text for a message: the flag that a user types for it.
 
     >>> as_typed("seed", 5), as_typed("nf4", False), as_typed("val", None)
     ('with --seed 5', 'with --no-nf4', 'without --val')
@@ -110,42 +114,44 @@ def as_typed(name: str, value) -> str:
 
 
 def check_base(folder: Path, config: Config, base_weights: str) -> None:
-    """Raise Refusal where the base holds other weights or another config.json than when the run
-    began."""
+    """Raise Refusal if the base's weights or its config.json have changed since the run started."""
     began = read_object(folder / "config.json", ANOTHER).get("base_weights")
     if began and began != base_weights:
         raise Refusal(f"--out {folder}: the weights or the config.json of --model {config.model} "
-                      f"have changed since this run began; go on over the same, or name another "
-                      f"--out")
+                      f"have changed since this run started; use the unchanged base, or name "
+                      f"another --out")
 
 
 def whole_path(name: str, value):
-    """A setting in the form that is compared: for a folder its absolute path."""
+    """The value of a setting for a comparison. The path of a folder becomes absolute."""
     if name in ("model", "adapter") and value and expanded(value).is_dir():
         return str(expanded(value).resolve())
     return value
 
 
 def check_rows(folder: Path, before: dict, now: dict, examples: Examples) -> None:
-    """Raise Refusal where the rows are not those with which the run began, and say which; where
-    another flag divides them (before and now: the settings), name the flag."""
+    """Raise Refusal if the rows differ from the rows at the start of the run.
+
+    before, now: the settings at the start and now. The message counts the changed rows and
+    names the first new one. If --hold-out has changed, the message names this flag instead.
+    """
     file = folder / ROWS
-    if not file.is_file():  # a run from before row hashes were recorded
+    if not file.is_file():  # an older version recorded no row hashes
         return
     began = read_object(file, ANOTHER)
     for part in ("train", "held_out"):
         if not (isinstance(began.get(part), list)
                 and all(isinstance(row, str) for row in began[part])):
-            raise Refusal(f"{file}: does not hold the hashes of rows; {ANOTHER}")
+            raise Refusal(f"{file}: does not contain row hashes; {ANOTHER}")
     for part, name in (("train", "training"), ("held_out", "held-out")):
         change = changes(began[part], getattr(examples, part))
         if change and before["hold_out"] != now["hold_out"]:
-            raise Refusal(f"--out {folder}: this run began {with_hold_out(before)}; "
-                          f"{with_hold_out(now)} other rows are held out; go on as it began, or "
+            raise Refusal(f"--out {folder}: this run started {with_hold_out(before)}; "
+                          f"{with_hold_out(now)} other rows are held out; keep the old setting, or "
                           f"name another --out")
         if change:
-            raise Refusal(f"--out {folder}: its {name} rows have changed since it began: {change}; "
-                          f"go on with the same rows, or name another --out")
+            raise Refusal(f"--out {folder}: its {name} rows have changed since it started: "
+                          f"{change}; give the same rows, or name another --out")
 
 
 def with_hold_out(settings: dict) -> str:
@@ -154,7 +160,8 @@ def with_hold_out(settings: dict) -> str:
 
 
 def changes(began: list[str], examples: list[Example]) -> str:
-    """The differences from the row hashes with which a run began; empty if there are none."""
+    """The differences between `examples` and the row hashes `began` from the start of the run, as
+    text; empty if there are none."""
     now = [fingerprint(example) for example in examples]
     if now == began:
         return ""
@@ -166,5 +173,5 @@ def changes(began: list[str], examples: list[Example]) -> str:
         first = next(e for e, known in zip(examples, now, strict=True) if known in added)
         parts.append(f"{added.total():,} new or edited (the first: {first.where})")
     if removed:
-        parts.append(f"{removed.total():,} gone")
-    return f"{', '.join(parts)} (rows then: {len(began):,}, now: {len(now):,})"
+        parts.append(f"{removed.total():,} missing")
+    return f"{', '.join(parts)} (rows at the start: {len(began):,}, now: {len(now):,})"

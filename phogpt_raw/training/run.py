@@ -1,9 +1,10 @@
 """A run's folder: its name, its configuration, the state of the run and its best adapter.
 
-DIR/config.json, row_hashes.json, metrics.jsonl, checkpoint-N/, and the result,
-adapter_model.safetensors with adapter_config.json: the adapter of the lowest validation loss, the
-last where nothing is held out. The model card, README.md, is written last: a run that has taken all
-its steps but has no card was killed in between, and is finished when it is started again.
+The folder contains config.json, row_hashes.json, metrics.jsonl and the folders checkpoint-N. The
+result is adapter_model.safetensors with adapter_config.json. It is the adapter with the lowest
+validation loss, or the last adapter if no rows are held out. The model card README.md is written
+last. A run that has done all its steps but has no model card was killed before its end. It is
+finished when it is started again.
 """
 
 import dataclasses
@@ -33,8 +34,7 @@ MARK = "<!-- written by phogpt-raw, which writes it anew; delete this line to ke
 
 @dataclass
 class RunState:
-    """The state of a run: steps taken, how many of them were skipped, the best and the first
-    score."""
+    """The state of a run: number of steps, number of skipped steps, best score and first score."""
 
     step: int = 0
     evaluated: int = -1  # the last step after which the run was evaluated
@@ -42,11 +42,11 @@ class RunState:
     skipped_in_row: int = 0
     best_loss: float = math.inf
     best_step: int = 0
-    not_better: int = 0  # evaluations since the lowest validation loss, that before training too
+    not_better: int = 0  # evaluations since the lowest validation loss, which may be at step 0
     first: dict = field(default_factory=dict)  # score before training: val_loss, stops, answers
-    best: dict = field(default_factory=dict)  # the same of the adapter that was kept
-    planned: int = 0  # steps that the run should take; 0 in checkpoints of before this was kept
-    run: str = ""  # its identity, by which a checkpoint of another run is noticed
+    best: dict = field(default_factory=dict)  # the same values for the best adapter
+    planned: int = 0  # steps of the whole run; 0 in checkpoints of older versions
+    run: str = ""  # the run's identity, to detect checkpoints of other runs
 
     @property
     def applied(self) -> int:
@@ -59,19 +59,22 @@ class RunState:
 
 
 class Run:
-    """The folder of a run, new or resumed. `examples`: the training and the held-out ones; a
-    resumed run must have the same."""
+    """The folder of a new or resumed run.
+
+    examples: the training and held-out examples. A resumed run must have the same examples as at
+    its start.
+    """
 
     def __init__(self, config: Config, steps: int, examples: Examples):
         self.folder = (expanded(config.out) if config.out
                        else next_number(config.model))
         self.config, self.steps, self.examples = config, steps, examples
-        self.planned = steps  # when its newest checkpoint was saved
+        self.planned = steps  # planned steps when the newest checkpoint was saved
         self.state = RunState(planned=steps)
         self.base_weights = None
-        self.saved = None  # the step and the last evaluation that the newest checkpoint holds
+        self.saved = None  # (step, last evaluated step) in the newest checkpoint
         self.writer = ThreadPoolExecutor(1)
-        self.writing: Future | None = None  # of the newest checkpoint
+        self.writing: Future | None = None  # the write of the newest checkpoint
         self.checkpoint, self.damaged = checkpoint.newest_whole(
             self.folder, resume.recorded_identity(self.folder))
         if self.checkpoint:
@@ -87,15 +90,15 @@ class Run:
             raise Refusal(f"{self.folder}: no checkpoint can be used ({'; '.join(self.damaged)}); "
                           f"name another --out")
         elif (self.folder / "adapter_model.safetensors").is_file():
-            raise Refusal(f"{self.folder}: holds an adapter but no checkpoint to go on from; name "
-                          f"another --out, or start from it with --adapter "
+            raise Refusal(f"{self.folder}: contains an adapter but no checkpoint to resume from; "
+                          f"name another --out; to start from this adapter, add --adapter "
                           f"{shlex.quote(str(self.folder))}")
         else:
             resume.check_place(self.folder)
 
     def over(self, base_weights: str) -> None:
-        """Record the base that the run trains over. Raises Refusal if a resumed run began over
-        another base."""
+        """Record the hash of the base that the run trains on. Raises Refusal if a resumed run was
+        started with another base."""
         if self.checkpoint:
             resume.check_base(self.folder, self.config, base_weights)
         else:
@@ -104,8 +107,8 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether all steps are taken and evaluated, or the last --patience evaluations were not
-        better."""
+        """Whether the run has ended. It ends after its last step and that step's evaluation, or
+        after --patience evaluations in a row without a new lowest validation loss."""
         state, patience = self.state, self.config.patience
         if state.step >= self.steps:
             return not self.evaluation_due()
@@ -124,24 +127,24 @@ class Run:
             more = f"a --patience above {state.not_better}, or none"
         folder = shlex.quote(str(self.folder))
         return (f'{self.folder}: {why}. To train it further, give {more}. To train its adapter on '
-                f"other rows, give --adapter {folder} and another --out. To ask it: python "
-                f'{script("generate.py")} --adapter {folder} "Câu hỏi của bạn"')
+                f"other rows, give --adapter {folder} and another --out. To ask it a question: "
+                f'python {script("generate.py")} --adapter {folder} "Câu hỏi của bạn"')
 
     @contextmanager
     def begun(self, training: Training) -> Iterator[None]:
-        """Lock the run's folder, which is created if it does not exist, and restore the newest
-        checkpoint.
+        """A context in which the run's folder is locked. It creates the folder if necessary, and
+        restores the newest checkpoint.
 
-        Raises Refusal if another process has locked it.
+        Raises Refusal if another process has locked the folder.
         """
         with in_words(self.folder / LOCK):
             if not self.config.out:
                 self.folder = make_next(self.config.model)
             self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / LOCK, f"--out {self.folder}: another process trains there; wait "
-                                        f"for its end, or name another --out"):
+                                        f"until it ends, or name another --out"):
             if checkpoint.newest_whole(self.folder, self.state.run)[0] != self.checkpoint:
-                raise Refusal(f"--out {self.folder}: another process has trained there meanwhile; "
+                raise Refusal(f"--out {self.folder}: another process has trained there in between; "
                               f"give the same command again")
             try:
                 checkpoint.tidy(self.folder)
@@ -161,8 +164,8 @@ class Run:
                 (self.folder / LOCK).unlink(missing_ok=True)  # the folder may have been moved
 
     def evaluation_due(self) -> bool:
-        """Whether the run must be evaluated now: before the first step, every --eval-every steps,
-        and at the end; once each."""
+        """Whether the run must be evaluated now. It is evaluated before the first step, every
+        --eval-every steps and after the last step, but only once at each of these steps."""
         state, every = self.state, self.config.eval_every
         return state.evaluated < state.step and (
             state.step in (0, self.steps) or (every > 0 and state.step % every == 0))
@@ -175,12 +178,12 @@ class Run:
                                    or (every > 0 and state.step % every == 0))
 
     def rate(self, score: Score | None) -> None:
-        """Remember the score, and whether this adapter is the best so far: the one of the lowest
-        validation loss; the newest where nothing is held out.
+        """Record a score, and whether the current adapter is the best so far.
 
-        Before the first update the score is only remembered, because the adapter is not trained
-        yet. A loss that is not finite is never the best. --patience also counts evaluations that
-        are not better than the untrained adapter.
+        The best adapter has the lowest validation loss. Without held-out rows it is the newest
+        adapter. Before the first update the adapter is untrained, so it does not count as the best.
+        A loss that is not finite is never the lowest. --patience compares each evaluation also
+        with the evaluation of the untrained adapter.
         """
         state = self.state
         state.evaluated = state.step
@@ -190,8 +193,8 @@ class Run:
         if state.step == 0:
             if score and not math.isfinite(score.val_loss):
                 raise RunFailed(_("{folder}: the validation loss is not finite before the first "
-                                  "step: the base does not compute in {dtype}; use another "
-                                  "--dtype, or fetch the base again", folder=self.folder,
+                                  "step: the base does not work in {dtype}; use another "
+                                  "--dtype, or download the base again", folder=self.folder,
                                   dtype=self.config.dtype))
             if score:
                 state.first = record(score)
@@ -200,8 +203,8 @@ class Run:
             state.best_step, state.best = state.step, record(score)
 
     def save(self, training: Training) -> None:
-        """Write a checkpoint, unless nothing has changed since the last. It is written while the
-        next steps are computed; `settle` waits for it."""
+        """Write a checkpoint, unless nothing has changed since the last one. Another thread writes
+        it while the next steps are computed. `settle` waits until it is written."""
         state = self.state
         if state.step == 0 or self.saved == (state.step, state.evaluated):
             return
@@ -211,49 +214,58 @@ class Run:
         self.writing = self.writer.submit(self.write, snapshot, dataclasses.replace(state))
 
     def write(self, snapshot: checkpoint.Snapshot, state: RunState) -> None:
-        flush(self.folder / METRICS)  # else a power failure may take rows that are not written anew
+        # A run that resumes from this checkpoint does not write earlier rows again. They must
+        # survive a power failure.
+        flush(self.folder / METRICS)
         self.checkpoint = checkpoint.write(self.folder, snapshot)
         self.follow_up(state)
 
     def settle(self) -> None:
-        """Wait until the newest checkpoint is written. Raises Refusal where it could not be."""
+        """Wait until the newest checkpoint is written. Raises Refusal if the write failed."""
         writing, self.writing = self.writing, None
         if writing:
             writing.result()
 
     def follow_up(self, state: RunState) -> None:
-        """Finish a checkpoint of that state: copy its adapter to the run's folder if it is the best
-        one; remove older checkpoints except the newest --keep and the best one. This is repeated
-        when a run is resumed, because the run may have been killed before it."""
+        """Do the work that follows a new checkpoint with this state.
+
+        If the checkpoint's adapter is the best so far, it is copied to the run's folder. Then all
+        checkpoints are removed except the newest --keep and the best one. A resumed run repeats
+        this work, because it may have been killed before the work was done.
+        """
         if state.best_step == state.step > 0:
             for name in checkpoint.ADAPTER:
                 with whole_file(self.folder / name) as file:
                     shutil.copyfile(self.checkpoint / name, file)
-        if not state.skipped_in_row:  # else an older one may be the only good one
+        if not state.skipped_in_row:  # else the only good checkpoint may be older
             checkpoint.remove_older(self.folder, self.config.keep, state.best_step, state.step)
 
     def still_due(self, every: int) -> int:
-        """How often something is due from this step on, this one included."""
+        """Some work is due at step 0, every `every` steps and after the last step. Return how many
+        times it is still due, the current step included."""
         return 1 if every <= 0 else -(-self.steps // every) - (self.state.step - 1) // every
 
     def check(self) -> None:
-        """Raise RunFailed after --max-skipped skipped steps in a row, since nothing is learned;
-        Refusal where the newest checkpoint could not be written."""
+        """Raise RunFailed after --max-skipped skipped steps in a row, because these steps train
+        nothing. Raise Refusal if the newest checkpoint could not be written."""
         if self.writing and self.writing.done():
             self.settle()
         state = self.state
         if state.skipped_in_row >= self.config.max_skipped:
             raise RunFailed(_(
-                "{folder}: steps {first} to {last} were skipped, their gradients are not finite; "
-                "{advice}", folder=self.folder, first=state.step - state.skipped_in_row + 1,
+                "{folder}: steps {first} to {last} were skipped because their gradients are not "
+                "finite; {advice}", folder=self.folder, first=state.step - state.skipped_in_row + 1,
                 last=state.step, advice=self.advice()))
 
     def check_result(self, loss: float) -> None:
-        """Raise RunFailed if the run has no usable result: most steps were skipped, or its last
-        loss (the validation loss, if there is one) is not finite."""
+        """Raise RunFailed if the run has no usable result, because more than half of its steps were
+        skipped, or because `loss` is not finite.
+
+        loss: the last validation loss, or the last training loss if no rows are held out.
+        """
         state = self.state
         if 2 * state.skipped > state.step:
-            fault = _("{n} of {steps} steps were skipped, their gradients are not finite",
+            fault = _("{n} of {steps} steps were skipped because their gradients are not finite",
                       n=state.skipped, steps=state.step)
         elif not math.isfinite(loss):
             fault = (_("the last validation loss is not finite") if state.first
@@ -264,16 +276,18 @@ class Run:
                           advice=self.advice()))
 
     def check_adapter(self) -> None:
-        """Raise RunFailed if a run has ended and no step gave an adapter that can be used."""
+        """Raise RunFailed if a run that has ended has no usable adapter."""
         if not self.state.best_step:
             raise RunFailed(_("{folder}: this run has ended, after step {n}, without a usable "
                               "adapter; {advice}", folder=self.folder, n=self.state.step,
                               advice=self.advice()))
 
     def advice(self) -> str:
-        """Advice on the checkpoint from which a failed run can continue: the best one. Without
-        held-out rows, the newest before the last update, because that update may have caused the
-        failure."""
+        """A text for the user of a failed run: which checkpoint to continue from.
+
+        This is the best checkpoint. Without held-out rows it is the newest checkpoint before the
+        last update, because this update may have caused the failure.
+        """
         self.settle()
         state = self.state
         last_applied = state.step - state.skipped_in_row
@@ -281,25 +295,25 @@ class Run:
         if good is None or not state.applied:
             return _("no good checkpoint was saved; start a new run with a lower --lr, or --dtype "
                      "bf16 or fp32, and another --out")
-        return _("the last good checkpoint is {good}; go on from it with --adapter {good}, a "
+        return _("the last good checkpoint is {good}; continue from it with --adapter {good}, a "
                  "lower --lr and another --out", good=shlex.quote(str(good)))
 
 
 def has_our_card(folder: Path) -> bool:
-    """Whether a folder has a model card that this program has written and nobody has changed."""
+    """Whether a folder has a model card with the line MARK. Such a card may be overwritten."""
     card = folder / CARD
     return card.is_file() and MARK in card.read_text("utf-8", errors="replace")
 
 
 def restored(folder: Path) -> RunState:
-    """The state in a checkpoint. A checkpoint that does not record the field `evaluated` was
-    evaluated."""
+    """Read the run's state from a checkpoint. Older checkpoints have no field `evaluated`; the run
+    was evaluated at their step."""
     state = checkpoint.read_state(folder)
     return RunState(**{"evaluated": state.get("step", 0), **state})
 
 
 def make_next(model: str) -> Path:
-    """Make the folder of next_number, which another run may take at the same time."""
+    """Create the folder of next_number. If another run creates it first, try the next number."""
     while True:
         folder = next_number(model)
         try:
@@ -317,7 +331,7 @@ def record(score: Score | None) -> dict:
 
 
 def next_number(model: str) -> Path:
-    """runs/<model>-NNN with the first number not yet taken."""
+    """runs/<model>-NNN, where NNN is one more than the highest number in runs/."""
     name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-") or "run"
     taken = [int(m[1]) for d in Path("runs").glob(f"{name}-*")
              if (m := re.fullmatch(re.escape(name) + r"-(\d+)", d.name))]

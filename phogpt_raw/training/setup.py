@@ -1,8 +1,8 @@
-"""Everything wired once: `wire` for a step (train.py, bench/ and simulate/ alike), `set_up` for a
-run of train.py.
+"""Build all objects of a training step or of a whole run.
 
-Errors are found before anything slow: tokenizer and rows, the run's folder and the adapters'
-settings are checked before the base's weights are read.
+`wire` builds the objects of a step, for train.py, bench/ and simulate/. `set_up` builds a run of
+train.py. Errors are reported before slow work starts. The tokenizer, the rows, the run's folder and
+the adapters' settings are checked before the base's weights are read.
 """
 
 import random
@@ -48,18 +48,18 @@ from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.run import Run
 from phogpt_raw.training.step import Training
 
-EPOCHS = 3  # where neither --steps nor --epochs is given
-PLANNED = 512  # steps whose rows decide the row lengths and what is captured
+EPOCHS = 3  # if neither --steps nor --epochs is given
+PLANNED = 512  # most steps whose rows determine the row lengths and the captured shapes
 
 
 def make_scaler(dtype: torch.dtype, device: str) -> torch.amp.GradScaler:
-    """Loss scaling for fp16. In bf16 and fp32 the scale stays 1 and only the check matters: a step
-    whose gradient is not finite is skipped.
+    """Create the GradScaler. It skips a step whose gradient is not finite.
 
-    2^12 to begin with: torch's default of 2^16 overflows for the first steps of every run.
+    In fp16 it also scales the loss. The scale starts at 2^12, because torch's default of 2^16
+    overflows in the first steps of every run. In bf16 and fp32 the scale stays 1.
     """
     if device == "meta":
-        return torch.amp.GradScaler("cuda", enabled=False)  # there is no value to check
+        return torch.amp.GradScaler("cuda", enabled=False)  # meta tensors have no values
     if dtype == torch.float16:
         return torch.amp.GradScaler(device, init_scale=2.0**12, growth_interval=200)
     return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2**30)
@@ -69,7 +69,10 @@ def wire(model: PhoGPT, adapters: Adapters, *, optimizer: str = Config.optimizer
          lr: float = Config.lr, weight_decay: float = Config.weight_decay,
          clip: float = Config.clip, micro_batch: int = 1, loss_mib: int = Config.loss_mib,
          recompute: int = 0, graphs: bool = False) -> Training:
-    """The parts of a step over a model with adapters; the model's head gives device and dtype."""
+    """Build the objects of a training step for a model with adapters.
+
+    Device and dtype are those of the model's head. loss_mib: MiB for the logits of one chunk.
+    """
     limits = Limits(micro_batch, chunk_rows(model.config.vocab_size, loss_mib), recompute, graphs)
     return Training(
         model=model, adapters=adapters,
@@ -80,14 +83,16 @@ def wire(model: PhoGPT, adapters: Adapters, *, optimizer: str = Config.optimizer
 
 
 def forward_of(model: PhoGPT, adapters: Adapters, limits: Limits) -> PhoGPT | GraphedModel:
-    """The forward that a step calls: the model, or its CUDA graphs if the limits allow them."""
+    """The object that a step calls for its forward: the model, or a GraphedModel that wraps it."""
     return GraphedModel(model, adapters.flat, limits) if limits.graphs else model
 
 
 @dataclass
 class Job(Training):
-    """A run of train.py: the parts of its steps, its data, its folder. `tokenizer` is None in a
-    plan for a built-in shape, whose examples are stand-ins."""
+    """A run of train.py: the objects of a step, the data and the run's folder.
+
+    tokenizer: None in a plan for a built-in model shape. The examples are then placeholders.
+    """
 
     config: Config
     card: Card
@@ -96,10 +101,10 @@ class Job(Training):
     examples: Examples
     stream: Stream
     run: Run
-    not_captured: str | None  # the reason
+    not_captured: str | None  # why CUDA graphs are off; None if they are on
 
     def evaluate(self) -> Score | None:
-        """The adapters' score on the held-out rows, None where there are none."""
+        """The adapters' score on the held-out rows; None if no rows are held out."""
         if not self.examples.held_out:
             return None
         memory = nullcontext if self.forward is self.model else self.forward.memory
@@ -107,11 +112,14 @@ class Job(Training):
                         self.limits, self.stream.packing, memory)
 
     def planned(self, start: int = 0) -> range:
-        """The steps from `start` on, up to a limit; they decide row lengths and captures."""
+        """At most PLANNED steps from `start` on. They determine row lengths and captured shapes."""
         return range(start, min(self.run.steps, start + PLANNED))
 
     def pack(self, packing: Packing | None) -> None:
-        """Use this layout of rows; only shapes that occur often enough become CUDA graphs."""
+        """Set how rows are packed, and count the shapes of the micro-batches in the planned steps.
+
+        Only shapes that occur often enough become CUDA graphs.
+        """
         self.stream.packing = packing
         if self.limits.graphs:
             self.forward.expected = Counter(
@@ -120,7 +128,7 @@ class Job(Training):
 
 
 def with_own_adapter(config: Config) -> Config:
-    """The config with the rank, alpha, dropout and targets of the adapter that --adapter names."""
+    """A copy of the config with the rank, alpha, dropout and targets of the --adapter folder."""
     lora = read_adapter_config(expanded(config.adapter))
     targets = lora.target_modules
     targets = targets if isinstance(targets, str) else ",".join(sorted(targets))
@@ -129,11 +137,11 @@ def with_own_adapter(config: Config) -> Config:
 
 
 def check_asked(config: Config, shape: ModelConfig) -> None:
-    """Raise Refusal for a --rank above the model's width, or for --targets or --recompute that the
-    base does not have."""
+    """Raise Refusal if --rank is larger than the model's width, if --targets names a layer that
+    the base does not have, or if --recompute is larger than the number of blocks."""
     if config.rank > shape.d_model:
         raise Refusal(f"--rank {config.rank}: the model's matrices have {shape.d_model} columns, "
-                      f"and a rank is below that; 8 to 64 is usual")
+                      f"and a rank cannot be larger; 8 to 64 is usual")
     if not config.adapter:
         with torch.device("meta"):
             check_targets(PhoGPT(shape), config.target_names())
@@ -142,12 +150,12 @@ def check_asked(config: Config, shape: ModelConfig) -> None:
 
 
 def make_stream(examples: Examples, config: Config, pad_id: int) -> Stream:
-    """Windows of --batch-size examples or of --batch-tokens tokens; Refusal where an example is
-    longer than such a window."""
+    """The stream of accumulation windows: each has --batch-size examples, or at most --batch-tokens
+    tokens. Raises Refusal if an example has more than --batch-tokens tokens."""
     longest = max(examples.train, key=lambda e: len(e.ids))
     if config.batch_tokens and config.batch_tokens < len(longest.ids):
         raise Refusal(f"{longest.where}: {len(longest.ids)} tokens are more than --batch-tokens "
-                      f"{config.batch_tokens}; raise it or lower --max-len")
+                      f"{config.batch_tokens}; raise --batch-tokens or lower --max-len")
     if config.batch_tokens:
         return TokenStream(examples.train, batch_tokens=config.batch_tokens, pad_id=pad_id,
                            seed=config.seed)
@@ -155,10 +163,10 @@ def make_stream(examples: Examples, config: Config, pad_id: int) -> Stream:
 
 
 def set_up(config: Config, examples: Examples | None = None) -> Job:
-    """All parts of a run that a Config describes; raises Refusal for settings that are not valid.
+    """Build the run that a Config describes. Raises Refusal if a setting is not valid.
 
-    `examples` are used in place of the config's files. How rows are packed and --recompute auto are
-    not decided here: they need a simulated step (simulate/fit.py).
+    examples: used instead of the config's data files. The packing of rows and the number of
+    recomputed blocks are not chosen here. simulate/fit.py chooses them from a simulated step.
     """
     if config.tensorboard:
         summary_writer()
@@ -180,15 +188,15 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
         examples = load_examples(tokenizer, config) if tokenizer else stand_ins(config)
     stream = make_stream(examples, config, PINNED_IDS["pad"])
     if config.patience and not examples.held_out:
-        raise Refusal(f"--patience {config.patience}: counts evaluations, and no row is held out; "
-                      f"give --hold-out or --val, or leave it out")
+        raise Refusal(f"--patience {config.patience}: needs held-out rows, and there are none; "
+                      f"give --hold-out or --val, or omit --patience")
     steps = config.steps or stream.steps(config.epochs or EPOCHS)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
 
-    if config.dry_run or config.inspect:  # needs shapes alone
+    if config.dry_run or config.inspect:  # only shapes are needed
         model = base_on_meta(shape, dtype, nf4=config.nf4)
     else:
-        folder = find_folder(config.model, config.revision)  # the weights too
+        folder = find_folder(config.model, config.revision)  # now with the weights
         run.over(base_hash(folder))
         model = read_model(folder, nf4=config.nf4, dtype=dtype, device=torch.device(card.device),
                            nf4_cache=config.nf4_cache)
@@ -204,7 +212,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
                     weight_decay=config.weight_decay, clip=config.clip,
                     micro_batch=config.micro_batch, loss_mib=config.loss_mib,
                     graphs=not_captured is None and not model.head.is_meta)
-    torch.manual_seed(config.seed)  # dropout's; a resumed run restores its own
+    torch.manual_seed(config.seed)  # for dropout; a resumed run restores its saved state
     random.seed(config.seed)  # so that the checkpoints of two processes are equal
     return Job(**vars(training), config=config, card=card, dtype_reason=dtype_reason,
                tokenizer=tokenizer, examples=examples, stream=stream, run=run,

@@ -1,9 +1,9 @@
-"""Stop a run before its last step: at Ctrl-C, a signal, --max-minutes, or an output that is gone.
+"""Stop a run early: after Ctrl-C, another signal, --max-minutes, or a failed write to the output.
 
 The current step is finished, the run is saved, and the program ends. An evaluation is interrupted
-at once: it changes nothing, and the resumed run evaluates again. Ctrl-C after any of these ends the
-program without saving. Other signals may come several times, for example from a shell and from the
-system. Only the first one counts.
+at once, because it changes nothing; the resumed run repeats it. A second Ctrl-C, or Ctrl-C after
+another signal, ends the program without saving. SIGTERM and SIGHUP may arrive several times, for
+example from a shell and from the system. Only the first of these signals counts.
 """
 
 import os
@@ -21,29 +21,29 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 
 class ShutdownRequested(Exception):
-    """Raised where the run can be saved. why: the signal or limit, for the user; status: the
-    program's exit status."""
+    """Raised at a point where the run can be saved. why: the reason, as a text for the user.
+    status: the exit status of the program."""
 
     def __init__(self, why: str, status: int):
         self.why, self.status = why, status
 
 
 class GracefulShutdown:
-    """A context in which signals and a time limit end the run after it was saved.
+    """A context manager that turns signals and a time limit into ShutdownRequested.
 
-    minutes: None for no limit.
+    minutes: the time limit; None means no limit.
     """
 
     def __init__(self, minutes: float | None = None):
         self.ends = None if minutes is None else time.monotonic() + 60 * minutes
         self.minutes, self.asked, self.may_raise = minutes, None, False
-        self.unseen = None  # why nobody sees what the run prints, or None
+        self.unseen = None  # the reason why the output cannot be written, or None
 
     def __enter__(self) -> "GracefulShutdown":
         self.asked = next(iter(signalled), None)
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
         for number, handler in self.before.items():
-            if handler is not signal.SIG_IGN:  # as nohup has it
+            if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, and this stays so
                 signal.signal(number, self.ask)
         return self
 
@@ -52,19 +52,19 @@ class GracefulShutdown:
             signal.signal(number, handler)
 
     def ask(self, number: int, _frame) -> None:
-        """The handler of all signals."""
+        """Handle a signal: remember it, and tell the user that the run will be saved."""
         if number == signal.SIGINT and self.asked:
             raise KeyboardInterrupt
         self.asked = self.asked or number
         if self.may_raise:
             self.check()
-        text = _("\n{signal}: finishing the step, then saving; Ctrl-C leaves at once\n",
+        text = _("\n{signal}: finishing the step, then saving; Ctrl-C stops without saving\n",
                  signal=name_of(number))
-        with suppress(OSError):  # the terminal whose end SIGHUP reports is gone
-            os.write(sys.stderr.fileno(), text.encode())  # print is not made for a handler
+        with suppress(OSError):  # after SIGHUP the terminal no longer exists
+            os.write(sys.stderr.fileno(), text.encode())  # print is not safe in a signal handler
 
     def check(self) -> None:
-        """Raise ShutdownRequested after a signal or the time limit, or without an output."""
+        """Raise ShutdownRequested after a signal, after the time limit, or after a failed write."""
         if self.asked:
             raise ShutdownRequested(name_of(self.asked), 128 + self.asked)
         if self.ends and time.monotonic() >= self.ends:
@@ -74,7 +74,10 @@ class GracefulShutdown:
 
     @contextmanager
     def printing(self) -> Iterator[None]:
-        """A block that prints; the run stops where the terminal, pipe or log is gone or full."""
+        """A context for printing. If a write fails, the run stops at the next `check`.
+
+        A write fails if the terminal or pipe is closed, or if the disk of a log file is full.
+        """
         try:
             yield
         except OSError as error:
@@ -82,7 +85,7 @@ class GracefulShutdown:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block that a signal interrupts at once, because it can be repeated."""
+        """A context for work that can be repeated. A signal interrupts this work at once."""
         self.check()
         self.may_raise = True
         try:
@@ -92,5 +95,5 @@ class GracefulShutdown:
 
 
 def name_of(number: int) -> str:
-    """Ctrl-C, SIGTERM or SIGHUP."""
+    """The name of a signal in messages: Ctrl-C, SIGTERM or SIGHUP."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -1,12 +1,14 @@
 """One optimizer step.
 
-The loss of a window is a sum over its micro-batches, divided once by the supervised tokens of the
-whole window. So a step is the same for any split into micro-batches. (Averaging each micro-batch
-and then the averages is a common mistake: it gives the tokens of short answers more weight.)
+An accumulation window holds the examples of one step, split into micro-batches. The losses of all
+its supervised tokens are summed, and the sum is divided once by the number of these tokens.
+The result of a step therefore does not depend on the split. A common mistake is to average each
+micro-batch and then to average these means. This gives more weight to the tokens of short answers.
 
-train_step calls `mark` with the name of each phase: train.py passes nothing, bench/ a stopwatch or
-a memory meter. Micro-batches and clipping are queued without waiting for the GPU. A step waits
-once, in the update, where the paged optimizer waits for its pages.
+train_step calls `mark(phase)` at the start of each phase. bench/ passes a stopwatch or a memory
+meter as `mark`, and simulate/ passes a recorder. The host queues the micro-batches and the clipping
+without waiting for the GPU. It waits once in each step, during the update: there the paged
+optimizer waits for its pages.
 """
 
 from collections.abc import Callable
@@ -23,12 +25,12 @@ from phogpt_raw.training.graphs import GraphedModel
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import summed_loss
 
-SMALLEST_SCALE = 1.0  # of the loss; each skipped step halves the scale, down to this
+SMALLEST_SCALE = 1.0  # a skipped step halves the loss scale, but never below this value
 
 
 @dataclass
 class Training:
-    """The parts of a step, built by setup.py."""
+    """The objects that train_step needs. `wire` in setup.py builds them."""
 
     model: PhoGPT
     adapters: Adapters
@@ -36,13 +38,16 @@ class Training:
     scaler: torch.amp.GradScaler
     limits: Limits
     clip: float
-    forward: PhoGPT | GraphedModel  # the model, or its CUDA graphs
+    forward: PhoGPT | GraphedModel  # the model, or a wrapper that runs it as CUDA graphs
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """Scalars on the device: loss (nats per token), gradient norm before clipping, loss scale, and
-    1.0 if the update was skipped (None in a simulation, which has no values)."""
+    """The results of a step, as scalar tensors on the device.
+
+    loss: nats per supervised token. grad_norm: the gradient's norm before clipping. scale: the loss
+    scale. skipped: 1.0 if the update was skipped, else 0.0; None in a simulation.
+    """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -56,10 +61,10 @@ def unmarked(phase: str) -> None:
 
 def train_step(training: Training, window: Window,
                mark: Callable[[str], None] = unmarked) -> StepStats:
-    """Accumulate the window's gradient in flat.grad, unscale and clip it, update the adapters.
+    """Accumulate the window's gradient in flat.grad, unscale and clip it, and update the adapters.
 
-    It can be called again after torch.OutOfMemoryError: nothing changes before the update, which
-    allocates no more than a scalar.
+    After torch.OutOfMemoryError the same step can be called again. Adapters and optimizer state
+    change only in the update, and the update allocates no more than a scalar.
     """
     model, limits = training.forward, training.limits
     flat, optimizer, scaler = training.adapters.flat, training.optimizer, training.scaler
@@ -80,8 +85,9 @@ def train_step(training: Training, window: Window,
         share = summed_loss(hidden, model.head, batch.targets_T, limits.chunk_rows) / supervised
         del hidden  # backward does not need it
         mark("backward")
-        # On this thread. autograd's own thread would exchange Python's lock with this one at each
-        # of our autograd functions, which takes a third of a short step.
+        # Run backward on this thread. With autograd's own thread, Python's lock (GIL) would switch
+        # between two threads at each of our autograd functions. These switches take a third of the
+        # time of a short step.
         with torch.autograd.set_multithreading_enabled(False):
             scaler.scale(share).backward()
         loss += share.detach()

@@ -1,6 +1,6 @@
-"""Clean the text of encyclopedia articles, and choose by title which of them are held out.
+"""Clean the text of encyclopedia articles, and choose the held-out articles by their titles.
 
-A "word" is the text between two spaces; in Vietnamese that is a syllable.
+A "word" here is the text between two spaces. In Vietnamese, this is one syllable.
 """
 
 import gzip
@@ -15,7 +15,7 @@ from phogpt_raw.refusal import Refusal
 
 
 def read_json_lines(path: str | Path, *keys: str) -> Iterator[tuple[str, ...]]:
-    """The texts under `keys` of each line of a .jsonl or .jsonl.gz file, in NFC."""
+    """Yield the texts under `keys`, in NFC, of each line of a .jsonl or .jsonl.gz file."""
     path = Path(path)
     if not path.is_file():
         raise Refusal(f"{path}: no such file; give JSON lines (.jsonl or .jsonl.gz)")
@@ -34,13 +34,15 @@ def read_json_lines(path: str | Path, *keys: str) -> Iterator[tuple[str, ...]]:
 
 
 def is_held_out(title: str, share: float = 0.015) -> bool:
-    """Whether an article is held out, by its title's hash: independent of the order and number of
-    articles."""
+    """Return whether an article is held out.
+
+    The hash of its title decides this. The order and the number of articles do not matter.
+    """
     digest = hashlib.sha256(unicodedata.normalize("NFC", title).casefold().encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-CLEANINGS = [  # in this order, on one line
+CLEANINGS = [  # (pattern, replacement), applied to each line in this order
     (r"[\u00ad\u200b-\u200f\u2060\ufeff\ue000-\uf8ff\ufffd]", ""),
     (r"[^\S\n]+", " "),
     (r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1"),  # [[target|words]]
@@ -64,10 +66,10 @@ VIETNAMESE = re.compile(r"[ăâđêôơưà-ãè-êìíò-õùúýĩũạ-ỹ]",
 
 
 def clean(text: str) -> str:
-    """Paragraphs of running text, one a line, each section under its heading, in NFC.
+    """Return the running text of an article in NFC: one paragraph on each line, with headings.
 
-    Removed: reference sections, remains of templates and formulas, lists of names, and headings
-    with nothing below them. `is_prose` decides which lines are kept.
+    Reference sections, remains of templates and formulas, lists of names, and empty sections are
+    removed. `is_prose` decides which lines are kept.
     """
     lines, heading, appendix = [], None, 0
     for line in unicodedata.normalize("NFC", text).replace("\r", "\n").split("\n"):
@@ -88,7 +90,7 @@ def clean_line(line: str) -> str:
 
 
 def is_prose(line: str) -> bool:
-    """Whether a line has six words or more, is mostly letters, and is in Vietnamese."""
+    """Return whether a line has six words or more, is mostly letters, and is in Vietnamese."""
     letters = sum(map(str.isalpha, line))
     return (
         len(line.split()) >= 6

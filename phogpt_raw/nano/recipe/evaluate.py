@@ -1,4 +1,7 @@
-"""The pretraining loss in nats, of rows and of a whole stream. B rows, L tokens of a row."""
+"""Compute the pretraining loss, in nats, of a batch of rows or of a whole token stream.
+
+B rows, L tokens of a row.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from phogpt_raw.nano.recipe.stream import rows_at
 
 
 def loss_of(model: PhoGPT, ids_BL, doc_BL, targets_BL, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy of the rows' targets, in nats; targets of -100 do not count."""
+    """Return the cross-entropy of the rows' targets, in nats. Targets of -100 are ignored."""
     logits = model.logits(model(ids_BL, doc_BL))
     return F.cross_entropy(logits.flatten(0, 1), targets_BL.flatten(), reduction=reduction)
 
@@ -17,9 +20,9 @@ def loss_of(model: PhoGPT, ids_BL, doc_BL, targets_BL, reduction: str = "mean") 
 def evaluate(
     model: PhoGPT, stream: torch.Tensor, seq_len: int, rows: int, autocast
 ) -> list[float]:
-    """[sum of the loss, number of predicted tokens] over the stream, `rows` rows at a time.
+    """Return [sum of the loss in nats, number of predicted tokens] over the stream.
 
-    The last row is what is left of the stream, and may be shorter.
+    A batch has `rows` rows. The last row is the rest of the stream and may be shorter.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=stream.device)
     starts = torch.arange(0, len(stream) - seq_len, seq_len, device=stream.device)

@@ -1,6 +1,7 @@
-"""The pretraining loop; it keeps the weights of the lowest held-out loss, not the last ones.
+"""The pretraining loop. It keeps the weights with the lowest held-out loss, not the last weights.
 
-A small text is read many times. When a model begins to memorise it, it gets worse on other text.
+The training text is small and is read many times. When the model begins to memorise this text, its
+loss on other text rises.
 """
 
 import argparse
@@ -28,11 +29,11 @@ def train_and_keep_best(
     autocast: Callable,
     held_out_loss: Callable[[], dict],
 ) -> dict:
-    """Train, then restore the weights of the lowest held-out loss; returns the learning curve.
+    """Train, then restore the weights with the lowest held-out loss. Returns the learning curve.
 
-    `held_out_loss` gives the loss as nats_a_token and nats_a_byte; it is called four times an
-    epoch and after the last step. The training loss is read from the device only where it is
-    printed, so that the host can queue steps ahead of the GPU.
+    `held_out_loss` returns the loss as nats_a_token and nats_a_byte. It is called four times in
+    each epoch, and after the last step. The training loss is read from the device only when it is
+    printed. So the host can queue steps ahead of the GPU.
     """
     seq_len, rows = args.seq_len, args.batch_tokens // args.seq_len
     check_sizes(len(stream), model.config.max_seq_len, args)
@@ -81,7 +82,7 @@ def train_and_keep_best(
 
 
 def check_sizes(tokens: int, max_seq_len: int, args: argparse.Namespace) -> None:
-    """Raise Refusal where a step has no row, a row is too long, or the text is too short."""
+    """Raise Refusal if a step has no row, a row is too long, or the text is too short."""
     rows = args.batch_tokens // args.seq_len
     if rows < 1 or args.seq_len > max_seq_len or tokens <= 2 * args.seq_len * rows:
         raise Refusal(

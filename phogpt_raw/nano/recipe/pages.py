@@ -1,4 +1,4 @@
-"""Build training pages: choose questions, and join them with their answers in VinAI's prompts.
+"""Build training pages: choose questions, and join them with their answers in VinAI's templates.
 
 A page is one document of six to ten unrelated questions and answers, with a single </s> at its end.
 So the base learns to continue with the next question after an answer. Fine-tuning must teach it to
@@ -18,9 +18,10 @@ TEMPLATES = {  # VinAI's two prompts, and the text between two questions of a pa
 
 
 def choose(questions: list[Question], length: int, cap: int, rng: random.Random) -> list[Question]:
-    """Questions of about `length` characters in all, at most `cap` about the same phrase.
+    """Choose questions that have about `length` characters in all, with their answers.
 
-    The kinds take turns, one question each, until the kinds run out; so rare kinds are included.
+    At most `cap` questions are about the same phrase. The kinds of questions take turns, with one
+    question each, so that rare kinds are included.
     """
     of_kind, times = defaultdict(list), Counter()
     for question in rng.sample(questions, len(questions)):
@@ -37,9 +38,10 @@ def choose(questions: list[Question], length: int, cap: int, rng: random.Random)
 
 
 def make_pages(questions: list[Question], rng: random.Random, chat: float = 0.75) -> list[str]:
-    """Documents of 6 to 10 questions and answers; a share `chat` of them in 4B-Chat's template.
+    """Return documents of 6 to 10 questions and answers.
 
-    Fewer than 6 questions at the end are left out.
+    A share `chat` of the documents is in 4B-Chat's template, the others are in 7B5-Instruct's. If
+    fewer than 6 questions remain at the end, these questions are left out.
     """
     out, rest = [], list(questions)
     while len(rest) >= 6:

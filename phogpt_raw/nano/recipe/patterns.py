@@ -1,10 +1,10 @@
-"""The kinds of questions: how an answer of each kind begins, and ways to ask for it.
+"""The kinds of questions. A kind has a pattern for its answers, and several forms of its question.
 
-CLAUSES and KINDS hold (kind, pattern, forms). `pattern` matches the beginning of the answer. Its
-group x is the subject of the question: a thing in KINDS, an action or a clause of three words or
-more in CLAUSES. `forms` are questions with {x}, the subject as written inside a sentence, or {X},
-as written at its beginning. The order matters: a sentence becomes a question of the first kind that
-fits.
+CLAUSES and KINDS contain (kind, pattern, forms). `pattern` matches the beginning of the answer. Its
+group x is the subject of the question. In KINDS the subject is a thing. In CLAUSES it is an action
+or a clause of three words or more. `forms` are questions with {x} or {X} in place of the subject.
+{x} is the subject as written inside a sentence. {X} is the subject as written at the beginning of a
+sentence. The order of the kinds matters: a sentence becomes a question of the first kind that fits.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Decide which phrases of a sentence a question may be about.
 
-Excluded are pronouns, fragments that a pattern has cut in the wrong place, and nouns that refer to
-something named earlier. The word lists were tuned by reading the questions. There is no word
-segmenter, and a few questions in a hundred are still wrong.
+A question is never about a pronoun, about a noun that refers to an earlier sentence, or about a
+fragment that a pattern cut in the wrong place. The word lists were tuned by reading the questions.
+This module uses no word segmenter. A few questions in a hundred are still wrong.
 """
 
 import re
@@ -15,12 +15,12 @@ def words(text: str) -> set[str]:
 POINTING = words(  # words that refer to another sentence
     "này đó ấy kia nó họ chúng hắn ta tôi mình đây ông bà ngài thế vậy nọ trên dưới sau trước"
 )
-BROKEN = words(  # not inside a noun phrase: the pattern matched past a verb or a conjunction
+BROKEN = words(  # words that no noun phrase contains; the pattern has matched too many words
     "thì mà là nhưng rằng cũng vẫn đã đang sẽ chỉ rất không chưa bị được nên hãy ai gì đâu nào"
     " sao nếu khi vì bởi trở cho thấy nói biết có thường phải để tuy dù hoặc hơn khiến ở gồm viết"
     " giết đánh đưa lấy gửi xây chết đi gọi nằm lại từng vừa càng luôn ra vào đến bao nhờ"
 )
-OPENERS = words(  # not the first word of a noun phrase
+OPENERS = words(  # words that cannot begin a noun phrase
     "trong trên tại theo từ với khi sau trước ngoài tuy dù mặc nhưng và hay hoặc do vì bởi để"
     " như cũng đến vào ở cho bằng qua về mỗi một những nhiều có không đã sẽ đang nếu thế vậy rồi"
     " còn ngày năm tháng hiện ban lúc cả hai ba bốn mọi hầu đa phần bên dưới giữa nhờ nói gần"
@@ -30,14 +30,14 @@ OPENERS = words(  # not the first word of a noun phrase
     " muốn xét riêng xin trải nhìn hễ giả kèm dọc đúng dẫu ngay trái bắt tương đồng tiếp cách"
     " chừng xuất ví là gộp thời tổng gồm giống quen mà nến sống cộng bao thì"
 )
-ENDINGS = words(  # not the last word of a noun phrase
+ENDINGS = words(  # words that cannot end a noun phrase
     "của và với cho trong trên tại ở từ cũng vẫn còn chỉ rất chủ đều lại mà như hay những các"
     " một luôn vốn từng hiện nay theo do gồm sau khác mới nhất ra đến cả tới vào về càng trước"
     " giờ lần ban nhau mỗi nhiều đầu nguyên phụ cấu chung cùng yếu riêng nấu thực đồng hầu trực"
     " tự dần bắt nhanh chóng lượt ngay gần chính đang việc đám món thích gặp chối chịu thiết mở"
     " thông sắp dễ tiếp muốn tính đứng đóng trợ xem sợ giữ tìm ép chấp xác cấp đạt định"
 )
-DANGLING = words(  # nouns that, alone, refer to something named earlier; _ joins syllables
+DANGLING = words(  # nouns that refer to an earlier sentence if they are alone; _ joins syllables
     "nguyên_nhân lý_do lí_do kết_quả mục_tiêu mục_đích ví_dụ vấn_đề tên con_trai con_gái cha mẹ"
     " vợ chồng tác_giả tác_phẩm bài_hát bộ_phim album ca_khúc trò_chơi cuốn_sách truyện phim"
     " thành_phố thị_trấn huyện xã tỉnh đất_nước công_ty trường loài chi đảo trận_đấu dân_số"
@@ -59,7 +59,7 @@ VERB_LAST = re.compile(
 NOT_A_CLAUSE = words(
     "còn đến lên về trở tới đó thế vậy và hay tuy bản chỉ tính kể xét so theo thành lại cho mà nào"
 )
-UNTURNED = words(  # after these words the tail belongs to them and cannot be moved
+UNTURNED = words(  # a clause after one of these words depends on the word and cannot be moved
     "dùng đủ cách hội gian thiết việc tiền là và hay hoặc sau trước từ đến trong ngay mỗi hơn"
     " chỉ nhất kể cho tới cả phép chờ đợi điều kiện nhằm để khi cần phải được lúc quá vậy nhau"
     " khác như vì lý"
@@ -67,7 +67,10 @@ UNTURNED = words(  # after these words the tail belongs to them and cannot be mo
 
 
 def is_noun_phrase(phrase: str) -> bool:
-    """Whether a question may be about the phrase: 1 to 6 words, no pronoun, no fragment."""
+    """Return whether a question may be about the phrase.
+
+    The phrase must have 1 to 6 words. It must not be a pronoun or a fragment.
+    """
     low = phrase.casefold().split()
     return (
         1 <= len(low) <= 6
@@ -85,8 +88,10 @@ def is_noun_phrase(phrase: str) -> bool:
 
 
 def is_clause(phrase: str, answer: str) -> bool:
-    """Whether a question may be about the clause: neither it nor its answer refers to another
-    sentence."""
+    """Return whether a question may be about the clause.
+
+    The clause and its answer must not refer to another sentence.
+    """
     pointers = POINTING - words("trên dưới sau trước") | words("anh cô nàng chàng cậu Ông Bà")
     low = phrase.split()
     return (

@@ -24,7 +24,10 @@ from phogpt_raw.refusal import Refusal, exits_cleanly
 
 
 def prepare(args: argparse.Namespace) -> dict:
-    """Articles -> tokenizer, train.bin, heldout.bin and corpus.json; returns the counts."""
+    """Write the tokenizer, the token streams, corpus.json and questions.jsonl.
+
+    Returns the counts in corpus.json.
+    """
     rng = random.Random(args.seed)
     topics = [t for (t,) in corpus.read_json_lines(args.topics, "topic")] if args.topics else []
     train, heldout = [], []
@@ -68,7 +71,7 @@ def prepare(args: argparse.Namespace) -> dict:
         "seed": args.seed,
     }
     write_json(out / "corpus.json", counts)
-    with open(out / "questions.jsonl", "w", encoding="utf-8") as lines:  # not read by pretrain
+    with open(out / "questions.jsonl", "w", encoding="utf-8") as lines:  # pretrain does not read it
         for q in chosen:
             lines.write(json.dumps(vars(q), ensure_ascii=False) + "\n")
     print(json.dumps(counts, indent=2))
@@ -78,14 +81,14 @@ def prepare(args: argparse.Namespace) -> dict:
 def mine(
     articles: list[tuple[str, str]], topics: list[str], rng: random.Random
 ) -> list[questions.Question]:
-    """All questions of the articles whose phrase does not overlap with a held-out topic."""
+    """Return the questions that the articles answer, except questions about held-out topics."""
     truecaser, left_out = Truecaser(text for _, text in articles), questions.Overlap(topics)
     found = (q for title, text in articles for q in questions.mine(title, text, truecaser, rng))
     return [q for q in found if q.phrase not in left_out]
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Each text's ids and </s>, as uint16."""
+    """Yield the ids of each text, with </s> at the end, as uint16."""
     texts = list(texts)
     for start in range(0, len(texts), 256):
         for encoding in tokenizer.encode_batch_fast(texts[start : start + 256]):

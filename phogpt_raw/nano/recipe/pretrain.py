@@ -3,8 +3,9 @@
     python -m phogpt_raw.nano.recipe.prepare --articles articles.jsonl.gz --out DATA
     python -m phogpt_raw.nano.recipe.pretrain --data DATA --out BASE
 
-Writes a folder as on the hub, and pretraining.json with the settings and the learning curve. The
-weights are those of the lowest held-out loss (loop.py says why). Losses are in nats.
+The program writes a folder with the same files as a base on the hub. It also writes
+pretraining.json, with the settings and the learning curve. The weights are those with the lowest
+held-out loss (loop.py says why). Losses are in nats.
 """
 
 import argparse
@@ -33,10 +34,10 @@ SAMPLES = [
 
 @torch.no_grad()
 def initialise(model: PhoGPT) -> None:
-    """Normal with standard deviation 0.02, biases 0, norm weights 1, as in GPT-2 (Radford et al.
-    2019).
+    """Initialise the weights as in GPT-2 (Radford et al. 2019).
 
-    The two matrices that add to the residual stream have 0.02 / sqrt(2 * layers).
+    Biases are 0, and norm weights are 1. Matrices are normal with a standard deviation of 0.02. In
+    each layer, the two matrices that add to the residual stream have 0.02 / sqrt(2 * layers).
     """
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
@@ -49,7 +50,7 @@ def initialise(model: PhoGPT) -> None:
 
 
 def pretrain(args: argparse.Namespace) -> dict:
-    """Pretrain and write the base; returns the content of pretraining.json."""
+    """Pretrain and write the base. Returns the content of pretraining.json."""
     data, device = Path(args.data), torch.device(args.device)
     counts, train_stream, heldout_stream = read_data(data, device)
     torch.manual_seed(args.seed)
@@ -82,7 +83,7 @@ def pretrain(args: argparse.Namespace) -> dict:
     if not args.random:
         report |= train_and_keep_best(model, train_stream, args, autocast, held_out_loss)
     model.load_state_dict({k: v.bfloat16() for k, v in model.state_dict().items()})
-    report["heldout_as_saved"] = held_out_loss()  # of the weights rounded to bf16
+    report["heldout_as_saved"] = held_out_loss()  # with weights rounded to bf16
     print(f"saved: held-out {report['heldout_as_saved']['nats_a_token']:.4f} nats a token")
     weights = ((name, weight.bfloat16()) for name, weight in model.state_dict().items())
     write_checkpoint(Path(args.out), config, weights, tokenizer=data)
@@ -94,7 +95,7 @@ def pretrain(args: argparse.Namespace) -> dict:
 
 @torch.no_grad()
 def print_samples(model: PhoGPT, tokenizer: Tokenizer, new_tokens: int = 60) -> None:
-    """Print a few continuations (temperature 0.7, the 40 likeliest tokens)."""
+    """Print a few continuations, sampled at temperature 0.7 from the 40 likeliest tokens."""
     for prompt in SAMPLES:
         ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.head.device)
         for _ in range(new_tokens):

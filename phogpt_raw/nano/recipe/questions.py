@@ -1,6 +1,7 @@
 """Make questions that the articles' own sentences answer.
 
-They teach a small base what a question is, and to begin an answer with the subject of the question.
+From these questions a small base learns the form of a question. It also learns to begin an answer
+with the subject of the question.
 """
 
 import random
@@ -28,7 +29,7 @@ from phogpt_raw.nano.recipe.truecase import Truecaser
 
 @dataclass(frozen=True)
 class Question:
-    """phrase: the subject of the question; the answer has it near its beginning."""
+    """phrase: the subject of the question. It is also near the beginning of the answer."""
 
     kind: str
     phrase: str
@@ -48,7 +49,7 @@ def mine(title: str, text: str, truecaser: Truecaser, rng: random.Random) -> Ite
 def ask_about_title(
     title: str, answer: str, truecaser: Truecaser, rng: random.Random
 ) -> list[Question]:
-    """Questions about the article's title that its first sentence answers."""
+    """Return questions about the article's title. `answer` is the article's first sentence."""
     phrase, rest = answer[: len(title)], answer[len(title) :]
     if phrase.casefold() != title.casefold() or not rest.startswith((" ", ",")):
         return []
@@ -67,7 +68,10 @@ def ask_about_title(
 
 
 def ask(answer: str, truecaser: Truecaser, rng: random.Random) -> list[Question]:
-    """Questions, of the first kind that fits, that the sentence answers; often none."""
+    """Return questions that the sentence answers. The list is often empty.
+
+    All questions are of the first kind that fits.
+    """
     answer = tail_first(answer, truecaser)
     for kind, pattern, forms in CLAUSES:
         if (found := pattern.match(answer)) and is_clause(found["x"], answer):
@@ -84,7 +88,7 @@ def ask(answer: str, truecaser: Truecaser, rng: random.Random) -> list[Question]
 
 
 def is_statement(phrase: str) -> bool:
-    """Whether the phrase has a noun phrase and a verb, such as 'Cây không mọc'."""
+    """Return whether the phrase has a noun phrase and a verb, as in 'Cây không mọc'."""
     verb = r" (?:không|bị|có|rất|đã|thường|phải|chưa|trở|được|tăng|giảm|mất|thất|chết|dễ|khó) "
     subject, *predicate = re.split(verb, phrase)
     unfinished = phrase.split()[-1] in words("tự lý lí thể có là")
@@ -95,21 +99,23 @@ def make_questions(
     kind: str, phrase: str, answer: str, forms: list[str], truecaser: Truecaser, rng: random.Random,
     y: str = "",
 ) -> list[Question]:  # fmt: skip
-    """One question in one of `forms`; two in different forms for the most useful kinds."""
+    """Return one question in one of `forms`. The most useful kinds get two, in different forms."""
     inside = truecaser.inside(phrase)
     forms = rng.sample(forms, 2 if kind in TWICE else 1)
     return [Question(kind, phrase, f.format(X=phrase, x=inside, y=y), answer) for f in forms]
 
 
 def names_its_phrase(question: Question) -> bool:
-    """Whether the phrase is near the beginning of the answer, and the answer has 8 to 40 words."""
+    """Return whether the phrase is near the beginning of an answer of 8 to 40 words."""
     at = question.answer.casefold().find(question.phrase.casefold())
     return 0 <= at <= 12 and 8 <= len(question.answer.split()) <= 40
 
 
 class Overlap:
-    """`phrase in Overlap(topics)`: whether the phrase equals, contains or is part of a topic, by
-    whole words."""
+    """A set of topics. `phrase in Overlap(topics)` is True if the phrase and a topic overlap.
+
+    They overlap if they are equal, or if one contains the other. Only whole words are compared.
+    """
 
     def __init__(self, topics: Iterable[str]):
         self.topics = {self.words(topic) for topic in topics}

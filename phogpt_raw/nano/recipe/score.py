@@ -1,9 +1,10 @@
-"""Score nano's answers to the held-out questions: ended, polite, distinct, on the topic.
+"""Score nano's answers to the held-out questions.
 
     python -m phogpt_raw.nano.recipe.score runs/nano-001
 
-LoRA also teaches a base with random weights to be polite and to stop. The other two scores show
-that a base knows Vietnamese: its answers name the topic, and differ from question to question.
+There are four scores: answers that stop, polite answers, distinct answers, and answers that name
+the topic. With LoRA, even a base with random weights learns to be polite and to stop. The other two
+scores show that the base knows Vietnamese.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from phogpt_raw.refusal import exits_cleanly
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Each score is a share of all answers, 0 to 1."""
+    """Each score is a share of all answers, from 0 to 1."""
 
     stops: float
     polite: float
@@ -31,7 +32,8 @@ class AnswerScores:
 
 
 def score_answers(answers: list[str], stopped: list[bool], topics: list[str]) -> AnswerScores:
-    """`stopped`: whether each answer ended with </s>; `topics`: what each question asks about.
+    """Return the four scores. `stopped` is True for each answer that ended with </s>. `topics` are
+    the topics of the questions.
 
     >>> score_answers(["Dạ, phở là món ăn ạ.", "Phở"], [True, False], ["Phở", "bún"])
     AnswerScores(stops=0.5, polite=0.5, distinct=1.0, names_topic=0.5)
@@ -47,7 +49,7 @@ def score_answers(answers: list[str], stopped: list[bool], topics: list[str]) ->
 
 
 def is_polite(text: str) -> bool:
-    """Whether the answer begins with Dạ and ends with ạ."""
+    """Return whether the answer begins with Dạ and ends with ạ."""
     return text.startswith("Dạ") and text.rstrip(".! ").endswith("ạ")
 
 
@@ -58,7 +60,8 @@ def held_out_pairs() -> list[dict]:
 def greedy_answers(
     model, tokenizer, questions: list[str], tokens: int = 96
 ) -> tuple[list[str], list[bool]]:
-    """Greedy answers of at most `tokens` tokens as text, and whether each ended with </s>."""
+    """Return (greedy answers, flags). An answer is a text of at most `tokens` tokens. Its flag is
+    True if the answer ended with </s>."""
     template = TEMPLATES[choose_template(tokenizer)[0]]
     prompts = [encode_prompt(tokenizer, template, question) for question in questions]
     written = answer(model, prompts, eos_id=tokenizer.eos_token_id,

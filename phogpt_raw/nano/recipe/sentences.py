@@ -1,7 +1,8 @@
-"""Sentences of a text that can be answers, with their clauses in the order that answers need.
+"""Find sentences of a text that can be answers, and put their clauses in the order of an answer.
 
-A question asks about the first words of its answer. So a sentence that ends with its purpose,
-condition or reason is rewritten to begin with the subject of the question.
+A question asks about the first words of its answer. So a purpose, a condition or a time is moved to
+the beginning of the sentence. A reason is moved to the end, because a "why" question asks about the
+effect.
 """
 
 import re
@@ -28,7 +29,8 @@ TAIL = re.compile(r"^([^,]{20,}) (nhằm|để|khi|sau khi|nếu) (\w+(?: [^\W\d
 def sentences(text: str) -> Iterator[str]:
     """Yield sentences of 8 to 40 words that end in a full stop.
 
-    Remarks in parentheses, and words that only link a sentence to the one before, are removed.
+    Remarks in parentheses are removed. Words that only link a sentence to the previous sentence are
+    removed too.
     """
     text = re.sub(r"\s*\([^()\n]*\)", "", text)
     for whole in chain.from_iterable(SENTENCE_END.split(line) for line in text.split("\n")):
@@ -45,7 +47,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def tail_first(sentence: str, truecaser: Truecaser) -> str:
-    """The sentence with its purpose, condition or time first, or its reason last.
+    """Return the sentence with its purpose, condition or time first, or with its reason last.
 
     'Người ta đắp đê để ngăn lũ lớn.' -> 'Để ngăn lũ lớn, người ta đắp đê.'
 

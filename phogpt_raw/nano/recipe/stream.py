@@ -1,7 +1,8 @@
-"""The token streams that `prepare` writes, and the rows that pretraining reads from them.
+"""Read the token streams that `prepare` writes, and cut them into rows for pretraining.
 
-A stream is all documents one after another, each ended by </s>. A row is `seq_len` consecutive
-tokens of it and may hold the end of one document and the beginning of the next.
+A stream has all documents one after another. Each document ends with </s>. A row is `seq_len`
+consecutive tokens of the stream. So a row may contain the end of one document and the beginning of
+the next document.
 
 B rows, L tokens of a row.
 """
@@ -19,7 +20,10 @@ from phogpt_raw.refusal import Refusal
 
 
 def read_data(data: Path, device: torch.device) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """corpus.json, and the training and the held-out stream as int32 on the device."""
+    """Return (content of corpus.json, training stream, held-out stream).
+
+    Each stream is an int32 tensor [tokens] on the device.
+    """
     for name in ("corpus.json", "train.bin", "heldout.bin", *TOKENIZER_FILES):
         if not (data / name).is_file():
             raise Refusal(f"--data {data}: {name} is missing; run "
@@ -30,10 +34,10 @@ def read_data(data: Path, device: torch.device) -> tuple[dict, torch.Tensor, tor
 
 
 def rows_at(stream: torch.Tensor, starts_B: torch.Tensor, seq_len: int):
-    """ids, document numbers and targets, each [B, L], of the rows that begin at `starts_B`.
+    """Return (ids, document numbers, targets), each [B, L], of the rows that begin at `starts_B`.
 
     </s> belongs to the document that it ends. It does not predict the first token of the next
-    document (target -100). All three are on the stream's device.
+    document (target -100). All three tensors are on the stream's device.
     """
     tokens = stream[starts_B[:, None] + torch.arange(seq_len + 1, device=stream.device)].long()
     ids_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
@@ -43,19 +47,22 @@ def rows_at(stream: torch.Tensor, starts_B: torch.Tensor, seq_len: int):
 
 
 def shuffled_starts(tokens: int, seq_len: int, generator: torch.Generator) -> torch.Tensor:
-    """Where the rows of one epoch begin: adjacent rows from a random offset, in random order."""
+    """Return the start positions of the rows of one epoch, in random order.
+
+    The rows are adjacent. The first of them begins at a random offset.
+    """
     offset = int(torch.randint(min(seq_len, tokens - seq_len), (), generator=generator))
     rows = (tokens - 1 - offset) // seq_len
     return offset + seq_len * torch.randperm(rows, generator=generator)
 
 
 def steps_of_epoch(tokens: int, seq_len: int, rows: int) -> int:
-    """How many batches of `rows` rows an epoch has, for any offset."""
+    """Return the number of batches of `rows` rows in an epoch. It does not depend on the offset."""
     return (tokens - seq_len) // seq_len // rows
 
 
 def batches(stream: torch.Tensor, seq_len: int, rows: int, seed: int) -> Iterator[tuple]:
-    """The results of `rows_at` for batch after batch, epoch after epoch, without end."""
+    """Yield the result of `rows_at` for each batch of each epoch, without end."""
     generator = torch.Generator().manual_seed(seed)
     epoch = steps_of_epoch(len(stream), seq_len, rows)
     while True:

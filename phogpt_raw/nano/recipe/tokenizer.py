@@ -1,8 +1,9 @@
-"""A byte-level BPE that splits text exactly as PhoGPT's tokenizer does, with fixed ids 0 to 3.
+"""Train a byte-level BPE tokenizer that splits text into words exactly as PhoGPT's tokenizer does.
 
-Merges never cross the border of a word. `###` is a word, and so is `lời:`, since a colon does not
-separate words. What is between words (a full stop, a newline) is a word of its own. No token is
-added before or after a text; the caller appends `</s>`.
+The special tokens have the fixed ids 0 to 3. Merges never cross the border of a word. `###` is a
+word. `lời:` is a word too, because a colon does not separate words. Text between words, such as a
+full stop or a newline, is a word of its own. No token is added before or after a text. The caller
+appends `</s>`.
 """
 
 import json
@@ -17,8 +18,8 @@ from phogpt_raw.refusal import Refusal
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]  # ids 0, 1, 2, 3
 EOS = 2
-# A word and the space before it, without white space, punctuation, ( ) and |. VinAI's file has the
-# equivalent ` ?[^(\s|[.,!?…。，、।۔،])]+` with a nested set.
+# A word with the space before it. A word has no white space, no punctuation, no ( ) and no |.
+# VinAI's file has an equivalent pattern with a nested set: ` ?[^(\s|[.,!?…。，、।۔،])]+`.
 WORD = r" ?[^\s.,!?()|…。，、।۔،]+"
 CHAT_TEMPLATE = (
     "{%- set so_far = namespace(told='', between='') -%}"
@@ -36,11 +37,11 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
-    """Learn the merges from `texts`; all 256 bytes are in the vocabulary, so no text is <unk>.
+    """Learn the merges from `texts`. The vocabulary has all 256 bytes, so no text becomes <unk>.
 
-    Texts are split after `### Trả lời:`. The 7B5-Instruct template has no space there: without the
-    split the colon could merge with the answer, and a prompt's tokens would depend on the answer.
-    Raises Refusal where there is too little text for `vocab_size`.
+    Texts are split after `### Trả lời:`, because the 7B5-Instruct template has no space there.
+    Without the split, the colon could merge with the answer. The tokens of a prompt would then
+    depend on its answer. Raises Refusal if the texts are too short for `vocab_size`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -68,7 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int = 1024) -> None:
-    """Write tokenizer.json, and tokenizer_config.json with the fields of VinAI's."""
+    """Write tokenizer.json and tokenizer_config.json. The latter has the fields of VinAI's file."""
     config = {
         "add_prefix_space": False,
         "bos_token": "<s>",

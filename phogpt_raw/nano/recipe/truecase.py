@@ -1,4 +1,4 @@
-"""Decide which words are written in lower case inside a sentence, by counting in the text."""
+"""Decide which words are written in lower case inside a sentence, by their counts in the text."""
 
 import re
 from collections import Counter
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 
 class Truecaser:
-    """Counts how often each word inside a sentence is in lower case and how often capitalised."""
+    """Counts how often each word inside a sentence is in lower case, and how often it is
+    capitalised."""
 
     def __init__(self, texts: Iterable[str]):
         self.lower, self.upper = Counter(), Counter()
@@ -15,7 +16,7 @@ class Truecaser:
                 (self.upper if word[0].isupper() else self.lower)[word.casefold()] += 1
 
     def inside(self, phrase: str) -> str:
-        """The phrase as it is written inside a sentence: 'Con mèo' -> 'con mèo'."""
+        """Return the phrase as it is written inside a sentence: 'Con mèo' -> 'con mèo'."""
         first, _, rest = phrase.partition(" ")
         lower, upper = self.lower[first.casefold()], self.upper[first.casefold()]
         share = 0.95 if rest[:1].isupper() else 0.3 if rest else 0.7
