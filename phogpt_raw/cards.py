@@ -107,8 +107,8 @@ def training_dtype(card: Card, asked: str = "auto",
 def recorded_dtype(card: Card, asked: str, recorded: str) -> torch.dtype:
     """Return the compute dtype for a trained adapter on `card`.
 
-    The first of these applies: the dtype of the flag (`asked`) if it is not auto; the `recorded`
-    dtype of the training run if the card can compute in it; the card's default dtype.
+    If `asked`, the dtype of the flag, is not auto, it is used. Otherwise `recorded`, the dtype of
+    the training run, is used if the card can compute in it. Otherwise the card's default is used.
     """
     if asked == "auto" and recorded != "auto":
         with suppress(Refusal):

@@ -280,5 +280,5 @@ def check_space(folder: Path, size: int) -> None:
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free
     if size > free:
-        raise Refusal(f"{folder}: {size / 1e9:.2f} GB are needed, but {free / 1e9:.2f} GB are free "
+        raise Refusal(f"{folder}: {size / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free "
                       f"on that disk; free some space, or name another place")

@@ -118,7 +118,7 @@ def choose_attention_kernel(q, k, v, bias) -> SDPBackend:
 
 
 def is_attention_choice(operation) -> bool:
-    """Return whether a dispatched operation is the choice in choose_attention_kernel.
+    """Return whether a dispatched operation is the operation that choose_attention_kernel calls.
 
     The bias of this operation is its fourth argument, or its keyword argument `attn_mask`.
     """

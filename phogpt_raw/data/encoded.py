@@ -50,7 +50,7 @@ class Rows:
             findings.check(strict)
 
     def together(self) -> Findings:
-        """Return the findings of all files as one."""
+        """Return the findings of all files, added together."""
         found = Findings()
         for findings in self.findings:
             found.add(findings)

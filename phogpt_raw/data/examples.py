@@ -164,8 +164,8 @@ def check_map(spec: str | None, *found: Rows) -> None:
 def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
     """Return the documents of the rows. The weight of a row's source says how often they appear.
 
-    With a weight of 2.5, a row appears two or three times. A hash of its text decides this, so it
-    is the same in every run. The choice of held-out rows uses other bits of the hash.
+    With a weight of 2.5, a row appears two or three times. A hash of its text decides, so the
+    number is the same in every run. The choice of held-out rows uses other bits of the hash.
     """
     return [document for row in rows
             for _ in range(int(weights[row.source])

@@ -136,7 +136,7 @@ class Walk:
                 return inside is not None and inside[1] == "{"
 
     def take(self, letters: str, what: str) -> str:
-        """Return the next character and step over it. It must be one of `letters`."""
+        """Return the next character, which must be one of `letters`, and step over it."""
         found = self.peek()
         if not found or found not in letters:
             ends = "the end of the file" if not found else f"{found!r}"

@@ -172,7 +172,7 @@ def rows_within(cell: str, names: list[str], delimiter: str) -> int:
 
 
 def parquet(path: Path, name: str) -> Iterator[Record]:
-    """Yield the rows of a .parquet file. They have row numbers in place of line numbers."""
+    """Yield the rows of a .parquet file. The rows have a row number in place of a line."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

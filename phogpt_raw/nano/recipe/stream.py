@@ -49,7 +49,7 @@ def rows_at(stream: torch.Tensor, starts_B: torch.Tensor, seq_len: int):
 def shuffled_starts(tokens: int, seq_len: int, generator: torch.Generator) -> torch.Tensor:
     """Return the start positions of the rows of one epoch, in random order.
 
-    The rows are adjacent. The first of them begins at a random offset.
+    The rows are adjacent. The first row of the text begins at a random offset.
     """
     offset = int(torch.randint(min(seq_len, tokens - seq_len), (), generator=generator))
     rows = (tokens - 1 - offset) // seq_len
