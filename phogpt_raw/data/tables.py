@@ -16,6 +16,7 @@ from pathlib import Path
 
 from phogpt_raw.data.json_text import NOT_UTF8, TOO_LONG, lines_of, undecoded
 from phogpt_raw.data.records import LONGEST, Bad, Findings, Record
+from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
 DELIMITERS = ",;\t|"
@@ -153,7 +154,8 @@ def misfit(cells: list[str], names: list[str], delimiter: str) -> str | None:
         what = {",": "comma", ";": "semicolon", "\t": "tab", "|": "|"}.get(delimiter, delimiter)
         remedy = (f"put a text that has a {what} in double quotes" if len(cells) > len(names)
                   else "a quote or a cell is missing")
-        return f"has {len(cells)} cells, but the first row has {len(names)}; {remedy}"
+        count = plural(len(cells), "1 cell", f"{len(cells)} cells")
+        return f"has {count}, but the first row has {len(names)}; {remedy}"
     for cell in cells:
         if "\n" in cell and rows_within(cell, names, delimiter) >= LIKE_ROWS:
             return (f"a quote opens a cell and closes {cell.count(chr(10))} lines later, after "

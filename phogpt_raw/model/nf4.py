@@ -16,8 +16,9 @@ bit:
 `dequantise` uses the fused kernel if it works on the GPU, else bitsandbytes' version.
 
 Dequantising is a large part of a training step. Each pass over the weights, forward or backward,
-moves 2.5 bytes per weight. In a step of PhoGPT-7B5 this is 33 GB, for any number of tokens. At 512
-tokens on a fast GPU it takes over a quarter of the step's time.
+moves 2.5 bytes per weight. For a micro-batch of PhoGPT-7B5, forward and backward together move
+32 GB, whatever its number of tokens. At 512 tokens on a fast GPU this takes over a quarter of the
+step's time.
 
 O out, D in.
 """
