@@ -12,7 +12,7 @@ The answer appears while it is generated. It ends when the model generates the e
 Without --temperature each token is the most likely one.
 """
 
-import phogpt_raw  # noqa: F401, before torch: Ctrl-C during its import prints one line
+import phogpt_raw  # noqa: F401, before torch: Ctrl-C while torch loads prints one line
 
 # isort: split
 import argparse

@@ -17,14 +17,18 @@ from phogpt_raw.simulate.rates import KNOWN, Known, known
 
 ATTENTION = {"auto": nullcontext,
              "efficient": partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION)}
-MOST_TOKENS = 262_144  # in one simulated or measured step
-MOST_GIB = 10_000  # memory of a GPU
-MOST_STEPS = 100_000  # measured steps
+MOST_TOKENS = 262_144  # largest number of tokens in one simulated or measured step
+MOST_GIB = 10_000  # largest GPU memory that --cap accepts
+MOST_STEPS = 100_000  # largest number of measured steps
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a table: a step of `accumulate` micro-batches of micro_batch x seq_len tokens."""
+    """The size of a step, which becomes one row of a table of results.
+
+    The step has `accumulate` micro-batches. Each has `micro_batch` rows of `seq_len` tokens.
+    recompute: the value of the flag --recompute, as text.
+    """
 
     seq_len: int
     micro_batch: int
@@ -111,7 +115,7 @@ def within(low: float, high: float, kind: type = int) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:  # nan is neither
+        if not low <= value <= high:  # also true for nan
             raise argparse.ArgumentTypeError(
                 f"{text!r}: must be a {'whole ' if kind is int else ''}number from {low:,} to "
                 f"{high:,}")
@@ -121,7 +125,8 @@ def within(low: float, high: float, kind: type = int) -> Callable[[str], float]:
 
 
 def as_in_train(field: str) -> Callable[[str], float]:
-    """A function for argparse's `type`: it allows the same range as this field of train.py."""
+    """A function for argparse's `type`: it reads a number in the range that train.py allows for
+    this field."""
     return within(*RANGES[field])
 
 
@@ -136,9 +141,10 @@ def several(low: int, high: int) -> Callable[[str], list[int]]:
 
 
 def settings(options) -> list[Setting]:
-    """The grid of settings. By default rows are short if a CPU is measured.
+    """All combinations of the values of --seq-len, --micro-batch and --recompute.
 
-    Raises Refusal for settings that are not possible.
+    By default, rows are shorter if this computer is measured than if a GPU is simulated, and
+    shortest if a CPU is measured. Raises Refusal for settings that are not possible.
     """
     if not options.measured:
         default = [256, 512, 1024, 2048, 4096, 8192, 16384]

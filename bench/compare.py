@@ -4,7 +4,8 @@
     python bench/compare.py --simulate  simulate a T4 and a V100 first
     python bench/compare.py --check     write nothing; exit with 2 if a table differs
 
-A result saved on a real card (`python bench/memory.py --save`) becomes a separate column.
+A result that was measured on a GPU and saved, for example by `python bench/memory.py --save`, gets
+a column of its own.
 """
 
 import os
@@ -24,15 +25,16 @@ from phogpt_raw.show.console import out
 from phogpt_raw.simulate.rates import KNOWN
 
 ROOT = Path(__file__).parents[1]
-LARGE = 48  # GiB; larger cards are rarely rented for this and have no column
+LARGE = 48  # GiB; a GPU with more memory gets no column, because it is rarely rented for this work
 NAMES = {"7b5": "7B5", "4b": "4B"}
 SIMULATED = ("t4", "v100")
 
 
 def columns(what: str) -> dict[tuple[str, str], dict[int, dict]]:
-    """{(model, card and source): {tokens: row of the result}}, from the newest files.
+    """{(model, heading): {tokens in a row: row of the result}}, from the newest files.
 
-    "T4, simulated" is a card and source. Only steps of one row are included.
+    A heading names the GPU and the source of the result, for example "T4, simulated". Results of
+    steps with more than one row of tokens are left out.
     """
     table: dict[tuple[str, str], dict[int, dict]] = {}
     for result in results.load(what):
@@ -51,7 +53,7 @@ def columns(what: str) -> dict[tuple[str, str], dict[int, dict]]:
 
 
 def short(card: Card) -> str:
-    """A card's name without its maker and connector.
+    """A GPU's name without its maker, its product line and its connector.
 
     >>> short(Card("Tesla V100-SXM2-16GB", "cuda")), short(Card("Tesla T4", "cuda"))
     ('V100 16GB', 'T4')
@@ -61,8 +63,8 @@ def short(card: Card) -> str:
 
 
 def across(what: str, cell) -> list[str]:
-    """The lines of a table. It has a line for each number of tokens, and a column for each model
-    and card."""
+    """The lines of a table with a row for each number of tokens, and a column for each model and
+    GPU. cell(row): the text of a cell for a row of a result."""
     table = columns(what)
     lengths = sorted({length for rows in table.values() for length in rows})
     return [
@@ -75,7 +77,7 @@ def across(what: str, cell) -> list[str]:
 
 
 def memory_cell(row: dict) -> str:
-    """GiB used on the card and, in brackets, the number of recomputed blocks."""
+    """The text of a cell: GiB used on the GPU and, in brackets, the number of recomputed blocks."""
     if not row["fits"]:
         return "does not fit"
     blocks = row.get("blocks_recomputed", row["recompute"])
@@ -84,14 +86,15 @@ def memory_cell(row: dict) -> str:
 
 
 def time_cell(row: dict) -> str:
-    """Seconds per example."""
+    """The text of a cell: seconds per example."""
     if not row["fits"]:
         return "does not fit"
     return dataset_time.span(row["example_s"] if "example_s" in row else [row["step_s"]])
 
 
 def held_memory() -> list[str]:
-    """The difference between simulated and measured memory, for each file."""
+    """The lines of a table. For each file of results it has the largest difference between
+    simulated and measured memory."""
     lines = ["| card | model | dtype | rank | settings | allocated, worst | reserved, worst | "
              "graphs reserve above the eager step's peak |", "|---" * 8 + "|"]
     for result in results.load("memory"):
@@ -116,7 +119,8 @@ def peak(row: dict, kind: str) -> float:
 
 
 def held_time() -> list[str]:
-    """The difference between simulated and measured seconds of a step, for each file."""
+    """The lines of a table. For each file of results it has the largest difference between
+    simulated and measured seconds of a step."""
     lines = ["| card | model | dtype | work | settings | for | worst |", "|---" * 7 + "|"]
     for result in results.load("step_time"):
         rows = [r for r in result["rows"] if r["fits"] and "simulated_s" in r]
@@ -132,7 +136,7 @@ def held_time() -> list[str]:
 
 
 def newest(what: str, wanted) -> list[dict]:
-    """The newest result for each card, model, dtype and label, in the order of a table.
+    """The newest result for each card, source, model, dtype and label, in the order of a table.
 
     wanted(result) says whether to include a result. Only results with the default rank are
     included.
@@ -154,9 +158,10 @@ def whose(result: dict) -> list[str]:
 
 
 def epochs() -> list[str]:
-    """The table of one epoch of the 256 pairs, by this loop and by the Trainer.
+    """The table for one epoch of the 256 pairs in lengths.json, trained by this loop and by the
+    Trainer.
 
-    It has the newest results of each card.
+    It has the newest results of each GPU.
     """
     found = newest("epoch", lambda result: result["data"] is None)
     return ["| card | model | who | rows | s per example, steady | whole run | GiB allocated | "
@@ -167,7 +172,7 @@ def epochs() -> list[str]:
 
 
 def epoch_cells(row: dict, cap: float | None) -> list[str]:
-    """The cells with the results of one side."""
+    """The cells with the results of one side, which is this loop or the Trainer."""
     if "steady_s" not in row:
         return [report.who(row), *["out of memory"] * 2, *[""] * 3]
     return [report.who(row) + ("" if row["fits"] or not cap else f", over {cap:g} GiB"),
@@ -178,7 +183,7 @@ def epoch_cells(row: dict, cap: float | None) -> list[str]:
 
 
 def decoding(all_settings: bool = False) -> list[str]:
-    """The table of tokens per second, with the newest results of each card and model.
+    """The table of tokens per second, with the newest results of each GPU and model.
 
     all_settings: include results whose number of new tokens is not the bench's default.
     """
@@ -192,7 +197,7 @@ def decoding(all_settings: bool = False) -> list[str]:
 
 
 def decode_cells(row: dict) -> list[str]:
-    """The cells of a measured row, or of the computed bound of a card."""
+    """The cells for a row of the result: a measurement, or the computed bound of a GPU."""
     cells = [f"{row['prompt']:,}", str(row["rows"]), row["who"]]
     if row["who"] == "bound":
         return [*cells, dataset_time.span(row["tokens_per_s"]), "", f"{row['gib']:.2f}", "", ""]
@@ -226,7 +231,8 @@ TABLES = {
 
 
 def simulate() -> None:
-    """Simulate both cards and both models again, two runs at a time, and save the results."""
+    """Simulate both models on a T4 and a V100 again, with two benches at a time, and save the
+    results."""
     def run(command: list[str]) -> None:
         line = " ".join(["python", *command])
         if subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -247,7 +253,10 @@ def simulate() -> None:
 
 
 def rewritten(text: str, where: str) -> str:
-    """The text of a document with new tables. Raises Refusal for an unknown or unclosed marker."""
+    """The text of a document with new tables.
+
+    Raises Refusal if a marker names an unknown table, or if no end marker follows it.
+    """
     for name in re.findall(r"<!-- table: (\S+) -->", text):
         if name not in TABLES:
             raise Refusal(f"{where}: no table {name}; the tables are {', '.join(TABLES)}")

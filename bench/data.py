@@ -1,12 +1,14 @@
-"""Bench of reading rows: time and memory from a file of many rows to the plan of the first epoch.
+"""Bench of reading rows: the time and memory to read a file of rows and to plan the first epoch.
 
     python bench/data.py                60,000 generated rows, and one row of 40 million characters
     python bench/data.py --tokenizer FOLDER
 
-The many rows are read twice: without a cache and from the cache. Each measurement runs in a
-separate process. The seconds include reading, checking, encoding, dividing and packing; they do not
+The file of many rows is read twice: first without a cache, then from the cache that the first
+reading wrote. Each measurement runs in a separate process. The seconds include reading, checking
+and encoding the rows, dividing them into training and held-out rows, and packing; they do not
 include the imports. `mib` is the peak memory of the whole process (ru_maxrss). `more_mib` is this
-peak minus the peak after the imports and the tokenizer.
+peak minus the peak before the first row is read, when the imports are done and the tokenizer is
+loaded.
 """
 
 import argparse
@@ -33,11 +35,12 @@ WORDS = (
     "phở", "bún", "cơm", "nước", "ngon", "rất", "nhiều", "người", "thành", "phố", "Hà", "Nội",
     "sông", "núi", "ăn", "uống", "buổi", "sáng", "trưa", "chiều", "tối", "mùa", "hè", "đông",
     "lạnh", "nóng", "đẹp", "và", "của", "là", "có", "không", "được", "một", "những", "các", "với")
-LONG = 40_000_000  # characters
+LONG = 40_000_000  # characters in the answer of the one long row
 
 
 def write_rows(file: Path, rows: int) -> None:
-    """Write different rows of random words. A question has about 150 characters, an answer 400."""
+    """Write different rows of random words. A question has about 150 characters, and an answer has
+    about 400."""
     dice = random.Random(0)
     with file.open("w", encoding="utf-8") as lines:
         for n in range(rows):
@@ -85,7 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=within(1, 10_000_000), default=60_000, metavar="N",
                         help="rows to generate (default 60000)")
     parser.add_argument("--tokenizer", default="nano", help="nano, a folder or a hub id")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # in a separate process
+    # in_a_process starts this program again with --measure
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
         print(json.dumps(measured(*options.measure)))

@@ -1,4 +1,5 @@
-"""For step_time.py --data: seconds per example of a file of rows, and hours of a run."""
+"""For step_time.py --data: seconds per example of a file of rows, and hours of a run over the file.
+"""
 
 import statistics
 from collections.abc import Callable
@@ -14,12 +15,15 @@ from phogpt_raw.model.weights import find_folder
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import clock
 
-MEASURED, SIMULATED = 8, 64  # accumulation windows that represent all windows of the epoch
+# The number of accumulation windows that represent all windows of the epoch, if steps are measured
+# and if they are simulated. An accumulation window is the examples of one step.
+MEASURED, SIMULATED = 8, 64
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of --data, the tokenizer that made them, and the run over them."""
+    """The examples of --data, the name of the tokenizer that encoded them, and the config of the
+    run over them."""
 
     examples: list[Example]
     tokenizer: str
@@ -27,7 +31,8 @@ class Dataset:
 
 
 def read(options) -> Dataset:
-    """The examples of --data. Raises Refusal for a file or a run that is not possible."""
+    """The examples of --data. Raises Refusal if the file cannot be used, or if the flags describe
+    no possible run."""
     if len(options.micro_batch) > 1 or "," in options.recompute:
         raise Refusal("--data needs one value of --micro-batch and one of --recompute")
     config = Config(model=options.model, data=options.data, max_len=options.max_len,
@@ -40,7 +45,7 @@ def read(options) -> Dataset:
 def read_file(options, config: Config) -> tuple[list[Example], str]:
     """Return (the examples of --data, the name of the tokenizer that encoded them).
 
-    The tokenizer is --tokenizer or the model's. For a shape with random weights it is nano's.
+    Without --tokenizer, the tokenizer is the model's, or nano's for a shape with random weights.
     """
     named = options.tokenizer or ("nano" if options.model in PUBLISHED else options.model)
     return load_examples(tokenizer(named), config).train, named
@@ -64,10 +69,10 @@ def tokenizer(name: str):
 
 def estimate(options, dataset: Dataset, epoch: Epoch, most: int,
              seconds: Callable[[Window], tuple[float, ...] | None]) -> dict:
-    """The estimate of the time for a file, from at most `most` of its accumulation windows.
+    """Estimate the time of a run over a file, from at most `most` of its accumulation windows.
 
-    seconds(window) returns the seconds of a step, or None if the step does not fit the card. In
-    that case the estimate's times are None.
+    seconds(window) returns the seconds of a step, or None if the step does not fit in the GPU's
+    memory. If one step does not fit, the estimate's times are None.
     """
     picked = epoch.some(most)
     taken = [seconds(window) for window in picked]

@@ -3,14 +3,15 @@
     python bench/decode.py --model 7b5 --save  measures both on a GPU
     python bench/decode.py --card t4,v100      computes the bound by memory on any computer
 
-Both sides load one checkpoint of random weights in NF4, with an adapter on all four linears. They
-take turns, and each generates --new tokens greedily after random prompts. transformers runs with
-its default settings, and again with its static cache. Tokens per second count the tokens of all
-rows after the first token. The time of the first token is the time of reading the prompt.
+Both sides load the same checkpoint of random weights in NF4, with an adapter on all four linear
+layers of each block. They take turns, and each generates --new tokens greedily after random
+prompts. transformers runs with its default settings, and again with its static cache. Tokens per
+second count the tokens of all rows, but not the first token of a row. The time until the first
+token is given separately; it is the time of reading the prompts.
 
-A step must read every weight, the adapter and the cache once. The number of these bytes, divided by
-the rate at which the card copies memory, is the bound: the shortest possible time of a step. For
-the GPUs of --card, only the bound is computed.
+A decoding step must read every weight, the adapter and the cache once. The bound is the shortest
+possible time of such a step: the number of these bytes, divided by the rate at which the GPU copies
+memory. For the GPUs of --card, only the bound is computed.
 """
 
 import tempfile
@@ -39,9 +40,9 @@ PEERS = {"transformers": None, "transformers, static cache": "static"}
 
 
 def step_bytes(shape: ModelConfig, rank: int, rows: int, tokens: float) -> float:
-    """The bytes that a step must read for `rows` rows of `tokens` tokens each.
+    """The bytes that a decoding step must read for `rows` rows of `tokens` tokens each.
 
-    They are the linears in NF4, the head and the adapter in 16 bits, and the keys and values.
+    They are the linear layers in NF4, the head and the adapter in 16 bits, and the keys and values.
     """
     return (NF4_BYTES * shape.linear_weights + 2 * shape.vocab_size * shape.d_model
             + 2 * adapter_weights(shape, rank)
@@ -49,7 +50,8 @@ def step_bytes(shape: ModelConfig, rank: int, rows: int, tokens: float) -> float
 
 
 def copy_rate(size: int = 2**30) -> float:
-    """The rate at which this GPU copies memory, in bytes/s, read plus written: the best of ten."""
+    """The rate at which this GPU copies memory: bytes read plus bytes written, per second. It is
+    the highest rate of ten copies."""
     source = torch.empty(size, dtype=torch.uint8, device="cuda")
     target, times = torch.empty_like(source), []
     for _ in range(10):
@@ -60,10 +62,10 @@ def copy_rate(size: int = 2**30) -> float:
 
 
 def bound_rows(options, shape: ModelConfig, bandwidth: tuple[float, float]) -> list[dict]:
-    """A row of the result for each prompt and batch: tokens/s at the bound, and GiB.
+    """A row of the result for each prompt length and batch size: tokens/s at the bound, and GiB.
 
-    tokens/s has two values, for the two rates of `bandwidth` in bytes/s. GiB counts the model, its
-    cache and CUDA's context.
+    bandwidth: the GPU's lower and higher memory rate in bytes/s. tokens/s has one value for each of
+    the two rates. GiB counts the model, its cache and CUDA's context.
     """
     rows = []
     for prompt in options.prompt:
@@ -123,7 +125,8 @@ def measure(options) -> None:
 
 def turn(options, shape: ModelConfig, sides: dict[str, Side], prompt: int, batch: int,
          rate: float) -> list[dict]:
-    """The rows of the result at this prompt and batch: one for each side, ours first."""
+    """The rows of the result for this prompt length and batch size: one for each side, ours first.
+    """
     order = {"prompt": prompt, "rows": batch, "new": options.new, "cap_gib": 0}
     common = {"prompt": prompt, "rows": batch}
     read = step_bytes(shape, options.rank, batch, prompt + options.new / 2)
@@ -180,7 +183,7 @@ def parse(arguments):
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)
-    # the name of the result needs these options of other benches
+    # results.save reads these options, for which only other benches have flags
     options.attention, options.optimizer = "auto", Config.optimizer
     options.label = None if options.new == NEW else f"{options.new}-tokens"
     return options

@@ -1,7 +1,7 @@
 """A side of decode.py in its own process: this engine, or transformers' generate with PEFT.
 
-Both load one checkpoint in NF4 and one adapter. They generate the same number of tokens greedily
-after the same random prompts. No token ends an answer.
+Both sides load the same checkpoint in NF4 and the same adapter. They generate the same number of
+tokens greedily after the same random prompts. An end token does not end an answer early.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from phogpt_raw.model.adapters import load_adapters, new_adapters
 from phogpt_raw.model.weights import PINNED_IDS, load_base
 
 NEVER = -1  # an end id that is no token's id, so that answers do not end early
-STEPS = 5  # steps under the profiler
+STEPS = 5  # number of decoding steps that the profiler records
 
 
 class Ours:
@@ -57,7 +57,7 @@ class Ours:
         return {"ends": ends, "fused": fast}
 
     def kernels(self, prompt: int, rows: int) -> dict:
-        """{name of a kernel: [seconds, number of calls]} in one captured step of the engine."""
+        """{name of a kernel: [seconds, number of calls]} of one decoding step, as a CUDA graph."""
         from torch.profiler import ProfilerActivity, profile
 
         prompts = random_rows(self.model.config.vocab_size, rows, prompt, seed=0)
@@ -76,11 +76,12 @@ class Ours:
                 for event in seen.key_averages() if event.self_device_time_total}
 
     def forward_s(self, prompt: int) -> float:
-        """Seconds of a training step's forward over `prompt` tokens: the median of five."""
+        """Seconds of a training step's forward over `prompt` tokens. It runs seven times; the
+        result is the median of the last five."""
         [ids] = random_rows(self.model.config.vocab_size, 1, prompt, seed=0)
         ids_BL, times = torch.tensor([ids], device="cuda"), []
         for p in self.model.parameters():
-            p.requires_grad_(p.dtype == torch.float32)  # the adapters
+            p.requires_grad_(p.dtype == torch.float32)  # only the adapters are in fp32
         for _ in range(7):
             began = now()
             self.model(ids_BL)
@@ -94,7 +95,8 @@ class Ours:
 
 
 class Transformers:
-    """transformers' MPT over bitsandbytes' linears with PEFT's adapter, set up as its users do."""
+    """transformers' MPT with bitsandbytes' linear layers and PEFT's adapter, set up as users of
+    these libraries do it."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, rank: int):
         from peft import PeftModel
@@ -105,7 +107,8 @@ class Transformers:
         self.model = PeftModel.from_pretrained(model, folder / "adapters").eval()
 
     def run(self, prompt: int, rows: int, new: int, cache: str | None = None) -> dict:
-        """Like Ours.run, with transformers' `generate`. cache: its cache_implementation."""
+        """Like Ours.run, with transformers' `generate`. cache: its argument cache_implementation;
+        None: its default."""
         from transformers import StoppingCriteria
 
         class Ends(StoppingCriteria):
@@ -129,9 +132,9 @@ class Transformers:
 def work(side, **order) -> dict:
     """Run a side after a warm-up run, and return its measurements.
 
-    first_s: seconds until the first token. step_s: median seconds of the later steps. whole_s:
-    seconds of the whole run. tokens_per_s: of all rows, after the first token.
-    whole_tokens_per_s: of all rows, over the whole run.
+    first_s: seconds until every row has its first token. step_s: median seconds of the later steps.
+    whole_s: seconds of the whole run. tokens_per_s: tokens of all rows per second, in the time
+    after first_s. whole_tokens_per_s: tokens of all rows per second, in the whole run.
     """
     if order.pop("forward", False):
         return {"forward_s": side.forward_s(**order)}

@@ -6,14 +6,17 @@
 
 The rows have random token ids and the lengths of 256 real pairs (lengths.json). The loss is on the
 answers. "Ours" is train.py with the values of the preset t4: 8 examples a step, packed, as CUDA
-graphs. It may use --cap GiB. The Trainer is transformers' own, with PEFT, bitsandbytes, gradient
-checkpointing and padding, as its users set it up. With 1 row at a time and 8 micro-batches a step,
-it has the same cap. With several rows at once, grouped by length, it has no cap.
+graphs. It may use --cap GiB of GPU memory. The Trainer is transformers' own, with PEFT,
+bitsandbytes, gradient checkpointing and padding, as its users set it up. If it trains 1 row at a
+time, with 8 micro-batches a step, it has the same limit of memory. If it trains several rows at
+once, grouped by length, its memory is not limited.
 
-`whole` is the time of a run of one epoch in a new process. It includes compiling, capturing and
-warm-up. It does not include loading the weights and choosing the lengths of rows. `steady` is a
-time without warm-up. For ours it is the last epoch of another run of --epochs epochs. For the
-Trainer it is its epoch without the first quarter of the steps.
+`whole` is the time per example of a run of one epoch. Each of our runs is a new process, so its
+time includes compiling, capturing CUDA graphs and warm-up. It does not include loading the weights
+and choosing the lengths of rows. The Trainer's runs share one process. `steady` is a time per
+example without warm-up. For ours, it is measured in the last epoch of another run, of --epochs
+epochs. For the Trainer, it is measured in the run of one epoch, without the first quarter of the
+steps.
 """
 
 import argparse
@@ -42,7 +45,8 @@ LENGTHS = Path(__file__).parent / "lengths.json"
 
 
 def random_examples(vocabulary: int) -> list[Example]:
-    """Examples of random ids that end in </s>, with the lengths of the 256 pairs."""
+    """Examples of random token ids, with the lengths of the 256 pairs. Each example ends in </s>.
+    """
     made = []
     for n, (prompt, answer) in enumerate(json.loads(LENGTHS.read_text("utf-8"))["lengths"]):
         [ids] = random_rows(vocabulary, 1, prompt + answer - 1, seed=n)
@@ -52,7 +56,8 @@ def random_examples(vocabulary: int) -> list[Example]:
 
 
 def config_of(options) -> Config:
-    """The preset t4, overridden by the flags. The run neither saves nor evaluates."""
+    """The config of a run: the preset t4, overridden by the flags. The run writes no checkpoints
+    and evaluates nothing."""
     quiet = {"eval_every": 0, "save_every": 0}
     named = ("model", "data", "dtype", "rank", "packing", "batch_tokens", "recompute", "loss_mib",
              "epochs", "max_len")
@@ -60,9 +65,9 @@ def config_of(options) -> Config:
 
 
 def examples_of(options, config: Config) -> list[Example]:
-    """The rows of --data, or random rows.
+    """The examples of --data. Without --data, the examples are random.
 
-    Raises Refusal if a token id is unknown to the model, or if a row is too long for a step.
+    Raises Refusal if a token id is unknown to the model, or if an example is too long for a step.
     """
     vocabulary = shape_of(options.model).vocab_size
     if not options.data:
@@ -129,7 +134,7 @@ def measure(options, config: Config, examples: list[Example]) -> None:
 
 
 def trainers(text: str) -> list[int]:
-    """The function for argparse's `type` of --trainer."""
+    """The function for argparse's `type` of --trainer. It returns an empty list for `none`."""
     return [] if text == "none" else several(1, 1000)(text)
 
 
@@ -173,7 +178,7 @@ def parse(arguments):
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)
-    # the name of the result needs these options of other benches
+    # results.save reads these options, for which only other benches have flags
     options.attention, options.optimizer = "auto", Config.optimizer
     options.label = "-".join([*([] if options.packing else ["no-packing"]), *(
         [f"batch-tokens-{options.batch_tokens}"] if options.batch_tokens else [])]) or None

@@ -1,9 +1,9 @@
 """A side of epoch.py in its own process: an epoch by train.py's loop, or by the Trainer.
 
-Both read the same token ids, and start from one checkpoint and the same adapters. Both record the
-time at the end of each step, after the GPU has finished. A step's time begins at the end of the
-step before, so it includes reading the rows. The first step's time begins at the start of the loop.
-The time of writing the adapter at the end is not counted.
+Both sides read the same token ids, and start from the same checkpoint and the same adapters. Both
+record the time at the end of each step, after the GPU has finished. A step's time begins at the end
+of the previous step, so it includes reading the rows. The first step's time begins at the start of
+the loop. The time of writing the adapter at the end is not counted.
 """
 
 import json
@@ -35,8 +35,8 @@ class Ours:
 
     def __init__(self, config: Config, examples: list[Example]):
         self.job = set_up(config, all_train(examples))
-        # If the optimizer's pages are on the GPU, they are included. Then the cap is too small by
-        # their size.
+        # If the optimizer's pages are on the GPU now, context_gib includes them. turns.py subtracts
+        # both context_gib and the pages from the cap, so the cap is then too small by their size.
         self.context_gib = context_gib() if self.job.card.device == "cuda" else 0.0
         start = Path(config.model) / "adapters"
         if not start.exists():
@@ -46,9 +46,9 @@ class Ours:
         """Run train.py's loop; return the measurements of its steps and the layout of its last
         epoch.
 
-        memory_gib: GiB of the card for which the run is planned; 0: the memory of this card.
+        memory_gib: the run is planned for a GPU with this memory; 0: for this GPU's own memory.
         """
-        from train import train  # found, because this process starts in the repository's root
+        from train import train  # works because this process starts in the repository's root
 
         job = self.job
         if memory_gib:
@@ -80,7 +80,8 @@ class Ours:
 
 
 class Clock:
-    """Replaces train.py's display. It records the end of each step and the peak memory."""
+    """Takes the place of train.py's progress display. It records the time at the end of each step,
+    and the peak memory."""
 
     def __init__(self):
         self.ends, self.gib, self.reserved = [time.perf_counter()], [], []
@@ -98,7 +99,8 @@ class Clock:
         return durations(self.ends)
 
     def peaks(self) -> dict:
-        """Peak GiB as in metrics.jsonl, including activations saved by CUDA graphs; {} on a CPU."""
+        """Peak GiB of the run; {} on a CPU. As in metrics.jsonl, the allocated GiB include the
+        activations that CUDA graphs keep for backward."""
         if not self.gib:
             return {}
         return {"allocated_gib": max(self.gib), "reserved_gib": max(self.reserved)}
@@ -109,7 +111,8 @@ def durations(ends: list[float]) -> list[float]:
 
 
 class TrainersEpoch(Peer):
-    """The Trainer. It pads each row to the longest row of its micro-batch."""
+    """transformers' Trainer. Each row is padded to the length of the longest row in its
+    micro-batch."""
 
     def __init__(self, config: Config, examples: list[Example]):
         super().__init__(Path(config.model), DTYPES[config.dtype])
@@ -147,13 +150,15 @@ class TrainersEpoch(Peer):
 def trainer_row(example: Example) -> dict:
     """An example in transformers' format.
 
-    labels[i] is token i if this token carries loss. The model itself shifts the labels by one.
+    labels[i] is token i if this token carries loss, and otherwise IGNORED. transformers' model
+    shifts the labels by one position itself.
     """
     return {"input_ids": example.ids, "labels": [IGNORED, *example.targets[:-1]]}
 
 
 class Padding:
-    """A collator that pads each row at its end to the longest row. It counts the tokens."""
+    """A collator that pads each row at its end to the length of the longest row. It also counts
+    the tokens, padding included."""
 
     def __init__(self):
         self.tokens, self.lengths = 0, set()
@@ -181,7 +186,8 @@ def read_examples(file: Path) -> list[Example]:
 
 
 def main() -> None:
-    """Arguments: `ours` or `trainer`, the fields of a Config as JSON, a file of write_examples."""
+    """The arguments are `ours` or `trainer`, the fields of a Config as JSON, and the path of a file
+    that write_examples wrote."""
     name, fields, file = sys.argv[1:]
     config, examples = Config(**json.loads(fields)), read_examples(Path(file))
     kind = {"ours": Ours, "trainer": TrainersEpoch}[name]

@@ -1,4 +1,4 @@
-"""The figure of memory.py as SVG: GPU memory over a simulated step, by kind."""
+"""Draw memory.py's figure as SVG: the GPU memory in use during a simulated step, by kind."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from phogpt_raw.simulate.rates import Rates, matmul_workspace
 from phogpt_raw.simulate.roofline import op_seconds
 
 FIGURES = Path(__file__).parent / "figures"
-BINS = 120  # of the time axis
-# kinds grouped for a reader, from the bottom up
+BINS = 120  # number of bins into which the time axis is divided
+# The areas of the figure, from the bottom up. Each area is the sum of several kinds of memory.
 AREAS = {
     "base in NF4": ("NF4 weights", "NF4 constants", "plain weights", "norms and biases"),
     "embedding and head": ("embedding",),
@@ -23,14 +23,14 @@ AREAS = {
 
 
 def memory(found, rates: Rates, options) -> str:
-    """Write the figure: memory over a step's simulated time as stacked areas. Returns a line with
-    its path."""
+    """Draw a step's memory over its simulated time, as stacked areas, and write the figure to a
+    file. Returns the text "figure", followed by the path of this file."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    # write letters as text; use a fixed salt, so that the same figure gives the same file
+    # Letters are written as text. The salt is fixed, so that the same figure gives the same file.
     matplotlib.rcParams.update({"svg.hashsalt": "phogpt", "svg.fonttype": "none"})
     times, areas, phases = over_time(found, rates)
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
@@ -61,9 +61,10 @@ def memory(found, rates: Rates, options) -> str:
 
 
 def over_time(found, rates: Rates) -> tuple[list[float], dict[str, list[float]], dict[str, float]]:
-    """Return (seconds, {area: GiB at these seconds}, {phase: second of its start}).
+    """Return (times in seconds, {area: its GiB at each of these times}, {phase: its start}).
 
-    Time is divided into BINS bins. Each bin has the values at its peak.
+    The step's time is divided into BINS bins. The values of a bin are those of the moment at which
+    the most memory is allocated in this bin.
     """
     ends, now = [], 0.0
     for op in found.trace.ops:

@@ -7,7 +7,8 @@ from collections import defaultdict
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# a kernel belongs to the first family whose pattern its name contains
+# {family: a regular expression}. A kernel belongs to the first family whose expression is found in
+# the kernel's name.
 FAMILIES = {
     "attention": r"sdpa|fmha|flash|attention|cudnn.*(dot_do_o|convert_dq)",
     "NF4 to 16 bits": r"nf4|[dD]equantize",
@@ -21,7 +22,10 @@ FAMILIES = {
 
 
 def kernels(bench, window) -> tuple[dict[str, float], int]:
-    """{family: seconds} of a step's kernels, and their number. The profiler slows the step."""
+    """Return ({family: seconds of its kernels in a step}, number of all kernels).
+
+    The step is slower than usual, because the profiler runs.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         bench.run(window)
         torch.cuda.synchronize()
@@ -44,7 +48,8 @@ def family(kernel: str) -> str:
 def ceiling(dtype: torch.dtype, size: int = 8192, seconds: float = 2.0) -> dict[str, float]:
     """FLOP/s of matmuls of two size x size matrices on this GPU.
 
-    `short` is the rate of the first ten matmuls. `sustained` is the rate after the GPU is warm.
+    `short` is the rate of the first ten matmuls. `sustained` is the rate after about `seconds`
+    seconds of matmuls, when the GPU is warm.
     """
     a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
 

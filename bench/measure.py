@@ -1,6 +1,6 @@
 """For the benches: measure train.py's own step over random tokens on this machine.
 
-A setting that does not fit in memory is a result too.
+If a setting does not fit in memory, this is reported as a result and not as an error.
 """
 
 import gc
@@ -30,14 +30,14 @@ LR = 1e-4
 
 
 class Bench:
-    """A model with adapters, and train_step over random tokens that all carry loss."""
+    """A model with adapters. It runs train_step over windows of random tokens (random_data.py)."""
 
     def __init__(self, options):
         self.options, self.card = options, this_card()
         self.dtype, _ = training_dtype(self.card, options.dtype)
         self.model = self.load(options.model)
         self.adapters = new_adapters(self.model, rank=options.rank, alpha=32)
-        # before the optimizer, whose pages are counted separately
+        # measured before the optimizer exists, because its pages are counted separately
         self.context_gib = context_gib() if self.card.device == "cuda" else 0.0
         self.restart()
         self.cap_for_torch = self.cap()
@@ -49,7 +49,7 @@ class Bench:
                           device=torch.device(self.card.device))
 
     def restart(self) -> None:
-        """A new optimizer and loss scale over the current adapters."""
+        """Create a new optimizer and a new loss scale. The adapters keep their current values."""
         self.training = wire(self.model, self.adapters, optimizer=self.options.optimizer, lr=LR,
                              loss_mib=self.options.loss_mib)
 
@@ -59,14 +59,15 @@ class Bench:
                          self.options.documents)
 
     def described(self) -> dict:
-        """The fields of a result beside its rows: attention kernel, cap, GiB that torch may use."""
+        """The fields that a result has in addition to its rows, such as the attention kernel, the
+        cap, and the GiB that torch may use."""
         several = {"documents": self.options.documents} if self.options.documents > 1 else {}
         return {"attention": self.options.attention, **several, "loss_mib": self.options.loss_mib,
                 "cap_gib": self.options.cap or None, "cap_for_torch_gib": self.cap_for_torch}
 
     def cap(self) -> float | None:
-        """Limit torch's memory so that the whole process uses --cap GiB; return torch's limit in
-        GiB.
+        """Limit torch's memory so that the whole process uses at most --cap GiB. Returns torch's
+        limit in GiB.
 
         CUDA's context and the optimizer's pages are subtracted from --cap, because torch does not
         count them.
@@ -83,9 +84,10 @@ class Bench:
         return left
 
     def begin(self, setting: Setting, *, capture: bool) -> None:
-        """Prepare steps with the micro-batch and recompute of a setting.
+        """Prepare steps with the rows of a micro-batch and the recomputed blocks of a setting.
 
-        They run eagerly. With capture=True they run as CUDA graphs from the second step on.
+        With capture=False the steps run eagerly. With capture=True they run as CUDA graphs from the
+        second step on.
         """
         limits, depth = self.training.limits, Config(recompute=setting.recompute)
         limits.micro_batch = setting.micro_batch
@@ -108,7 +110,7 @@ class Bench:
     def attempt(self, measure, setting: Setting, window: Window):
         """The result of measure(bench, setting, window), or None if it runs out of memory.
 
-        Afterwards its GPU memory is free again.
+        Afterwards the GPU memory that the measurement used is free again.
         """
         self.model.train()
         try:
@@ -124,8 +126,8 @@ class Bench:
         return result
 
     def release(self) -> None:
-        """Free the graphs and cuBLAS's workspaces. Each CUDA stream has a workspace, and graphs
-        have their own stream."""
+        """Free the CUDA graphs and cuBLAS's workspaces. There are several workspaces, because each
+        CUDA stream has one, and graphs run in a stream of their own."""
         self.training.forward = self.model
         free_matmul_workspaces()
 
@@ -154,8 +156,9 @@ def limit_torch_to(gib: float) -> None:
 class Peaks:
     """The peak memory of a step.
 
-    by_phase: {phase: {kind: GiB}} of the eager step. loss: its loss. graphs: GiB that its CUDA
-    graphs reserve, or None if it does not run as graphs.
+    by_phase: {phase: {kind: GiB}} of the eager step; a kind is allocated, reserved or device. loss:
+    the loss of the eager step. graphs: GiB that torch reserves if the step runs as CUDA graphs, or
+    None if it does not run as graphs.
     """
 
     by_phase: dict[str, dict[str, float]]
@@ -164,8 +167,8 @@ class Peaks:
 
 
 def peaks(bench: Bench, setting: Setting, window: Window) -> Peaks:
-    """Measure the second eager step. In the first step, libraries allocate memory that they keep.
-    """
+    """Measure the second eager step, because in the first step libraries allocate memory that they
+    keep."""
     bench.begin(setting, capture=False)
     bench.run(window)
     meter = MemoryMeter()
@@ -174,9 +177,11 @@ def peaks(bench: Bench, setting: Setting, window: Window) -> Peaks:
 
 
 def graph_memory(bench: Bench, setting: Setting, window: Window) -> dict[str, float] | None:
-    """GiB that torch reserves when the step runs as CUDA graphs, and the peak up to that point.
+    """GiB that torch reserves when the step runs as CUDA graphs, and the peak of the reserved GiB
+    until then.
 
-    The first step is eager. Returns None if the step does not run as graphs, or does not fit.
+    Three steps are run, of which the first is eager. Returns None if the step does not run as
+    graphs, or does not fit.
     """
     bench.begin(setting, capture=bench.options.capture)
     if bench.training.forward is bench.model:
@@ -201,9 +206,9 @@ def graph_memory(bench: Bench, setting: Setting, window: Window) -> dict[str, fl
 class Times:
     """The times of a step.
 
-    phases: {phase: seconds} of each timed step. captured: whether it ran as CUDA graphs. flops:
-    matmul FLOPs of a step. kernels_s: {family: seconds} of the kernels of one more step. kernels:
-    their number.
+    phases: {phase: seconds} of each timed step. captured: whether the steps ran as CUDA graphs.
+    flops: matmul FLOPs of a step. kernels_s: {family: seconds} of the kernels of one more step.
+    kernels: the number of kernels in this step.
     """
 
     phases: list[dict[str, float]]
@@ -245,9 +250,10 @@ def median_step(bench: Bench, setting: Setting, window: Window) -> float | None:
 def flops(bench: Bench, setting: Setting, window: Window) -> float:
     """Matmul FLOPs of a step.
 
-    A token costs 4 FLOPs for each weight of a block: 2 in forward, and 2 in backward for the
-    gradient of the activations. Frozen weights need no gradient. In a recomputed block a token
-    costs 6, because forward runs twice. A supervised row costs 4 for each weight of the head.
+    A token costs 4 FLOPs for each weight of a block's linear layers: 2 in forward, and 2 in
+    backward for the gradient of the activations. The weights are frozen, so no gradient of the
+    weights is computed. In a recomputed block a token costs 6 FLOPs for each weight, because
+    forward runs twice. In the head, each token that carries loss costs 4 FLOPs for each weight.
     """
     config = bench.model.config
     block = (4 + 2 * config.expansion_ratio) * config.d_model**2

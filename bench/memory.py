@@ -1,4 +1,4 @@
-"""Bench of memory: the peak of a training step. It shows which settings fit a GPU.
+"""Bench of memory: the peak memory of a training step. It shows which settings fit a GPU.
 
     python bench/memory.py                         7B5 on a T4 and a V100
     python bench/memory.py --card t4 --model 4b --seq-len 4096,8192
@@ -44,10 +44,11 @@ def measure(options) -> None:
 
 
 def simulate(options) -> None:
-    """Print a table for each card of --card. Then show one step in a ledger and in a figure.
+    """Print a table for each GPU of --card. Then show one step of each GPU in more detail: its
+    memory over time as a figure, and its memory at the peak as a table.
 
-    This step has the most tokens of all steps that fit the card. Its rows are not longer than the
-    model's context.
+    This step is the one with the most tokens among those that fit the GPU and whose rows are not
+    longer than the model's context.
     """
     shown: dict[str, OnCard] = {}
     for card, rates, traces in cards(options):
@@ -76,7 +77,10 @@ def simulate(options) -> None:
 
 
 def longest_row(traces: Traces, card: Card, found: list[OnCard], step: int = 512) -> int:
-    """Tokens of the longest row that fits if all blocks are recomputed, exact to `step` tokens."""
+    """Tokens of the longest row that fits if all blocks are recomputed, exact to `step` tokens.
+
+    The search starts from the longest row in `found` that fits.
+    """
     def fits(length: int) -> bool:
         return traces.on(card, replace(found[0].setting, seq_len=length, recompute="all")).fits
 

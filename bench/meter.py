@@ -1,7 +1,7 @@
 """For the benches: a stopwatch and a memory meter, passed to train_step as `mark`.
 
-`mark(phase)` ends the current phase and starts a new one. Time and memory need separate runs. To
-read a peak, the host must wait for the GPU, and this wait would be measured as time.
+`mark(phase)` ends the current phase and starts a new one. Time and memory need separate runs,
+because the host must wait for the GPU to read a peak, and this wait would be measured as time.
 """
 
 import time
@@ -12,8 +12,8 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by phase, summed over a step. It uses CUDA events on a GPU, and otherwise the host's
-    clock."""
+    """Measures the seconds of each phase of a step. It uses CUDA events on a GPU, and the host's
+    clock on a CPU. If a phase occurs several times in a step, its times are added."""
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
@@ -49,10 +49,10 @@ def device_gib() -> float:
 class MemoryMeter:
     """Peak GiB by phase: allocated by torch, reserved by torch, and used on the whole device.
 
-    The driver reports the device's memory at the end of the phase. It includes CUDA's context, the
-    optimizer's pages and other programs. torch releases no memory within a phase, so this value is
-    also the phase's peak. Without a GPU, the meter reads the process's resident memory at the end
-    of each phase.
+    The memory used on the whole device includes CUDA's context, the optimizer's pages and other
+    programs. It is what the driver reports at the end of the phase. torch releases no memory within
+    a phase, so this value is also the phase's peak. Without a GPU, the meter reads the process's
+    resident memory at the end of each phase.
     """
 
     def __init__(self):

@@ -3,13 +3,15 @@
     python bench/peer.py --model 7b5 --work 1x512,1x1024,1x2048 --save
     python bench/peer.py --work 8x512 --dtype bf16 --cap 0 --loss-mib 1024
 
-Each side is one process. Both load one checkpoint of random weights and the same adapters, and
-train on the same tokens. The biases are zero, because transformers' MPT has none. So both compute
-the same function. First both train --losses steps from the same start, and their losses are
-compared. Then their steps are timed in turns: the Trainer, this loop, the Trainer, and so on.
+Each side is one process. Both load the same checkpoint of random weights and the same adapters, and
+train on the same tokens. transformers' MPT has no biases, so the checkpoint's biases are zero. Both
+sides therefore compute the same function. First both train --losses steps from the same start, and
+their losses are compared. Then their steps are timed in turns: the Trainer, this loop as CUDA
+graphs, this loop eagerly, then the Trainer again, and so on.
 
 The Trainer is set up as its users set it up: gradient checkpointing, paged_adamw_8bit, mixed
-precision, LoRA on all four linears. The GPU needs memory for both sides at once.
+precision, LoRA on all four linear layers of each block. The GPU needs memory for both sides at
+once.
 """
 
 import re
@@ -32,13 +34,16 @@ from phogpt_raw.show.console import out
 
 
 def adapter_weights(shape: ModelConfig, rank: int) -> int:
-    """The number of LoRA weights on the four linears of all blocks."""
+    """The number of LoRA weights on the four linear layers of all blocks."""
     d, wide = shape.d_model, shape.expansion_ratio * shape.d_model
     return shape.n_layers * rank * ((d + 3 * d) + (d + d) + 2 * (d + wide))
 
 
 def compare(work: str, sides: dict[str, Side], options, cap_gib: float) -> dict:
     """A row of the result: the losses from the same start, and timed runs of both sides in turns.
+
+    work: rows and tokens of a step, such as "1x512". cap_gib: GiB that torch may allocate; 0: no
+    limit. If the Trainer needs more, it runs without the limit, and peer_fits is False.
     """
     micro_batch, seq_len = (int(part) for part in work.split("x"))
     order = {"micro_batch": micro_batch, "seq_len": seq_len, "recompute": options.recompute}
@@ -71,9 +76,10 @@ def compare(work: str, sides: dict[str, Side], options, cap_gib: float) -> dict:
 
 
 def summary(row: dict) -> dict:
-    """Medians over the pairs: seconds and GiB of each side, and the speedup of ours.
+    """The medians over row["pairs"]: seconds and GiB of each side, and the speedup of ours.
 
-    It also has the largest difference of a loss, of each side to our eager steps.
+    It also has two largest differences between the losses of the same step: between our captured
+    and our eager step, and between the peer's step and our eager step.
     """
     pairs = row["pairs"]
     found = {}
@@ -124,7 +130,7 @@ def parse(arguments):
         raise Refusal(f"--work {options.work}: rows x tokens, such as 1x512,8x512")
     if not re.fullmatch(r"all|none|\d+", options.recompute):
         raise Refusal(f"--recompute {options.recompute}: all, none or a number of blocks")
-    # the name of the result needs these options of other benches
+    # results.save reads these options, for which only other benches have flags
     options.attention, options.label, options.optimizer = "auto", None, Config.optimizer
     return options
 

@@ -1,8 +1,9 @@
 """For peer.py, epoch.py and decode.py: run a side of a comparison in its own process.
 
-The bench starts `python -m <module> …` as a `Side`. At its end that module calls `serve`. Requests
-and results are lines of JSON. The measurements do not include the time to start a process and to
-load its weights. The memory of each side is measured separately.
+In the bench, a `Side` starts `python -m <module> …` as a new process and sends it requests. In the
+new process, the module calls `serve`, which answers the requests. Requests and results are lines of
+JSON. The measurements do not include the time to start a process and to load its weights. The
+memory of each side is measured separately.
 """
 
 import json
@@ -23,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 
 class Side:
-    """The process of a side. context_gib: GiB of the GPU that it uses outside torch's allocator."""
+    """The process of a side. context_gib: GiB of GPU memory that the process uses outside torch's
+    allocator."""
 
     def __init__(self, name: str, module: str, *arguments: str, **environment: str):
         self.name = name

@@ -1,12 +1,12 @@
-"""Bench of the product of a few rows with a 4-bit matrix: bitsandbytes' kernels and ours.
+"""Bench of products of a few activation rows with a 4-bit matrix: bitsandbytes' kernels and ours.
 
     python bench/products.py --save                  on a GPU
     python bench/products.py --model 4b --rows 1,2
 
 For every matrix shape of a model, it measures the microseconds of one product with bias, in a
-replayed CUDA graph. The calls use several copies of the matrix in turns, like the layers of a
-model. The copies together are larger than the GPU's cache. TB/s is the rate of reading the matrix's
-4-bit values and scales.
+replayed CUDA graph. The products use several matrices of this shape in turns, like the layers of a
+model. Together the matrices are larger than the GPU's cache, so each product must read its matrix
+from GPU memory. TB/s is the rate of reading the matrix's 4-bit values and scales.
 """
 
 import statistics
@@ -25,12 +25,13 @@ from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.refusal import Refusal, exits_cleanly
 from phogpt_raw.show.console import out
 
-CACHE = 300e6  # bytes; larger than the cache of any GPU
+CACHE = 300e6  # bytes of all matrices of a shape together; larger than the cache of any GPU
 REPLAYS = 7
 
 
 def replayed_s(run, calls: int) -> float:
-    """Seconds of one call of run(0), run(1), … in a CUDA graph: the median of REPLAYS replays."""
+    """Seconds of one call of `run`. The calls run(0), run(1), … are captured as one CUDA graph, and
+    the result is the median of REPLAYS replays."""
     run(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -51,7 +52,8 @@ def replayed_s(run, calls: int) -> float:
 
 @torch.no_grad()
 def measure(out_features: int, width: int, rows: list[int], dtype: torch.dtype) -> list[dict]:
-    """The rows of the result for a matrix of this shape, one for each number of rows in `rows`."""
+    """Measure products with matrices of this shape. rows: the numbers of activation rows. Returns a
+    row of the result for each of these numbers."""
     size = NF4_BYTES * out_features * width
     layers = []
     for _ in range(max(2, int(CACHE / size))):
@@ -81,7 +83,7 @@ def parse(arguments):
                         help="data type of the rows (default fp16)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    # the name of the result needs these options of other benches
+    # results.save reads these options, for which only other benches have flags
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     options.rank = Config.rank
     return options

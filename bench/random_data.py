@@ -22,12 +22,13 @@ def random_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) of every parameter of the shape. Each tensor is created when needed.
 
-    Matrices have normal values with standard deviation 0.02. Biases and norms are random too, so
-    that a test notices if one is lost. Their standard deviation is 0.1, and norm weights have mean
-    1. zero_biases=True gives biases of 0 and norm weights of 1, as in an untrained model.
+    Matrices have normally distributed values with standard deviation 0.02. Biases and norms are
+    random too, so that a test notices if a bias or a norm is lost. Their standard deviation is 0.1,
+    and norm weights have mean 1. zero_biases=True gives biases of 0 and norm weights of 1, as in an
+    untrained model.
 
-    The values depend on `seed` and on the kind of device. They are drawn in fp32. So the embedding,
-    the largest tensor, temporarily needs 4 bytes per element (4.1 GB for 7B5).
+    The values depend on `seed` and on the kind of device. They are drawn in fp32, so the embedding,
+    which is the largest tensor, temporarily needs 4 bytes per element (4.1 GB for 7B5).
     """
     generator = torch.Generator(device).manual_seed(seed)
     for name, size in parameter_shapes(shape).items():
@@ -39,7 +40,7 @@ def random_tensors(
 
 
 def random_tensor(name: str, size: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Normal values in fp32 on the generator's device."""
+    """A tensor of normally distributed values, in fp32 on the generator's device."""
     mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
     deviation = 0.02 if len(size) == 2 else 0.1
     noise = torch.randn(size, generator=generator, device=generator.device, dtype=torch.float32)
@@ -62,10 +63,10 @@ def random_rows(vocabulary: int, rows: int, length: int, seed: int = 0) -> list[
 
 
 def window_of(rows: list[list[int]], documents: int = 1) -> Window:
-    """An accumulation window of rows of token ids.
+    """Make an accumulation window, which holds the examples of one step, from rows of token ids.
 
-    Each row is cut into `documents` documents of equal length. The rest of the row is padding. All
-    tokens of a document except its first carry loss.
+    Each row is cut into `documents` examples of equal length. The rest of the row is padding. All
+    tokens of an example except its first carry loss.
     """
     length = len(rows[0]) // documents
     pieces = [ids[n * length : (n + 1) * length] for ids in rows for n in range(documents)]

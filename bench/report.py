@@ -1,4 +1,4 @@
-"""For the benches: the tables that they print."""
+"""The tables that the benches print."""
 
 from statistics import median
 
@@ -28,7 +28,7 @@ def work(row: dict) -> str:
 
 
 def remark(bench: Bench) -> str:
-    """The text above a table. It names the card, the model and the limit of memory."""
+    """The text above a table. It names the GPU, the model and the limit of memory."""
     line = f"measured on {bench.card.name}, {bench.options.model}, " \
            f"{dtype_name(bench.dtype)}, rank {bench.options.rank}"
     if bench.cap_for_torch:
@@ -175,7 +175,7 @@ def who(row: dict) -> str:
 
 
 def seconds_of(value) -> str:
-    """The text of a measured time, with three digits, or of a simulated time, as a range."""
+    """The text of a time. A measured time has three digits; a simulated time is a range."""
     return span(value) if isinstance(value, list) else f"{value:.3g}"
 
 
@@ -204,7 +204,7 @@ def epoch(rows: list[dict], title: str, cap: float = 0) -> Table:
 
 
 def decode(rows: list[dict], title: str) -> Table:
-    """The table of measured decoding. It has a row for each side at each prompt and batch."""
+    """The table of measured decoding. It has a row for each side, prompt length and batch size."""
     made = table(title, ["", "prompt", "rows", "tokens/s", "first s", "GiB", "of bound", "times"],
                  caption="tokens/s: of all rows, after the first token; first s: until the first "
                  "token; GiB: allocated; of bound: the shortest possible time of a step, divided "
@@ -223,7 +223,8 @@ def decode(rows: list[dict], title: str) -> Table:
 
 
 def decode_bounds(rows: list[dict], title: str) -> Table:
-    """The table of computed bounds for a card. Its memory rate limits the tokens per second."""
+    """The table of a GPU's computed bounds: the most tokens per second that its memory rate allows.
+    """
     made = table(title, ["prompt", "rows", "GB a step", "tokens/s", "GiB"],
                  caption="tokens/s: if reading takes all of a step's time, at the card's lower and "
                  "higher memory rate; GiB: weights, cache and CUDA's context")

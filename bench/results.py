@@ -1,4 +1,5 @@
-"""Save and load results of the benches. Each run with --save writes a JSON to bench/results."""
+"""Save and load results of the benches. Each run with --save writes a JSON file to bench/results.
+"""
 
 import json
 import subprocess

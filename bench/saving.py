@@ -1,13 +1,13 @@
-"""Bench of saving: the share of a run's time that its checkpoints take.
+"""Bench of saving: how much longer a run is because it writes checkpoints.
 
     python bench/saving.py --model 7b5 --steps 500 --every 50 --save
 
 train.py's loop runs over random rows with the lengths of 256 real pairs (lengths.json). It uses the
 values of the preset t4: 8 examples a step, packed. Every --every steps it writes a checkpoint to
-the disk, under --out. A checkpoint has the adapter, the optimizer state and hashes. The loop
-continues while a checkpoint is written. The end of the run waits for the last checkpoint. The same
-run without checkpoints is measured too, with the same rows in the same order. The two kinds of run
-take turns. The difference of their times is the cost of saving.
+the disk, under --out. A checkpoint has the adapter, the optimizer state and hashes of its files.
+The loop continues while a checkpoint is written, but the run ends only when the last checkpoint is
+complete. The same run without checkpoints is measured too, with the same rows in the same order.
+Runs with and without checkpoints alternate. The difference of their times is the cost of saving.
 """
 
 import tempfile
@@ -34,11 +34,11 @@ from phogpt_raw.training.shutdown import GracefulShutdown
 
 
 def measure(options, folder: Path) -> dict:
-    """Measure runs with and without checkpoints, in turns; return their seconds and the cost.
+    """Measure runs with and without checkpoints, alternately; return their seconds and the cost.
 
-    A short run comes first. Only the wait at its first save is used. This wait is longer than later
-    waits, because it includes work that a process does once, such as compiling kernels and
-    allocating page-locked memory.
+    A short run comes before them, to measure how long the loop waits at a process's first
+    checkpoint. The loop waits longer there than at later checkpoints, because the process does some
+    work only once, such as compiling kernels and allocating page-locked memory.
     """
     model = folder / "model"
     write_random_checkpoint(model, PUBLISHED[options.model])
@@ -58,7 +58,7 @@ def one_run(options, steps: int, model: Path, folder: Path, saving: bool) -> dic
     """Do one run and return its times in seconds.
 
     whole_s: from the start of the loop until the last checkpoint is on the disk. end_s: the part of
-    whole_s after the last step. saves_s: the wait of the loop at each save.
+    whole_s after the last step. saves_s: the time for which the loop waits at each checkpoint.
     """
     from train import train
 
@@ -92,9 +92,10 @@ def one_run(options, steps: int, model: Path, folder: Path, saving: bool) -> dic
 def costs(saving: list[dict], plain: list[dict], first_save_s: float) -> dict:
     """The cost of saving, from the medians of the runs.
 
-    cost_s: seconds. The additional time of a process's first save is included. share: the cost as a
-    share of a run with checkpoints. end_share: the part of this share after the last step. In that
-    time the run waits for the last checkpoint.
+    cost_s: the additional seconds of a run with checkpoints. The longer wait at a process's first
+    checkpoint is included. share: cost_s, divided by the seconds of the whole run. end_share: the
+    additional seconds after the last step, in which the run waits for the last checkpoint, divided
+    by the seconds of the whole run.
 
     >>> costs([{"whole_s": 9.9, "end_s": 0.5, "saves_s": [0.1, 0.1]}],
     ...       [{"whole_s": 9.0, "end_s": 0.0, "saves_s": []}], first_save_s=0.2)
@@ -125,7 +126,7 @@ def parse(arguments):
                         "deleted (default: the system's folder for temporary files)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    # epoch.py's functions and the name of the result need these options
+    # epoch.py's functions and results.save read these options, for which there are no flags here
     options.data, options.packing, options.batch_tokens = None, True, None
     options.loss_mib, options.epochs, options.max_len = Config.loss_mib, None, 1024
     options.recompute = "auto"

@@ -3,13 +3,15 @@
     python bench/serve.py --model 7b5 --save        on a GPU: random weights, 16 clients
     python bench/serve.py --model nano              on any computer
 
-First the engine alone answers one prompt for each client, all at once. Then `generate.py --serve`
-runs in a separate process, over the same weights and adapter. Each client streams the answer to one
-of the prompts. A warm-up run, which is not counted, comes before each measurement and captures the
-CUDA graphs. Tokens per second count the generated tokens of all rows. Their time includes reading
-the prompts. The time of the first token is measured twice. The first time, one client is alone, and
-the engine's time for one prompt is the comparison. The second time, all other clients are being
-answered.
+First the engine is measured without a server: it answers as many prompts as there are clients, all
+in one batch. Then the server is measured: `generate.py --serve` runs in a separate process with the
+same weights and adapter, and each client sends one of the prompts and streams its answer. Before
+each of the two measurements, a warm-up run captures the CUDA graphs. This run is not counted.
+
+Tokens per second are the generated tokens of all answers, divided by a time that includes reading
+the prompts. The server's time until the first token is measured in two situations. In the first,
+only one client asks, and this time is compared with the engine's time for one prompt. In the
+second, the server is generating the answers of all other clients.
 """
 
 import argparse
@@ -39,13 +41,14 @@ from phogpt_raw.model.weights import find_folder, load_base, read_config
 from phogpt_raw.refusal import exits_cleanly
 from phogpt_raw.show.console import out
 
-TURNS = 5  # measurements; the result is their median
+TURNS = 5  # number of times that each value is measured; the result is the median
 
 
 def prepare(folder: Path, options) -> str:
-    """Write the checkpoint and the adapter that both sides load; return the name of the model.
+    """Write the checkpoint and the adapter that the engine and the server load. Returns the name by
+    which they load the model.
 
-    For nano only the adapter is written.
+    For nano only the adapter is written, because nano's checkpoint exists already.
     """
     model = options.model
     if model in PUBLISHED:
@@ -58,9 +61,10 @@ def prepare(folder: Path, options) -> str:
 
 
 def widen(file: Path, vocabulary: int) -> None:
-    """Add tokens to nano's tokenizer until it has one for every row of a larger embedding.
+    """Add tokens to nano's tokenizer, so that it has a token for every row of a larger embedding.
 
-    So each token of an answer is text, which the server must send.
+    A model with random weights can generate the id of any row. With the added tokens, every id has
+    a text, so the server must send text for each generated token.
     """
     content = json.loads(file.read_text("utf-8"))
     known = content["model"]["vocab"]
@@ -69,8 +73,8 @@ def widen(file: Path, vocabulary: int) -> None:
 
 
 def engine_side(model: str, folder: Path, options) -> dict:
-    """Measure the engine alone: tokens/s with one row per client, and seconds to the first token.
-    """
+    """Measure the engine without a server: tokens/s while it answers one prompt per client in one
+    batch, and seconds to the first token of a single prompt."""
     phogpt, tokenizer = load_base(model, dtype=DTYPES[options.dtype])
     load_adapters(phogpt, folder / "adapter", trainable=False)
     with Engine(phogpt, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
@@ -164,7 +168,7 @@ def parse(arguments):
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
     check_fits(options, [options.prompt])
-    # the name of the result needs these options of other benches
+    # results.save reads these options, for which only other benches have flags
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     return options
 

@@ -1,8 +1,8 @@
 """A side of peer.py in its own process: this loop, or transformers' Trainer.
 
-Both start from one checkpoint of random weights and from the same adapters. The first side saves
-the initial values of the adapters in the checkpoint's folder. peer.py runs this file once for each
-side.
+Both sides start from the same checkpoint of random weights and from the same adapters. This loop's
+process starts first, and saves the initial values of the adapters in the checkpoint's folder.
+peer.py runs this file once for each side.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from phogpt_raw.model.checkpoint_format import vinai_config, write_checkpoint
 from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.model.weights import NANO
 
-SHARDS = 8  # files of weights, of 1.9 GB each for 7B5
+SHARDS = 8  # number of files of weights; for 7B5 each has 1.9 GB
 
 
 def start(name: str, folder: Path, options) -> Side:
@@ -46,7 +46,7 @@ class Ours:
     def steps(self, micro_batch: int, seq_len: int, count: int, path: str, recompute: str):
         """Yield (loss, seconds) for each of `count` steps. They start from the initial adapters.
 
-        path: "captured" for CUDA graphs, "eager" without.
+        path: "captured" runs them as CUDA graphs, "eager" without graphs.
         """
         bench, vocabulary = self.bench, self.bench.model.config.vocab_size
         bench.adapters.flat.data.copy_(self.first)
@@ -64,7 +64,7 @@ class Ours:
 
 
 class Peer:
-    """transformers' Trainer, with PEFT's adapters over bitsandbytes' linears."""
+    """transformers' Trainer, with PEFT's adapters over bitsandbytes' linear layers."""
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         from peft import PeftModel, prepare_model_for_kbit_training
@@ -97,7 +97,7 @@ class Peer:
 
         class Watched(Trainer):
             def _get_train_sampler(self, *_):
-                return torch.utils.data.SequentialSampler(rows)  # the same order as this loop
+                return torch.utils.data.SequentialSampler(rows)  # in the same order as this loop
 
             def compute_loss(self, *given, **named):
                 loss = super().compute_loss(*given, **named)
@@ -111,7 +111,7 @@ class Peer:
     def train(self, kind, rows: list[dict], clock, collator=None, **arguments) -> None:
         """Train with a Trainer of class `kind`, starting from the initial adapters.
 
-        It is set up as its users set it up. arguments: further TrainingArguments.
+        The Trainer is set up as its users set it up. arguments: further TrainingArguments.
         """
         from transformers import TrainingArguments
 
@@ -127,7 +127,8 @@ class Peer:
                 "bf16": self.dtype == torch.bfloat16, **arguments})
             trainer = kind(self.model, given, train_dataset=rows, data_collator=collator,
                            callbacks=[clock])
-            if trainer.accelerator.scaler is not None:  # the default 2^16 skips the first steps
+            if trainer.accelerator.scaler is not None:
+                # GradScaler's default scale, 2^16, is so large that the first steps are skipped
                 trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12)
             trainer.train()
 
@@ -136,7 +137,7 @@ class Peer:
 
 
 def transformers_base(folder: Path, dtype: torch.dtype):
-    """transformers' MPT over bitsandbytes' NF4 linears, loaded as its users load it."""
+    """transformers' MPT with bitsandbytes' NF4 linear layers, loaded as its users load it."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -156,9 +157,9 @@ def timed(side, **order) -> dict:
 def write_random_checkpoint(folder: Path, shape: ModelConfig, seed: int = 0) -> None:
     """Write a checkpoint of random weights with nano's tokenizer.
 
-    This project and transformers' MPT read the same model from it. transformers' MPT has no biases,
-    so all biases are zero. It accepts only the integer 0 for attn_pdrop, where VinAI's file has
-    0.0.
+    This project and transformers' MPT read the same model from it, because two things are adapted
+    to transformers' MPT. It has no biases, so all biases in the checkpoint are zero. It accepts
+    only the integer 0 for attn_pdrop, so the config has 0 in place of the 0.0 in VinAI's file.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = vinai_config(shape, attn_config={"attn_pdrop": 0})

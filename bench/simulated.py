@@ -1,4 +1,4 @@
-"""For the benches: simulate the step of a setting on GPUs that this computer does not have.
+"""For the benches: simulate steps of a given size on GPUs that this computer does not have.
 
 A trace is the recorded operations of a step. Steps with the same shapes share a trace.
 """
@@ -25,7 +25,8 @@ from phogpt_raw.simulate.roofline import Seconds, by_phase, step_seconds
 from phogpt_raw.simulate.trace import META, trace_step
 from phogpt_raw.training.setup import wire
 
-EFFICIENT = Card("", "cuda", (7, 5))  # a GPU that has only the memory-efficient kernel
+# Stands for any GPU on which torch has only the memory-efficient attention kernel.
+EFFICIENT = Card("", "cuda", (7, 5))
 
 
 def shape_of(model: str) -> ModelConfig:
@@ -44,10 +45,10 @@ def check_fits(options, prompts: list[int]) -> None:
 
 @dataclass(frozen=True)
 class GivenBatch:
-    """An accumulation window of one given micro-batch, for a simulated step."""
+    """An accumulation window that contains one given micro-batch, for a simulated step."""
 
     batch: MicroBatch
-    supervised: int = 1  # the loss is divided by it; a simulated loss has no value
+    supervised: int = 1  # the divisor of the loss; any number will do, as no loss is computed
 
     def micro_batches(self, _size: int):
         yield self.batch
@@ -95,7 +96,8 @@ class Traces:
         return attention_kernels(card, self.dtype)
 
     def recompute(self, setting: Setting, card: Card) -> int:
-        """The number of blocks to recompute. For auto it is the smallest that fits the GPU."""
+        """The number of blocks to recompute. If the setting is auto, this is the smallest number
+        with which the step fits in the GPU's memory."""
         if setting.recompute != "auto":
             return Config(recompute=setting.recompute).blocks_to_recompute(self.shape.n_layers)
         return self.least(lambda n: self.trace(setting, n, self.kernel(card)), card).recompute
@@ -117,7 +119,8 @@ def resolved(traces: Traces | None, setting: Setting, card: Card) -> Setting:
 
 @dataclass(frozen=True)
 class OnCard:
-    """A setting's trace on a GPU, with `recompute` blocks recomputed."""
+    """A simulated step on a GPU. trace: the recorded operations of the step. recompute: the number
+    of recomputed blocks."""
 
     card: Card
     setting: Setting
@@ -126,7 +129,8 @@ class OnCard:
 
     @property
     def beside(self) -> int:
-        """Bytes that torch's allocator does not count: CUDA's context, the optimizer's pages."""
+        """Bytes of GPU memory that torch's allocator does not count: CUDA's context and the
+        optimizer's pages."""
         return CONTEXT + self.trace.pages
 
     @property
@@ -138,7 +142,8 @@ class OnCard:
         return True
 
     def memory_row(self) -> dict:
-        """A row of the result: peak GiB of each phase, and GiB by kind at the peak of the step."""
+        """A row of the result: the peak GiB of each phase, and the GiB of each kind of memory at
+        the peak of the step."""
         workspace = matmul_workspace(self.card)
         allocator = self.trace.replay(workspace=workspace)
         moments = self.trace.moments(workspace)
@@ -160,7 +165,8 @@ class OnCard:
         }
 
     def time_row(self, rates: Rates) -> dict:
-        """A row of the result: FLOPs, bytes, and seconds at the higher and lower rates."""
+        """A row of the result: FLOPs and bytes of the step, and its seconds at the GPU's higher
+        and lower rates."""
         ops, setting = self.trace.ops, self.setting
         seconds = step_seconds(ops, rates)
         step_s = both_ends(seconds)
@@ -179,7 +185,7 @@ def both_ends(seconds: Seconds) -> tuple[float, float]:
 
 
 def cards(options) -> Iterator[tuple[Card, Rates, Traces]]:
-    """Yield the GPUs of --card, each with traces in the dtype in which it trains."""
+    """Yield each GPU of --card, with its rates and with traces in the dtype in which it trains."""
     traces: dict[torch.dtype, Traces] = {}
     for known in known_cards(options):
         dtype, _ = training_dtype(known.card, options.dtype)

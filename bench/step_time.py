@@ -80,8 +80,9 @@ def measured_row(setting: Setting, found: Times, limit: dict | None) -> dict:
 
 
 def window_seconds(bench: Bench, epoch: Epoch):
-    """A function of a window. It returns the median seconds of a step over the window on this
-    machine, as a tuple of one value, or None if the step does not fit in memory."""
+    """Return a function of an accumulation window. It measures the median seconds of a step over
+    the window on this machine, and returns them as a tuple of one value, or None if the step does
+    not fit in memory."""
     def seconds(window: Window) -> tuple[float] | None:
         length = max(length for _, length in window.shapes(epoch.micro_batch))
         setting = Setting(length, epoch.micro_batch, 1, str(epoch.choice.recompute))
@@ -92,8 +93,8 @@ def window_seconds(bench: Bench, epoch: Epoch):
 
 
 def simulate(options) -> None:
-    """Print a table for each card of --card. It shows seconds at the card's higher and lower rates.
-    """
+    """Print a table for each GPU of --card. It shows the seconds of a step at the GPU's higher and
+    lower rates."""
     dataset = dataset_time.read(options) if options.data else None
     for card, rates, traces in cards(options):
         if traces.dtype == torch.float32:

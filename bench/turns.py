@@ -13,11 +13,11 @@ from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.show.console import out
 
-WARM = 4  # the Trainer's steady steps are those after the first 1/WARM
+WARM = 4  # the first 1/WARM of the Trainer's steps is warm-up; the others are its steady steps
 
 
 class Runs:
-    """Runs both sides, one at a time, over one checkpoint in a temporary folder."""
+    """Runs this loop and the Trainer, one at a time, over one checkpoint in a temporary folder."""
 
     def __init__(self, options, config: Config, folder: Path, examples: list[Example]):
         self.options, self.folder, self.made = options, folder, 0
@@ -56,7 +56,8 @@ class Runs:
         return found
 
     def trainer(self, micro_batch: int) -> dict:
-        """Do an epoch of the Trainer. Only one row at a time has the cap, and only if it fits."""
+        """Do an epoch of the Trainer. The cap applies only if the Trainer trains one row at a time.
+        If this does not fit under the cap, the epoch is repeated without the cap."""
         self.trainers = self.trainers or self.start("trainer", self.config)
         cap = self.cap(self.trainers) if micro_batch == 1 else 0
         found = self.trainers.run(cap_gib=cap, micro_batch=micro_batch)
@@ -100,7 +101,8 @@ def say(name: str, run: dict) -> None:
                              if "steady_s" in run else "out of memory"))
 
 
-EACH_STEP = ("seconds", "whole_seconds", "step_examples")  # fields that a row does not have
+# The fields of a run that have one value for each step. A row of the result does not have them.
+EACH_STEP = ("seconds", "whole_seconds", "step_examples")
 
 
 def summary(runs: dict[str, list[dict]]) -> list[dict]:

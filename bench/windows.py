@@ -1,8 +1,9 @@
 """For epoch.py and step_time.py --data: simulate the accumulation windows of an epoch of train.py.
 
-A window is the examples of one step. Its time is the sum over its micro-batches. Their shapes
-repeat, so each shape is traced once. Clipping and the update happen once in each step, so they are
-counted once for each window.
+An accumulation window is the examples of one step, split into micro-batches. Its time is the sum of
+the times of its micro-batches. Many micro-batches have the same shape, so each shape is simulated
+only once. Clipping and the update happen once in each step, so they are counted once for each
+window.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class Epoch:
     choice: Choice
 
     def some(self, most: int) -> list[Window]:
-        """At most `most` windows that represent all. They are chosen evenly by number of tokens."""
+        """At most `most` windows that represent all windows. All windows are sorted by their number
+        of tokens, and windows at equal distances in this order are chosen."""
         ordered = sorted(self.windows, key=lambda window: window.tokens)
         count = min(most, len(ordered))
         return [ordered[int((n + 0.5) * len(ordered) / count)] for n in range(count)]
@@ -42,9 +44,10 @@ class Epoch:
 
 def plan(examples: list[Example], config: Config, card: Card, blocks: int,
          traces: Traces | None) -> Epoch:
-    """The first epoch of a run over these examples on a card. For a GPU, `traces` is needed.
+    """Plan the first epoch of a run over these examples on a card.
 
-    Raises Refusal for an example that is too long for an accumulation window.
+    blocks: number of blocks in the model. traces: the object that simulates the steps; it may be
+    None for a CPU. Raises Refusal for an example that is too long for an accumulation window.
     """
     stream = stream_of(examples, config)
     planned = range(min(PLANNED, config.steps or stream.steps(config.epochs)))
@@ -60,7 +63,8 @@ def plan(examples: list[Example], config: Config, card: Card, blocks: int,
 
 
 def stream_of(examples: list[Example], config: Config):
-    """train.py's accumulation windows of these examples. Raises Refusal for a too long example."""
+    """train.py's accumulation windows of these examples. Raises Refusal for an example that is too
+    long for a window."""
     return make_stream(all_train(examples), config, PINNED_IDS["pad"])
 
 
@@ -72,8 +76,9 @@ def all_train(examples: list[Example]) -> Examples:
 def layout(windows: list[Window], micro_batch: int) -> dict:
     """The numbers of steps, examples and rows of an epoch.
 
-    examples_a_row: mean number of examples in a row. fill: share of the tokens in rows that are not
-    padding. row_lengths: the different lengths of rows in tokens, with padding.
+    examples_a_row: mean number of examples in a row. fill: the tokens that are not padding, as a
+    fraction of all tokens in the rows. row_lengths: the different lengths of rows in tokens, with
+    padding.
     """
     shapes = [shape for window in windows for shape in window.shapes(micro_batch)]
     rows = sum(rows for rows, _ in shapes)
@@ -88,15 +93,17 @@ def layout(windows: list[Window], micro_batch: int) -> dict:
 
 
 class Simulation:
-    """Simulated steps over windows on a card, with `choice.recompute` blocks recomputed."""
+    """Simulates steps over accumulation windows on a GPU. Blocks are recomputed as in
+    epoch.choice."""
 
     def __init__(self, traces: Traces, epoch: Epoch, card: Card, rates: Rates):
         self.traces, self.epoch, self.card, self.rates = traces, epoch, card, rates
         self.shapes: dict[tuple, OnCard] = {}
-        self.seconds_of: dict[tuple, tuple] = {}  # shape: (micro-batch, rest of the step)
+        # {shape: (seconds of the micro-batch, seconds of the rest of the step)}
+        self.seconds_of: dict[tuple, tuple] = {}
 
     def seconds(self, window: Window) -> tuple[float, float]:
-        """Seconds of a step over the window, at the card's higher and lower rates."""
+        """Seconds of a step over the window, at the GPU's higher and lower rates."""
         found = [self.batch_seconds(batch)
                  for batch in window.micro_batches(self.epoch.micro_batch)]
         _, once = found[0]

@@ -26,8 +26,8 @@ class Card:
     memory_gib: float = 0.0
 
 
-# The cards that --card can name. They need not be in this computer. The last value is the memory
-# in GiB that a process can use. simulate/rates.py names the sources.
+# The GPUs that --card can name. They need not be in this computer. The last value is the memory
+# in GiB that a process can use. simulate/rates.py names the sources of these values.
 KNOWN_CARDS = {
     "t4": Card("Tesla T4", "cuda", (7, 5), 14.56),
     "v100": Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 15.77),

@@ -24,11 +24,12 @@ from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
 PRESETS = Path(__file__).parent / "presets"
-# A command line may have one flag of each pair. This flag replaces both values of a preset.
+# A command line may have only one flag of each pair. The flag also replaces the value of the other
+# flag in a preset.
 EITHER = (("steps", "epochs"), ("batch_size", "batch_tokens"), ("val", "hold_out"))
 ADAPTERS_OWN = ("rank", "alpha", "dropout", "targets")  # fields whose values come from --adapter
 SEVERAL = tuple[str, ...]  # a flag that may be given several times
-CARDS = {"T4": "t4", "V100": "v100"}  # part of a GPU's name: its preset
+CARDS = {"T4": "t4", "V100": "v100"}  # {part of a GPU's name: the name of its preset}
 
 
 def comments() -> dict[str, str]:
@@ -194,7 +195,7 @@ def from_command_line(arguments: list[str] | None, description: str) -> Config:
 def preset_for(model: str, card: str | None) -> str | None:
     """The name of the preset if --preset is not given. The model nano has its own preset, with a
     higher learning rate. For other models it is the preset of the GPU that --card names, or of this
-    computer's GPU. None if there is no such preset."""
+    computer's GPU. Returns None if there is no such preset."""
     if model == "nano":
         return "nano"
     name = (known_card(card) if card else this_card()).name

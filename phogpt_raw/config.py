@@ -132,8 +132,10 @@ class Config:
         return str(folder.absolute()) if self.model != "nano" and folder.is_dir() else self.model
 
     def blocks_to_recompute(self, blocks: int) -> int:
-        """--recompute as a number of blocks; it must not be auto. `blocks`: all blocks of the
-        model."""
+        """The number of blocks that --recompute requires. --recompute must not be auto here.
+
+        blocks: the number of all blocks of the model.
+        """
         if self.recompute in ("all", "none"):
             return blocks if self.recompute == "all" else 0
         if int(self.recompute) > blocks:
@@ -150,7 +152,9 @@ RANGES = dict(steps=(1, MANY), batch_size=(1, 10_000), batch_tokens=(1, 10_000_0
               max_skipped=(1, MANY), patience=(0, MANY), keep=(1, MANY), max_minutes=(0, MANY),
               inspect=(1, MANY), lr_floor=(0, 1), dropout=(0, 0.99))
 ABOVE_ZERO = dict(lr=1e38, clip=MANY, alpha=1_000_000, epochs=1_000_000)
-WARMUP = 5  # steps: AdamW's estimate of the second moment is unreliable in the first steps
+# Default number of warm-up steps. The learning rate is low in these steps, because AdamW's estimate
+# of the second moment is still unreliable.
+WARMUP = 5
 CHOICES = dict(template=("auto", "7b5-instruct", "4b-chat"),
                too_long=(None, "cut", "split", "drop"), dtype=("auto", "fp16", "bf16", "fp32"),
                optimizer=("paged_adamw_8bit", "adamw"))

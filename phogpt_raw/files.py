@@ -23,7 +23,8 @@ LOCK = ".lock"  # a file in an unfinished folder; its content, SIGN, marks the f
 SIGN = b"a folder that phogpt-raw is writing\n"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_THERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's error on a full disk: no errno
+# numpy's error on a full disk has this text, and no errno.
+CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -39,7 +40,8 @@ def expanded(path: str | Path) -> Path:
 def script(name: str) -> str:
     """Return the name of train.py or generate.py for a printed command.
 
-    It is the bare name in the folder of the scripts, and the full path in every other folder.
+    If the current folder is the folder of the scripts, the bare name is enough. In every other
+    folder, the full path is returned.
     """
     file = Path(__file__).parents[1] / name
     here = not file.is_file() or os.path.samefile(file.parent, ".")
@@ -75,7 +77,8 @@ def read_object(file: Path, remedy: str) -> dict:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file completely or not at all. A killed program leaves the old file."""
+    """Write a text file completely or not at all. If the program is killed, an older file remains.
+    """
     with whole_file(file) as unfinished:
         unfinished.write_text(text, "utf-8")
 
@@ -101,8 +104,9 @@ def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
 
     Raises Refusal if `folder` exists at the start or at the end, or if another process is writing
     it. Also raises Refusal if another program has created a file or folder with the temporary name.
-    With `ours`, nobody else writes at this place. Then `folder` may exist at the start, and the
-    block must remove it.
+
+    ours: True if only this program writes at this place. In this case `folder` may exist at the
+    start, and the block must remove it.
     """
     unfinished = folder.with_name(folder.name + UNFINISHED)
     with in_words(unfinished):
@@ -275,7 +279,7 @@ def flush(path: Path) -> None:
 def check_space(folder: Path, size: int) -> None:
     """Raise Refusal if the disk of `folder` has less than `size` bytes free.
 
-    The folder may not exist yet.
+    The folder need not exist yet.
     """
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free

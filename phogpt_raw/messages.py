@@ -12,12 +12,12 @@ CATALOGUE: dict[str, str] = {}  # English text -> the same text in the language 
 
 
 def _(text: str, /, **values) -> str:
-    """`text` in the language shown, with its {fields} filled in by `values`."""
+    """Return the text in the language shown, and fill `values` into its {fields}."""
     return CATALOGUE.get(text, text).format(**values)
 
 
 def plural(count: int, one: str, more: str) -> str:
-    """`one` for a count of 1, else `more`.
+    """Return `one` if the count is 1, else `more`.
 
     >>> plural(1, _("1 row"), _("{n} rows", n=1)), plural(0, _("1 row"), _("{n} rows", n=0))
     ('1 row', '0 rows')

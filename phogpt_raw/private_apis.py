@@ -27,12 +27,13 @@ aten = torch.ops.aten
 #
 # The project calls these kernels directly, for one block of queries at a time. The public function
 # would choose a kernel for each block. In backward it would also allocate gradients of the keys'
-# full length for each block. A forward returns the output, then the values that its backward takes
-# after `out`. The bias is [1 or B, H, L, S] in the inputs' dtype.
+# full length for each block. A forward function returns the output, and then the values that its
+# backward function needs as the arguments after `out`. The bias is [1 or B, H, L, S] in the inputs'
+# dtype.
 
 
 def efficient_attention(q, k, v, bias, scale):
-    """Attention by the memory-efficient kernel, which runs on every CUDA card."""
+    """Attention by the memory-efficient kernel, which runs on every CUDA GPU."""
     bias = bias.expand(len(q), q.shape[1], -1, -1)
     return aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
 
@@ -68,15 +69,17 @@ def cpu_attention_backward(g, q, k, v, bias, out, lse, scale):
         g, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)
 
 
-CAUSAL = 1  # a custom_mask_type: token i of a document attends to tokens 0 to i of that document
+# A value of the argument custom_mask_type of the kernels below. With this value, token i of a
+# document attends to tokens 0 to i of that document.
+CAUSAL = 1
 
 
 def efficient_documents(q, k, v, starts, longest: int, scale):
     """Causal attention within each document, by the memory-efficient kernel. q, k, v: [1, T, H, K].
 
-    Returns the output, then the values that its backward takes after `out`. starts: the first
-    position of each document, and T at the end, [documents + 1]. longest: an upper bound on the
-    tokens of a document.
+    Returns (out, lse, seed, offset) for efficient_documents_backward. starts: a tensor with the
+    first position of each document, and T as its last element, [documents + 1]. longest: an upper
+    bound on the number of tokens in a document.
     """
     return aten._efficient_attention_forward(q, k, v, None, starts, starts, longest, longest, 0.0,
                                              CAUSAL, True, scale=scale)[:4]
@@ -84,8 +87,9 @@ def efficient_documents(q, k, v, starts, longest: int, scale):
 
 def efficient_documents_backward(g, q, k, v, out, lse, seed, offset, starts, longest: int, scale):
     """The gradients (dq, dk, dv) of efficient_documents."""
-    # Up to torch 2.13, the implementation for the meta device lacks the argument `out`. It would
-    # therefore fail with `scale`. The scale changes no shape, so the meta device can omit it.
+    # Up to torch 2.13, the implementation for the meta device has no parameter for `out`. Because
+    # of this, it would fail if it also got `scale`. The scale changes no shape, so it can be left
+    # out.
     more = {} if g.is_meta else {"scale": scale}
     return aten._efficient_attention_backward(
         g, q, k, v, None, out, starts, starts, longest, longest, lse, 0.0, seed, offset, CAUSAL,
@@ -95,8 +99,8 @@ def efficient_documents_backward(g, q, k, v, out, lse, seed, offset, starts, lon
 def flash_documents(q, k, v, starts, longest: int, scale):
     """Causal attention within each document, by the flash kernel. q, k, v: [T, H, K].
 
-    Returns the output, then the values that its backward takes after `out`. starts and longest:
-    see efficient_documents.
+    Returns (out, lse, state, unused) for flash_documents_backward. starts and longest: see
+    efficient_documents.
     """
     return aten._flash_attention_forward(q, k, v, starts, starts, longest, longest, 0.0, True,
                                          False, scale=scale)[:4]
@@ -213,7 +217,7 @@ def nf4_state(weight: torch.Tensor):
 def held_by(module: torch.nn.Module) -> list:
     """List a module's own parameters and buffers, and the QuantState of its NF4 weight.
 
-    Those of its submodules are not included.
+    The parameters and buffers of its submodules are not included.
     """
     held = (*module._parameters.values(), *module._buffers.values(), nf4_state(module))
     return [value for value in held if value is not None]

@@ -76,7 +76,7 @@ class RunFailed(RuntimeError):
     """A training run ended without a usable result. The text is one sentence with the reason."""
 
 
-signalled: list[int] = []  # the signals to end that the command has received
+signalled: list[int] = []  # numbers of the signals SIGTERM and SIGHUP that have been received
 
 
 def end(number: int, _frame) -> None:
@@ -94,13 +94,14 @@ def exits_cleanly(main):
 
     The status is 2 for a Refusal, for a full GPU, and for a file or disk that cannot be used. It is
     1 for a RunFailed, 130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP. If the KeyboardInterrupt
-    of a Ctrl-C has a text, this text is the line. Unfinished files are removed before the exit.
+    of a Ctrl-C has a text, this text is printed as the line. Unfinished files are removed before
+    the exit.
     """
     @functools.wraps(main)
     def command(*args, **kwargs):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup for SIGHUP
                     signal.signal(number, end)
         signalled.clear()
         open_missing_streams()

@@ -1,4 +1,6 @@
-"""Measure the anonymous host memory that a load needs, in scripts that tests run.
+"""Measure the anonymous host memory that the loading of a model or of data needs.
+
+Tests use this module directly, or in scripts that they run as separate processes.
 
 Pages mapped from a file are not counted, because the system can drop them at any time.
 """
@@ -16,7 +18,7 @@ def rss_anon() -> int:
 
 def growth(load):
     """Run load(); return (its result, the largest increase of anonymous memory in bytes)."""
-    gc.collect()  # frees the objects of earlier loads
+    gc.collect()  # frees objects that earlier calls have left
     before, highest, loading = rss_anon(), 0, True
 
     def watch():

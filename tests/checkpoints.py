@@ -22,13 +22,18 @@ SHAPES = {
 
 
 def vinai_config(**fields) -> dict:
-    """VinAI's config.json as a dict. `fields` gives all of SIZES and may override other fields."""
+    """VinAI's config.json as a dict.
+
+    `fields` must give every field in SIZES. It may also override other fields.
+    """
     shape = ModelConfig(**{size: fields.pop(size) for size in SIZES})
     return checkpoint_format.vinai_config(shape, **fields)
 
 
 def random_tensors(config: dict, seed: int = 0, dtype=torch.bfloat16, device="cpu") -> dict:
-    """Every tensor of a checkpoint. Biases and norms are random too: a test must notice a lost one.
+    """Every tensor of a checkpoint.
+
+    Biases and the weights of norms are random too, so that a test notices a missing one.
     """
     shape = ModelConfig.from_json(config)
     pairs = random_data.random_tensors(shape, seed=seed, device=device, dtype=dtype)

@@ -1,4 +1,7 @@
-"""Shared by all tests: no network, one thread, GPU tests skipped without a GPU, a tiny model."""
+"""Settings and fixtures for all tests: no network, one thread, and a tiny model.
+
+Tests that need a GPU are skipped if torch sees none.
+"""
 
 import fcntl
 import json
@@ -64,7 +67,10 @@ def first_command(tmp_path_factory):
 
 @pytest.fixture
 def adapted(tiny):
-    """A function that loads tiny with LoRA adapters. Their B is random; a new B would be zero."""
+    """A function that loads tiny with LoRA adapters.
+
+    Their B matrices are random, because new B matrices are zero and would not change any output.
+    """
 
     def load(*, nf4=False, dtype=torch.float32, **lora):
         model, _ = load_base(str(tiny), nf4=nf4, dtype=dtype, device="cpu")
@@ -104,7 +110,11 @@ def batch_loss(model, batch, chunk=16, **forward) -> torch.Tensor:
 
 
 def ragged_examples(count: int, *, seed: int = 0, vocabulary: int = 4096, longest: int = 60):
-    """Examples of very different lengths. With them an average of averages is clearly wrong."""
+    """Examples of very different lengths.
+
+    With them the average of the examples' average losses clearly differs from the average loss of
+    all tokens.
+    """
     dice = torch.Generator().manual_seed(seed)
     examples = []
     for n in range(count):
@@ -148,7 +158,8 @@ def rows(tmp_path) -> Path:
 def train(tiny, rows, capsys, monkeypatch):
     """A function that runs train.py on tiny in this process; it returns (status, stdout, stderr).
 
-    Its pictures are empty, because drawing takes half of the time. test_plots.py draws them.
+    The pictures of these runs are empty, because drawing takes half of the time of a run.
+    test_plots.py draws them.
     """
     import train as script
 
@@ -178,7 +189,7 @@ def train(tiny, rows, capsys, monkeypatch):
 
 @pytest.fixture
 def train_and_draw(train, monkeypatch):
-    """The fixture `train`, with its pictures."""
+    """The fixture `train`, but its runs draw their pictures."""
     monkeypatch.setattr(plots, "pictures", PICTURES)
     return train
 
@@ -189,7 +200,11 @@ SMALL = {"--steps": 7, "--batch-size": 4, "--micro-batch": 2, "--rank": 4, "--lr
 
 
 def command_line(settings: dict, flags) -> list[str]:
-    """The arguments of `settings`, then `flags`. A flag removes the setting of the same name."""
+    """The arguments of `settings`, then `flags`.
+
+    A flag removes the setting of the same name. --epochs removes --steps, and --batch-tokens
+    removes --batch-size.
+    """
     either = {"--epochs": "--steps", "--batch-tokens": "--batch-size"}
     named = {either.get(flag, flag) for flag in flags}
     kept = [(name, value) for name, value in settings.items() if name not in named]

@@ -4,8 +4,8 @@
 
 Every run is a forked copy of one process that has already imported all modules. Some kills send
 SIGKILL before a file operation. The other kills send SIGALRM, for which the program has no handler.
-It arrives at most 50 ms after the start of a step, of an evaluation, or of the loading of a
-checkpoint. Each run is killed one to three times and is then resumed to its end.
+This signal arrives at most 50 ms after the start of a step, of an evaluation, or of the loading of
+a checkpoint. Each run is killed one to three times and is then resumed to its end.
 """
 
 import os
@@ -25,7 +25,7 @@ SETTINGS = {
     "dropout": ["--dropout", 0.3],
 }
 RUN = {"--steps": 8, "--save-every": 2, "--eval-every": 3, "--keep": 2}
-MOMENTS = ("start", "step", "evaluation", "save", "resume")  # run n starts with n modulo 5
+MOMENTS = ("start", "step", "evaluation", "save", "resume")  # run n begins with MOMENTS[n % 5]
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 
@@ -34,8 +34,9 @@ CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"}
 class Kill:
     """The point at which a process is killed.
 
-    `moment` is "files": before file operation number `call`. Any other `moment` names a function:
-    `delay` seconds after the start of its call number `call`.
+    If `moment` is "files", the process is killed before file operation number `call`. Any other
+    `moment` names a function. The process is then killed `delay` seconds after the start of call
+    number `call` of this function.
     """
 
     moment: str

@@ -3,8 +3,9 @@
     python tests/llama.py MODEL.gguf [ADAPTER.gguf]    prints its address, runs until it is killed
 
 xllamacpp has no function for tokenising, and its threads block a normal exit. So tests use the
-server over HTTP and kill its process. The key-value cache is fp32 and flash attention is off. Only
-GELU still differs from this project: llama.cpp uses a table of the tanh approximation.
+server over HTTP and kill its process. The key-value cache is fp32 and flash attention is off. With
+these settings only GELU differs from this project: llama.cpp reads its values from a table of the
+tanh approximation.
 """
 
 import json
@@ -60,7 +61,8 @@ class Llama:
         """The log-probability of `token` after `ids`; it must be among the 20 most likely tokens.
 
         llama.cpp returns no probabilities for a token that ends inside a character. So a logit bias
-        forces the answer to be a full stop. The probabilities are those from before the bias.
+        forces the answer to be a full stop. llama.cpp computes the returned probabilities before it
+        adds the bias.
         """
         found = self.ask("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=20,
                          logit_bias=[[FULL_STOP, 1000]])
@@ -68,7 +70,7 @@ class Llama:
         return {p["id"]: p["logprob"] for p in place["top_logprobs"]}[token]
 
     def warnings(self) -> list[str]:
-        """Lines that llama.cpp marks as warnings or errors."""
+        """The lines of the log that llama.cpp marks as warnings or errors."""
         time.sleep(0.2)  # waits for log lines that are still in the pipe
         return [line.rstrip() for line in self.log if line[:24].split()[1:2] in (["W"], ["E"])]
 

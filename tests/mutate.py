@@ -44,7 +44,10 @@ def mutate(folder: Path, names: list[str], dice: random.Random) -> tuple[str, bo
 
 
 def places(value, path=()) -> list[tuple]:
-    """The paths of the values in nested dicts and lists; only the first three values of a list."""
+    """The paths of the values in nested dicts and lists.
+
+    Of each list only the first three values are included.
+    """
     found = [path] if path else []
     if isinstance(value, dict):
         for key in value:
@@ -268,7 +271,7 @@ def faults(what: str, numbers: range, place: Path) -> list[str]:
     import train  # noqa: F401
     from phogpt_raw.show import plots
 
-    plots.pictures = lambda *_: (b"<svg/>", b"PNG")  # slow; made from metrics.jsonl alone
+    plots.pictures = lambda *_: (b"<svg/>", b"PNG")  # slow, and reads only metrics.jsonl
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     use = USES[what](place)

@@ -1,7 +1,7 @@
-"""Bad or unusual files of rows. The program must print one exact line for each file.
+"""Bad or unusual files of training rows. For each file the program must print one line of text.
 
-odd_lines.txt has these lines. A line is an error message, or the number of rows read and the notes
-on the rows.
+odd_lines.txt has the exact lines. A line is an error message, or it gives the number of rows that
+were read and the notes on these rows.
 """
 
 import gzip

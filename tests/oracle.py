@@ -1,7 +1,7 @@
-"""The oracle: transformers' MptForCausalLM with PhoGPT's biases added.
+"""The oracle, a model whose results are right: transformers' MptForCausalLM with biases added.
 
 transformers builds MPT without biases. It drops the biases of a checkpoint and only lists them as
-UNEXPECTED. With the biases added, its logits equal the logits of VinAI's own code.
+UNEXPECTED. With the biases added, the model's logits equal the logits of VinAI's own code.
 
 transformers also ignores two fields of the config: expansion_ratio is always 4, and alibi_bias_max
 is always 8. test_phogpt.py has a slow reference for these two fields.
@@ -71,10 +71,10 @@ def small_config(heads=8, width=8, layers=2, **fields) -> dict:
 
 
 def lively_tensors(config: dict, seed=0, dtype=torch.float32) -> dict:
-    """Random tensors. Linear weights have a standard deviation of 0.1: attention prefers some keys.
+    """Random tensors with larger linear weights, so that attention clearly prefers some keys.
 
-    A new model has a deviation of 0.02. Then all attention scores are near zero, and a test would
-    not notice a mistake in them.
+    The linear weights have a standard deviation of 0.1. In a newly initialised model it is 0.02.
+    All attention scores would then be near zero, and a test would not notice a mistake in them.
     """
     tensors = random_tensors(config, seed, torch.float32)
     return {name: (t * (5 if t.dim() == 2 and "wte" not in name else 1)).to(dtype)

@@ -29,7 +29,7 @@ class served(Server):
     def send(self, method: str, path: str, body=None, **headers) -> tuple[int, dict | str]:
         """Send a request with these headers; return (status, parsed JSON or text).
 
-        Without a `Host` header the request has the usual one.
+        If `headers` has no `Host`, the request has the usual Host header.
         """
         link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         if not isinstance(body, bytes | None):

@@ -27,7 +27,8 @@ from phogpt_raw.refusal import Refusal
 CONFIG = small_config(6, 8, 2)  # at rank 5 no matrix has a multiple of 256 elements
 SUBSETS = pytest.mark.parametrize("targets", [TARGETS, ("Wqkv",), ("out_proj", "down_proj")],
                                   ids="+".join)
-# Stock PEFT computes the same W x + s B (A x), but adds the products in another order.
+# The tolerance is for fp32. Stock PEFT computes the same W x + s B (A x), but it adds the products
+# in another order.
 STOCK = dict(rtol=0, atol=3e-5)
 
 
@@ -36,7 +37,10 @@ def base():
 
 
 def trained(*, rank=5, alpha=7, seed=1, **kwargs):
-    """A model with adapters. Their B is random; a new B would be zero."""
+    """A model with adapters.
+
+    Their B matrices are random, because new B matrices are zero and would not change any output.
+    """
     model = base()
     adapters = new_adapters(model, rank=rank, alpha=alpha, base="vinai/PhoGPT-4B", **kwargs)
     dice = torch.Generator().manual_seed(seed)
@@ -162,7 +166,7 @@ def step(model, ids_BL, recompute):
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "plain"])
 @pytest.mark.parametrize("recompute", [0, 2])
 def test_one_cast_an_update_gives_what_a_cast_a_layer_gives(adapted, nf4, recompute):
-    """The results are equal bit for bit.
+    """One cast in each update and a cast in each layer give equal results, bit for bit.
 
     This holds for two accumulated micro-batches, after a change of the weights, and in no_grad.
     """
@@ -373,7 +377,8 @@ def test_saving_leaves_the_model_training(saved):
 
 
 def test_saving_does_not_ask_the_hub(tmp_path, monkeypatch):
-    """The base's name looks like a hub id. By default PEFT would ask the hub for its config."""
+    """The base's name looks like a hub id. By default PEFT would ask the hub for the base's config.
+    """
     asked = []
 
     def no_network(*address, **kwargs):
@@ -440,7 +445,7 @@ def test_gradients_are_stock_pefts(tmp_path):
               for n, p in stock.named_parameters() if p.requires_grad}
     mine = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert mine.keys() == theirs.keys()
-    for name, grad in theirs.items():  # fp32: both sides add in different orders
+    for name, grad in theirs.items():  # the two sides add fp32 values in different orders
         size = grad.abs().max().item()
         assert size > 0
         torch.testing.assert_close(mine[name], grad, rtol=1e-4, atol=1e-5 * size)
@@ -640,7 +645,8 @@ def test_how_an_adapter_was_initialised_does_not_matter(saved, tmp_path, kind):
 
 
 def test_a_target_that_matches_nothing_is_no_fault_of_a_finished_adapter(saved, tmp_path):
-    """Stock PEFT can write such a config. The file has every tensor of the other targets."""
+    """Stock PEFT can write such a config. The adapter's file has all tensors of the other targets.
+    """
     folder, _, adapters = saved
     other = shutil.copytree(folder, tmp_path / "other")
     file = other / "adapter_config.json"

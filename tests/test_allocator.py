@@ -86,7 +86,7 @@ def test_what_is_in_use_is_not_joined():
     allocator, (first, _, third) = filled(*[6 * MIB] * 3)
     allocator.give(first)
     allocator.give(third)  # merges with the last 2 MiB, which are free
-    allocator.take(9 * MIB)  # larger than both free blocks, 6 and 8 MiB
+    allocator.take(9 * MIB)  # larger than each of the two free blocks (6 and 8 MiB)
     assert allocator.reserved == 40 * MIB
 
 
@@ -104,7 +104,7 @@ def test_peaks_stay_and_begin_again_from_what_is_there():
 
 def test_only_segments_that_nothing_is_in_are_given_back():
     allocator, (first, second, _, small) = filled(6 * MIB, 16 * MIB, 2 * MIB, 100)
-    for block in (first, second, small):  # the third shares a segment with the first
+    for block in (first, second, small):  # the third block shares a segment with the first
         allocator.give(block)
     assert allocator.reserved == (20 + 16 + 2) * MIB
     allocator.empty_cache()
@@ -163,7 +163,7 @@ def test_after_any_series_segments_are_whole_and_no_two_free_neighbours_are_left
 @pytest.mark.gpu
 def test_torchs_own_allocator_counts_the_same_at_every_point():
     allocator, taken = Allocator(), []
-    gc.collect()  # objects of other tests must not be freed later
+    gc.collect()  # frees objects of other tests now and not in the middle of this test
     pool = torch.cuda.MemPool()  # the default pool has memory of other tests
     torch.cuda.empty_cache()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()

@@ -98,7 +98,7 @@ def test_every_letter_that_ends_a_line_somewhere_is_kept_in_the_progress(tmp_pat
 
 @pytest.mark.parametrize("cut", range(1, 25))
 def test_a_line_that_is_cut_anywhere_is_answered_again(tmp_path, cut):
-    """A full disk can cut a line at any byte, also inside a character."""
+    """A full disk can cut a line at any byte, even inside a character."""
     progress = module.Progress(tmp_path / "a", "key")
     for n in range(2):
         progress.add(n, module.Line("ở {}", "}ạ}", True, 0, "ở:1}"))

@@ -206,7 +206,7 @@ def test_errors_have_the_protocols_form_and_status(client):
             client.completions.create(model="nano", prompt=prompt)
     with pytest.raises(openai.BadRequestError, match="no token"):
         client.completions.create(model="nano", prompt="")
-    with pytest.raises(openai.BadRequestError) as caught:  # before the first event of the stream
+    with pytest.raises(openai.BadRequestError) as caught:  # the error comes before any event
         client.chat.completions.create(model="nano", messages=asked("a"), stream=True, n=0)
     assert caught.value.param == "n"
 
@@ -252,7 +252,10 @@ def test_garbage_instead_of_http_does_no_harm(server):
     ("evil.example@127.0.0.1", 403), ("127.0.0.1@evil.example", 403), ("[", 403),
 ])
 def test_only_this_servers_own_names_are_answered(server, host, status):
-    """DNS rebinding: a foreign page points its domain at this computer and sends that domain."""
+    """In a DNS rebinding attack a foreign page lets its domain name point to this computer.
+
+    The Host header of its requests then contains this domain name.
+    """
     headers = {} if host is None else {"host": host}
     for path in ("/", "/health", "/v1/models"):
         assert server.send("GET", path, **headers)[0] == status
@@ -413,7 +416,7 @@ def test_a_signal_finishes_what_is_written_and_refuses_what_waits(nano, number):
         server.process.send_signal(number)
         waiting.join(30)
         assert refused == [(503, "shutting_down")]
-        assert server.process.poll() is None  # it still writes the answer
+        assert server.process.poll() is None  # the server still writes the answer
         text += "".join(c.choices[0].delta.content or "" for c in stream)
         assert text == alone(nano, ids, 400).lstrip()
         assert server.wait() == 128 + number
@@ -446,11 +449,11 @@ def test_ctrl_c_twice_breaks_answers_off_with_an_error_in_the_protocols_form():
 
 def test_sigterm_ends_an_idle_server_at_once(tiny):
     with served("--model", tiny) as server:
-        link = http.client.HTTPConnection("127.0.0.1", server.port)  # stays open
+        link = http.client.HTTPConnection("127.0.0.1", server.port)  # this connection stays open
         link.request("GET", "/health")
         link.getresponse().read()
         began = time.monotonic()
-        assert server.end() == 143 and time.monotonic() - began < 30  # less than GRACE_S
+        assert server.end() == 143 and time.monotonic() - began < 30  # GRACE_S is longer
 
 
 def test_an_address_in_use_is_refused_before_anything_is_loaded(server):

@@ -2,9 +2,10 @@
 
 The results are compared with slow loops, and the slopes with those of transformers.
 
-Tolerances in fp32: both sides add up to 40 terms of size 4, in different orders. Each addition may
-be wrong by a few units in the last place. Tolerances in 16 bits: the norm of the error is compared
-with a number of roundings. One rounding changes a value by at most eps / 2 of its size.
+In fp32 the tolerances are for sums of at most 40 terms of size about 4, which the two sides add in
+different orders. Each addition may be wrong by a few units in the last place. In 16 bits the limit
+of the norm of the error is a number of roundings. One rounding changes a value by at most eps / 2
+of its size.
 """
 
 import doctest
@@ -100,8 +101,9 @@ def test_bias_is_that_of_a_slow_loop(heads, queries, documents):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bias_in_16_bits_is_rounded_once(dtype):
-    # 1,500 positions: in bf16, MPT's own form slope * (j - L + 1) is wrong by whole numbers next to
-    # the diagonal. Our bias is wrong by at most half a unit in its last place.
+    # The row has 1,500 positions, but bf16 cannot hold every whole number above 256. So in bf16,
+    # MPT's own form slope * (j - L + 1) is wrong by whole positions next to the diagonal. Our bias
+    # is wrong by at most half a unit in its last place.
     slopes_H = alibi_slopes(6)
     exact = whole_bias(slopes_H, 1, 1500, torch.float32)
     rounded = whole_bias(slopes_H, 1, 1500, dtype).float()
@@ -121,8 +123,7 @@ def test_no_row_is_nan_with_padding_on_either_side(dtype, block):
 
 
 def test_packed_documents_are_what_they_are_alone():
-    """Outputs and gradients agree, except for fp32 rounding: the kernel may add in another order.
-    """
+    """Outputs and gradients agree within fp32 rounding. The kernel may add in another order."""
     slopes_H, lengths = alibi_slopes(6), (5, 1, 9, 4)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
     q, k, v = heads_of((1, sum(lengths)), heads=6)
@@ -147,7 +148,7 @@ def test_attention_is_a_slow_softmax():
     scores = torch.einsum("bhlk,bhsk->bhls", q.double(), k.double()) / math.sqrt(q.shape[-1])
     weights = torch.softmax(scores + slow_bias(slopes_H, 7, 7, DOCUMENTS), -1)
     slow = torch.einsum("bhls,bhsk->bhlk", weights, v.double())
-    # fp32 is compared with fp64: sums of at most 8 terms of size 4.
+    # The tolerance is for fp32 sums of at most 8 terms of size about 4, compared with fp64 sums.
     torch.testing.assert_close(attend(q, k, v, bias, None).double(), slow, rtol=1e-5, atol=5e-6)
 
 
@@ -232,11 +233,12 @@ def test_blocks_attend_as_the_whole_and_as_a_slow_softmax(queries, keys, block, 
 @PACKED
 @SHAPES
 def test_blocks_in_bf16_are_off_by_roundings_only(queries, keys, block, packed):
-    """The limit counts roundings; each of them changes a value by at most eps / 2.
+    """The limit is a number of roundings. Each rounding changes a value by at most eps / 2.
 
-    Five do not depend on the number of blocks. The scores' gradient and the probabilities count
-    twice each, the result once. In dk and dv each block adds two: its share is rounded, and so is
-    the sum of the shares. The signs are random, so n blocks add only 2 sqrt(n).
+    Five roundings do not depend on the number of blocks: two of the scores' gradient, two of the
+    probabilities, and one of the result. In dk and dv each block causes two more roundings: one of
+    the block's part, and one of the sum of the parts so far. The signs of the errors are random, so
+    n blocks count as only 2 sqrt(n) roundings.
     """
     dtype = torch.bfloat16
     qkv, doc_BS = problem(queries, keys, packed, dtype)
@@ -247,7 +249,7 @@ def test_blocks_in_bf16_are_off_by_roundings_only(queries, keys, block, packed):
     steps = len(list(bias.blocks()))
     for mine, wanted in zip(values_and_gradients(attend, *qkv, bias, None), slow, strict=True):
         limit = (5 + 2 * math.sqrt(steps)) * torch.finfo(dtype).eps / 2
-        assert (mine - wanted).norm() <= limit * wanted.norm() + 1e-9  # with one key dq = dk = 0
+        assert (mine - wanted).norm() <= limit * wanted.norm() + 1e-9  # for one key dq = dk = 0
 
 
 def test_blocks_accumulate_where_only_some_need_gradients():
@@ -360,7 +362,7 @@ def test_a_bias_stays_within_its_memory_however_long_the_row(heads, dtype):
     for n, size in zip(range(5, 20), sizes, strict=True):
         bytes_a_row = heads * 2**n * dtype.itemsize
         assert size <= BLOCK and size * bytes_a_row <= BIAS_MIB * 2**20
-        assert size == BLOCK or 2 * size * bytes_a_row > BIAS_MIB * 2**20  # the largest that fits
+        assert size == BLOCK or 2 * size * bytes_a_row > BIAS_MIB * 2**20  # no larger block fits
         assert size % ALIGNMENT == 0 or size * 2 > BIAS_MIB * 2**20 // bytes_a_row
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == BLOCK > sizes[-1]
     assert block_size(heads, 2**40, dtype) == 1

@@ -1,4 +1,4 @@
-"""The hash of a base: another base in the same folder differs, a copy in another folder does not.
+"""The hash of a base: another base in the same folder has another hash, a copy has the same hash.
 """
 
 import json

@@ -24,9 +24,9 @@ def stream(examples, **how):
 
 
 def supervised_pairs(batches):
-    """Count the pairs (tokens before it in its document, target) of all supervised tokens.
+    """For every supervised token, count the pair (the tokens before it in its document, its id).
 
-    Padding and the other documents in a row do not change these pairs.
+    Padding and the other documents in a packed row do not change these pairs.
     """
     pairs = Counter()
     for batch in batches:
@@ -50,7 +50,10 @@ def expected_pairs(examples):
 
 
 def rows_of(window):
-    """The token ids of each example in a window, without padding. The examples contain no PAD."""
+    """The token ids of each example in an accumulation window, without padding.
+
+    The examples contain no PAD.
+    """
     return [tuple(ids[ids != PAD].tolist())
             for batch in window.micro_batches(2) for ids in batch.ids_BL]
 
@@ -63,7 +66,8 @@ def test_targets_are_the_next_tokens_of_the_rows_named():
     batch = collate([[example([10, 11, 12, 13, 14], 3, "a:1")], [example([20, 21, 22], 1, "a:2")]],
                     8, PAD, rows_multiple=6)
     assert batch.ids_BL.tolist() == [[10, 11, 12, 13, 14, 3, 3, 3], [20, 21, 22, 3, 3, 3, 3, 3]]
-    # Row 0: 11 predicts 12, 12 predicts 13, 13 predicts 14. Row 1, places 8 to 15: 21 predicts 22.
+    # In row 0, 11 predicts 12, 12 predicts 13, and 13 predicts 14. In row 1, which has the flat
+    # positions 8 to 15, 21 predicts 22.
     assert batch.rows_T.tolist() == [1, 2, 3, 9, 0, 0]
     assert batch.targets_T.tolist() == [12, 13, 14, 22, IGNORED, IGNORED]
     assert batch.ids_BL.flatten()[batch.rows_T[:4]].tolist() == [11, 12, 13, 21]
@@ -87,7 +91,8 @@ def test_a_batch_goes_to_a_device_with_or_without_documents(documents):
 def test_a_padded_row_gives_the_hidden_states_that_it_gives_alone(adapted):
     """This also holds for a row that contains the id of padding.
 
-    In fp32 the sums have another length, so values around 1 may differ in their last places.
+    The tolerance is for fp32: padding makes the sums longer, so values around 1 may differ in their
+    last places.
     """
     model, _ = adapted()
     examples = [*ragged_examples(3), example([5, PAD, 7, PAD, PAD, 9], 2, "a:1")]
@@ -143,7 +148,7 @@ def test_a_pass_covers_every_row_once_and_the_next_in_another_order(batch_size):
     assert passes[0] != passes[1] != passes[2]
     seen = Counter(row for step in range(10) for row in rows_of(order.window(step)))
     assert sum(seen.values()) == 10 * batch_size
-    assert set(seen.values()) == {batch_size}  # 10 windows are batch_size passes over 10 rows
+    assert set(seen.values()) == {batch_size}  # in 10 windows each row occurs so often
 
 
 def test_the_seed_decides_the_order():
@@ -163,9 +168,9 @@ def test_epochs_become_windows_that_cover_them(rows, batch_size, epochs, steps):
 
 
 def test_a_window_without_supervised_tokens_has_no_loss_and_is_never_made():
-    """Without a supervised token the loss would be divided by zero.
+    """The summed loss of such a window would be divided by zero, its number of supervised tokens.
 
-    Every row that the program reads has at least one (test_prompt.py).
+    Every row that the program reads has at least one supervised token (test_prompt.py).
     """
     with pytest.raises(AssertionError, match="without supervised tokens"):
         Window([example([5, 6, 7], 0, "a:1")], PAD)
@@ -262,9 +267,10 @@ def test_windows_by_tokens_are_neither_empty_nor_too_full(sizes, tokens):
 
 
 def test_lengths_that_fill_a_window_exactly_take_no_more_windows():
-    """Examples that are cut at --max-len have equal lengths.
+    """Examples that are cut at --max-len have equal lengths. Here three of them fill a window.
 
-    Free space for shuffling must not raise the number of windows by half.
+    If a window kept any free space for shuffling, only two would fit into it. The number of windows
+    would then be half as large again.
     """
     order = token_stream([example([7] * 100, 50, f"row:{i}") for i in range(99)], 300)
     assert order.windows == 33
@@ -272,10 +278,10 @@ def test_lengths_that_fill_a_window_exactly_take_no_more_windows():
 
 @pytest.mark.parametrize("tokens", [1024, 2048, 4096])
 def test_which_examples_share_a_window_is_random(tokens):
-    """Two examples that share a window share the next one no more often than any other two.
+    """If two examples share a window in one epoch, they share one in the next epoch only by chance.
 
-    The lengths from 21 to 1,000, each once, are a hard case: few examples are short enough to fill
-    the windows.
+    The lengths from 21 to 1,000, each once, are a hard case, because few examples are short enough
+    to fill the rest of a window.
     """
     order = token_stream([example([7] * n, n // 2, f"row:{n}") for n in range(21, 1001)], tokens)
     epochs = [{pair for w in order.order(epoch) for pair in combinations(sorted(w), 2)}

@@ -1,4 +1,5 @@
-"""The benches run the real training step, report measured values, and survive full GPU memory."""
+"""The benchmarks run the real training step, report measured values, and survive full GPU memory.
+"""
 
 import doctest
 import json
@@ -93,7 +94,9 @@ def test_the_bench_changes_the_adapters_as_training_does():
 
 @pytest.mark.gpu
 def test_each_kind_of_kernel_is_found_in_a_step():
-    """The bench finds the kind of a kernel by its name. It would count a renamed kernel as "other".
+    """The benchmark finds the kind of a kernel by its name.
+
+    It would count a renamed kernel as "other".
     """
     bench = measure.Bench(command_line.parse(command_line.parser(""), [*HERE, "--dtype", "fp16"]))
     setting = Setting(seq_len=512, micro_batch=1, accumulate=1, recompute="none")
@@ -108,9 +111,9 @@ def test_each_kind_of_kernel_is_found_in_a_step():
 
 @pytest.mark.parametrize("recompute, blocks", [("none", 0), ("3", 3), ("all", 8)])
 def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, blocks):
-    """The counted FLOPs equal those of the trace within 7 %.
+    """The benchmark's formula gives the FLOPs of the recorded operations within 7 %.
 
-    The count leaves out adapters and attention, which need few FLOPs in a row this short.
+    The formula leaves out adapters and attention, which need few FLOPs in a row this short.
     """
     options = command_line.parse(command_line.parser(""), [*HERE, "--rank", "1"])
     bench = measure.Bench(options)

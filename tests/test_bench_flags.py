@@ -1,4 +1,4 @@
-"""An invalid number for a bench is refused in one line, before the bench computes anything."""
+"""An invalid number for a benchmark is refused in one line, before anything is computed."""
 
 import doctest
 
@@ -41,7 +41,7 @@ FLAGS = {
 def test_a_number_that_cannot_be_is_refused_in_one_line(bench, flag, capsys):
     for value in ("-1", "nan", "inf", "1e400", "", f"1{'0' * 18}"):
         if flag == "--recompute" and value.startswith("10"):
-            continue  # the model must be known: it limits the number of blocks
+            continue  # refused later: the model must be known, because it limits the number
         with pytest.raises(SystemExit) as stopped:
             bench.main([f"{flag}={value}"])
         said = capsys.readouterr()

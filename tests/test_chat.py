@@ -68,7 +68,7 @@ def test_an_empty_system_text_leaves_nothing():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_modelfile_gives_the_prompt_and_the_stop(name):
-    """The template is rendered for one question as Ollama does, up to the answer."""
+    """The test renders the template for one question as Ollama does, up to the answer."""
     text = modelfile(TEMPLATES[name], 8192)
     assert text.splitlines()[1] == "FROM ./model.gguf"
     template = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]

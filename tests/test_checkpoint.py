@@ -62,7 +62,7 @@ def assert_same_run(mine, reference):
 
 @pytest.mark.parametrize("how", [
     ["--no-nf4"],
-    ["--dropout", 0.3],  # NF4 base, random values in every step
+    ["--dropout", 0.3],  # an NF4 base, and new random values in every step
     ["--dropout", 0.3, "--optimizer", "adamw", "--recompute", "none", "--micro-batch", 4],
 ], ids=["plain", "nf4-dropout", "adamw-dropout"])
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_bit(train, tmp_path, how):

@@ -67,7 +67,7 @@ def test_shards_are_of_about_equal_size_and_hold_every_tensor(tmp_path, kind, sh
     total = sum(t.nbytes for t in expected.values())
     assert len(files) == shards
     largest = max(t.nbytes for t in expected.values())
-    headers = 200 * len(expected)  # bytes of the format itself, per tensor
+    headers = 200 * len(expected)  # the format itself needs up to 200 bytes per tensor
     for file in files:
         size = file.stat().st_size
         assert abs(size - total / shards) <= largest + (headers if kind == "safetensors" else 30e3)
@@ -87,7 +87,7 @@ def test_safetensors_name_their_format_as_transformers_asks(tmp_path):
 def test_at_most_one_shard_is_in_memory(tmp_path):
     """The test counts the memory of all fp64 tensors each time a tensor is requested.
 
-    No other tensor in this process is fp64.
+    Outside this test no tensor in this process is fp64.
     """
     peak = 0
 

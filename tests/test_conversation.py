@@ -59,7 +59,9 @@ def chat(capsys, monkeypatch):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_prompt_is_the_history_of_the_base(tokenizer, template):
-    """This assumes that the tokens of an answer are those of its text, which is nearly always true.
+    """The test assumes that the tokens of an answer equal the tokens of its decoded text.
+
+    This is nearly always true.
     """
     talk, said = conversation(tokenizer, template=template), []
     for question, written in (("Phở bò là gì?", "Dạ, món ăn ạ."), ("Còn mèo?", "Con vật ạ."),
@@ -274,7 +276,7 @@ def test_in_a_terminal_pasted_lines_are_one_question(tmp_path):
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
-    assert "(cut at" not in terminal.seen  # one answer, not two
+    assert "(cut at" not in terminal.seen  # there was only one answer
 
 
 def test_in_a_terminal_a_ctrl_c_that_is_held_down_does_not_end_the_program():

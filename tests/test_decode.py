@@ -1,4 +1,7 @@
-"""bench/decode.py: the bytes that a step reads, both sides, and the bounds for other GPUs."""
+"""bench/decode.py: the bytes that a decoding step reads, its two sides, bounds for other GPUs.
+
+One side is this project's engine. The other side is transformers.
+"""
 
 import json
 import re
@@ -27,7 +30,8 @@ def folder(tmp_path_factory):
 
 
 def test_a_step_reads_the_weights_as_they_lie_in_memory(folder):
-    """The size counts the 4-bit weights, both kinds of scales, the head and the adapter.
+    """The expected size counts the 4-bit weights, their scales, the scales of these scales, the
+    head and the adapter.
 
     Norms and biases are too small to matter.
     """

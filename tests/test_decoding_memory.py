@@ -43,9 +43,9 @@ def measured():
 
 
 def test_memory_is_what_was_measured():
-    """Compared with the measured values, allocated memory agrees within 1 %.
+    """The predicted allocated memory agrees with the measured one within 1 %.
 
-    Reserved memory is larger by at most 0.35 GiB.
+    The predicted reserved memory is larger than the measured one, by at most 0.35 GiB.
     """
     settings = list(measured())
     assert len(settings) == 26

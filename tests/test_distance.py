@@ -1,4 +1,7 @@
-"""The exporter's distance of two models equals the distance of the two loaded models."""
+"""The exporter reads two models one block at a time and computes the distance between them.
+
+This distance equals the distance between the two models if both are loaded completely.
+"""
 
 import checkpoints
 import pytest
@@ -33,7 +36,7 @@ def test_it_is_that_of_the_two_models_loaded(first_command, tmp_path, monkeypatc
     p = one_TV.softmax(1)
     nats = float((p * (one_TV.log_softmax(1) - other_TV.log_softmax(1))).sum(1).mean())
     assert found.divergence == pytest.approx(nats, rel=1e-3)
-    assert 0 < found.divergence < 0.2 and found.same > 0.6  # random tokens: no token is likely
+    assert 0 < found.divergence < 0.2 and found.same > 0.6  # random texts: no token is likely
 
 
 def test_a_checkpoint_of_the_rounded_weights_has_none(first_command, monkeypatch):

@@ -65,9 +65,10 @@ def test_the_masked_bias_is_each_document_alone(lengths, block):
                                           (torch.bfloat16, 1e-5)])
 @pytest.mark.parametrize("heads, length", [(32, 2048), (24, 8192)])
 def test_the_columns_hold_alibi_far_below_the_rounding_of_a_score(dtype, bound, heads, length):
-    """Three columns hold one ALiBi term as a sum of three parts.
+    """Three extra columns of a key hold its ALiBi term as a sum of three parts.
 
-    Three fp16 values of 11 bits are more exact than fp32. Three bf16 values of 8 bits are as exact.
+    Three fp16 values have 3 * 11 bits, so their sum is more exact than fp32, which has 24 bits.
+    Three bf16 values have 3 * 8 bits, so their sum is as exact as fp32.
     """
     slopes, place, scale = alibi_slopes(heads), torch.arange(length), 1 / math.sqrt(128)
     of_queries, of_keys, of_values = columns(slopes, place, dtype, scale).unbind(1)
@@ -90,7 +91,7 @@ def test_the_starts_of_documents_and_the_place_of_each_token():
 
 
 class StandIn:
-    """Calls `plain` for queries and keys with columns, in fp32 as kernels do.
+    """A stand-in for a kernel. It calls `plain` in fp32 for queries and keys with ALiBi columns.
 
     The slopes are zero, so ALiBi comes from the columns alone.
     """
@@ -115,7 +116,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A stand-in for a kernel, so that `visible` uses variable-length attention on the CPU too."""
+    """Replace the kernel, so that `visible` uses variable-length attention on the CPU too."""
     monkeypatch.setitem(module.KERNELS, FLASH, StandIn)
     monkeypatch.setattr(module, "choose_kernel", lambda *_: FLASH)
 
@@ -123,11 +124,11 @@ def stand_in(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_documents_with_columns_are_each_document_alone(stand_in, lengths, dtype):
-    """Compares output and gradients of two rows.
+    """The test compares the output and the gradients of two packed rows.
 
-    In fp32 only the order of the sums differs. In 16 bits the result is rounded once; the norm of
-    this error is at most eps / sqrt(12). Some slopes and the scale are not powers of two. So with
-    one part for an ALiBi term instead of three the error would be larger.
+    In fp32 only the order of the sums differs. In 16 bits the result is rounded once, and the norm
+    of this error is at most eps / sqrt(12) of the result's norm. Some slopes and the scale are not
+    powers of two. So the error would be larger if an ALiBi term had one part instead of three.
     """
     torch.manual_seed(0)
     length, heads, width = sum(lengths), 12, 24
@@ -216,7 +217,7 @@ def test_a_simulated_step_takes_the_kernel_of_documents_and_no_bias(causal, name
     window = Window(examples, 3, Packing((320,), longest=112, most=16))
     found = trace_step(training, window, Kernels(EFFICIENT, causal))
     attention = [op for op in found.ops if "attention" in op.name]
-    # a forward and a backward for each of two blocks, one more forward for a recomputed block
+    # two blocks with a forward and a backward each, and another forward for each recomputed block
     assert [names in op.name for op in attention] == (4 + recompute) * [True]
     assert attention[0].flops == 2 * 2 * 2 * 320 * 112 * 6 * (32 + 8)
     assert attention[-1].flops == 5 / 2 * attention[0].flops
@@ -279,7 +280,10 @@ def test_variable_length_kernels_are_as_near_as_the_masked_bias(dtype, kernel, r
 
 
 def nano_step(packing, dtype, graphs=False, steps=1, recompute=0):
-    """Train nano on one window; return (losses, gradient of the last step, parts of the step)."""
+    """Train nano on one accumulation window.
+
+    Returns (losses, gradient of the last step, parts of the step).
+    """
     model, _ = load_base("nano", dtype=dtype, device="cuda")
     training = wire(model.train(), new_adapters(model, rank=16, alpha=32), lr=0.0, clip=1e9,
                     graphs=graphs, recompute=recompute)
@@ -358,7 +362,9 @@ def test_a_graph_serves_rows_with_other_documents():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", [EFFICIENT, FLASH], ids=["efficient", "flash"])
 def test_a_long_document_is_as_near_as_with_the_masked_bias(kernel):
-    """The largest scores exceed 3,000. There fp32 rounds by 2^-12, which is less than fp16 rounds.
+    """The largest attention scores exceed 3,000. fp32 numbers of this size are 2^-12 apart.
+
+    Such a step changes a probability less than one rounding to fp16 does.
     """
     doc, slopes = documents_of([4000, 96], "cuda"), alibi_slopes(32).cuda()[:4]
     qkv = torch.randn(1, 4096, 3, 4, 128, dtype=torch.float16, device="cuda")
@@ -376,8 +382,8 @@ def test_a_long_document_is_as_near_as_with_the_masked_bias(kernel):
 def test_8192_tokens_of_documents_need_no_bias(kernel):
     """A masked bias would take 512 MiB, 32 times the memory of the queries.
 
-    The limit of 24 times has room for queries, keys and values with and without columns, for the
-    output, and for the gradients of all these.
+    The limit is 24 times the memory of the queries. This has room for queries, keys and values with
+    and without columns, for the output, and for the gradients of all these.
     """
     doc = documents_of([205] * 39 + [197], "cuda")
     qkv = torch.randn(1, 8192, 3, 8, 128, dtype=torch.float16, device="cuda")

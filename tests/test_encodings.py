@@ -36,7 +36,8 @@ def as_vni(text: str) -> bytes:
 def as_cp1258(text: str) -> bytes:
     """The text in cp1258 as Windows writes it.
 
-    A letter that the code page lacks becomes a letter without its tone and a combining tone.
+    A letter that the code page lacks becomes two characters: the letter without its tone, then the
+    combining tone.
     """
     made = b""
     for letter in text:

@@ -123,7 +123,8 @@ def long_model(request, adapted, tiny):
 
 
 def test_200_tokens_are_those_of_the_full_forward_whatever_comes_and_goes(long_model):
-    """Five prompts of unequal length share three rows. Their answers have different lengths."""
+    """Five prompts of unequal length share three rows of the cache. Their answers have different
+    lengths."""
     asked, most = prompts(5, 40, 1, 23, 11), [200, 30, 77, 5, 120]
     written = [[] for _ in asked]
     with Engine(long_model, eos_id=NEVER, pad_id=PAD, rows=3) as engine:
@@ -132,7 +133,7 @@ def test_200_tokens_are_those_of_the_full_forward_whatever_comes_and_goes(long_m
         for token in engine.run():
             if token.id is not None:
                 written[token.key].append(token.id)
-        assert engine.steps <= 280  # without batching there are 432
+        assert engine.steps <= 280  # one request at a time would need 432
     for prompt, count, ids in zip(asked, most, written, strict=True):
         assert ids == without_cache(long_model, prompt, count)
 
@@ -200,7 +201,7 @@ def test_requests_may_come_while_others_are_answered(lively):
 
 
 def test_a_row_that_has_ended_stays_where_it_is(lively):
-    """On a GPU an ended row takes part in one more step: the host reads tokens one step late."""
+    """On a GPU the host reads tokens one step late. So an ended row takes part in one more step."""
     with Engine(lively, eos_id=NEVER, pad_id=PAD, rows=2) as engine:
         engine.add(0, *prompts(4), 1)
         engine.add(1, *prompts(4), 9)
@@ -244,12 +245,13 @@ def test_after_a_consumer_has_raised_the_next_answer_is_right(lively):
         engine.add(7, first, 3)
         with pytest.raises(ValueError, match="other requests are open"):
             engine.answers([second], 6)
-    with engine:  # entered again, the engine has no requests
+    with engine:  # after it is entered again, the engine has no requests
         assert engine.answers([second], 6) == wanted
 
 
 def test_a_request_that_waits_can_be_dropped(lively, monkeypatch):
-    """A request can be dropped in the queue, and while the engine reads earlier prompts."""
+    """A request can be dropped while it is in the queue and while the engine reads earlier prompts.
+    """
     monkeypatch.setattr(module, "PREFILL", 16)
     asked = prompts(12, 14, 13)
     for rows in (1, 3):

@@ -68,7 +68,7 @@ def test_examples_survive_the_way_to_a_side(tmp_path):
 def test_ours_is_train_py_and_says_what_went_through_the_model(folder):
     """With ten examples and four per step, two epochs are five steps.
 
-    Only the last three steps count. They cover the second epoch.
+    Only the last three steps are measured, because they cover the second epoch.
     """
     examples = ragged_examples(10, longest=40)
     ours = epoch_sides.Ours(config(folder), examples)
@@ -136,7 +136,7 @@ EPOCHS = pytest.mark.parametrize("micro_batch, steps, sizes",
 @EPOCHS
 def test_the_trainers_steps_are_so_many_examples_grouped_by_length(folder, micro_batch, steps,
                                                                    sizes, monkeypatch):
-    """The test runs on the CPU in fp32, with another optimizer: the paged optimizer needs a GPU."""
+    """The test runs on the CPU in fp32. The paged optimizer needs a GPU, so another one is used."""
     pytest.importorskip("accelerate")
     from peft import LoraConfig, get_peft_model
     from transformers import MptForCausalLM
@@ -187,7 +187,8 @@ def test_the_trainer_takes_an_epoch(folder, micro_batch, steps, sizes):
 
 
 class Sides:
-    """A stand-in for both sides. It records the order in which they run."""
+    """A stand-in for both sides, this program and the Trainer. It records the order of their runs.
+    """
 
     def __init__(self):
         self.order = []
@@ -248,9 +249,9 @@ def nano_traces():
 
 
 def test_an_epoch_is_the_sum_of_its_steps(nano_traces):
-    """The simulation traces each shape of a micro-batch once and adds up the times.
+    """The simulation records the operations of each micro-batch shape once and adds up the times.
 
-    The sum agrees with a trace of the whole accumulation window.
+    The sum agrees with the time of all recorded operations of a whole accumulation window.
     """
     card, rates, traces = nano_traces
     asked = Config(batch_size=4, epochs=1, recompute="none")

@@ -20,7 +20,7 @@ PAD = 3
 
 
 def test_loss_is_plain_cross_entropy_over_all_supervised_tokens(adapted):
-    """The tolerance is for fp32: a mean over some hundred tokens, added in another order."""
+    """The tolerance is for fp32: the losses of some hundred tokens are added in another order."""
     model, _ = adapted()
     examples = ragged_examples(7)
     losses = []
@@ -31,7 +31,7 @@ def test_loss_is_plain_cross_entropy_over_all_supervised_tokens(adapted):
                                       torch.tensor(e.ids[-e.supervised :]), reduction="none"))
     expected = float(torch.cat(losses).mean())
     means = float(torch.stack([loss.mean() for loss in losses]).mean())
-    assert abs(means - expected) > 1e-3  # the mean of the rows' means is wrong
+    assert abs(means - expected) > 1e-3  # the mean of the rows' mean losses would be wrong
     for micro_batch in (1, 2, 3, 7, 50):
         for chunk in (1, 1000):
             loss = held_out_loss(model, Window(examples, PAD), Limits(micro_batch, chunk))

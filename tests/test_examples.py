@@ -42,7 +42,7 @@ def test_the_default_holds_out_a_few_rows_at_least(tmp_path):
     for count in (40, 60, 80):
         assert 4 <= len(loaded(tmp_path, count).held_out) <= 10
     assert len(loaded(tmp_path, 45).held_out) == 4
-    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # a share has no minimum
+    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # a fraction has no minimum
 
 
 def test_few_rows_move_when_a_file_with_the_least_held_out_rows_grows(tmp_path):
@@ -65,7 +65,7 @@ def test_rows_that_differ_only_in_spaces_and_capitals_are_on_one_side():
         same = [{" ".join(prompt.casefold().split()) for prompt in asked(part)}
                 for part in (train, held_out)]
         assert same[0].isdisjoint(same[1])
-    assert len(held_out) == 12  # with 11, two equal rows would be separated
+    assert len(held_out) == 12  # 11 held-out rows would separate two equal rows
 
 
 @pytest.mark.parametrize("numbers, hold_out", [(range(12), 12), (range(12), 40), ([3] * 12, 1),
@@ -120,7 +120,10 @@ def test_a_map_that_names_no_column_is_refused(tmp_path):
 
 
 def both(tmp_path, first, second, count=200, **config):
-    """The examples of two files; `first` and `second` are the weights of the files."""
+    """The examples of two files.
+
+    `first` and `second` follow the names of the files and give their weights, such as "=0.5".
+    """
     names = []
     for name, weight in (("a", first), ("b", second)):
         file = write_rows(tmp_path / f"{name}.jsonl",

@@ -99,7 +99,7 @@ def test_a_base_is_exported_without_an_adapter(tiny, tmp_path, capsys):
     export(tiny, tmp_path / "out", "--gguf", "q4_0")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "model.gguf", "Modelfile", "README.md"}
-    assert "llama-quantize" not in capsys.readouterr().out  # not merged from 4 bits
+    assert "llama-quantize" not in capsys.readouterr().out  # it reads only f16 and f32
 
 
 def test_a_base_in_nf4_is_what_later_starts_read(tiny, tmp_path, capsys, monkeypatch):
@@ -187,7 +187,7 @@ def test_commands_that_are_printed_name_revision_and_dtype(tiny, tmp_path, capsy
     from phogpt_raw.export import __main__, source
 
     asked = []
-    for module in (source, __main__):  # they find the config and the weights
+    for module in (source, __main__):  # these modules find the config and the weights
         monkeypatch.setattr(module, "find_folder", lambda base, revision, *_:
                             asked.append((base, revision)) or tiny)
     (tmp_path / "run").mkdir()
@@ -276,7 +276,8 @@ def test_the_space_needed_is_that_of_the_files(flags, first_command, tmp_path, m
 
 
 def test_the_space_of_the_nf4_file_is_counted():
-    """The test uses 7B5: nano's NF4 file is smaller than the space added for small files."""
+    """The test uses 7B5, because nano's NF4 file is smaller than the space added for small files.
+    """
     from phogpt_raw.export.__main__ import bytes_needed
     from phogpt_raw.model.phogpt import PUBLISHED
 
@@ -410,7 +411,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, tmp_path):
     export(tiny, tmp_path / "whole", "--gguf", "f16")
     whole = (tmp_path / "whole" / "model.gguf").stat().st_size
     shutil.rmtree(tmp_path / "whole")
-    for flags, size in ((["--merged"], 100_000), (["--gguf", "f16"], 100_000),  # in the header
+    for flags, size in ((["--merged"], 100_000), (["--gguf", "f16"], 100_000),  # in its header
                         (["--gguf", "f16"], whole - 10_000)):  # fails in a tensor
         ended = subprocess.run(
             [sys.executable, "-m", "phogpt_raw.export", tiny, tmp_path / "out", *flags], cwd=ROOT,

@@ -36,14 +36,17 @@ TINY, LARGE = replace(CARD, memory_gib=0.01), CARD
 
 @pytest.fixture(scope="module")
 def traces():
-    """A trace for each number of recomputed blocks, from 0 to all."""
+    """A simulated step, as a Trace, for each number of recomputed blocks, from 0 to all."""
     model, adapters = on_meta(BLOCKS)
     return [step_of(model, adapters, length=256, recompute=n) for n in range(BLOCKS + 1)]
 
 
 @pytest.fixture
 def no_answers(monkeypatch):
-    """Reserve no memory for an evaluation. It would need much more than a step of a tiny model."""
+    """Reserve no memory for an evaluation.
+
+    An evaluation would need much more memory than a step of a tiny model.
+    """
     monkeypatch.setattr(module, "CACHE_MIB", 0)
 
 
@@ -75,7 +78,7 @@ def test_as_few_blocks_as_fit_are_recomputed(traces, no_answers, least):
     assert least == min(n for n in range(BLOCKS + 1) if need[n] <= memory)
     asked = []
     chosen = least_recompute(lambda n: asked.append(n) or traces[n], BLOCKS, of(memory))
-    assert asked == [0, BLOCKS - 1]  # other numbers follow from these two
+    assert asked == [0, BLOCKS - 1]  # the other numbers are computed from these two
     assert chosen.recompute == least
     assert chosen.gib == pytest.approx(need[least], abs=1e-5)
     assert (chosen.least, chosen.of) == (need[BLOCKS - 1], memory)
@@ -184,7 +187,9 @@ def test_on_the_cpu_nothing_is_recomputed(adapted, monkeypatch):
 @pytest.mark.parametrize("more", [dict(optimizer="adamw"), dict(loss_mib=4), dict(nf4=False)],
                          ids=str)
 def test_what_the_run_is_asked_for_is_simulated(adapted, no_answers, more):
-    """Each of these takes more memory: 32-bit optimizer state, more logits at once, 16-bit weights.
+    """Each of these settings needs more memory than the plain run.
+
+    They are 32-bit optimizer state, more logits at once, and 16-bit weights.
     """
     less = dict(loss_mib=1)
     plain = asked_for(adapted(nf4=True)[0], LARGE, **less).gib
@@ -225,7 +230,8 @@ def test_choosing_changes_neither_the_model_nor_random_generators(adapted):
 
 @pytest.mark.parametrize("settings", [dict(rank=32), dict(dropout=0.1)], ids=str)
 def test_the_adapters_are_those_of_the_model(adapted, no_answers, settings):
-    """The model's own adapters count, not the flags: an adapter may come from a folder."""
+    """The model's own adapters count and not the flags, because an adapter may come from a folder.
+    """
     plain, other = (asked_for(adapted(nf4=True, **lora)[0], LARGE).gib for lora in ({}, settings))
     assert other > plain
 
@@ -260,7 +266,7 @@ def test_rows_hold_a_whole_window_where_memory_allows(adapted, no_answers):
         stream = Stream(SHORT, batch_size=4, pad_id=3)
         most = max(sum(len(e.ids) for e in stream.picked(n)) for n in range(9))
         assert most <= packing.lengths[-1] < most + 16
-        assert packing.longest == 80  # 70 tokens, rounded up
+        assert packing.longest == 80  # the longest example has 70 tokens
 
 
 def test_rows_are_shorter_where_memory_is_short_before_anything_is_recomputed(adapted, no_answers):

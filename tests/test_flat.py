@@ -45,7 +45,7 @@ def test_autograd_adds_into_the_flat_gradient():
     for n, (_, p) in enumerate(named):
         assert (p.grad == 2 * (n + 1)).all()
     wanted = sum(2 * (n + 1) * p.numel() for n, (_, p) in enumerate(named))
-    assert buffer.flat.grad.sum() == wanted  # so the gaps are zero
+    assert buffer.flat.grad.sum() == wanted  # the sum is right, so the gaps are zero
 
 
 def test_what_is_not_trained_has_no_gradient_buffer():

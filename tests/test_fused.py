@@ -96,7 +96,7 @@ def test_on_a_cpu_and_for_more_than_lora_it_is_not_for_use(adapted):
 
 
 def close(found, wanted, dtype, times=4):
-    """Whether the error is less than `times` * eps of the largest value."""
+    """Whether the largest error is less than `times` * eps times the largest value."""
     error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
     return bool(error < times * torch.finfo(dtype).eps)
 
@@ -213,7 +213,7 @@ def test_captured_answers_are_the_eager_ones(on_gpu, samplings, fast, monkeypatc
 
 @pytest.mark.gpu
 def test_a_row_whose_end_is_read_late_takes_no_other_rows_token():
-    """The host reads tokens one step late. So an ended row is in one more step.
+    """The host reads tokens one step late. So a row that has ended takes part in one more step.
 
     Then another row moves to its place. In fp32 a batch gives the same tokens as each row alone.
     """

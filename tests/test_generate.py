@@ -259,7 +259,7 @@ def test_stats_are_said_beside_the_answer(ask, tiny):
 
 
 def test_the_runs_template_and_precision_are_the_answers(ask, first_command, tmp_path, monkeypatch):
-    """A flag overrides the template or the precision of the run."""
+    """Answers use the template and the precision of the run, unless a flag overrides them."""
     run = shutil.copytree(first_command, tmp_path / "run")
     made = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(made | {"template": "7b5-instruct", "nf4": False}))

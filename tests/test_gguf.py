@@ -176,7 +176,8 @@ def test_fp16_that_would_overflow_is_refused(merger, tmp_path):
 
 @pytest.mark.parametrize("kind, largest", [("q8_0", 127 * 65504), ("q4_0", 8 * 65504)])
 def test_a_scale_that_would_overflow_is_refused(merger, tmp_path, kind, largest):
-    """In a quantised type the scale of each block is an fp16 value."""
+    """In a quantised type the scale of each block of weights is an fp16 value, which can overflow.
+    """
     name = "transformer.blocks.0.attn.Wqkv.weight"
     merger.tensors[name] = torch.full((192, 64), 0.99 * largest)
     write_model(merger, tmp_path / "m", kind, name="x", chat_template="")

@@ -61,7 +61,7 @@ def gradient(training, *batches, supervised=50.0):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_attention_in_sixteen_bits_equals_the_formula_in_fp32(dtype):
-    """The memory-efficient kernel is used, because a T4 and a V100 have no other."""
+    """The memory-efficient kernel is used, because a T4 and a V100 have no other fused kernel."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 24, 256, 128, device="cuda", dtype=dtype) for _ in range(3))
     doc = (torch.arange(256, device="cuda") >= 200).long().expand(2, 256)
@@ -71,7 +71,8 @@ def test_attention_in_sixteen_bits_equals_the_formula_in_fp32(dtype):
     exact = Bias(slopes, 256, 256, torch.float32, doc).of(slice(0, 256))
     scores = (q.float() @ k.float().transpose(-1, -2)) / 128**0.5 + exact
     wanted = scores.softmax(-1) @ v.float()
-    # three roundings (scores, probabilities, output); eps is 2^-10 in fp16 and 2^-7 in bf16
+    # The limit is eps for each of three roundings: of the scores, the probabilities and the output.
+    # eps is 2^-10 in fp16 and 2^-7 in bf16.
     assert (ours.float() - wanted).abs().max() < 3 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
@@ -98,9 +99,10 @@ def by_the_formula(q, k, v, slopes_H, doc_BS, slope):
                                      None], ids=["efficient", "cudnn", "chosen-by-torch"])
 @pytest.mark.parametrize("length", [2048, 2100, 4096, 16384])
 def test_long_rows_by_blocks_equal_the_formula_in_fp32(length, backend, dtype, packed):
-    """The limit in fp16 is 4e-3 of the norm, which is 4 eps.
+    """The limit of the error in fp16 is 4e-3 of the norm, which is 4 eps.
 
-    A sum of the shares of 16 blocks alone may be wrong by 4 times eps / 2.
+    dk and dv are sums over the blocks, and the sum is rounded after each block. With 16 blocks and
+    random signs these roundings alone may cause an error of sqrt(16) = 4 times eps / 2.
     """
     torch.manual_seed(0)
     make = dict(device="cuda", dtype=dtype)
@@ -156,12 +158,13 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu_in_fp32(dtype):
         _, found = gradient(training, *window.micro_batches(2), supervised=window.supervised)
         gradients[device] = found.cpu().double() / training.scaler.get_scale()
     wanted, got = gradients["cpu"], gradients["cuda"]
-    # eight blocks round to 16 bits, so the norm of the error is a few eps
+    # The limit is 16 eps. Each of the eight blocks rounds to 16 bits, so the relative norm of the
+    # error is a few eps.
     assert (got - wanted).norm() < 16 * torch.finfo(dtype).eps * wanted.norm()
 
 
 def fill_adapters(adapters):
-    """Make the adapters random. Then B is not zero."""
+    """Fill the adapters with random values, so that B is not zero."""
     fill = torch.randn(len(adapters.flat), generator=torch.Generator().manual_seed(1))
     adapters.flat.data.copy_(0.02 * fill)
     adapters.cast()
@@ -209,7 +212,7 @@ def test_nf4_made_on_the_gpu_stays_what_it_is_through_training():
 
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
 def test_an_update_allocates_nothing_on_the_gpu(kind):
-    """An update can therefore not run out of memory. The work before it can be repeated."""
+    """So only the work before an update can run out of memory, and this work can be repeated."""
     training = nano_training(torch.float16)
     training.optimizer = make_optimizer(training.adapters.flat, kind, 1e-3, 0.0)
     peaks = {}
@@ -223,7 +226,7 @@ def test_an_update_allocates_nothing_on_the_gpu(kind):
     for _ in range(2):
         train_step(training, random_window(4096), mark)
         torch.cuda.synchronize()
-        few = 8 * 512  # bytes: only scalars, for GradScaler's flags
+        few = 8 * 512  # bytes; this is enough only for scalars, such as GradScaler's flags
         assert torch.cuda.max_memory_allocated() <= peaks["before"] + few
 
 
@@ -297,7 +300,8 @@ def test_two_shapes_in_turn_do_not_disturb_each_other(dtype, recompute):
 
 @with_twins
 def test_micro_batches_of_one_shape_add_up(dtype, recompute):
-    """The gradients also add up if the second micro-batch is captured: capture runs no kernel."""
+    """The gradients also add up if the second micro-batch is captured, although the capture itself
+    runs no kernel."""
     twins = Twins(dtype, recompute)
     for n in range(3):
         batches = [batch_of(64, seed=2 * n + m) for m in range(2)]
@@ -324,7 +328,8 @@ def test_training_by_graphs_is_training(dtype, recompute):
             after = twins.check(batch_of(64, seed=3))[1]
             assert (after - before).norm() > 0.01 * before.norm()
     assert losses[True][-1] < losses[True][0] - 0.1
-    # an 8-bit state is one of 256 values, so rounding may choose another value near a tie
+    # The optimizer stores its state in 8 bits, as one of 256 values. If a state is near the middle
+    # of two of these values, a small error may change which of them is stored.
     assert losses[True] == pytest.approx(losses[False], rel=4 * torch.finfo(dtype).eps)
 
 
@@ -375,7 +380,8 @@ def test_no_more_shapes_are_captured_than_may_be(monkeypatch):
 
 @pytest.mark.parametrize("where", ["start", "forward", "backward"])
 def test_memory_too_full_for_a_graph_stays_eager(monkeypatch, where):
-    """The shape stays eager and is not tried again. The gradients of this step are right."""
+    """The shape is then run eagerly, and its capture is not tried again. The gradients are right.
+    """
     twins, tries = Twins(torch.float16), []
 
     def full(*_, **__):
@@ -424,7 +430,7 @@ def test_graphs_that_are_released_give_their_memory_back(dtype, recompute):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
 def test_the_peak_of_a_captured_step_is_that_of_the_eager_one(dtype):
-    """The peak belongs to one step: a small step after a large step has a small peak.
+    """The peak belongs to one step: a step with short rows after one with long rows has a low peak.
 
     Here the loss needs the most memory, as for PhoGPT-7B5. The tolerance of 25 % covers the other
     tensors of backward.

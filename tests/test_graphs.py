@@ -209,7 +209,7 @@ def test_dropout_is_not_captured(adapted):
     """PEFT puts an nn.Dropout into each layer, or an Identity if the probability is 0."""
     model, _ = adapted(dropout=0.1)
     assert "dropout" in why_not(model, "cuda", True)
-    assert "dropout" in why_not(model.eval(), "cuda", True)  # training may follow
+    assert "dropout" in why_not(model.eval(), "cuda", True)  # the model may be trained later
     for layer in model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0

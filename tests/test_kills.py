@@ -1,4 +1,6 @@
-"""A killed and resumed run gives the same files as an uninterrupted run. tests/kills.py kills it.
+"""A killed and resumed run gives the same files as an uninterrupted run.
+
+tests/kills.py kills the runs.
 
 `pytest tests/test_kills.py` kills ten runs, two with each setting; `pytest -m slow` kills fifty
 more.

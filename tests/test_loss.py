@@ -1,8 +1,9 @@
 """The summed loss has the value and gradient of plain cross-entropy, and it keeps no logits.
 
-Tolerances in fp32: both sides add the same values in another order. A relative error of 1e-6 is
-about ten units in the last place. Tolerances in bf16 count roundings: bf16 has 8 significant bits,
-so one rounding is 2^-9.
+In fp32 the tolerance is a relative error of 1e-6, which is about ten units in the last place,
+because both sides add the same values in another order. In bf16 the tolerances are for a number of
+roundings. bf16 has 8 significant bits, so one rounding changes a value by at most 2^-8 of its size.
+If many values are rounded, the norm of the error is less than 2^-9 of their norm.
 """
 
 import math
@@ -53,10 +54,11 @@ def test_value_and_gradient_are_cross_entropys_for_every_chunk(chunk, ignored):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_bf16_is_off_by_roundings_only(chunk):
-    """Three values are rounded: the logits, the softmax and the gradient.
+    """Three results are rounded to bf16: the logits, the softmax and the gradient.
 
-    The logits have a standard deviation of 4, so each is wrong by about 4 * 2^-9 = 0.008. The signs
-    are random. A limit of 2^-7 for the gradient covers the three roundings.
+    The logits have a standard deviation of 4, so rounding changes each of them by about
+    4 * 2^-9 = 0.008. The signs of these errors are random. A limit of 2^-7 = 0.008 for the relative
+    error of the gradient covers the three roundings.
     """
     hidden_TD, head_VD, targets_T = problem(rows=200, ignored=(3,), dtype=torch.bfloat16)
     loss = summed_loss(hidden_TD, head_VD, targets_T, chunk)
@@ -81,7 +83,8 @@ def test_gradient_agrees_with_finite_differences():
     def loss(hidden):
         return summed_loss(hidden, head_VD, targets_T, 3)
 
-    # the loss is fp32, so the slope has an error of 1e-6 / 1e-2, plus the error of curvature
+    # The loss is an fp32 value with an error of about 1e-6, so the slope over a step of 1e-2 has an
+    # error of 1e-6 / 1e-2 = 1e-4. The curvature of the loss adds to this error.
     hidden = hidden_TD.detach().double().requires_grad_()
     loss(hidden).backward()
     for place in [(0, 0), (2, 3), (3, 4), (1, 2)]:
@@ -108,8 +111,8 @@ def test_without_gradients_it_is_only_the_value():
 def test_extreme_logits_stay_finite(dtype):
     """With logits of 1e4, exp overflows. Loss and gradient must still be finite.
 
-    The loss is a difference of large logits. In bf16 each logit may be wrong by 1e4 * 2^-9 = 20, so
-    the loss is only compared within 2^-9 of its size.
+    The loss is a difference of large logits. In bf16 each logit may be wrong by 1e4 * 2^-9 = 20 or
+    more, so the tolerance for the loss is 2^-9 of its size.
     """
     hidden_TD, head_VD, targets_T = problem(scale=2500.0, dtype=dtype)
     assert (hidden_TD @ head_VD.T).abs().max() > 1e4
@@ -175,8 +178,9 @@ def test_a_vocabulary_of_7b5s_size_runs():
     loss = summed_loss(hidden_TD, head_VD, targets_T, 2)
     loss.backward()
     value, gradient = plain(hidden_TD, head_VD, targets_T)
-    # Both sides add 250,880 fp32 values. After the large value of the target is added, each further
-    # addition rounds by up to 2^-24 of it. The signs are random, so the error is about 3e-5.
+    # The limit for the gradient is 5e-5. For each element both sides add 250,880 fp32 values. After
+    # the large value of the target is added, each further addition may have an error of 2^-24 of
+    # it. The signs are random, so the error is about sqrt(250,880) * 2^-24 = 3e-5.
     assert error(loss.detach(), value) < 1e-5
     assert error(hidden_TD.grad, gradient) < 5e-5
 
@@ -184,10 +188,10 @@ def test_a_vocabulary_of_7b5s_size_runs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gap", [9.1875, 6.9375], ids=["p=0.9999", "p=0.999"])
 def test_a_well_predicted_tokens_gradient_keeps_its_relative_precision(dtype, gap):
-    """If p were rounded to 16 bits, p - 1 would be 0 or wrong by its own size.
+    """If the probability p of the target were rounded to 16 bits, p - 1 would be 0 or quite wrong.
 
-    The limit is two roundings of eps / 2, plus the error of log p in fp32. This error is 2^-24 of a
-    logit of 9, which is half a percent of 1e-4.
+    The limit of the relative error is two roundings of eps / 2, plus the error of log p in fp32.
+    For a logit of 9 this last error is 9 * 2^-24, which is half a per cent of p - 1 = -1e-4.
     """
     hidden_TD = torch.tensor([[1.0, 0.0]], dtype=dtype, requires_grad=True)
     head_VD = torch.tensor([[0.0, 0.0], [gap, 1.0]], dtype=dtype)
@@ -200,7 +204,10 @@ def test_a_well_predicted_tokens_gradient_keeps_its_relative_precision(dtype, ga
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_upstream_gradient_is_not_rounded_to_sixteen_bits(dtype):
-    """1e5 is inf in fp16 and 99,840 in bf16. So it must be multiplied before the rounding."""
+    """The upstream gradient is 1e5, which would be inf in fp16 and 99,840 in bf16.
+
+    So the gradient must be multiplied by it before the result is rounded to 16 bits.
+    """
     hidden_TD, head_VD, targets_T = problem()
     hidden_TD = (hidden_TD.detach() * 1e-3).to(dtype).requires_grad_()
     head_VD = (head_VD * 1e-3).to(dtype)
@@ -208,6 +215,7 @@ def test_the_upstream_gradient_is_not_rounded_to_sixteen_bits(dtype):
     once, hidden_TD.grad = hidden_TD.grad.float(), None
     (summed_loss(hidden_TD, head_VD, targets_T, 7) * 1e5).backward()
     wanted = once * 1e5
-    # each element is rounded once; subnormal fp16 values of `once` are less exact
+    # The limit is eps, because each element is rounded once in each of the two gradients, and
+    # subnormal fp16 values of `once` are less exact.
     assert (hidden_TD.grad.float() - wanted).norm() <= torch.finfo(dtype).eps * wanted.norm()
     assert torch.isfinite(hidden_TD.grad).all()

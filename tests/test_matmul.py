@@ -36,9 +36,9 @@ def test_a_product_comes_in_the_dtype_asked_for(device, dtype, to):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu_fp32_is_the_kernels_own_sum(dtype):
-    """The error of an fp32 sum of at most 64 products is below 2^-18.
+    """The relative error of an fp32 sum of at most 64 products is below 2^-18.
 
-    A rounding to 16 bits would give an error of 2^-9 or 2^-12.
+    A rounding of the sum to 16 bits would give an error of about 2^-9 (bf16) or 2^-12 (fp16).
     """
     for shape in (dict(), dict(rows=1, inner=64, columns=8), dict(rows=17, inner=33, columns=5)):
         a, b = pair(dtype, "cuda", **shape)
@@ -61,13 +61,14 @@ def test_a_scaled_product_is_scaled_once(device, dtype, scale):
     got = scaled_matmul(a, b, scale)
     wanted = scale * (a.double() @ b.double())
     assert got.dtype == dtype and got.shape == wanted.shape
-    # on the CPU the product is rounded before it is scaled
+    # The limit is eps, two roundings: on the CPU the product is also rounded before it is scaled.
     assert (got - wanted).norm() <= (torch.finfo(dtype).eps + 2**-20) * wanted.norm()
 
 
 @DEVICES
 def test_a_scaled_product_reads_nothing_of_what_it_is_added_to(device, monkeypatch):
-    """New memory may contain NaN, and 0 times NaN is NaN. So the product must not read it."""
+    """New memory may contain NaN, and 0 times NaN is NaN. So the product must not read new memory.
+    """
     a, b = pair(torch.float32, device)
     monkeypatch.setattr(torch.Tensor, "new_empty",
                         lambda self, shape: self.new_full(shape, float("nan")))

@@ -67,10 +67,10 @@ def test_a_base_without_biases_is_merged_too(tmp_path):
 
 
 def test_nano_with_its_trained_adapter_merges_to_the_same_logits(first_command, tmp_path):
-    """The logits of the held-out pairs are as large as 27.
+    """The largest logits of the held-out pairs are about 27.
 
-    In fp32 they differ by 3e-5, because the sums have another order. If both models compute in
-    fp64, they differ by 2e-6.
+    In fp32 the logits of the two models differ by up to 3e-5, because the sums have another order.
+    In fp64 they differ by up to 2e-6. The tolerances are 5e-5 and 1e-5.
     """
     model, tokenizer = load_base("nano", **CPU)
     load_adapters(model, first_command, trainable=False)
@@ -125,7 +125,7 @@ def test_the_config_names_code_only_where_there_is_some(tiny, tmp_path, base, pl
 
 
 def test_transformers_with_biases_reads_it_and_gives_our_logits(tiny, tmp_path):
-    """transformers' MPT drops the biases. The oracle adds them again."""
+    """transformers' MPT drops the biases. MptWithBiases (oracle.py) has them."""
     from oracle import MptWithBiases
     from transformers import AutoConfig, AutoTokenizer
 
@@ -143,7 +143,7 @@ def test_transformers_with_biases_reads_it_and_gives_our_logits(tiny, tmp_path):
 
 
 def test_stock_peft_applies_the_adapter_to_transformers_mpt_over_an_exported_base(tiny, tmp_path):
-    """The exported base has a config that transformers can read. The oracle adds the biases."""
+    """The exported base has a config that transformers can read. MptWithBiases adds the biases."""
     from oracle import MptWithBiases
     from peft import PeftModel
 

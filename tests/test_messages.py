@@ -49,7 +49,7 @@ def test_nothing_that_a_run_shows_bypasses_it(train, tmp_path, monkeypatch, flag
     monkeypatch.setattr(messages, "CATALOGUE", Marked())
     status, said, _error = train("--out", tmp_path / "run", "--max-len", 24, "--eval-answers", 0,
                                  *flags)
-    said = said.split("### Câu hỏi")[0]  # a row of the data
+    said = said.split("### Câu hỏi")[0]  # leaves out a row of the data
     assert status == 0 and said.count("‹") == said.count("›") > 10
     while re.search(r"‹[^‹›]*›", said):  # innermost first: texts contain other texts
         said = re.sub(r"‹[^‹›]*›", "", said)

@@ -35,7 +35,7 @@ def card(train, tmp_path):
 
 
 def job_of(tmp_path, **config):
-    """A stand-in for a trained run, from which a card can be made."""
+    """A stand-in for a trained run, from which a model card can be made."""
     lora = SimpleNamespace(r=8, lora_alpha=16, lora_dropout=0.0, use_rslora=False, use_dora=True,
                            target_modules={"Wqkv", "up_proj"})
     state = SimpleNamespace(best_step=2, step=3, best_loss=2.0, skipped=0,
@@ -222,7 +222,7 @@ def test_a_run_that_failed_has_no_card(train, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 def test_its_lines_for_peft_give_our_logits(tmp_path, adapted, tiny, kind):
-    """The test runs the Python code of the card. It changes only the two folders."""
+    """The test runs the Python code of the model card. In the code it replaces only two folders."""
     model, adapters = adapted()
     adapters.save(tmp_path / "adapter")
     text = model_card.card(job_of(tmp_path, model="nano"))
@@ -241,7 +241,7 @@ def test_its_lines_for_peft_give_our_logits(tmp_path, adapted, tiny, kind):
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
     for file in (*base.glob("*.bin"), *base.glob("*.safetensors")):
         file.unlink()
-    with pytest.raises(AssertionError):  # not a random model without an error
+    with pytest.raises(AssertionError):  # no silent use of random weights
         exec(code, {})
 
 
@@ -253,7 +253,8 @@ def test_its_command_for_here_is_one_that_generate_takes(card):
 
 
 def test_its_commands_name_what_only_the_runs_folder_records(tmp_path, monkeypatch):
-    """The hub has no config.json of the run. So the commands must name template and precision."""
+    """The hub does not get the config.json of the run. So the commands must name template and
+    precision."""
     import generate
     from phogpt_raw.export import __main__ as export
 

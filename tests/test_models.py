@@ -98,7 +98,9 @@ def test_a_conversation_is_encoded_in_the_models_template(tiny):
 @pytest.mark.parametrize("card, shape, models, slots", [
     ("h200", "7b5", 1, 8), ("t4", "7b5", 1, 7), ("t4", "7b5", 2, 3), ("t4", "4b", 1, 3)])
 def test_so_many_slots_are_taken_as_the_card_has_room_for(card, shape, models, slots):
-    """A cache row takes 1 GiB for 7B5 (2,048 tokens) and 3 GiB for 4B (8,192). A T4 has 14.56 GiB.
+    """A row of the key-value cache takes 1 GiB for 7B5 and 3 GiB for 4B. A T4 has 14.56 GiB.
+
+    The row has 2,048 tokens for 7B5 and 8,192 tokens for 4B.
     """
     assert slots_for(None, {str(n): found(shape, card) for n in range(models)}) == slots
 

@@ -73,8 +73,8 @@ def test_cleaning_leaves_running_text():
 def test_heldout_articles_are_stable_and_few():
     titles = [f"bài viết số {n}" for n in range(4000)]
     held = [t for t in titles if corpus.is_held_out(t)]
-    assert 30 <= len(held) <= 90  # 60 are expected; the limit is four standard deviations
-    assert held[:2] == ["bài viết số 60", "bài viết số 97"]  # for any hash seed of Python
+    assert 30 <= len(held) <= 90  # 60 are expected, plus or minus four standard deviations
+    assert held[:2] == ["bài viết số 60", "bài viết số 97"]  # the same for any hash seed of Python
     assert corpus.is_held_out(unicodedata.normalize("NFD", held[0]).upper())
     assert set(held) <= {t for t in titles if corpus.is_held_out(t, 0.1)}
 
@@ -176,7 +176,7 @@ def test_tokenizer_has_phogpts_ids_and_gives_any_text_back(data):
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text and 0 not in ids and 1 not in ids
     decomposed = unicodedata.normalize("NFD", text)
-    assert tokenizer.decode(tokenizer(decomposed).input_ids) == decomposed  # no normaliser
+    assert tokenizer.decode(tokenizer(decomposed).input_ids) == decomposed  # it does not normalise
 
 
 def test_chat_template_is_the_4b_chat_prompt(data):
@@ -246,7 +246,7 @@ def test_the_report_holds_the_curve_and_the_saved_weights_loss(base):
     assert report["tokens_seen"] == 3 * 512 and report["curve"][-1]["step"] == 3
     best = min(row["nats_a_token"] for row in report["curve"])
     control = json.loads((base.parent / "random" / "pretraining.json").read_text())
-    assert report["heldout_as_saved"]["nats_a_token"] == pytest.approx(best, abs=0.02)  # bf16
+    assert report["heldout_as_saved"]["nats_a_token"] == pytest.approx(best, abs=0.02)  # bf16 file
     assert best < control["heldout_as_saved"]["nats_a_token"] - 0.05
     assert control["tokens_seen"] == 0
     assert control["heldout_as_saved"]["nats_a_token"] == pytest.approx(np.log(400), abs=0.1)
@@ -272,7 +272,7 @@ def test_batches_go_on_with_another_order_of_rows_in_each_epoch():
     assert stream.steps_of_epoch(1000, 64, 4) == 3
     epochs = [[int(row[0]) for _ in range(3) for row in next(data)[0]] for _ in range(2)]
     assert all(len(set(epoch)) == 12 for epoch in epochs) and epochs[0] != epochs[1]
-    assert all(len({first % 64 for first in epoch}) == 1 for epoch in epochs)  # an epoch's offset
+    assert all(len({first % 64 for first in epoch}) == 1 for epoch in epochs)  # equal offsets
 
 
 def test_evaluation_counts_every_token_whatever_the_seq_len():

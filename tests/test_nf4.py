@@ -1,7 +1,7 @@
 """Dequantising NF4: plain PyTorch, bitsandbytes and the fused kernel agree bit for bit.
 
-All three round at the same points. A scale is a product plus an offset, and both results are
-rounded to fp32. The value times the scale is rounded to fp32, then to the weight's dtype.
+All three round at the same points. A scale is a product plus an offset: the product is rounded to
+fp32, and so is the sum. The value times the scale is rounded to fp32, then to the weight's dtype.
 """
 
 import copy
@@ -30,7 +30,7 @@ SHAPES = [(12288, 4096), (4096, 4096), (256, 64)]
 
 
 def random_nf4(shape, dtype, device):
-    """An NF4 weight whose rows have different sizes. So the scales of its blocks differ too."""
+    """An NF4 weight. The sizes of its values differ from row to row, so the blocks' scales differ."""
     dice = torch.Generator().manual_seed(0)
     values = torch.randn(shape, generator=dice) * torch.rand(shape[0], 1, generator=dice)
     return nf4_linear(values.to(dtype), dtype, device).weight
@@ -73,9 +73,10 @@ def test_plain_dequantising_is_bitsandbytes_to_the_bit(shape, dtype, device):
 
 
 def test_plain_dequantising_of_a_byte_worked_by_hand():
-    """All 64 values are in one block. Its scale is also the mean of all scales, the offset 2.
+    """All 64 values are in one block, whose scale is 2.
 
-    Nibbles 0, 7 and 15 mean -1, 0 and 1. The first value is in the upper half of a byte.
+    It is the only scale, so the offset, which is the mean of all scales, is 2 too. The nibbles 0, 7
+    and 15 mean -1, 0 and 1. The first value is in the upper half of a byte.
     """
     values = torch.zeros(1, 64)
     values[0, :4] = torch.tensor([2.0, 0.0, -2.0, 2.0])
@@ -170,7 +171,7 @@ def test_a_weight_that_the_fused_kernel_does_not_fit_is_bitsandbytes_own(monkeyp
 
 @pytest.mark.gpu
 def test_the_fused_kernel_reads_scales_of_more_than_one_block():
-    """The blocks of scales have very different sizes, so a wrong block gives a large error."""
+    """The blocks contain scales of very different sizes. So a wrong block gives a large error."""
     rows = SCALES * WEIGHTS // 64
     values = torch.randn(4 * rows, 64) * torch.logspace(-3, 2, 4).repeat_interleave(rows)[:, None]
     weight = nf4_linear(values.half(), torch.float16, "cuda").weight

@@ -171,7 +171,8 @@ def test_the_file_is_a_safetensors_file_smaller_than_a_16_bit_base(load, caches,
 
 
 def test_caches_of_several_bases_and_dtypes_share_a_folder(load, base, caches, tmp_path):
-    """Two bases have the same name. Neither takes the other's cache for its own outdated cache."""
+    """Two bases have the same name. The cache of one is never treated as an outdated cache of the
+    other."""
     other = tmp_path / "elsewhere" / base.name
     write_checkpoint(other, tensors=random_tensors(TINY, seed=1))
     asked = [(base, torch.float32), (base, torch.bfloat16), (other, torch.float32)]
@@ -233,7 +234,7 @@ def test_the_cache_of_a_hub_model_has_its_name(tiny, tmp_path):
     assert nano.file.name.startswith("nano-fp32-cpu-") and nano.folder == Path.home() / "c"
 
 
-# -- outdated caches: each case changes a base or its cache and gives a part of the message
+# -- outdated caches: each case changes a base or its cache and returns a part of the right message
 
 
 def touched(base, monkeypatch):
@@ -592,8 +593,8 @@ print(bytes)
 def test_a_start_from_the_cache_holds_the_model_and_no_more(tmp_path, tiny, caches):
     """Anonymous memory may grow only by the size of the model and 8 MB.
 
-    The model has 105 million parameters, 60 MB on a CPU. A second copy would need 60 MB more. The 8
-    MB are for threads, buffers and Python.
+    The model has 105 million parameters, which take 60 MB on a CPU. A second copy would need 60 MB
+    more. The 8 MB are for threads, buffers and Python.
     """
     config = vinai_config(d_model=512, n_heads=8, n_layers=32, vocab_size=4096, max_seq_len=128)
     write_checkpoint(tmp_path / "large", config)

@@ -107,7 +107,10 @@ def run(program: str, packed: int, registers: int) -> list[int]:
 
 @pytest.mark.parametrize("to_fp32", [True, False], ids=["fp32", "pairs"])
 def test_the_instructions_give_each_nibble_its_value_in_fp16(to_fp32):
-    """All 256 values of a byte are tested. The high nibbles come first, then the low nibbles."""
+    """All 256 values of a byte are tested.
+
+    The output has the high nibbles of all four bytes first, then their low nibbles.
+    """
     bits = torch.tensor(VALUES).half().view(torch.uint16).tolist()
     for byte in range(256):
         four = [byte, byte * 7 % 256, 255 - byte, byte ^ 0x5A]
@@ -140,7 +143,8 @@ def is_plain(out, width, dtype, rows, low, how):
     """Whether the kernels' product equals the plain product within 3 eps of the largest value.
 
     The 3 eps are for the rounding of W, of the sums and of the result. The product is computed
-    twice, because programs that share a row use counters that must be reset.
+    twice, because GPU programs that share a row of the weight use counters, and the first product
+    must reset them.
     """
     _, linear, normal = made(out, width, rank=16, dtype=dtype, device="cuda")
     scratch = Scratch(out, "cuda")
@@ -183,7 +187,8 @@ def test_a_gpu_without_tensor_cores_for_triton_takes_row_by_row(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_product_repeats_to_the_bit():
-    """Programs that share a row finish in any order. The sum must not depend on this order."""
+    """GPU programs that share a row of the weight finish in any order. The sum must not depend on
+    this order."""
     _, linear, normal = made(4096, 16384, rank=16, dtype=torch.float16, device="cuda")
     x_N2, low_NR, scratch = halves(normal(8, 16384)), normal(8, 16), Scratch(4096, "cuda")
     first = product(x_N2, linear, scratch, low_NR)
@@ -208,7 +213,7 @@ TYPES = dict(packed="*u8", scales="*u8", scale_code="*fp32", scale_scales="*fp32
 @pytest.mark.parametrize("capability", [70, 75, 80, 90])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_the_kernels_compile_for_gpus_that_are_not_here(capability, rows):
-    """Triton compiles for a GPU without having one. The test does not measure the speed."""
+    """Triton can compile for a GPU that the computer does not have. The test measures no speed."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

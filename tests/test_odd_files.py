@@ -1,4 +1,5 @@
-"""Each bad or unusual file gets one fixed line. Random bytes never get more than one line."""
+"""For each bad or unusual file there is one fixed line. For random bytes there is at most one line.
+"""
 
 import json
 import tempfile

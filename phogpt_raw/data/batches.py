@@ -1,24 +1,25 @@
-"""Group examples into windows of micro-batches. The window of a step can be computed without the
-windows of earlier steps.
+"""Group examples into accumulation windows, and divide each window into micro-batches.
 
-A window is an accumulation window: the examples of one optimizer step. The seed and the number of
-the step determine these examples. So a resumed run continues with the same examples as an
+An accumulation window, or window for short, is the set of examples of one optimizer step. The seed
+and the number of the step determine these examples, so the window of a step can be computed without
+the windows of earlier steps. For this reason, a resumed run continues with the same examples as an
 uninterrupted run. The layout in rows and the size of a micro-batch change the speed of a step, but
 not its result.
 
-In a MicroBatch, `doc_BL` numbers the documents of a row. Tokens attend only to tokens of the same
-document. `doc_BL` is None if each row is one document. Padding then follows the document, so causal
-attention never reads it. `rows_T` lists the positions that carry loss. It is a list and not a mask,
-so that only these positions go through the head. The head is expensive with a vocabulary of
-250,880.
+In a MicroBatch, `doc_BL` contains the document number of each token. Tokens attend only to tokens
+of the same document. `doc_BL` is None if each row is one document. In this case the padding comes
+after the document, so the tokens of the document do not attend to it, because attention is causal.
+`rows_T` lists the positions that carry loss. With this list, the head computes logits only at these
+positions. The head is expensive, because the vocabulary can have 250,880 tokens.
 
-B micro-batch, L length, T supervised positions (padded to a multiple; padding has target -100).
+B micro-batch, L length, T supervised positions. T is rounded up to a multiple of `rows_multiple`;
+the added positions have the target -100.
 
 >>> a, b = Example([5, 6, 7], [IGNORED, 7, IGNORED]), Example([8, 9], [9, IGNORED])
 >>> batch = collate([[a], [b]], length=4, pad_id=3, rows_multiple=4)
 >>> batch.ids_BL.tolist()
 [[5, 6, 7, 3], [8, 9, 3, 3]]
->>> batch.rows_T.tolist(), batch.targets_T.tolist()     # row 1 predicts 7, row 4 predicts 9
+>>> batch.rows_T.tolist(), batch.targets_T.tolist()  # position 1 predicts 7, position 4 predicts 9
 ([1, 4, 0, 0], [7, 9, -100, -100])
 >>> packed = collate([[a, b]], length=8, pad_id=3, bounds=DocumentBounds(4, longest=3))
 >>> packed.ids_BL.tolist(), packed.doc_BL.tolist()
@@ -36,15 +37,18 @@ from phogpt_raw.data.packing import DocumentBounds, Packing, best_fit, round_up,
 from phogpt_raw.data.prompt import IGNORED, Example
 
 PADDED = 32  # tokens; the length of an unpacked row is a multiple of this
-# Windows are filled to 99 %, which leaves room to shuffle, if this needs at most 2 % more windows.
+# ROOMY: windows are filled to this share of --batch-tokens. The free 1 % lets the examples of a
+# window differ from epoch to epoch. ENOUGH: if ROOMY makes the number of windows grow by more than
+# 2 % plus one window, the windows are filled completely.
 ROOMY, ENOUGH = 0.99, 1.02
-# The largest random part of a length, as a share of the longest example. They are tried in order.
+# Upper limits of the random number that is added to each length (see TokenStream), as fractions of
+# the longest length. They are tried in this order, until no window has too many tokens.
 BLURS = (1, 1 / 4, 1 / 16, 1 / 64, 0)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows that go through the model at once.
+    """Rows that go through the model together.
 
     rows_T: the supervised positions, as indices into the hidden states flattened to [B*L].
     targets_T: the token that each of these positions must predict. bounds: the limits on the
@@ -82,8 +86,9 @@ class Window:
     def layout(self, size: int) -> Iterator[tuple[list[list[Example]], int]]:
         """Yield (the examples of each row, the tokens of a row) for each micro-batch.
 
-        A micro-batch has at most `size` rows, all of the same length. The shortest rows come first,
-        which keeps the padding small.
+        A micro-batch has at most `size` rows, which are all padded to the same length. The rows are
+        sorted by length, the shortest first. So the rows of a micro-batch have similar lengths and
+        need little padding.
         """
         if self.packing is None:
             for start in range(0, len(self.examples), size):
@@ -118,7 +123,7 @@ class Stream:
         self.orders: dict[int, list] = {}  # {epoch: its order}, for the latest epochs only
 
     def steps(self, epochs: float) -> int:
-        """Return the number of windows that cover `epochs`.
+        """Return the number of windows that a run of this many epochs needs.
 
         The last window may continue into the next epoch.
         """
@@ -131,14 +136,15 @@ class Stream:
     def picked(self, step: int) -> list[Example]:
         """Return the examples of a step.
 
-        They are consecutive in an endless order, in which each epoch is a permutation.
+        The examples of all steps form an endless sequence, in which each epoch is a new permutation
+        of the examples. A step has the next `batch_size` examples of this sequence.
         """
         first = step * self.batch_size
         places = (divmod(p, len(self.examples)) for p in range(first, first + self.batch_size))
         return [self.examples[self.order(epoch)[place]] for epoch, place in places]
 
     def order(self, epoch: int) -> list:
-        """The order of an epoch: a pure function of seed, epoch and data."""
+        """Return the result of `shuffled` for an epoch. It depends only on seed, epoch and data."""
         if epoch not in self.orders:
             self.orders[epoch] = self.shuffled(self.generator(epoch))
             self.orders.pop(epoch - 2, None)
@@ -152,12 +158,12 @@ class Stream:
 
 
 class TokenStream(Stream):
-    """Windows of at most `batch_tokens` tokens, of nearly equal size. Each epoch has the same
-    number of windows and contains each example once.
+    """The windows of a run, with at most `batch_tokens` tokens each. All windows have nearly the
+    same number of tokens. Each epoch has the same number of windows and contains each example once.
 
-    The examples are sorted by length, the longest first. Each example in turn goes into the window
-    with the fewest tokens. A random part is added to each length before sorting, so that the
-    windows differ from epoch to epoch.
+    The examples are sorted by length, the longest first. Then one example after the other is put
+    into the window that has the fewest tokens so far. Before the examples are sorted, a random
+    number is added to each length, so that the windows differ from epoch to epoch.
     """
 
     def __init__(self, examples: list[Example], *, batch_tokens: int, pad_id: int, seed: int = 0):
@@ -168,7 +174,9 @@ class TokenStream(Stream):
         self.windows = roomy if roomy <= 1 + ENOUGH * least else least
 
     def count(self, tokens: int) -> int:
-        """Return a sufficient number of windows of at most `tokens` tokens for all examples."""
+        """Return a number of windows that is enough for all examples, if a window has at most
+        `tokens` tokens. A smaller number may be possible, because `spread` does not always find the
+        best distribution."""
         exact = sorted(range(len(self.sizes)), key=lambda i: -self.sizes[i])
         windows = len(best_fit(self.sizes, tokens))
         while self.fullest(spread(exact, self.sizes, windows)) > tokens:
@@ -186,10 +194,10 @@ class TokenStream(Stream):
         return max(sum(self.sizes[i] for i in window) for window in windows)
 
     def shuffled(self, generator: torch.Generator) -> list[list[int]]:
-        """Return the windows of an epoch. A window is a list of indices into the examples."""
+        """Return the windows of an epoch, each as a list of indices into the examples."""
         any_order = super().shuffled(generator)
         chance = torch.rand(len(self.sizes), generator=generator).tolist()
-        for blur in BLURS:  # the last value, 0, always fits, because `count` has tested it
+        for blur in BLURS:  # with the last value, 0, all windows fit: `count` has tested this order
             tokens = blur * max(self.sizes)
             order = sorted(any_order, key=lambda i: -self.sizes[i] - tokens * chance[i])
             found = spread(order, self.sizes, self.windows)
@@ -200,7 +208,7 @@ class TokenStream(Stream):
 
 def collate(rows: list[list[Example]], length: int, pad_id: int,
             bounds: DocumentBounds | None = None, rows_multiple: int = 64) -> MicroBatch:
-    """Build a micro-batch of rows with `length` tokens. Padding follows the examples of a row.
+    """Build a micro-batch of rows with `length` tokens. The padding is at the end of each row.
 
     With `bounds`, each example is a document, and the padding is divided into documents of at most
     bounds.longest tokens. Without `bounds`, each row is one document.

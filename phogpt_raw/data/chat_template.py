@@ -1,6 +1,6 @@
-"""Choose the template of PhoGPT that a base uses.
+"""Choose which of PhoGPT's two prompt templates is used with a base model.
 
-A chat template is a Jinja program that comes with a base. Jinja's sandbox gives the program no
+A chat template is a Jinja program in the files of a base. Jinja's sandbox gives the program no
 access to files or to Python. But the program could run for ever or fill the memory. So it runs with
 limits on its time and memory.
 """

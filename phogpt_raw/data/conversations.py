@@ -1,16 +1,17 @@
-"""Convert a record of any known format to a conversation: turns with a role and a text each.
+"""Convert a record of any known format to a conversation: a list of turns (role, text).
 
 The names of the fields decide the format; fields.py lists the names. A row is one of these:
 
 - a question and its answer: {prompt, response}, {prompt, completion}, {instruction, input, output},
-  {instruction, response}, {question, answer}, {input, output}; each may also have `system`, and
-  `history`, a list of earlier [question, answer];
+  {instruction, response}, {question, answer}, {input, output}; each of these formats may also have
+  the field `system`, and the field `history`, a list of earlier pairs [question, answer];
 - {messages: [{role, content}]} or {conversations: [{from, value}]}, with one or more turns;
 - {text}, a plain text without roles.
 
 Text is normalised to NFC. Vietnamese text from a Mac is often in NFD, which looks the same but
 gives different tokens. If a text already contains PhoGPT's template, the template is removed.
-Nothing is guessed. If a text field has a number, a list or an incomplete character, the row is bad.
+If a text field has a number, a list or an incomplete character, the reader does not guess the text:
+the row is bad.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from phogpt_raw.data.records import LONGEST, Bad, Findings, NoText, Record
 from phogpt_raw.refusal import Refusal
 
 USER, ASSISTANT, SYSTEM, TEXT = "user", "assistant", "system", "text"
-# (name of the question, name of the answer): first the usual pairs, then the other combinations
+# (field of the question, field of the answer): first the usual pairs, then the other combinations
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"),
          ("instruction", "response"), ("question", "answer"), ("question", "response"),
          ("question", "output"), ("prompt", "answer"), ("prompt", "output"),
@@ -137,7 +138,7 @@ class Reader:
     def __init__(self, findings: Findings, mapped: dict[str, str]):
         self.findings = findings
         self.mapped = {plain(name): field for name, field in mapped.items()}
-        self.found: list[tuple[str, str]] = []  # (kind, example) of each note on the record
+        self.found: list[tuple[str, str]] = []  # (kind, example) of each note on this record
 
     def conversation(self, record: Record) -> Conversation:
         """Convert one record. Raises Unusable if the record is bad."""
@@ -187,7 +188,10 @@ class Reader:
         return self.ordered(turns)
 
     def fields(self, record: Record) -> dict[str, tuple[str, object]]:
-        """Return {meaning: (name, value)}. A name without a meaning becomes the key "(name)"."""
+        """Return {meaning: (name, value)} of the record's fields.
+
+        If the name of a field has no known meaning, the key is the name in parentheses.
+        """
         if not isinstance(record.value, dict):
             raise Unusable(f"a row is an object with fields, not {kind_of(record.value)}")
         if isinstance(record.value, Twice):
@@ -209,8 +213,8 @@ class Reader:
         return found
 
     def asked(self, shape: tuple[str, ...], fields: dict) -> list[tuple[str, str]]:
-        """Return the turns of {question, answer}: the history, the question with its input, and
-        the answer."""
+        """Return the turns of a record with a question and an answer: the turns of the history,
+        the question with its input, and the answer."""
         question, answer = shape[0], shape[-1]
         asked = self.unworn(*fields[question])
         if len(shape) == 3 and fields["input"][1] not in (None, "") \
@@ -252,7 +256,7 @@ class Reader:
         return system + worn(whole)
 
     def listed(self, name: str, value) -> Iterator[tuple[str, str]]:
-        """Yield the turns of {messages} or {conversations}."""
+        """Yield the turns of a record with the field `messages` or `conversations`."""
         if not isinstance(value, list) or not value:
             raise Unusable(f"{name} is not a list of turns; write "
                            f'[{{"role": "user", "content": "…"}}, …]')
@@ -282,7 +286,7 @@ class Reader:
     def ordered(self, turns: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
         """Return the turns. Raises Unusable if questions and answers do not alternate.
 
-        A question without an answer at the end of several turns is removed.
+        If the last of several turns is a question, it has no answer and is left out.
         """
         if turns[0][0] == TEXT:
             return tuple(turns)
@@ -315,7 +319,7 @@ class Reader:
 def shape_of(names: frozenset[str]) -> tuple[str, ...] | None:
     """Return the fields of the known format that these names match, or None.
 
-    The order of the fields is question, input, answer.
+    If the format has a question, the order is: the question, the input (if any), the answer.
     """
     for one in ("messages", "conversations"):
         if one in names:
@@ -328,9 +332,10 @@ def shape_of(names: frozenset[str]) -> tuple[str, ...] | None:
 
 
 def pairs(name: str, value) -> Iterator[tuple[tuple, tuple]]:
-    """Yield each question with its answer of {history: [[question, answer], …]}.
+    """Yield each question and its answer from a history, which is [[question, answer], …].
 
-    The question and the answer are both (name, value).
+    Each of the two is a pair (name, value). The name is used in messages, such as "question 1 of
+    history".
     """
     for n, pair in enumerate(value if isinstance(value, list) else [None], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -357,7 +362,7 @@ def refuse_foreign(name: str, value: str) -> None:
 
 
 def text(name: str, value) -> str:
-    """Return a field's text in NFC, without white space at both ends.
+    """Return a field's text in NFC, without white space at its start and end.
 
     Raises Unusable if the value is not a text, or if the text is empty, too long or damaged.
     """

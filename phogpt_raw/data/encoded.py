@@ -1,4 +1,5 @@
-"""Read all rows of the sources as documents of token ids, and collect the findings of each file.
+"""Read all rows of the sources as documents of token ids, and collect the findings of each file:
+its bad rows, and notes on its other rows.
 
 Files become records, records become conversations, and conversations become documents of ids. A
 file with too many bad rows is refused here.
@@ -24,8 +25,8 @@ HOLDS_NO_ROWS = 'holds no rows; a row is a line such as {"prompt": "…", "respo
 class Encoded:
     """An encoded row.
 
-    documents: one, or several if the row was split. hash: of the row's texts. source: the index of
-    the row's source.
+    documents: one document, or several if the row was split. hash: the hash of the row's texts.
+    source: the index of the row's source.
     """
 
     documents: tuple[Example, ...]
@@ -62,7 +63,7 @@ def encode_sources(sources: list[Source], tokenizer, template: Template, *, max_
     """Read and encode every source.
 
     Raises Refusal if a source cannot be read or has no rows. Bad rows are stored in the findings;
-    Rows.check raises Refusal if they are too many.
+    Rows.check raises Refusal if there are too many bad rows.
     """
     found = Rows()
     for number, source in enumerate(sources):
@@ -85,9 +86,10 @@ def encode_sources(sources: list[Source], tokenizer, template: Template, *, max_
 
 def read_sources(sources: list[Source], mapped: dict[str, str], strict: bool
                  ) -> list[Conversation]:
-    """Return every conversation of the sources, without a tokenizer.
+    """Return every conversation of the sources. This function needs no tokenizer.
 
-    The checks are those of `encode_sources` and Rows.check, except the check of token lengths.
+    The rows are checked as in `encode_sources` and Rows.check. Only their lengths in tokens are not
+    checked.
     """
     found = []
     for source in sources:

@@ -1,12 +1,13 @@
 """Find the encoding of a Vietnamese text file from its bytes.
 
-UTF-8 and UTF-16 are read, with or without a byte order mark. Windows-1258 is read too. It writes ế
-as ê and a combining accent, so its text must be normalised to NFC.
+UTF-8 and UTF-16 are read, with or without a byte order mark. Windows-1258 is read too. In this
+encoding, ế is two characters: ê, then a combining accent. So the text must be normalised to NFC.
 
 TCVN3 (ABC) and VNI are old encodings that need special fonts. To recognise them, the file's bytes
 are decoded with the table of each encoding. With the right table, most words are possible
-Vietnamese syllables. With the wrong table, almost none are. Files in TCVN3 and VNI are refused. A
-file in TCVN3 does not store which letters are capitals, because only its font shows them.
+Vietnamese syllables. With a wrong table, almost no words are possible syllables. Files in TCVN3 and
+VNI are refused. In TCVN3, a capital letter with a tone has the same byte as the small letter, and
+only a special font shows the capital. So the text could not be restored exactly.
 
 >>> detect("Phở là gì?".encode("utf-16")), detect(b"Ti\\xaa\\xecng Vi\\xea\\xf2t")
 ('utf-16', None)
@@ -21,7 +22,7 @@ HEAD = 1 << 20  # bytes at the start of a file that are examined
 TONES = "\u0300\u0301\u0303\u0309\u0323"  # grave, acute, tilde, hook, dot below
 CONVERT = "convert it to Unicode first, for example with UniKey (Ctrl+Shift+F6)"
 
-# TCVN 5712:1993-3, from byte 0xA1. "." marks a byte without a Vietnamese letter.
+# The letters of TCVN 5712:1993-3 for the bytes from 0xA1 on. "." is a byte without a letter.
 TCVN3 = dict(zip(range(0xA1, 0x100), (
     "ĂÂÊÔƠƯĐăâêôơưđ......àảãáạ.ằẳẵắ.......ặầẩẫấậè.ẻẽéẹềểễếệìỉ...ĩíịò.ỏõóọồổỗốộờởỡớợù.ủũ"
     "úụừửữứựỳỷỹýỵ."), strict=True))
@@ -41,9 +42,10 @@ TO_TCVN3 = {ord(letter): byte for byte, letter in TCVN3.items() if letter != "."
 SYLLABLE = re.compile(
     r"(ngh|ng|nh|gh|gi|kh|ph|qu|th|tr|ch|[bcdđghklmnpqrstvx])?[aăâeêioôơuưy]{1,3}"
     r"(ch|ng|nh|[cmnptiuoy])?")
-UNDECODED = re.compile("[\udc80-\udcff]")  # Python decodes an invalid byte to one of these
-# UTF-8 text that was read as Windows-1252 and saved again. For example, ở became "á»Ÿ", đ became
-# "Ä‘", ư became "Æ°", and à became "Ã" and a no-break space.
+# The error handler surrogateescape decodes an invalid byte to one of these characters.
+UNDECODED = re.compile("[\udc80-\udcff]")
+# UTF-8 text that was read as Windows-1252 and stored again. For example, ở became "á»Ÿ", đ became
+# "Ä‘", ư became "Æ°", and à became two characters: "Ã", then a no-break space.
 MOJIBAKE = re.compile("á[»º][\u0080-ÿŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]"
                       "|Ä[‘\u0090\u0091ƒ]|Æ[°¡¯\xa0]|Ã[\u00a0-\u00bf]")
 
@@ -51,7 +53,7 @@ MOJIBAKE = re.compile("á[»º][\u0080-ÿŒœŠšŸŽžƒˆ˜–—‘’‚“�
 def detect(head: bytes) -> str | None:
     """Return the codec for a file with these first bytes, or "TCVN3" or "VNI", or None if unknown.
 
-    A file counts as UTF-8 even if a few of its lines are not UTF-8.
+    The text counts as UTF-8 if fewer than half of its non-ASCII characters are invalid bytes.
     """
     if head.startswith((b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")):
         return "utf-32"
@@ -73,7 +75,8 @@ def detect(head: bytes) -> str | None:
 
 
 def legacy(content: bytes) -> dict[str, float]:
-    """Return {encoding: share} for the three old encodings; `vietnamese` describes the share."""
+    """Decode the bytes with each of the three old encodings. Returns {encoding: share}, where the
+    share is the result of `vietnamese` for the decoded text."""
     as_latin = content.decode("latin-1")
     return {"cp1258": vietnamese(content.decode("cp1258", "replace")),
             "TCVN3": vietnamese(as_latin.translate(TCVN3)),
@@ -102,7 +105,7 @@ def is_syllable(word: str) -> bool:
 
 
 def font_encoding(text: str) -> str | None:
-    """Return "TCVN3" or "VNI" if the letters of a text are bytes of this encoding, else None.
+    """Return "TCVN3" or "VNI" if a text in this encoding was decoded as Windows-1252, else None.
 
     For example, "nước" appears as "n­íc" in TCVN3, and as "nöôùc" in VNI.
     """

@@ -16,12 +16,12 @@ from phogpt_raw.data.sources import Source, find_source, find_unweighted
 from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
-# Without --hold-out, DEFAULT_SHARE of the rows is held out, and at least LEAST rows. If there are
-# fewer than ENOUGH rows, none is held out. With only one or two held-out rows, chance would decide
-# which adapter is the best.
+# Without --hold-out, DEFAULT_SHARE of the rows is held out, but at least LEAST rows, because with
+# only one or two held-out rows, chance would decide which adapter is the best. If there are fewer
+# than ENOUGH rows in all, no row is held out.
 DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
 PAD = 3  # any token id; a plan uses only the number of tokens
-STEPS = 50  # number of steps of a plan without rows; with 50, the warm-up has its usual length
+STEPS = 50  # number of steps of a plan without rows; with 50, the warm-up has its usual 5 steps
 PAIRS = Path(__file__).parents[1] / "nano" / "pairs"
 
 
@@ -37,8 +37,9 @@ class DataFile:
 class Examples:
     """The encoded rows of a run.
 
-    train, held_out: the examples. A row gives several examples if it is split or its weight is
-    above 1. It may give none if its weight is below 1.
+    train, held_out: the examples to train on, and the held-out examples. A row gives several
+    examples if it is split or its weight is above 1. A row may give no example if its weight is
+    below 1.
     questions: the questions of the held-out examples, as typed. A plain text has no question.
     template, template_reason: the name of the prompt template, and the reason for it.
     source: the names of the training files.
@@ -96,10 +97,11 @@ def load_examples(tokenizer, config: Config) -> Examples:
 
 
 def stand_ins(config: Config) -> Examples:
-    """Return stand-in examples for a plan without a tokenizer.
+    """Return placeholder examples for a plan without a tokenizer. A placeholder has no real text.
 
-    With --data, there is one for each row. Without --data, there are enough for STEPS steps. Each
-    has --max-len tokens; all except the first carry loss.
+    With --data, there is one placeholder for each row. Without --data, there are enough
+    placeholders for STEPS steps. Each placeholder has --max-len tokens, and all its tokens except
+    the first carry loss.
     """
     ids = [PAD] * config.max_len
     every = Example(ids, next_tokens(ids, start=1))
@@ -162,10 +164,11 @@ def check_map(spec: str | None, *found: Rows) -> None:
 
 
 def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:
-    """Return the documents of the rows. The weight of a row's source says how often they appear.
+    """Return the documents of the rows. Each row appears as often as its source's weight says.
 
-    With a weight of 2.5, a row appears two or three times. A hash of its text decides, so the
-    number is the same in every run. The choice of held-out rows uses other bits of the hash.
+    If the weight is 2.5, a row appears two or three times. The low bits of the hash of the row's
+    text decide between two and three, so the number is the same in every run. `divide` uses the
+    high bits of the same hash to choose the held-out rows.
     """
     return [document for row in rows
             for _ in range(int(weights[row.source])
@@ -194,10 +197,11 @@ def divide(rows: list[Encoded] | list[Conversation], hold_out: float, least: int
            data: str) -> tuple[list, list]:
     """Return (training rows, held-out rows), both in the file's order.
 
-    The hash of a row's text decides, so equal rows are always on the same side. If `hold_out` is
-    below 1, it is a share of the rows. Rows that are added later then do not move other rows to the
-    other side, unless the share is fewer than `least` rows. If `hold_out` is 1 or more, it is a
-    number of rows. More rows are held out only if equal rows must stay together.
+    The hash of a row's text decides whether the row is held out. So of several equal rows, either
+    all are held out or none is. If `hold_out` is below 1, it is the share of held-out rows. In this
+    case, rows that are added later do not change the decision about the older rows, unless the
+    share is smaller than `least` rows. If `hold_out` is 1 or more, it is the number of held-out
+    rows. More rows than this number are held out only if some of them are equal.
     """
     if not hold_out:
         return rows, []
@@ -215,7 +219,7 @@ def divide(rows: list[Encoded] | list[Conversation], hold_out: float, least: int
 def shared(train: list[Encoded], held_out: list[Encoded]) -> tuple[str, ...]:
     """Return the places of held-out rows that are also training rows.
 
-    A --val file may repeat rows of --data.
+    There are such rows if a --val file repeats rows of --data.
     """
     trained = {row.hash for row in train}
     return tuple(row.where for row in held_out if row.hash in trained)

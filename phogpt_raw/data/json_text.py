@@ -68,7 +68,8 @@ def lines_of(stream: TextIOBase) -> Iterator[str | None]:
 
 
 def undecoded(text: str) -> int | None:
-    """Return the column, from 1, of the first byte that could not be decoded, or None."""
+    """Return the column of the first byte that could not be decoded, or None. Columns begin at 1.
+    """
     found = None if text.isascii() else UNDECODED.search(text)
     return found and found.start() + 1
 
@@ -102,9 +103,10 @@ class Walk:
         self.text, self.at, self.line, self.counted = "", 0, 1, 0
 
     def more(self) -> bool:
-        """Drop the text before the position, and read more text. Returns False at the end.
+        """Drop the text before the position, and read more text. Returns False if no text is left.
 
-        One call reads at least PIECE characters, and at least as many as the text has.
+        One call reads PIECE characters, or as many characters as `text` still has if these are
+        more.
         """
         self.line += self.text.count("\n", self.counted, self.at)
         self.text = self.text[self.at :]
@@ -169,9 +171,10 @@ class Walk:
                 raise Refusal(f"{self.where()}: {TOO_LONG}")
 
     def more_of(self, end: int) -> bool:
-        """Return whether a value may continue after `end`, the end of the text read so far.
+        """Return whether a value may continue in the text that has not been read yet.
 
-        Only a number or a word may continue, and only if more text can be read.
+        end: the end of the value, which is also the end of the text read so far. Only a number or a
+        word (true, false, null) may continue, and only if more text can be read.
         """
         return self.text[end - 1] not in '"}]' and self.more()
 
@@ -181,7 +184,7 @@ def json_values(stream: TextIOBase, name: str, findings: Findings) -> Iterator[R
 
     Each member of a list is a row, and so is each object outside a list. But an object may contain
     one list of objects under a name that is no field of a row. Then the members of this list are
-    the rows. Raises Refusal with the line if the text is not JSON.
+    the rows. Raises Refusal, which names the line, if the text is not JSON.
     """
     walk = Walk(stream, name)
     while found := walk.peek():
@@ -198,7 +201,7 @@ def json_values(stream: TextIOBase, name: str, findings: Findings) -> Iterator[R
 
 
 def list_members(walk: Walk) -> Iterator[Record]:
-    """Yield the members of a list. The position must be behind its opening bracket."""
+    """Yield the members of a list. The position must be behind the list's opening bracket."""
     if walk.peek() == "]":
         walk.at += 1
         return
@@ -211,7 +214,10 @@ def list_members(walk: Walk) -> Iterator[Record]:
 
 
 def is_row(own: list[tuple[str, object]]) -> bool:
-    """Return whether these members belong to a row. A list after them is then one of its fields."""
+    """Return whether an object that begins with these members is a row.
+
+    If it is a row, a list that follows in the same object is a field of the row.
+    """
     known = {field_of(key) for key, _ in own} - {None, "system", "text"}
     return len(known) > 1 or bool(known & {"messages", "conversations"})
 

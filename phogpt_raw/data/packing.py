@@ -1,14 +1,16 @@
-"""Packing puts several short examples in one row, which makes a training step faster.
+"""Packing puts several short examples into one row, which makes a training step faster.
 
-Each pass through the model dequantises all weights, even if the pass has few tokens. A question
-with its answer has about a hundred tokens. One row with all examples of a window has about a
-thousand. Examples in a row do not attend to each other (model/documents.py), so packing changes
-only the speed of a step.
+Each pass through the model dequantises all weights, even if the pass has few tokens. So one pass
+with many tokens needs less time than several passes with few tokens. An example, which is a
+question with its answer, usually has about a hundred tokens. An accumulation window, which is the
+set of examples of one optimizer step, has eight examples by default. If all eight are packed into
+one row, this row has about a thousand tokens. Examples in the same row do not attend to each other
+(model/documents.py), so packing changes only the speed of a step.
 
-The method is best-fit decreasing: the examples are taken from the longest to the shortest, and each
-goes into the fullest row that has room for it. The rows of a run have only a few different lengths,
-because each new length costs time for compiling and for capturing CUDA graphs. The lengths are
-chosen before the first step, from the examples of the run.
+The method is best-fit decreasing: the examples are sorted from the longest to the shortest, and
+each is put into the fullest row that has room for it. The rows of a run have only a few different
+lengths, because each new length costs time for compiling and for capturing CUDA graphs. The lengths
+are chosen before the first step, from the examples of the run.
 
 >>> best_fit([50, 60, 40, 30, 20], capacity=100)
 [[1, 2], [0, 3, 4]]
@@ -26,14 +28,17 @@ LENGTHS = 4  # largest number of row lengths in a run
 WORTH = 1.01  # fewer lengths are used if they cost at most 1 % more time
 ALIGNED = 16  # tokens; row lengths are multiples of this
 STEPS = 128  # largest number of candidates for a row length
-TRIED = 24  # number of capacities that are compared
-ENOUGH = 8192  # largest number of examples in this comparison
-# Largest number of examples in a row. It is larger if the row has room for more than four of the
-# longest examples.
+TRIED = 24  # approximate number of capacities (greatest row lengths) that are compared
+ENOUGH = 8192  # approximate largest number of examples with which they are compared
+# Largest number of examples in a row. If a row has room for more than four of the longest examples,
+# the limit is higher: MOST / 4 times the number of longest examples for which the row has room.
 MOST = 64
-TILE = 128  # tokens; matrix products compute whole tiles of this size
-# The share of a row's cost that grows by whole tiles. Matrix products take 0.6 of a step. With a
-# share of 0.4, the time is within 0.3 % of the minimum, and the rows are fuller.
+TILE = 128  # tokens; a GPU computes a matrix product in whole tiles (blocks) of this many tokens
+# One part of the time that a row needs is proportional to the row's length, rounded up to whole
+# tiles. The rest is proportional to the length itself. IN_TILES is the first part divided by the
+# whole time. Matrix products, which are computed in whole tiles, need 0.6 of the time of a step.
+# Yet IN_TILES is 0.4, because the rows then have less padding, and the lengths that are chosen with
+# it make a step at most 0.3 % slower than the fastest lengths.
 IN_TILES = 0.4
 
 
@@ -41,8 +46,8 @@ IN_TILES = 0.4
 class DocumentBounds:
     """A row has at most `count` documents, with at most `longest` tokens each.
 
-    `count` includes the documents of the padding. Both bounds are known before the first step, so
-    the sizes of kernels and CUDA graphs can depend on them.
+    The padding of a row is divided into documents too, and `count` includes them. Both bounds are
+    known before the first step, so the sizes of kernels and CUDA graphs can depend on them.
     """
 
     count: int
@@ -51,11 +56,11 @@ class DocumentBounds:
 
 @dataclass(frozen=True)
 class Packing:
-    """The rules by which the examples of a run share rows.
+    """The rules by which the examples of a run are put into rows.
 
-    lengths: the possible lengths of a row in tokens, ascending. A row has the smallest length that
-    holds its examples. longest: an upper bound on the tokens of an example. most: the largest
-    number of examples in a row.
+    lengths: the possible lengths of a row in tokens, ascending. A row has the smallest of these
+    lengths that is enough for its examples. longest: an upper bound on the number of tokens in an
+    example. most: the largest number of examples in a row.
     """
 
     lengths: tuple[int, ...]
@@ -71,7 +76,7 @@ class Packing:
         return sorted(rows, key=lambda row: row[1])
 
     def length(self, tokens: int) -> int:
-        """Return the smallest row length that holds this number of tokens."""
+        """Return the smallest row length that is enough for this number of tokens."""
         return self.lengths[bisect_left(self.lengths, tokens)]
 
     def bounds(self, length: int) -> DocumentBounds:
@@ -124,9 +129,10 @@ def spread(order: list[int], sizes: list[int], count: int) -> list[list[int]]:
 def choose_packing(windows: list[list[Example]], longest: int, capacity: int) -> Packing:
     """Return the fastest packing of these windows into rows of at most `capacity` tokens.
 
-    longest: the tokens of the longest example. Rows may have this length even if it is above
-    `capacity`. Rows shorter than `capacity` may be the fastest. For example, if only a few windows
-    have many tokens, these windows can use two rows each, and the other windows need less padding.
+    longest: the number of tokens in the longest example. Rows may have this length even if it is
+    above `capacity`. Rows that are shorter than `capacity` may be the fastest. For example, if only
+    a few windows have many tokens, each of these windows can be put into two short rows. Then the
+    rows of the other windows need less padding.
     """
     windows = windows[:: -(-sum(map(len, windows)) // ENOUGH)]
     longest = round_up(longest, ALIGNED)
@@ -139,8 +145,8 @@ def choose_packing(windows: list[list[Example]], longest: int, capacity: int) ->
 def packed(windows: list[list[Example]], longest: int, capacity: int) -> Packing:
     """Return the packing into rows of at most `capacity` tokens, with a few row lengths.
 
-    The number of examples in a row is limited. The variable-length attention kernels keep
-    statistics for `longest` tokens of each example, even if the example is short.
+    The number of examples in a row is limited, because the variable-length attention kernels store
+    statistics for `longest` tokens of each example, even of a short example.
     """
     whole = Packing((capacity,), longest, most=max(MOST, MOST // 4 * -(-capacity // longest)))
     rows = [row for window in windows for row, _ in whole.rows(window)]
@@ -152,7 +158,8 @@ def packed(windows: list[list[Example]], longest: int, capacity: int) -> Packing
 def cost(packing: Packing, windows: list[list[Example]]) -> float:
     """Return the estimated time of all rows, in units of the time of one token.
 
-    Each row also needs the time to dequantise the weights, which is about the time of one tile.
+    The time of a row includes the time to dequantise the weights, which is about the time of TILE
+    tokens.
     """
     return sum(row_cost(length) + TILE for window in windows for _, length in packing.rows(window))
 
@@ -169,7 +176,7 @@ def row_cost(length: int) -> float:
 def choose_lengths(totals: list[int], most: int = LENGTHS) -> tuple[int, ...]:
     """Choose at most `most` row lengths, so that the rows need about the least total time.
 
-    totals: the tokens of the examples in each row.
+    totals: for each row, the number of tokens in all its examples.
 
     >>> choose_lengths([100, 100, 100, 900, 1000], most=2)
     (112, 1008)
@@ -180,8 +187,8 @@ def choose_lengths(totals: list[int], most: int = LENGTHS) -> tuple[int, ...]:
     before = [0]  # before[j]: the number of rows shorter than candidate j
     for candidate in candidates:
         before.append(before[-1] + rows[candidate])
-    # best[j]: (lowest cost, its lengths) for the rows shorter than candidate j. The loop allows one
-    # more length each time.
+    # best[j]: (the lowest cost of the rows shorter than candidate j, the lengths with this cost).
+    # Each pass of the loop allows one more length.
     best = [(0, ())] + [(math.inf, ())] * len(candidates)
     found = []
     for _ in range(min(most, len(candidates))):

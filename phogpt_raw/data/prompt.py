@@ -4,10 +4,10 @@ predict.
 The loss is on every answer and its `</s>`, and never on a question. In a `{text}` row, the loss is
 on the whole text. PhoGPT's tokenizer does not add `<s>` or `</s>`, so `</s>` is appended here.
 Padding has a token of its own, `<pad>` (id 3), so a mask of the padding never masks `</s>`. If
-`</s>` is masked in training, the model never stops.
+`</s>` were masked in training, the model would never learn to end an answer.
 
 Several turns are written as in PhoGPT-4B-Chat's own chat template: each answer ends with `</s>`,
-and the next question follows. Both templates have no place for a system text, so this module puts
+and the next question follows. Neither template has a place for a system text, so this module puts
 the system text before the first question.
 
 >>> TEMPLATES["4b-chat"].question.format("Phở là gì?")
@@ -24,8 +24,8 @@ from phogpt_raw.data.records import Bad, Findings
 from phogpt_raw.refusal import Refusal
 
 IGNORED = -100  # the target of a position that carries no loss, as in torch
-AT_ONCE = 512  # conversations that are tokenized together
-LETTERS = 256  # no token has more characters, so the rest of a very long text is not encoded
+AT_ONCE = 512  # number of conversations that are tokenized together
+LETTERS = 256  # no token has more characters; text after LETTERS * (max_len + 1) is not encoded
 PART = 1 << 16  # characters of a long text that are tokenized at once
 
 
@@ -68,8 +68,8 @@ class Example:
 
     @property
     def asks(self) -> bool:
-        """Whether the document begins with a question. A plain text carries loss from its second
-        token on."""
+        """True if the document begins with a question. A plain text carries loss from its second
+        token on, so its first target is not IGNORED."""
         return self.targets[0] == IGNORED
 
     @property
@@ -99,8 +99,8 @@ def encode_text(tokenizer, text: str) -> list[int]:
 
 
 def encode_prompt(tokenizer, template: Template, prompt: str) -> list[int]:
-    """Return the ids of a question in its template. A prompt that already has a template is not
-    changed."""
+    """Return the ids of a question in its template. If the prompt already begins and ends like a
+    template, no template is added."""
     prompt = unicodedata.normalize("NFC", prompt).strip()
     if prompt.startswith("### Câu hỏi:") and prompt.endswith("### Trả lời:"):
         return encode_text(tokenizer, prompt)
@@ -121,9 +121,10 @@ def encode_row(tokenizer, template: Template, row: Conversation, max_len: int) -
 def encode(tokenizer, template: Template, rows: Iterable[Conversation], max_len: int,
            too_long: str | None, findings: Findings
            ) -> Iterator[tuple[Conversation, list[Example] | Bad]]:
-    """Yield each conversation with its documents, usually one. A bad conversation has a Bad.
+    """Yield (conversation, documents) for each conversation. There is usually one document. If the
+    conversation is bad, a Bad takes the place of the documents.
 
-    A document has at most max_len tokens. too_long decides about conversations that do not fit.
+    A document has at most max_len tokens. If a conversation has more, too_long decides about it.
     `cut`: the end is left out. `split`: the conversation becomes several documents. `drop`: it
     becomes no document. None: a plain text is split, and other conversations are cut. A cut answer
     has no `</s>`, because it must not teach the model to stop in mid-sentence.
@@ -226,7 +227,7 @@ def encode_plain(tokenizer, row: Conversation, max_len: int, too_long: str) -> l
     if len(ids) > max_len and too_long == "cut":
         return [Example(ids[:max_len], next_tokens(ids[:max_len], start=0), True, row.where)]
     starts = [*range(0, len(ids), max_len), len(ids)]
-    if len(starts) > 2 and starts[-1] - starts[-2] == 1:  # a lone </s> has no loss
+    if len(starts) > 2 and starts[-1] - starts[-2] == 1:  # </s> alone would have no loss
         starts[-2] -= 1
     pieces = [ids[start:stop] for start, stop in pairwise(starts)]
     return [Example(piece, next_tokens(piece, start=0), False, row.where) for piece in pieces]

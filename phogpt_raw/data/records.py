@@ -1,5 +1,7 @@
-"""Records of a file with their file and line, bad records, and notes on records. The format of a
-record is not known yet."""
+"""Classes for the records of a file, for bad records, and for notes on records.
+
+Each of them has its place (file and line). This module does not depend on the format of a record.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,7 +14,7 @@ LONGEST = 10_000_000  # characters of a record; a longer record means a broken f
 # names at most this number of bad rows.
 ENOUGH, NAMED = 0.9, 10
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-MANY = 100_000  # reading ends at more bad rows than this, if most rows are bad
+MANY = 100_000  # if more rows than this are bad, and most rows are bad, reading ends
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def check_all(findings: Findings) -> None:
 
 
 def printable(text: str) -> str:
-    """Return a text that is safe to print, with codes for incomplete and control characters.
+    """Return a text that is safe to print: control characters and incomplete characters are
+    replaced with codes.
 
     >>> printable("a\\ud83db\\x1b[2J")
     'a\\\\ud83db\\\\x1b[2J'

@@ -8,15 +8,15 @@ import numpy as np
 from phogpt_raw.data.encoded import Encoded
 from phogpt_raw.data.records import Findings
 
-BINS = 12  # of the histogram, at most
+BINS = 12  # largest number of bins in the histogram
 
 
 @dataclass(frozen=True)
 class Lengths:
     """The lengths of documents in tokens, with a histogram.
 
-    total: the tokens of all documents. supervised: the tokens that carry loss. edges: the upper end
-    of each bin. counts: the number of documents in each bin.
+    total: the number of tokens in all documents. supervised: the number of tokens that carry loss.
+    edges: the upper end of each bin. counts: the number of documents in each bin.
     """
 
     total: int
@@ -33,9 +33,9 @@ class Lengths:
 class Report:
     """The statistics of rows.
 
-    rows, documents: their numbers. lengths: of the documents. duplicates: the number of rows that
-    repeat an earlier row; case and the amount of white space are ignored. fits: the share of rows
-    that --max-len does not change.
+    rows, documents: the number of rows and the number of documents. lengths: the lengths of the
+    documents. duplicates: the number of rows that repeat an earlier row; upper and lower case and
+    the amount of white space are ignored. fits: the share of rows that --max-len does not change.
     """
 
     rows: int

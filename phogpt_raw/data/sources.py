@@ -220,8 +220,8 @@ def either_json(stream: TextIOWrapper, name: str, findings: Findings) -> Iterato
 def documents(stream: TextIOWrapper, name: str) -> Iterator[Record | Bad]:
     """Yield the rows of a text file. Usually the whole file is one row.
 
-    If the file has questions in PhoGPT's template, each question begins a row. Its line begins with
-    "### Câu hỏi:", after an empty line.
+    If the file has questions in PhoGPT's template, each question begins a row. Such a question is
+    a line that begins with "### Câu hỏi:" and is the first line or follows an empty line.
     """
     first, lines, size, empty = 1, [], 0, True
     for number, line in enumerate(chain(lines_of(stream), [""]), 1):
@@ -245,7 +245,7 @@ def documents(stream: TextIOWrapper, name: str) -> Iterator[Record | Bad]:
 
 
 def read_hub(repository: str, split: str, revision: str | None) -> Iterator[Record]:
-    """Yield the rows of a split of a hub dataset during its download."""
+    """Yield the rows of a split of a hub dataset while the dataset is downloaded."""
     import datasets
 
     name = f"{repository}:{split}"

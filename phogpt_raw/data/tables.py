@@ -1,9 +1,9 @@
 """Read tables as records: text with any delimiter, and parquet.
 
-The first row names the columns. An extra quote or comma moves texts into other columns, or joins
-rows. So every row must have one cell for each column. A delimiter or a line end must follow a
-closing quote. Other rows are bad. After a bad row, reading continues with the line after its first
-line.
+The first row names the columns. An extra quote or comma would move texts into other columns, or
+join rows. Two rules reveal such mistakes: every row must have one cell for each column, and a
+delimiter or a line end must follow each closing quote. A row that breaks a rule is bad. If the
+mistake is a quote, reading continues with the line after the first line of the bad row.
 """
 
 import csv
@@ -20,12 +20,12 @@ from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
 DELIMITERS = ",;\t|"
-MOST_LINES = 1000  # lines of a row; in a longer row, a closing quote is missing
+MOST_LINES = 1000  # if a row has more lines, a closing quote is missing
 LIKE_ROWS = 10  # if this many lines of a cell look like rows, a closing quote is missing
 
 
 class Text:
-    """The lines of a table; lines can be put back and read again."""
+    """The lines of a table. Lines that have been read can be put back and read again."""
 
     def __init__(self, lines: Iterable[str | None]):
         self.lines, self.back = iter(lines), deque()
@@ -47,7 +47,8 @@ class Text:
             yield line
 
     def done(self, lines: int) -> None:
-        """End a record of this number of lines. The other lines in `taken` are read again."""
+        """End the current record, which has this number of lines. The other lines in `taken` are
+        read again."""
         self.back.extendleft(reversed(self.taken[lines:]))
         self.number += lines
         self.taken = []
@@ -82,8 +83,10 @@ def in_words(error: str) -> str:
 def delimiter_of(head: str) -> str:
     """Choose the delimiter of a table from the start of its text.
 
-    The delimiter must occur in the first row. The best delimiter gives the most rows that have as
-    many cells as the first row.
+    Each delimiter that occurs in the first row is tried: it divides the first 20 rows into cells.
+    The program then counts the rows that have the same number of cells as the first row. The
+    delimiter with the largest share of such rows is chosen. If two delimiters have the same share,
+    the one that gives more cells is chosen.
 
     >>> delimiter_of("Câu hỏi;Trả lời\\nSao, vậy?;Dạ, vâng\\n"), delimiter_of("a\\tb\\n1\\t2")
     (';', '\\t')
@@ -174,7 +177,8 @@ def rows_within(cell: str, names: list[str], delimiter: str) -> int:
 
 
 def parquet(path: Path, name: str) -> Iterator[Record]:
-    """Yield the rows of a .parquet file. The rows have a row number in place of a line."""
+    """Yield the rows of a .parquet file. Their places have a row number instead of a line number.
+    """
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
@@ -200,9 +204,9 @@ def parquet(path: Path, name: str) -> Iterator[Record]:
 
 
 def check_sizes(metadata, name: str) -> None:
-    """Raise Refusal if the rows of a group have more than LONGEST characters on average.
+    """Raise Refusal if the rows of a row group have more than LONGEST characters on average.
 
-    A character is counted as four bytes. Only the metadata of the file is read.
+    Four bytes count as one character. Only the metadata of the file is read.
     """
     for n in range(metadata.num_row_groups):
         group = metadata.row_group(n)

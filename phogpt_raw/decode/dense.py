@@ -22,7 +22,7 @@ from phogpt_raw.model.cache import Cache, Piece
 from phogpt_raw.model.lora import dense
 from phogpt_raw.model.phogpt import PhoGPT
 
-MOST = 2**30  # the largest size of all copies in bytes; a larger model runs its own forward
+MOST = 2**30  # bytes; if the copies would take more, the model's own forward runs instead
 
 
 @dataclass(frozen=True)

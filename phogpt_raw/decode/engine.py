@@ -2,17 +2,18 @@
 
 A row of the batch is one prompt and its answer. First the model reads the prompt, in pieces of at
 most PREFILL tokens. Each later step writes one token in every row. Rows have their own lengths and
-do not influence each other, so an answer is the same alone and in a batch. When an answer ends, the
-next waiting prompt gets its row. So a long answer does not delay short answers.
+do not influence each other, so an answer does not depend on the other rows. When an answer ends,
+the next waiting prompt gets its row. So a long answer does not delay short answers.
 
-On a GPU a step is one CUDA graph: it takes the last token of each row and computes the next token.
+On a GPU a step is one CUDA graph, which computes the next token of each row from its last token.
 Positions, sampling and the end check are computed on the device, so a step never waits for the
-host. The host reads the tokens of one step while the GPU runs the next step. The first step of each
-batch size runs eagerly, without a graph. If graphs are off, all steps run eagerly.
+host. The host reads the tokens of one step while the GPU runs the next step. A graph serves one
+batch size and one choice of sampling features (`Needs`). The first step of each such kind runs
+eagerly, without a graph. If graphs are off, all steps run eagerly.
 
 The plain version of a step is the model's forward. Two faster versions compute the same. fused.py
-uses fewer kernels, over NF4 weights on a GPU with Triton. dense.py dequantises the weights only
-once, on a CPU.
+runs fewer kernels. It is for NF4 weights on a GPU with Triton. dense.py dequantises the weights
+only once. It is for a CPU.
 
 B rows, L length, S positions, D hidden, V vocabulary.
 """
@@ -33,8 +34,10 @@ from phogpt_raw.model.cache import Piece, Step, cache_bytes
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 
 STEP = 128  # positions; the cache's length is a multiple of STEP
-AHEAD = 1024  # tokens that an answer can grow before the cache is enlarged, which needs new graphs
-PREFILL = 2048  # prompt tokens in one pass through the model
+# The cache gets room for this number of new tokens in each row. A larger number would waste memory.
+# With a smaller number, the cache would be enlarged more often, which needs new graphs each time.
+AHEAD = 1024
+PREFILL = 2048  # the largest number of prompt tokens that the model reads at once
 GREEDY = Sampling()
 
 
@@ -74,7 +77,7 @@ class Row:
 @dataclass
 class Pending:
     """A step whose tokens the host has not read yet. keys: the request of each row. read(): waits
-    for the step and returns [tokens, whether each row has ended]."""
+    for the step and returns two lists: each row's token, and whether each row has ended."""
 
     keys: list[int]
     read: Callable[[], list[list[int]]]
@@ -102,8 +105,8 @@ class Engine:
     conversation costs only its own tokens.
 
     eos_id: the token that ends an answer. pad_id: the token that fills unused positions. capture:
-    whether to run steps as CUDA graphs on a GPU. memory: returns a context in which large tensors
-    are allocated.
+    whether to run steps as CUDA graphs on a GPU. memory: a function that returns a context manager.
+    Large tensors are allocated inside it.
     """
 
     def __init__(self, model: PhoGPT, *, eos_id: int, pad_id: int, rows: int = 8,
@@ -174,7 +177,7 @@ class Engine:
             while self.out:
                 yield self.out.popleft()
             if self.queue and len(self.rows) < self.most_rows:
-                self.read(behind=0)  # the unread steps ran without the new rows
+                self.read(behind=0)  # first, because the unread steps ran without the new rows
                 self.admit()
             elif self.rows:
                 self.unread.append(self.launch())
@@ -263,7 +266,7 @@ class Engine:
         prompt must be first."""
         first, lengths = len(self.rows), [len(row.prompt) for row in group]
         known = self.known(group[0].prompt)
-        self.kept = self.kept[:known]  # the rest is overwritten, even if reading is interrupted
+        self.kept = self.kept[:known]  # the other tokens' places may be overwritten from now on
         place = slice(first, first + len(group))
         ids_BL = torch.full((len(group), lengths[-1]), self.pad_id)
         for n, row in enumerate(group):
@@ -332,7 +335,7 @@ class Engine:
     def launch(self) -> Pending:
         """Start a step for all rows. On a GPU this does not wait for the step."""
         rows = len(self.rows)
-        # If a step is unread, a row has one token more than `written`.
+        # If a step is not read yet, its token is not in `written`, so a row has one token more.
         longest = 2 + max(len(row.prompt) + row.written for row in self.rows)
         if longest > self.cache.positions:
             self.make_room([])

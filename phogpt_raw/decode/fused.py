@@ -7,7 +7,7 @@ Three more functions compute everything between the products. The plain version 
 before it in this file:
 
     norm_low     layer norm, and x Aᵀ for the next linear layer
-    attend_low   attention over parts of the cache, their combination, and x Aᵀ
+    attend_low   attention over parts of the cache, the combination of the parts, and x Aᵀ
     low_rank     x Aᵀ alone
 
 B rows, D hidden, H heads, K head width, S positions, P parts, R rank. A "2" in a name means that
@@ -36,7 +36,9 @@ try:
 except ImportError:  # only torch for CUDA on Linux installs Triton
     triton = None
 
-PART, PARTS = 128, 16  # the smallest number of positions in a part; the most parts in a row
+# Attention divides the cached positions of a row into at most PARTS parts. A part has at least PART
+# positions.
+PART, PARTS = 128, 16
 
 
 class FusedStep:
@@ -188,7 +190,8 @@ def norm_low(x_BD, norm: Norm, linear: Linear):
     """`norm_low_plain` in one kernel. For each row of x, it has one program for each row of A, and
     one program that writes the norm.
 
-    Each program computes the whole norm. This is faster than waiting for another kernel.
+    Each program computes the whole norm. This is faster than one more kernel, whose result these
+    programs would have to wait for.
     """
     (rows, width), rank = x_BD.shape, 0 if linear.A_RD is None else len(linear.A_RD)
     y = torch.empty(rows, 2, width // 2, dtype=x_BD.dtype, device=x_BD.device)
@@ -227,8 +230,8 @@ def attend_low_plain(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear
 
 
 def attend_low(qkv_BF, kv, place_B, slopes_H, scale: float, linear: Linear):
-    """`attend_low_plain` in two kernels. The first kernel computes parts of the cache in parallel,
-    and the second kernel combines the parts."""
+    """`attend_low_plain` in two kernels. The first kernel computes attention over each part of
+    the cache in parallel. The second kernel combines the results of the parts."""
     _, _, heads, positions, width = kv.shape
     rows, rank = len(qkv_BF), 0 if linear.A_RD is None else len(linear.A_RD)
     part = max(PART, triton.next_power_of_2(-(-positions // PARTS)))

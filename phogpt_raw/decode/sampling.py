@@ -7,8 +7,8 @@ token with the largest sum is chosen. This chooses each token with its probabili
 Maddison et al. 2014, arXiv:1411.0030).
 
 The noise is computed from a hash of the row's seed, the token's position and the token's id, so
-there is no generator state. An answer is the same alone and in a batch, and with and without CUDA
-graphs. On another device it is the same up to rounding.
+there is no generator state. An answer is the same if its prompt runs alone or in a batch, with CUDA
+graphs or without them. On another device, only rounding errors can change the answer.
 
 B rows, V vocabulary, S positions, P values of a Sampling.
 """
@@ -48,7 +48,7 @@ class Sampling:
         if self.greedy:
             return [1, 0, 0, math.inf, -math.inf, self.repetition_penalty]
         least = math.log(self.min_p) if self.min_p else -math.inf
-        top_p = self.top_p if self.top_p < 1 else math.inf  # rounded sums may exceed 1
+        top_p = self.top_p if self.top_p < 1 else math.inf  # a sum of probabilities may exceed 1
         return [self.temperature, 1, self.top_k, top_p, least, self.repetition_penalty]
 
 

@@ -1,6 +1,6 @@
 """Turn tokens into text as they are written, and stop before a stop string.
 
-A Vietnamese character takes two or three bytes, and a token may end inside a character. An
+A Vietnamese letter with a diacritic takes two or three bytes, and a token may end inside it. An
 incomplete character is held back until later tokens complete it. Text that may be the beginning of
 a stop string is held back too.
 """
@@ -8,7 +8,7 @@ a stop string is held back too.
 from collections.abc import Sequence
 
 HALF = "\ufffd"  # the replacement character: invalid or incomplete bytes
-TURNS = 4  # repetitions of a passage at the end of an answer that count as a loop
+TURNS = 4  # this many repetitions of a passage at the end of an answer are a loop
 
 
 class TextStream:

@@ -180,7 +180,8 @@ def bytes_needed(options, merger: Merger, dtype: torch.dtype) -> int:
 
 
 def write_nf4(folder: Path, made: Path, dtype: torch.dtype, device: str) -> None:
-    """Write the base of a model folder in NF4. A run on this machine quantises it identically."""
+    """Write the base of a model folder in NF4, to the folder `made`. A run on this machine would
+    quantise the base to the same values."""
     where = dict(dtype=dtype, device=torch.device(device))
     cache = find_cache(folder, made, **where)
     nf4_file.write(read_model(folder, nf4=True, **where), cache.file, cache.key, cache.base)

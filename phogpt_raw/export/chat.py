@@ -35,8 +35,8 @@ def jinja(template: Template) -> str:
 
 
 def modelfile(template: Template, context: int) -> str:
-    """Ollama's Modelfile for model.gguf in the same folder. context: tokens of the model's context.
-    """
+    """Ollama's Modelfile for model.gguf in the same folder. context: the length of the model's
+    context in tokens."""
     question = template.question.format(
         "{{ if .System }}{{ .System }}\n{{ end }}{{ .Prompt }}")
     return (f"# ollama create phogpt -f Modelfile && ollama run phogpt\n"

@@ -1,8 +1,9 @@
 """Compare the predictions of a merged checkpoint with those of the adapter on its base.
 
-They differ. The adapter was trained over weights that are rounded to 4 bits. It is merged into the
-unrounded weights, and the sum is rounded to 16 bits. Both models read the same texts here, one
-block at a time. So host memory holds the weights of only one block.
+The predictions differ, because the adapter was trained over weights that are rounded to 4 bits, but
+is merged into the unrounded weights. The sum is then rounded to 16 bits. Here both models read the
+same texts. Their blocks are computed one at a time, so host memory holds the weights of only one
+block.
 
 B texts, L length, T tokens, D hidden, H heads, V vocabulary.
 """
@@ -21,15 +22,15 @@ from phogpt_raw.model.nf4 import dequantise, nf4_linear
 from phogpt_raw.model.phogpt import Block, ModelConfig
 
 TOKENS = 32  # tokens of each text that are compared
-ROWS = 2**15  # rows of the head that are multiplied at once
+ROWS = 2**15  # rows of the head's matrix that are multiplied at once
 
 
 @dataclass(frozen=True)
 class Distance:
     """The difference over `tokens` predictions.
 
-    same: share of them with the same most likely token. divergence: mean Kullback-Leibler
-    divergence in nats. largest: largest difference of a logit.
+    same: fraction of the predictions in which both models have the same most likely token.
+    divergence: mean Kullback-Leibler divergence in nats. largest: largest difference of a logit.
     """
 
     tokens: int
@@ -96,7 +97,7 @@ def final_states(config: ModelConfig, tensor_of, ids_BL: torch.Tensor, device,
 def both_heads(one_VD, other_VD, both_2TD) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits [T, V] of two models. Each has its own head and hidden states.
 
-    ROWS rows of a head are multiplied at a time.
+    ROWS rows of a head's matrix are multiplied at a time.
     """
     parts = [[hidden_TD @ head_VD[start : start + ROWS].to(hidden_TD).T
               for start in range(0, len(head_VD), ROWS)]

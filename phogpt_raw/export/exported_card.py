@@ -42,9 +42,9 @@ def write(file: Path, *, title: str, base: str | None, revision: str | None, nam
           template: str, adapted: bool, merged: str | None, kind: str | None, lora: bool) -> None:
     """Write the README.md of an exported folder.
 
-    base: the base's repository on the hub, or None if it is a folder. name: the base's name.
-    merged: dtype of the checkpoint. kind: type of model.gguf. Both are None if there is no such
-    file.
+    base: the base's repository on the hub, or None if the base is a folder. name: the base's name.
+    merged: dtype of the merged checkpoint, or None if there is none. kind: type of model.gguf, or
+    None if there is no such file.
     """
     named = plain(base or name) + (f", revision {plain(revision)}" if revision else "")
     question = TEMPLATES[template].question.format("Câu hỏi của bạn")

@@ -1,8 +1,8 @@
 """Write a merged model, or an adapter alone, in llama.cpp's file format with the `gguf` package.
 
-llama.cpp supports PhoGPT as the architecture `mpt`. It supports the biases since February 2024
-(pull request 5638). It always scales attention by 1 / sqrt(K). A config with another scale is
-refused here. Tensors are converted while they are written, some rows at a time.
+llama.cpp supports PhoGPT as the architecture `mpt`, and its biases since February 2024 (pull
+request 5638). It always scales attention by 1 / sqrt(K), so a config with another scale is refused
+here. Tensors are converted while they are written, some rows at a time.
 
 D hidden, H heads, K head width, R rank, V vocabulary.
 """
@@ -21,9 +21,10 @@ from phogpt_raw.refusal import Refusal
 
 KINDS = ("f32", "f16", "q8_0", "q4_0")
 # The regular expressions by which PhoGPT's and nano's tokenizers split text before BPE. Both match
-# the same characters as the one that llama.cpp uses for BLOOM.
+# the same characters as the regular expression that llama.cpp uses for BLOOM.
 PATTERNS = (" ?[^(\\s|[.,!?…。，、।۔،])]+", " ?[^\\s.,!?()|…。，、।۔،]+")
-# The largest value that each type can store. A block of a quantised type has its scale in fp16.
+# The largest value that each type can store. For a quantised type it is the largest integer times
+# the largest scale, because a block of values has one scale in fp16.
 LARGEST = {"F32": torch.finfo(torch.float32).max, "F16": 65504, "Q8_0": 127 * 65504,
            "Q4_0": 8 * 65504}
 CHUNK = 2**23  # elements that are converted at once
@@ -41,7 +42,8 @@ def import_gguf():
 class Rows:
     """A tensor of a GGUF file that is computed while it is written. GGUFWriter uses it as an array.
 
-    make: a function that returns the tensor in PyTorch. kind: its type in the file, one of KINDS.
+    make: a function that returns the tensor in PyTorch. kind: the tensor's type in the file, one of
+    KINDS.
     """
 
     def __init__(self, name: str, shape: torch.Size, make: Callable[[], torch.Tensor], kind: str):
@@ -67,8 +69,8 @@ class Rows:
 def model_tensors(merger: Merger, kind: str) -> Iterator[Rows]:
     """Yield the tensors of the merged model, under llama.cpp's names. Vectors stay in fp32.
 
-    The embedding is also the head. In a quantised model it is stored in 8 bits. llama.cpp's own
-    quantised files give it more bits than the blocks too.
+    The embedding is also the head, so a quantised model stores it in 8 bits. In llama.cpp's own
+    quantised files too, the embedding has more bits than the blocks.
     """
     gguf = import_gguf()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MPT, merger.config.n_layers)
@@ -101,7 +103,7 @@ def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_templa
 
 
 def check_model(merger: Merger) -> None:
-    """Raise Refusal for a model that llama.cpp would compute differently, without an error.
+    """Raise Refusal for a model with which llama.cpp would give other results and no error.
 
     No weights are read.
     """
@@ -169,9 +171,9 @@ def check_tokenizer(content: dict, where: str) -> None:
 def write_adapter(merger: Merger, file: Path, kind: str = "f16") -> None:
     """Write adapter.gguf, which llama.cpp loads over a GGUF of the base.
 
-    llama.cpp scales a layer's update by alpha / R. A layer can have another scale (rsLoRA, or its
-    own alpha). Then its B is multiplied by the ratio of the two scales. Raises Refusal for an
-    adapter that is not plain LoRA.
+    llama.cpp scales a layer's update by alpha / R. If a layer has another scale, because of rsLoRA
+    or of its own alpha, its B is multiplied by the ratio of its scale to alpha / R. Raises Refusal
+    for an adapter that is not plain LoRA.
     """
     gguf = import_gguf()
     check_plain(merger)
@@ -195,7 +197,8 @@ def write_adapter(merger: Merger, file: Path, kind: str = "f16") -> None:
 def balanced(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B, scaled by opposite powers of two so that their largest values are about equal.
 
-    Their product does not change. Without this, 16 bits would lose the values of a small B.
+    Their product does not change. Without this scaling, the values of a small B would be lost in
+    fp16.
     """
     largest_A, largest_B = (float(part.abs().max()) for part in (A, B))
     if not largest_A or not largest_B:

@@ -1,9 +1,10 @@
 """Merge an adapter into the base's weights, one tensor at a time.
 
-PEFT's code does the merging. So rsLoRA, DoRA and different ranks per layer are merged as PEFT
-defines them. PEFT merges into modules. So the model is built with weights that take no memory. Then
-the weights of one layer at a time are put into it and merged. The base's files are memory-mapped.
-So host memory holds one layer in fp32, its update, and the shard that is being written.
+PEFT's code does the merging, so rsLoRA, DoRA and different ranks per layer are merged as PEFT
+defines them. PEFT merges into modules. The model is therefore built with weights that take no
+memory, and then the weights of one layer at a time are put into it and merged. Because the base's
+files are memory-mapped, host memory holds only one layer in fp32, its update, and the file of
+weights that is being written.
 
 O output features, D input features.
 """
@@ -36,9 +37,10 @@ ADAPTER_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitud
 class Merger:
     """Merges an adapter into the tensors of a base.
 
-    folder: the base's. adapter: the adapter's folder, or None. config: the base's config. tensors:
-    {name: tensor} of the base, memory-mapped and as stored; the files are opened at the first use.
-    tokenizer: the content of tokenizer.json. adapters: the adapter's weights, or None.
+    folder: the folder of the base. adapter: the folder of the adapter, or None. config: the base's
+    config. tensors: {name: tensor} of the base, memory-mapped and as stored; the files are opened
+    at the first use. tokenizer: the content of tokenizer.json. adapters: the adapter's weights, or
+    None.
 
     Raises Refusal if the base lacks a tensor, if the adapter is for another model, or if it has
     weights that cannot be merged.
@@ -133,7 +135,8 @@ def trained_biases(adapters: Adapters) -> dict[str, torch.Tensor]:
 
 
 def stored_dtype(merger: Merger) -> torch.dtype:
-    """The dtype in which the base is stored, if it has 16 bits. Otherwise bf16, as in PhoGPT."""
+    """The dtype in which the base is stored, if it has 16 bits. Otherwise bf16, in which PhoGPT is
+    published."""
     dtype = next(tensor.dtype for name, tensor in merger.tensors.items() if name.endswith("weight"))
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
@@ -146,8 +149,8 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
     config that both VinAI's and transformers' MPT can read.
 
     base: the base as the user named it. If it is a hub id, the config names this repository as the
-    place of its code. chat_template: the template of the training, in Jinja. It replaces the
-    tokenizer's own template.
+    place of the model's code. chat_template: the template of the training, in Jinja. It replaces
+    the tokenizer's own template.
     """
     size = dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
     config = merged_config(merger.folder, base, dtype)

@@ -1,9 +1,9 @@
 """README.md of a run's folder, in the hub's format. It describes the adapter and its use.
 
-The card may be published. So it contains no path of the computer that trained. Data files are named
-by name and hash. A base in a folder is named by the folder's name. The card contains no date, so
-the same run gives the same card. A README.md without the line MARK was not written by this program,
-and is not replaced.
+The user may publish this model card, so it contains no path of the computer that trained the
+adapter. For a data file it gives only the name and the hash, and for a base in a folder only the
+folder's name. It contains no date, so the same run gives the same model card. A README.md without
+the line MARK was not written by this program, and is not replaced.
 """
 
 import importlib.metadata
@@ -114,7 +114,7 @@ llama-completion -m PhoGPT.gguf --lora OUT/adapter.gguf -no-cnv -e -p '{escaped}
 def write(job: Job) -> None:
     """Write README.md into the folder of a run that has ended with an adapter.
 
-    If the card cannot be written, one line is printed and the run still succeeds.
+    If the file cannot be written, one line of text is printed and the run still succeeds.
     """
     file = job.run.folder / CARD
     try:
@@ -128,7 +128,7 @@ def write(job: Job) -> None:
 
 
 def card(job: Job) -> str:
-    """The whole text of the card: front matter, MARK, body."""
+    """The whole text of the model card: the front matter in YAML, MARK and the body."""
     config, folder = job.config, job.run.folder
     template = TEMPLATES[job.examples.template].question.format("Câu hỏi của bạn")
     hub, name = hub_id(config.model), plain(config.base_name())
@@ -184,7 +184,8 @@ def metadata(base: str | None, relation: str | None, tags: list[str], **more) ->
 
 
 def results(job: Job) -> str:
-    """The results at the saved adapter's step: losses, perplexity, share of answers that stop.
+    """The results at the saved adapter's step: losses, perplexity, and the fraction of the answers
+    that end by themselves.
 
     They are a table, or a sentence if no rows were held out.
     """
@@ -253,7 +254,7 @@ def texts_in(train: list[Example]) -> int:
 
 
 def kind_of(train: list[Example]) -> str:
-    """The kind of the examples, in the words of the card."""
+    """The kind of the examples, in the words of the model card."""
     texts = texts_in(train)
     if not texts:
         return "questions and answers"
@@ -261,7 +262,8 @@ def kind_of(train: list[Example]) -> str:
 
 
 def loss_on(train: list[Example]) -> str:
-    """The tokens that carry loss, in the words of the card. In a row of text all tokens do."""
+    """The tokens that carry loss, in the words of the model card. In a row of text without a
+    question, all tokens carry loss."""
     texts = texts_in(train)
     if not texts:
         return "on the answer and its end token only"
@@ -318,5 +320,5 @@ def number(value: float | None) -> str:
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # if phogpt-raw runs from its folder
+    except importlib.metadata.PackageNotFoundError:  # phogpt-raw itself, run from its folder
         return "not installed"

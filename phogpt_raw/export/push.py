@@ -1,9 +1,9 @@
 """Upload a run's adapter, or an exported folder, to a repository of the hub.
 
-Only `push` uses the network. The token comes from HF_TOKEN or from `hf auth login`. This program
-writes it to no file and to no command line. From a run's folder, only the files in PUBLISHED are
-uploaded. config.json, metrics.jsonl and the checkpoints are not uploaded. They contain paths of
-this machine, or are useless to other people.
+Of the functions here, only `push` uses the network. The access token comes from HF_TOKEN or from
+`hf auth login`. This program writes the token to no file and to no command line. From a run's
+folder, only the files in PUBLISHED are uploaded. config.json, metrics.jsonl and the checkpoints are
+not uploaded, because they contain paths of this machine or are useless to other people.
 """
 
 import json

@@ -23,7 +23,9 @@ from phogpt_raw.model.nf4_cache import human
 from phogpt_raw.show.console import listing, out, paragraph
 
 COMPARED = 8  # texts over which a merged checkpoint is compared with the adapter on its base
-ENOUGH = 0.8  # a warning is printed if a smaller share of the most likely tokens is the same
+# A warning is printed if both models have the same most likely token in less than this fraction of
+# the predictions.
+ENOUGH = 0.8
 NF4 = "nf4"  # folder in OUT for the NF4 cache; it is for this computer only, and never uploaded
 
 
@@ -65,7 +67,8 @@ def say_distance(source: Source, made: Path, dtype: torch.dtype) -> None:
 def shown(folder: Path) -> str:
     """A folder as an argument of a command.
 
-    It gets `./` if the command would read it as a flag or as the built-in base nano.
+    `./` is put before the folder if the command would read its name as a flag or as the built-in
+    base nano.
     """
     text = str(folder)
     return f"./{text}" if text.startswith("-") or text == "nano" else text

@@ -1,8 +1,9 @@
 """generate.py --input FILE --output FILE answers many questions, one JSON line for each answer.
 
-Prompts are answered in batches, the longest first. So the cache is allocated only once. Each answer
-is stored as soon as it is finished. After a kill, the same command continues with the remaining
-questions. The output file is written at the end, in the order of the input.
+Prompts are answered in batches. The longest prompts come first, so the cache has its final size
+from the start and is allocated only once. Each answer is stored as soon as it is finished. If the
+program is killed, the same command later continues with the remaining questions. The output file is
+written at the end, in the order of the input.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ from phogpt_raw.refusal import Refusal
 ANSWERS = ("response", "completion", "output", "answer")
 STAND_IN = "-"  # placeholder answer for a row without an answer
 LINES = (".txt", ".md", ".markdown")  # in these files each line is a question
-PROGRESS = ".progress"  # added to the output file's name: the file of the finished answers
+PROGRESS = ".progress"  # ending of the file that stores the finished answers until the end
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Line:
 def read_questions(spec: str, mapped: dict[str, str]) -> list[Question]:
     """The questions of a file, in any format that train.py reads.
 
-    The rows may have answers or not. In a text file each line is a question. If rows cannot be
-    used, Refusal is raised and names them.
+    The rows may have answers, but need none. In a text file each line is a question. Raises
+    Refusal, which names the unusable rows, if there are any.
     """
     source, found, findings = find_unweighted(spec, "--input"), [], Findings()
     units = [(read_hub(*source.hub), None)] if source.hub else [
@@ -101,8 +102,8 @@ def lines_of(path: Path, findings: Findings) -> Iterator[Question]:
 
 
 def with_answer(record: Record, mapped: dict[str, str]) -> Record:
-    """The record, with a placeholder answer if it has none. The reader of training rows needs one.
-    """
+    """The record, with a placeholder answer if it has no answer. The reader, which is also used for
+    training rows, accepts no record without an answer."""
     row = record.value
     if not isinstance(row, dict):
         return record
@@ -273,7 +274,8 @@ def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Ge
 
 
 def free_mib(model: PhoGPT) -> int:
-    """MiB that keys and values may take: half of the GPU's free memory; CPU_MIB on a CPU."""
+    """The memory in MiB that keys and values may use: half of the GPU's free memory, or CPU_MIB on
+    a CPU."""
     if model.head.device.type != "cuda":
         return memory_plan.CPU_MIB
     return torch.cuda.mem_get_info()[0] // 2**21

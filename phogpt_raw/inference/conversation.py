@@ -47,7 +47,8 @@ class Conversation:
         self.turns: list[Turn] = []
 
     def ask(self, question: str) -> tuple[list[int], int, int]:
-        """Begin the next turn; return (prompt, tokens that the answer may have, turns left out).
+        """Begin the next turn. Returns (prompt, the largest number of tokens in the answer, the
+        number of turns that are left out).
 
         The prompt is a list of token ids. The oldest turns are left out until an answer of `most`
         tokens fits, or until no turn remains. Raises Refusal if the question alone is too long. In
@@ -106,10 +107,10 @@ def chat(found: Found, how: Generation, system: str = "") -> None:
 
 
 class CtrlC:
-    """Raises KeyboardInterrupt for Ctrl-C only inside the blocks of `ends`, once for each block.
+    """Raises KeyboardInterrupt for Ctrl-C only inside `with ends()` blocks, at most once in each.
 
-    A key that is held down sends many signals. Without this class, a signal between two turns, or
-    while an answer is stored, would end the program.
+    If the user holds Ctrl-C down, many signals arrive. Without this class, a signal that arrives
+    between two turns, or while an answer is stored, would end the program.
     """
 
     def __init__(self):
@@ -165,7 +166,7 @@ def turn(conversation: Conversation, question: str, engine: Engine, how: Generat
 
 
 def questions(live: bool, ctrl_c: CtrlC):
-    """Yield the questions from the terminal or the pipe, until its end or /thoát.
+    """Yield the questions from the terminal or the pipe, until the input ends or is /thoát.
 
     In a terminal, Ctrl-C discards the line that is being typed. With a pipe, it ends the program.
     """
@@ -221,7 +222,8 @@ def next_line() -> str:
 
 
 def edit_lines() -> None:
-    """Enable arrow keys, a history of lines, and several pasted lines as one question."""
+    """Enable arrow keys and a history of lines. Several lines that are pasted together become one
+    question."""
     try:
         import readline
     except ImportError:  # Windows

@@ -1,7 +1,8 @@
 """Find and load the model that answers: a base, with or without an adapter.
 
 All steps that need no weights come first, so that mistakes are reported before weights are read.
-For an adapter, the template, precision, base and revision come from its run. A flag overrides each.
+If there is an adapter, the template, precision, base and revision are those of its training run,
+unless a flag gives another value.
 """
 
 from dataclasses import dataclass, replace
@@ -70,7 +71,8 @@ class Found:
             say_if_another(find_folder(self.base, self.revision), self.base_weights, self.adapter)
 
     def load(self) -> PhoGPT:
-        """Read the weights; print a warning if the adapter was trained over other weights."""
+        """Read the weights. A warning is printed if the adapter was trained with other weights of
+        the base."""
         self.say_if_over_others()
         model, _tokenizer = load_base(self.base, nf4=self.nf4, dtype=self.dtype,
                                       device=self.card.device, revision=self.revision,

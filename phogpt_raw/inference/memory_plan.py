@@ -47,7 +47,10 @@ def conversation(found: Found, how: Generation) -> Work:
 
 
 def file(found: Found, how: Generation, lengths: list[int]) -> Work:
-    """The work of answering a file of prompts, several at once. lengths: tokens of each prompt."""
+    """The work of answering the prompts of a file, several at the same time.
+
+    lengths: the number of tokens in each prompt.
+    """
     longest = min(max(lengths) + how.most, found.shape.max_seq_len)
     model, card = model_of(found), found.card
     free = card.memory_gib * GIB - CONTEXT - base_bytes(model) - adapter_bytes(model)
@@ -57,10 +60,10 @@ def file(found: Found, how: Generation, lengths: list[int]) -> Work:
 
 
 def rows_at_once(found: Found, longest: int, prompts: int, free_mib: int) -> int:
-    """The number of prompts of a file that are answered at once.
+    """The number of prompts of a file that are answered at the same time.
 
-    longest: tokens of the longest prompt together with its answer. free_mib: MiB that all keys and
-    values may take.
+    longest: the number of tokens in the longest prompt and its answer together. free_mib: the
+    memory in MiB that all keys and values may use.
     """
     return min(rows_that_fit(found.shape, longest, found.dtype.itemsize, max(0, free_mib)),
                prompts, MOST)

@@ -13,8 +13,7 @@ def read_question(given: str) -> str:
 
 
 def from_stdin() -> str:
-    """Standard input as text, in UTF-8 or in UTF-16 with a byte order mark, as Windows writes it.
-    """
+    """Standard input as text. It may be in UTF-8, or in UTF-16 with a byte order mark (Windows)."""
     read = getattr(sys.stdin, "buffer", None)
     if read is None:
         return sys.stdin.read()

@@ -4,9 +4,10 @@ It prints the loss of all known answers, in nats per token, and the perplexity. 
 answers the last question of each row. Earlier questions of a row keep their known answers. The
 generated answers have three scores:
 
-- the share that equals the known answer, except for capitals, spaces and a full stop at the end
+- the share of answers that equal the known answer (capitals, spaces and a full stop at the end
+  make no difference)
 - chrF (Popović 2015, doi:10.18653/v1/W15-3049), computed by sacrebleu
-- the share that ends by itself
+- the share of answers that end by themselves, before the limit of tokens
 
 With an adapter, each score is printed twice: for the base alone, and with the adapter.
 """
@@ -39,8 +40,8 @@ from phogpt_raw.training.evaluate import held_out_loss, perplexity
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import chunk_rows
 
-SHOWN = 20  # answers on the page
-LOSS_MIB = 256  # the most MiB of one chunk of logits
+SHOWN = 20  # number of answers on the page
+LOSS_MIB = 256  # maximum memory of one chunk of logits, in MiB
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
              mapped: dict[str, str]) -> None:
     """Score the model on the rows of a file, and print a table.
 
-    output: a JSON file for the scores and answers. A page of answers is written to its folder.
+    output: a JSON file for the scores and answers. An HTML page with the first answers is written
+    to the same folder.
     """
     metric = chrf()
     with reserved(output) as files:
@@ -85,7 +87,9 @@ def evaluate(found: Found, spec: str, output: Path | None, how: Generation, *,
 
 @contextmanager
 def reserved(output: Path | None) -> Iterator[tuple[Path, Path] | None]:
-    """Reserve the names of the JSON file and of its page during the block; None without --output.
+    """Reserve the names of the JSON file and of its page during the block.
+
+    Yields both names, or None without --output.
     """
     if output is None:
         yield None

@@ -18,7 +18,7 @@ class Generation:
     """Settings of generation.
 
     most: the largest number of tokens in an answer. stops: stop strings; an answer ends before the
-    first one. capture: run steps as CUDA graphs on a GPU.
+    first one. capture: True if steps run as CUDA graphs on a GPU.
     """
 
     most: int
@@ -45,7 +45,8 @@ class Written:
     screen: "Screen" = field(default_factory=lambda: Screen(terminal_width()))
 
     def show(self, text: str) -> None:
-        """Print text. White space before an answer is removed: 4B's answers begin with a space."""
+        """Print text. White space before the answer is removed, because the answers of 4B begin
+        with a space."""
         text = text if self.text else text.lstrip()
         self.text += text
         if self.screen.width:
@@ -58,7 +59,7 @@ class Written:
 
 
 class Screen:
-    """Breaks lines between words, for a terminal of `width` columns. Width 0 breaks no lines.
+    """Breaks lines between words, for a terminal of `width` columns. If it is 0, lines stay whole.
 
     A word is held back until it is complete, so that it is never split over two lines.
     """
@@ -80,12 +81,13 @@ class Screen:
         return shown
 
     def resize(self, width: int) -> None:
-        """Use a new width. The terminal has already wrapped the lines that were longer."""
+        """Use a new width. The terminal itself has already wrapped lines that were too long."""
         if width and width != self.width:
             self.width, self.column = width, self.column % width
 
     def place(self) -> str:
-        """The complete word, after a line break if it does not fit into the current line."""
+        """Return the complete word. If it does not fit into the current line, it follows a line
+        break."""
         word, self.word = self.word, ""
         size = cell_len(word)
         wraps = self.column > 0 and self.column + size >= self.width  # one column for a space

@@ -1,4 +1,4 @@
-"""Read and check an adapter's adapter_config.json, and read from its run how it was trained.
+"""Read and check an adapter's adapter_config.json. Read from its run how the adapter was trained.
 
 PEFT accepts any content of adapter_config.json without checks. This program refuses a field that it
 does not support, or with which its results would differ from PEFT's. The error names the field.
@@ -17,7 +17,8 @@ from phogpt_raw.files import expanded, read_object
 from phogpt_raw.limited import OverLimit, limited
 from phogpt_raw.refusal import Refusal
 
-# Fields without effect here. Some belong to initialisations, but the weights come from the file.
+# Fields that have no effect here. Some of them say how PEFT initialises the weights, but here the
+# weights come from the adapter's file.
 WITHOUT_EFFECT = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
@@ -29,12 +30,13 @@ HONOURED = {
     "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "r",
     "rank_pattern", "revision", "target_modules",
 }
-# Initialisations that do not change the base's weights. The others (PiSSA, OLoRA, CorDA, LoftQ)
-# subtract the adapter's first values from the base. Such a base differs from the base in the files.
+# The values of init_lora_weights that do not change the base's weights. The other initialisations
+# (PiSSA, OLoRA, CorDA, LoftQ) subtract the adapter's first values from the base. Such an adapter
+# fits only this changed base, which differs from the base in the files.
 PLAIN = (True, False, None, "gaussian", "orthogonal", "eva")
 BIASES = ("none", "all", "lora_only")
 HIGHEST_RANK, HIGHEST_ALPHA = 2**16, 2**20
-MERGED = "merged_adapters"  # field in a merged checkpoint's config.json: the adapters' hashes
+MERGED = "merged_adapters"  # field of a merged checkpoint's config.json: hashes of its adapters
 
 
 def read_adapter_config(folder: Path):
@@ -141,8 +143,8 @@ def check_names(names, field: str, file: Path) -> None:
 
 
 def check_time(fields: dict, file: Path) -> None:
-    """Raise Refusal if matching a layer's name with a regular expression takes too long. Some
-    expressions try every way to divide the name."""
+    """Raise Refusal if matching a layer's name with a regular expression takes too long. With
+    some expressions, Python tries every way to divide the name into parts."""
     one_or_more = [fields.get(field) for field in ("target_modules", "exclude_modules")]
     expressions = [*(names for names in one_or_more if isinstance(names, str)),
                    *(fields.get("rank_pattern") or ()), *(fields.get("alpha_pattern") or ())]
@@ -157,7 +159,7 @@ def check_time(fields: dict, file: Path) -> None:
 
 
 def match_all(expressions: list[str]) -> None:
-    """Match each expression with the names of linear layers, in every way that PEFT uses."""
+    """Match each expression with the names of linear layers, in each form that PEFT uses."""
     for expression in expressions:
         for form in (expression, rf"(.*\.)?({expression})$", rf"(?:^|.*?\.){expression}\.(\d+)\."):
             for layer in ("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"):
@@ -173,7 +175,7 @@ class Origin:
     template: str = "auto"
     nf4: bool = True
     dtype: str = "auto"
-    base_weights: str | None = None  # the base's base_hash
+    base_weights: str | None = None  # the result of base_hash for the base
 
 
 def read_origin(folder: Path) -> Origin:
@@ -207,8 +209,8 @@ def read_origin(folder: Path) -> Origin:
 
 def run_record(file: Path) -> dict | None:
     """The content of a run's config.json. None if `file` does not exist, or is a model's
-    config.json. Only the folder of a run has this file, not the folders of its checkpoints. Raises
-    Refusal if the file is damaged or not complete."""
+    config.json. The folder of a run contains a config.json, but the folders of its checkpoints do
+    not. Raises Refusal if the file is damaged or not complete."""
     if not file.is_file():
         return None
     try:
@@ -224,7 +226,8 @@ def run_record(file: Path) -> dict | None:
 
 
 class Base(NamedTuple):
-    """A base model. named: the source of its name, for the beginning of an error message."""
+    """A base model. named: the beginning of an error message, which says where the name of the base
+    comes from."""
 
     model: str
     revision: str | None
@@ -235,7 +238,8 @@ def chosen_base(folder: Path | None, made: Origin, model: str | None,
                 revision: str | None) -> Base:
     """The base model to load: the one that --model names, else the base of the adapter in `folder`.
 
-    --revision overrides the recorded revision. Another base does not get the recorded revision.
+    --revision overrides the recorded revision. If --model names another base than the adapter, the
+    recorded revision is not used.
     """
     if model:
         same = model == made.base and hub_id(model)

@@ -6,8 +6,9 @@ weights are views of one flat buffer (flat.py). A layer with plain LoRA runs `lo
 of PEFT's forward. A layer with dropout, DoRA or another variant runs PEFT's forward.
 
 Recipes for Llama name target layers such as `q_proj`, which PhoGPT does not have. PEFT ignores an
-unknown target if another target matches, and then half the layers may have no adapter. Here an
-unknown target is an error.
+unknown target if another target matches. With the usual targets for Llama, only `up_proj` and
+`down_proj` match, so half of PhoGPT's linear layers get no adapter. Here an unknown target is an
+error.
 """
 
 import copy
@@ -45,7 +46,7 @@ class Adapters(FlatBuffer):
         self.named = None  # the result of `tensors`, computed only once
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The adapters under PEFT's names, fp32, as views of the flat buffer."""
+        """The adapters' weights by their PEFT names. They are fp32 views of the flat buffer."""
         from peft import get_peft_model_state_dict
 
         if self.named is None:
@@ -64,8 +65,8 @@ class Adapters(FlatBuffer):
     def load_tensors(self, tensors: dict[str, torch.Tensor], where: str) -> None:
         """Copy `tensors`, which have PEFT's names, into the flat buffer.
 
-        Every name and shape must match, and every value must be finite. Else it raises Refusal that
-        begins with `where` and names the tensor.
+        Every name and shape must match, and every value must be finite. Otherwise a Refusal is
+        raised, whose message begins with `where` and names the tensor.
         """
         own = self.tensors()
         for name in sorted(own.keys() ^ tensors.keys()):
@@ -109,8 +110,8 @@ class Adapters(FlatBuffer):
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], Path]:
-    """(weights, their file) of an adapter's folder. The weights have PEFT's names and are on the
-    CPU."""
+    """Returns (weights, their file) of the adapter in a folder. The weights have PEFT's names and
+    are on the CPU."""
     from safetensors.torch import load_file
 
     file = folder / "adapter_model.safetensors"
@@ -138,8 +139,8 @@ def new_adapters(
     revision: str | None = None,
     seed: int = 0,
 ) -> Adapters:
-    """Inject new LoRA layers. A is random (Kaiming uniform), B is zero, and the product is scaled
-    by alpha / rank.
+    """Inject new LoRA layers. In each of them, the matrix A is random (Kaiming uniform), the
+    matrix B is zero, and their product B A is scaled by alpha / rank.
 
     adapter_config.json records `base` and `revision` as the base model's name and revision.
     """
@@ -169,7 +170,7 @@ def load_adapters(model: PhoGPT, folder: str | Path, base: str | None = None,
     where = str(folder / "adapter_config.json")
     check_size(config, model, tensors, where)
     config.inference_mode = False
-    config.init_lora_weights = True  # PEFT's default, because the file's weights replace it next
+    config.init_lora_weights = True  # PEFT's default; the file's weights replace its values next
     if base:
         config.base_model_name_or_path, config.revision = base, revision
     adapters = inject(model, config, trainable, where)
@@ -209,8 +210,8 @@ def inject(model: PhoGPT, config, trainable: bool = True,
            where: str = "adapter_config.json") -> Adapters:
     """Inject the LoRA layers that PEFT's `config` describes into the model.
 
-    Raises Refusal that begins with `where` if the model has none of the targets, or if a bias would
-    be trained in 16 bits.
+    Raises Refusal if the model has none of the targets, or if a bias would be trained in 16 bits.
+    The message begins with `where`.
     """
     from peft import inject_adapter_in_model
 
@@ -266,7 +267,7 @@ def plain_adapter(layer) -> str | None:
         and name not in layer.lora_variant  # DoRA and other variants
         and not layer.lora_bias[name]
         and isinstance(layer.lora_dropout[name], nn.Identity)
-        and not any(p.requires_grad for p in layer.base_layer.parameters())  # not bias="all"
+        and not any(p.requires_grad for p in layer.base_layer.parameters())  # as with bias="all"
     )
     return name if plain else None
 
@@ -287,7 +288,7 @@ def base_and_adapter(layer: nn.Module) -> tuple[nn.Module, str | None] | None:
 
 
 def check_targets(model: PhoGPT, targets) -> None:
-    if isinstance(targets, str):  # PEFT itself checks a regular expression, and all-linear
+    if isinstance(targets, str):  # PEFT itself checks a regular expression or "all-linear"
         return
     names = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not targets:

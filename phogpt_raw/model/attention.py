@@ -4,18 +4,18 @@ ALiBi replaces position embeddings. Head h adds `-slope_h * (i - j)` to the scor
 j (Press et al. 2022, arXiv:2108.12409). One additive bias in the compute dtype contains the ALiBi
 term, the causal mask and the document mask. The scores exist only inside torch's fused kernels.
 
-This bias differs from MPT's bias in two ways. First, its values depend only on the distance i - j
-and are 0 on the diagonal. MPT's bias is `slope * (j - L + 1)` in fp32. In each row the two biases
-differ by a constant, and softmax ignores a constant. On the diagonal, MPT's bias is
-`-slope * (L - 1 - i)`, a large value for the first queries of a long row. In 16 bits such a value
+This bias differs from MPT's bias in two ways. First, the values of this bias depend only on the
+distance i - j and are 0 on the diagonal. MPT's bias is `slope * (j - L + 1)` in fp32. For each
+query, the two biases differ by a constant, and softmax ignores a constant. On the diagonal, MPT's
+bias is `-slope * (L - 1 - i)`, a large value if L is large and i is small. In 16 bits such a value
 would lose precision where the attention weights are largest. The distance is small near the
 diagonal, so it keeps its precision.
 
-Second, no bias of size L x L is stored. For 8,192 tokens of PhoGPT-7B5 it would take 4 GiB. The
-queries are processed in blocks. A block of queries attends to the keys up to the block's last
-query. Counted back from this last key, all blocks have the same distances i - j. So one stored bias
-serves all blocks and all layers. A block with fewer keys uses only the last columns of that bias.
-Scores of keys after a block's last query are never computed.
+Second, no bias of size L x L is stored. With PhoGPT-7B5 and L = 8,192, such a bias would take
+4 GiB. The queries are processed in blocks. A block of queries attends to the keys up to the block's
+last query. Counted back from this last key, all blocks have the same distances i - j. So one stored
+bias serves all blocks and all layers. A block with fewer keys uses only the last columns of that
+bias. Scores of keys after a block's last query are never computed.
 
 B micro-batch, L queries, S keys, H heads, K head width.
 """
@@ -31,9 +31,11 @@ from torch.nn.attention import SDPBackend
 from phogpt_raw import private_apis
 from phogpt_raw.refusal import Refusal
 
-BLOCK = 1024  # the largest number of queries in a block; a shorter row is one block
-BIAS_MIB = 512  # the largest size of a bias; a very long row has fewer queries in a block
-ALIGNMENT = 16  # elements; the kernels read several elements of the bias at once
+BLOCK = 1024  # the largest number of queries in a block; fewer queries are a single block
+BIAS_MIB = 512  # the largest size of a bias; with very many keys, blocks have fewer queries
+# Each row of a bias begins at a multiple of this number of elements, because the kernels read
+# several elements at once.
+ALIGNMENT = 16
 
 
 def alibi_slopes(heads: int, bias_max: float = 8.0) -> torch.Tensor:
@@ -60,9 +62,11 @@ class Bias:
     """The attention bias of a micro-batch, one block of queries at a time.
 
     A query attends to the keys of its own document, up to and including its own position.
-    queries, keys: two counts; the queries are at the last `queries` of the `keys` positions.
+    queries, keys: the number of queries and the number of keys. The queries are at the last
+        positions of the keys.
     doc_BS: the document number of each position. If it is None, each row is one document.
-    Every query attends at least to itself, also in padding, so no softmax row is empty.
+
+    Every query attends at least to itself, also in padding, so softmax never has only masked keys.
     """
 
     def __init__(self, slopes_H: torch.Tensor, queries: int, keys: int, dtype: torch.dtype,
@@ -120,8 +124,8 @@ class OneTokenBias(Bias):
 
 
 def block_size(heads: int, keys: int, dtype: torch.dtype) -> int:
-    """The number of queries in a block: the largest power of two that is at most BLOCK and whose
-    bias takes at most BIAS_MIB.
+    """The number of queries in a block: the largest power of two that is at most BLOCK and for
+    which the bias takes at most BIAS_MIB.
 
     >>> [block_size(32, keys, torch.float16) for keys in (2048, 8192, 16384)]
     [1024, 1024, 512]
@@ -155,7 +159,7 @@ def empty(shape, dtype: torch.dtype, device) -> torch.Tensor:
 
 def attend(q_BHLK, k_BHSK, v_BHSK, bias: Bias, scale: float | None) -> torch.Tensor:
     """softmax(q k^T * scale + bias) v, [B, H, L, K]. The kernel keeps the softmax statistics in
-    fp32. scale None: 1 / sqrt(K)."""
+    fp32. If `scale` is None, it is 1 / sqrt(K)."""
     return BlockAttention.apply(q_BHLK, k_BHSK, v_BHSK, bias, scale)
 
 
@@ -163,8 +167,8 @@ class BlockAttention(torch.autograd.Function):
     """The autograd function of `attend`. It processes one block of queries at a time.
 
     The gradients of k and v from all blocks are added in place. If autograd differentiated the
-    slices itself, it would allocate gradients of the keys' full length, mostly zeros, for each
-    block.
+    slices itself, it would allocate gradients of the keys' full length for each block. Most of
+    their values would be zero.
     """
 
     @staticmethod

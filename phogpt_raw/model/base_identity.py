@@ -3,7 +3,8 @@
 An adapter fits only the weights that it was trained over. The same path or hub id may have other
 weights later. The time of a file's last change cannot identify the weights: it differs if the same
 files are downloaded again, for example on a new computer. Samples of the weights are enough,
-because training changes weights everywhere. With samples, the program need not read 15 GB.
+because training changes weights everywhere. With samples, the program need not read all 15 GB of
+PhoGPT-7B5's weights.
 """
 
 import sys

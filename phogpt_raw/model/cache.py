@@ -19,12 +19,13 @@ from phogpt_raw.model.attention import Bias, OneTokenBias
 
 
 class Cache:
-    """kv: a tensor [2, B, H, S, K] for each layer, with its keys, then its values. place_B: the
-    position of each row's next token."""
+    """kv: a tensor [2, B, H, S, K] for each layer. The layer's keys have index 0 in it, and the
+    layer's values have index 1. place_B: the position of each row's next token."""
 
     def __init__(self, layers: int, rows: int, heads: int, positions: int, width: int, *, dtype,
                  device):
-        # Zeros, not uninitialised memory: masked values have a weight of 0, but 0 * inf is nan.
+        # Zeros, because uninitialised memory may contain inf. Attention multiplies masked values by
+        # the weight 0, and 0 * inf is nan.
         self.kv = [torch.zeros(2, rows, heads, positions, width, dtype=dtype, device=device)
                    for _ in range(layers)]
         self.place_B = torch.zeros(rows, dtype=torch.long, device=device)
@@ -40,7 +41,7 @@ class Cache:
     def grow(self, positions: int) -> None:
         """Enlarge each row to `positions` positions. Replaces all tensors of `kv`.
 
-        It copies one layer at a time, so only one layer is in memory twice.
+        It copies one layer at a time, so at most one layer is in memory twice.
         """
         for n, old in enumerate(self.kv):
             new = old.new_zeros(*old.shape[:3], positions, old.shape[4])

@@ -28,7 +28,7 @@ def vinai_config(shape: ModelConfig, **overrides) -> dict:
     """The content of config.json, with VinAI's fields and the values of `shape`.
 
     overrides: fields to replace or add. `attn_config` is merged field by field. As in VinAI's file,
-    learned_pos_emb is true, but MPT ignores it with ALiBi.
+    learned_pos_emb is true. MPT ignores this field if the model uses ALiBi.
     """
     config = {
         "architectures": ["MPTForCausalLM"],
@@ -162,8 +162,8 @@ def split(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields `shards` groups of consecutive tensors, of about equal size, on the host.
 
-    Group n (0, 1, …) ends with the tensor with which the number of elements so far reaches
-    (n + 1) / shards of the total.
+    Group n (n = 0, 1, …) ends as soon as groups 0 to n together have at least (n + 1) / shards of
+    all elements.
     """
     total = sum(shape.numel() for shape in shapes.values())
     group, number, seen = {}, 0, 0

@@ -8,10 +8,10 @@ These kernels accept no bias, so ALiBi is added through extra columns of the que
 -slope * (i - j) only slope * j is needed, because softmax ignores a value that is constant along a
 row. j counts from the beginning of the document. Three extra columns of each key contain
 slope * j / (scale * COLUMN) as the sum of three values in the compute dtype. The same columns of
-each query contain COLUMN. Five more columns are zero, because the kernels read eight elements at
-once.
+each query contain the constant COLUMN. Five more columns are zero, because the kernels read eight
+elements at once.
 
-`plain` computes the same, one document at a time. Tests compare the kernels with it.
+`plain` computes the same attention, one document at a time. Tests compare the kernels with it.
 
 B micro-batch, L length, T = B * L tokens, H heads, K head width.
 """
@@ -31,21 +31,22 @@ from phogpt_raw.model.attention import Bias
 COLUMN = 16.0
 PARTS, COLUMNS = 3, 8
 # The memory-efficient kernel is slow for heads wider than 128, and the extra columns make heads
-# wider. On an H100, forward and backward of a row of 8,192 tokens take 95.9 ms per layer if the
-# longest document has 8,000 tokens. With the masked bias they take 35.9 ms, 3/8 of that time, for
-# any document lengths. So if the longest document has more than 3/8 of a row's tokens, the masked
-# bias is used.
+# wider. On an H100, this kernel needs 95.9 ms per layer for forward and backward of a row of 8,192
+# tokens whose longest document has 8,000 tokens. Attention with the masked bias (attention.py)
+# needs 35.9 ms for such a row, whatever its documents. This is 3/8 of 95.9 ms. So if the longest
+# document has more than 3/8 of a row's tokens, the masked bias is used.
 LONGEST_SHARE = 3 / 8
 
 
 class Documents:
-    """The documents of a micro-batch, in the form that the kernels take. All layers share it."""
+    """The documents of a micro-batch, in the form that the kernels take. All layers use the
+    same Documents."""
 
     def __init__(self, slopes_H: torch.Tensor, doc_BL: torch.Tensor, bounds: DocumentBounds,
                  kernel: SDPBackend):
         self.slopes_H, self.longest, self.kernel = slopes_H, bounds.longest, KERNELS[kernel]
         self.starts, self.place_T = starts_of(doc_BL, bounds.count)
-        self.made = None  # the columns, computed at the first layer
+        self.made = None  # the result of `columns`, computed when the first layer needs it
 
     def columns(self, dtype: torch.dtype, scale: float) -> torch.Tensor:
         """The extra columns of queries, keys and values, [T, 3, H, 8]."""
@@ -178,13 +179,13 @@ def choose_kernel(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.
     """The variable-length kernel for rows of `length` tokens and heads of this width, on the device
     of slopes_H. None if the masked bias must be used or is faster."""
     if slopes_H.device.type == "cpu" or dtype.itemsize > 2:
-        return None  # a CPU has no such kernel; in fp32, large slope * j would cost precision
+        return None  # a CPU has no such kernel; in fp32, adding a large slope * j rounds scores
     if width % COLUMNS:
-        return None  # with the extra columns, the kernels could not read eight elements at once
+        return None  # the heads would not begin at multiples of eight elements
     q = torch.empty(1, len(slopes_H), 1, width + COLUMNS, dtype=dtype, device=slopes_H.device)
     q = q.expand(-1, -1, length, -1)
     kernel = private_apis.choose_attention_kernel(q, q, q, None)
-    if kernel == SDPBackend.CUDNN_ATTENTION:  # torch has no variable-length form of it
+    if kernel == SDPBackend.CUDNN_ATTENTION:  # torch has no variable-length form of this kernel
         kernel = SDPBackend.FLASH_ATTENTION
     is_long = bounds.longest > LONGEST_SHARE * length
     if kernel not in KERNELS or (kernel == SDPBackend.EFFICIENT_ATTENTION and is_long):

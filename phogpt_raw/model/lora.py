@@ -3,12 +3,12 @@
     y = x Wᵀ + bias + s (x Aᵀ) Bᵀ                    Hu et al. 2021, arXiv:2106.09685
     dx = g W + (s g B) A      dA = (s g B)ᵀ x      dB = s gᵀ (x Aᵀ)
 
-`lora_linear_plain` computes the first line and leaves the gradients to autograd. `lora_linear`
-computes the same, with its own code for the gradients, and is cheaper than PEFT's layers. In 16
-bits, PEFT casts the activations to fp32 and back around every adapter. It also allocates several
-tensors of the output's size. Here the adapter's product is computed first, in the compute dtype.
-The base's product is then added to it in place. Backward needs only x and s x Aᵀ, which has only R
-columns.
+`lora_linear_plain` computes y and leaves the gradients to autograd. `lora_linear` computes the
+same, with its own code for the gradients, and is cheaper than PEFT's layers. In 16 bits, PEFT casts
+the activations to fp32 and back around every adapter. It also allocates several tensors of the
+output's size. Here the adapter's product is computed first, in the compute dtype. The base's
+product is then added to it in place. Backward needs only two saved tensors: x, and s x Aᵀ, which
+has only R columns.
 
 An NF4 weight is dequantised for one product at a time. Backward dequantises it again. Keeping all
 dequantised weights of PhoGPT-7B5 would take 13 GB.
@@ -62,7 +62,7 @@ class LoraLinear(torch.autograd.Function):
         x_ND, B_OR = rows(x), compute_copy(B_OR, x.dtype)
         ctx.dtype, ctx.A_RD, ctx.B_OR = A_RD.dtype, compute_copy(A_RD, x.dtype), B_OR
         xa_NR = scaled_matmul(x_ND, ctx.A_RD.t(), scaling)
-        # The adapter's product comes first, so that the kernel of the base's product adds to it.
+        # The adapter's product comes first, so that the kernel of the base's product can add to it.
         y_NO = xa_NR @ B_OR.t() if bias is None else torch.addmm(bias, xa_NR, B_OR.t())
         y_NO.addmm_(x_ND, dense(weight).t())
         ctx.save_for_backward(x, xa_NR)

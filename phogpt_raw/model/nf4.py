@@ -11,14 +11,14 @@ bit:
 
 - `dequantise_plain` shows the arithmetic.
 - bitsandbytes' version runs three kernels.
-- `nf4_kernel` below does the same in one fused kernel, at twice the speed.
+- `nf4_kernel` below is one fused kernel. It is twice as fast as bitsandbytes' three kernels.
 
 `dequantise` uses the fused kernel if it works on the GPU, else bitsandbytes' version.
 
-Dequantising is a large part of a training step. Each pass over the weights, forward or backward,
-moves 2.5 bytes per weight. For a micro-batch of PhoGPT-7B5, forward and backward together move
-32 GB, whatever its number of tokens. At 512 tokens on a fast GPU this takes over a quarter of the
-step's time.
+Dequantising is a large part of a training step. It reads 0.5 bytes and writes 2 bytes per weight,
+once in forward and once in backward. For PhoGPT-7B5 this is 32 GB per micro-batch, whatever the
+number of tokens. If a micro-batch has 512 tokens, dequantising takes over a quarter of the step's
+time on a fast GPU.
 
 O out, D in.
 """
@@ -44,8 +44,10 @@ except ImportError:  # only torch for CUDA on Linux installs Triton
     triton = None
 
 WEIGHTS, SCALES = 64, 256  # values in a block of weights, and in a block of scales
-ROWS = 64  # blocks of weights that one program of the kernel dequantises
-NF4_BYTES = 0.5 + (1 + 4 / SCALES) / WEIGHTS  # bytes per weight: 4 bits and a share of the scales
+ROWS = 64  # blocks of weights that one Triton program (an instance of the kernel) dequantises
+# Bytes per weight. A weight takes half a byte. The scale of a block of weights takes 1 byte. The
+# scale of a block of scales takes 4 bytes.
+NF4_BYTES = 0.5 + (1 + 4 / SCALES) / WEIGHTS
 
 
 def quantise(weight_OD: torch.Tensor, dtype: torch.dtype):
@@ -167,7 +169,7 @@ def dequantise_fused(packed: torch.Tensor, fields: NF4Fields, offset: float) -> 
     offset: fields.offset as a Python float.
     """
     dense = torch.empty(fields.shape, dtype=fields.dtype, device=packed.device)
-    # No fused multiply-add: the product and the sum must both be rounded, as in bitsandbytes.
+    # No fused multiply-add: it rounds only once, but bitsandbytes rounds the product and the sum.
     nf4_kernel[(dense.numel() // (WEIGHTS * ROWS),)](
         packed, fields.code, fields.scales, fields.scale_code, fields.scale_scales,
         offset, dense, ROWS, num_warps=4, enable_fp_fusion=False)

@@ -27,8 +27,8 @@ from phogpt_raw.model.nf4_file import Damaged, read, read_header, write
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 from phogpt_raw.refusal import Refusal
 
-# The version of the file format. Raise it if names or the checksum change, so that older files
-# become stale.
+# The version of the file format. Raise it if the tensors' names or the method of the checksum
+# change, so that older files become stale.
 FORMAT = 1
 HEAD = 2**16  # bytes at the beginning of a weight file that are hashed
 
@@ -41,7 +41,7 @@ def make_key(files: list[Path], dtype: torch.dtype, device: torch.device) -> dic
 
     files: the checkpoint's weight files and config.json. The key contains the type of the device,
     because a GPU and a CPU quantise slightly differently. About 16 of 10,000 scales differ by one
-    step.
+    quantisation level.
     """
     return {
         "format": FORMAT,
@@ -56,9 +56,9 @@ def identity(file: Path) -> list:
     """A list of the file's name and of values that change if its content changes. It does not read
     the whole file.
 
-    In the hub's cache a file is a link to a blob. The value is the blob's name, which is a hash of
-    the content. For other files the values are the size, the time of the last change and a hash of
-    the first 64 KiB.
+    In the hub's cache, a file is a link to a blob, whose name is a hash of its content. For such a
+    file the list contains the name of the blob. For other files it contains the size, the time of
+    the last change and a hash of the first 64 KiB.
     """
     if file.is_symlink() and (blob := Path(os.readlink(file))).parent.name == "blobs":
         return [file.name, blob.name]
@@ -82,8 +82,8 @@ def difference(old: dict, new: dict) -> str:
 
 
 def family(file: Path, ending: str = "") -> list[Path]:
-    """The cache files in the folder of `file` with the same model, dtype and device, and with any
-    key. ending: a regular expression for the text after `.safetensors`."""
+    """The cache files in the folder of `file` that have the same model, dtype and device as `file`,
+    with any key. ending: a regular expression for the text after `.safetensors`."""
     stem = file.stem.rpartition("-")[0]
     name = re.compile(re.escape(stem) + r"-[0-9a-f]{8}\.safetensors" + ending)
     try:
@@ -103,7 +103,8 @@ class NF4Cache:
 
     @property
     def file(self) -> Path:
-        """FOLDER/PhoGPT-4B-fp16-cuda-1a2b3c4d.safetensors; the last part is a hash of the key."""
+        """The path of the cache file, such as FOLDER/PhoGPT-4B-fp16-cuda-1a2b3c4d.safetensors. The
+        last part of its name is a hash of the key."""
         digest = xxhash.xxh3_64_hexdigest(json.dumps(self.key, sort_keys=True).encode())[:8]
         parts = (self.name, self.key["dtype"], self.key["device"], digest)
         return self.folder / ("-".join(parts) + ".safetensors")

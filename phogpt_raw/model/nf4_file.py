@@ -12,9 +12,10 @@ and their names from the checkpoint. The weight of a linear layer is stored as s
 A file is damaged if its checksum does not match, or if a tensor is missing or has another shape or
 dtype. A damaged file is not used.
 
-`read` maps the file into memory and copies each tensor to the device. On a CPU it copies too. So
-later changes of the file do not change the model, and training never writes to the file. A second
-thread computes the checksum at the same time. The model is returned only if the checksum matches.
+`read` maps the file into memory and copies each tensor to the device. It also copies if the device
+is the CPU. So later changes of the file do not change the model, and training never writes to the
+file. A second thread computes the checksum at the same time. The model is returned only if the
+checksum matches.
 """
 
 import json
@@ -65,7 +66,7 @@ def owner(phogpt: PhoGPT, name: str) -> tuple[nn.Module, str]:
 
 def stored_tensors(phogpt: PhoGPT) -> dict[str, torch.Tensor]:
     """Every tensor of a quantised PhoGPT, by its name in the file. fp32 tensors come first, then
-    16-bit tensors, then bytes. So each tensor begins at a multiple of its element size."""
+    16-bit tensors, then uint8 tensors. So each tensor begins at a multiple of its element size."""
     tensors = {}
     for name, parameter in phogpt.named_parameters():
         if (state := nf4_state(parameter)) is None:

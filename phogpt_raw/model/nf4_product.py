@@ -1,31 +1,32 @@
-"""Compute x Wᵀ for the few rows of a decoding step, directly from the 4-bit weights.
+"""Compute x Wᵀ for the few rows of x in a decoding step, directly from the 4-bit weights.
 
 A decoding step reads every weight once, so the speed of the GPU's memory limits the step. NF4
 weights take a quarter of the bytes of 16-bit weights. Dequantising them to 16 bits first would move
 nine times the bytes. The Triton kernel `one_row` is for a single row of x. The kernel `some_rows`
 is for 2 to 16 rows and uses tensor cores. Triton does not support the tensor cores of GPUs older
-than Ampere. On those GPUs `one_row` computes each row separately. While the result is in registers,
-the kernels also add the bias, the adapter's product and the residual, and apply GELU.
+than Ampere. On those GPUs `one_row` computes each row of x separately. While the result is in
+registers, the kernels also add the bias, the adapter's product and the residual, and apply GELU.
 `product_plain` computes the same in ordinary operations. Without Triton, model/lora.py uses
 bitsandbytes' kernel.
 
 Three details are not obvious.
 
-A byte contains two weights, of an even and an odd column. So x is passed in halves, [N, 2, D / 2]:
-its even elements, then its odd elements (`halves`). The elements of x that a thread needs for its
-bytes are then next to each other in memory.
+A byte contains two weights of a row of W: one from an even column, and one from the next column.
+So x is passed in halves, [N, 2, D / 2]: its even elements, then its odd elements (`halves`). The
+elements of x that a thread needs for its bytes are then next to each other in memory.
 
 The kernels take the 16 NF4 values from registers, not from a table in memory. PRMT is the GPU's
-instruction that permutes bytes: each selector chooses one of eight bytes. The lower three bits of a
-weight's nibble are such a selector. Two permutations find the low byte of the weight's fp16 value:
-one among the first eight NF4 values, one among the last eight. Two other permutations find the high
-byte. The top bit of the nibble chooses between the first eight and the last eight values. A table
-in memory would be read once for each byte of weights. Even if the table were cached, the kernels
-would run at two thirds of this speed.
+instruction that permutes bytes: each selector chooses one of eight bytes. A weight is stored in
+four bits (a nibble). The lower three bits of the nibble are such a selector. Two permutations find
+the low byte of the weight's fp16 value: one among the first eight NF4 values, one among the last
+eight. Two other permutations find the high byte. The top bit of the nibble chooses between the
+first eight and the last eight values. With a table in memory, the kernels would have to read the
+table once for each byte of weights. This would lower their speed to two thirds, even if the table
+stayed in the GPU's cache.
 
-If W has few rows, several programs divide the columns of the same rows among themselves (`split`).
-The program that finishes last adds the partial sums in a fixed order, so the result does not depend
-on timing.
+If W has few rows, several Triton programs (instances of the kernel) compute the same rows of W
+together: each program takes a part of the columns (`split`). The program that finishes last adds
+the partial sums in a fixed order, so the result does not depend on timing.
 
 N rows, D in, O out, R rank.
 """
@@ -47,7 +48,8 @@ except ImportError:  # only torch for CUDA on Linux installs Triton
 
 MOST = 16  # the largest number of rows of x
 TENSOR_CORES = (8, 0)  # the lowest compute capability on which Triton uses tensor cores
-# The columns of a row are split among at most SPLIT programs, to reach PROGRAMS programs in total.
+# The columns of a row of W are split among at most SPLIT programs, so that one product has at
+# least PROGRAMS programs in total if possible.
 SPLIT, PROGRAMS = 8, 256
 # The 16 NF4 values are quantiles of a normal distribution (arXiv:2305.14314, appendix E).
 VALUES = (
@@ -109,8 +111,8 @@ def product_plain(x_N2, linear: Linear, low_NR=None, add_NO=None, gelu: bool = F
 
 
 class Scratch:
-    """Working memory for the partial sums of programs that share a row. One Scratch serves all
-    products on one CUDA stream. most_out: the largest O of these products."""
+    """Working memory for the partial sums of programs that compute a row of W together. One
+    Scratch serves all products on one CUDA stream. most_out: the largest O of these products."""
 
     def __init__(self, most_out: int, device):
         self.parts = torch.empty(SPLIT * MOST * most_out, device=device)
@@ -142,8 +144,9 @@ def product(x_N2, linear: Linear, scratch: Scratch, low_NR=None, add_NO=None, ge
 
 
 def choose(some: bool, out: int, width: int) -> tuple[int, int, int, int]:
-    """(rows of W per program, bytes of a row that are read at once, programs that share a row,
-    warps) for the kernel `some_rows` if `some`, else for `one_row`.
+    """(rows of W per program, bytes of a row of W that are read at once, programs among which a
+    row of W is divided, warps per program) for the kernel `some_rows` if `some` is True, else for
+    the kernel `one_row`.
 
     The choice is based on measurements with the shapes of 7B5 and 4B on an H100 and an H200.
     """
@@ -167,7 +170,7 @@ def dequantise_asm(to_fp32: bool) -> str:
 
     The first half of the outputs are the values of the high nibbles, the second half are those of
     the low nibbles. The outputs are eight fp32 registers, $0 to $7, or four registers with two fp16
-    values each, $0 to $3. The next register is the input.
+    values each, $0 to $3. The register after the outputs is the input: $8 or $4.
     """
     bits = torch.tensor(VALUES).half().view(torch.uint16).tolist()
     low, high = ([sum((value >> shift & 255) << 8 * n for n, value in enumerate(bits[i : i + 4]))
@@ -176,7 +179,7 @@ def dequantise_asm(to_fp32: bool) -> str:
     lines = [
         ".reg .b32 s<2>, t<2>, a, b, l<2>, h<2>, pair;", ".reg .b16 x, y;",
         f"and.b32 s0, {packed}, 0x77777777;",  # the lower three bits of each nibble
-        f"shr.u32 t0, {packed}, 1;",  # the top bit: it is set for the last 8 values, and adds 4
+        f"shr.u32 t0, {packed}, 1;",  # the top bit (set for the last 8 values) as bit 2
         "lop3.b32 t0, t0, 0x44444444, 0x32103210, 0xEA;",  # (t0 & 0x4…) | 0x3210…
         "shr.u32 s1, s0, 16;", "shr.u32 t1, t0, 16;",
     ]
@@ -231,7 +234,7 @@ if triton is not None:
                 BIAS: tl.constexpr, LOW: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr,
                 HALVES: tl.constexpr):
         half: tl.constexpr = width // 2
-        row = tl.program_id(0)  # programs of all rows of x use the same cached part of W
+        row = tl.program_id(0)  # for different rows of x, programs read the same cached part of W
         o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         sums = tl.zeros([BLOCK, COLUMNS // 32], tl.float32)
         for start in tl.static_range(0, half, COLUMNS):

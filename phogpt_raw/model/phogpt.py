@@ -1,10 +1,10 @@
 """PhoGPT's forward: MPT blocks with biases, ALiBi attention and a tied head.
 
 The parameters have llm-foundry's names, which are also their names in the checkpoint. Every linear
-layer and every norm has a bias. transformers' own MPT has no biases, and drops PhoGPT's without an
-error. There is no position embedding. With a vocabulary of 250,880 tokens, logits for all positions
-would take much memory. So `forward` returns the hidden states, and the loss applies the head only
-to the rows that it needs.
+layer and every norm has a bias. transformers' own MPT has no biases, and drops PhoGPT's biases
+without an error. There is no position embedding. With a vocabulary of 250,880 tokens, logits for
+all positions would take much memory. So `forward` returns the hidden states, and the loss applies
+the head only at the positions that it needs.
 
 B micro-batch, L length, S positions that attention sees, D hidden, H heads, K head width, V
 vocabulary.
@@ -105,7 +105,8 @@ PUBLISHED = {
 
 # LARGEST: the largest accepted value of a field. SUPPORTED: the accepted values of other fields;
 # the first value is the default. learned_pos_emb is not listed: VinAI's config.json sets it to
-# true, but MPT has no learned positions with ALiBi. Loading refuses a checkpoint that has them.
+# true, but MPT has no learned positions with ALiBi. Loading refuses a checkpoint that contains
+# learned positions.
 LARGEST = {"n_layers": 1024, "d_model": 2**16, "n_heads": 1024, "expansion_ratio": 64}
 SUPPORTED = {
     "model_type": ("mpt",),
@@ -214,10 +215,10 @@ class PhoGPT(nn.Module):
             row is one document.
         cache: a view of a key-value cache. ids_BL are the next L tokens of its rows. They attend to
             the earlier tokens of their row in the cache. doc_BL is then ignored.
-        recompute: the number of blocks, counted from the first, that save only their input. These
-            blocks run a second time in backward. Each of them saves about ten activations fewer,
-            but needs 1.5 times the arithmetic. With frozen weights, a block of N parameters takes
-            4N FLOPs per token, and 6N FLOPs with recomputation.
+        recompute: the number of blocks, counted from the first, that store only their input for
+            backward. Backward computes these blocks a second time. Each of them stores about ten
+            activations fewer, but needs 1.5 times the arithmetic: a block of N frozen parameters
+            needs 6N FLOPs per token with recomputation, and 4N without.
         bounds: limits on the number and the length of the documents in doc_BL. With these limits,
             attention can use faster kernels (documents.py).
         """

@@ -3,8 +3,9 @@
 A linear layer saves its input for the gradient of its adapter. If that input is the output of a
 norm or of a GELU, it need not be saved. The norm or the GELU saves its own input in any case, and
 its output can be recomputed from that input. The recomputation needs no matrix product: it reads
-and writes each value once. In units of [B, L, D], a block saves about 16 activations. Of these, 6
-are outputs of norms or of GELU.
+and writes each value once. Without this file, a block saves activations of about 16 times the
+size of the hidden states [B, L, D]. The outputs of its norms and of its GELU are 6 of these 16:
+1 for each of the two norms, and 4 for the GELU.
 
 torch.utils.checkpoint applies the same idea to a whole block: it recomputes the block from the
 block's input. The two can be combined.

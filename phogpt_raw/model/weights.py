@@ -2,7 +2,7 @@
 
 The weights of linear layers are quantised to NF4 with double quantisation (Dettmers et al. 2023,
 arXiv:2305.14314), directly from the checkpoint's dtype. Embedding, norms and biases are cast to the
-compute dtype. transformers' MPT loads PhoGPT without its 193 biases, with no more than a warning.
+compute dtype. transformers' MPT loads PhoGPT without its 193 biases and prints only a warning.
 Here a missing key, an unknown key or a wrong shape is an error that names the key.
 
 Files are memory-mapped, so only one tensor at a time is copied to host memory, not a whole shard.
@@ -34,7 +34,7 @@ KNOWN = ("nano", "vinai/PhoGPT-7B5", "vinai/PhoGPT-7B5-Instruct", "vinai/PhoGPT-
 NANO = Path(__file__).parents[1] / "nano" / "base"
 WITHOUT_WEIGHTS = ["*.json", "*.jinja"]  # files of a hub repository: config and tokenizer
 FILES = [*WITHOUT_WEIGHTS, "*.safetensors", "*.bin"]  # never the repository's code
-EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"  # some programs store both
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"  # equal; some programs store both
 PINNED_IDS = dict(unk=0, bos=1, eos=2, pad=3)
 
 
@@ -179,8 +179,9 @@ def read_tokenizer(folder: Path, config: ModelConfig):
 
 def read_model(folder: Path, *, nf4: bool, dtype: torch.dtype, device: torch.device,
                nf4_cache: str | Path | None = None) -> PhoGPT:
-    """The frozen PhoGPT of a model's folder. If the folder `nf4_cache` has a valid file of it, the
-    model is read from this file. Else it is read from the checkpoint, and the file is written."""
+    """The frozen PhoGPT of a model's folder. If the folder `nf4_cache` has a valid cache file for
+    it, the model is read from this file. Else it is read from the checkpoint, and the cache file is
+    written."""
     check_nf4_cache(nf4_cache, nf4=nf4)
     config = read_config(folder)
     cache = nf4_cache and find_cache(folder, nf4_cache, dtype=dtype, device=device)

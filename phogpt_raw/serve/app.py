@@ -1,8 +1,9 @@
 """The ASGI application of the server: addresses, checks of requests, and streaming.
 
-Any web page can make its browser send requests to 127.0.0.1. Two headers reveal such requests.
-`Origin` names the page; programs send no `Origin`. A page can also point its own domain at this
-computer, which is called DNS rebinding. Then `Host` contains that domain.
+Any web page can make the user's browser send requests to 127.0.0.1. Two headers reveal such
+requests. The browser adds `Origin`, which names the page; other programs send no `Origin`. A page
+can also point its own domain at this computer, which is called DNS rebinding. In this case, the
+header `Host` contains that domain.
 """
 
 import asyncio
@@ -40,7 +41,7 @@ from phogpt_raw.serve.protocol import (
 )
 from phogpt_raw.serve.worker import Job, Piece, Worker, broken
 
-MOST_BODY = 2**20  # bytes; the longest conversation of a model has a tenth of that
+MOST_BODY = 2**20  # bytes; the longest conversation of a model has a tenth as many bytes
 BODY_S = 30  # seconds within which a request's body must arrive
 PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
 LEFT = 499  # HTTP status if the client has disconnected; nobody receives it
@@ -50,12 +51,13 @@ class Answers:
     """Passes pieces of answers from the worker's thread to the requests that wait for them."""
 
     def __init__(self):
-        self.waiting: dict[int, tuple[int, asyncio.Queue]] = {}  # job's key: (choice, queue)
+        self.waiting: dict[int, tuple[int, asyncio.Queue]] = {}  # job's key: (choice index, queue)
         self.keys = itertools.count()
         self.loop = None
 
     def deliver(self, pieces: list[Piece]) -> None:
-        """Pass pieces to their requests, from any thread. Does nothing after the loop is closed."""
+        """Pass pieces to their requests. May be called in any thread, and does nothing if the event
+        loop is closed."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.hand_out, pieces)
 
@@ -67,7 +69,7 @@ class Answers:
 
     @asynccontextmanager
     async def of(self, ask: Ask, served: Served, prompts: list[list[int]], worker: Worker):
-        """Submit the jobs of a request; give an iterator of (index of the choice, piece).
+        """Submit the jobs of a request. Yields an iterator of (index of the choice, piece).
 
         The iterator ends after the last piece of all answers. At the end of the context, unfinished
         answers are cancelled.
@@ -103,7 +105,7 @@ def create_app(worker: Worker, answers: Answers, *, key: str | None = None, host
                defaults: Defaults = NO_FLAGS) -> "Guard":
     """The application.
 
-    key: the API key that requests to /v1/ must send; None: they need none. host: the name or
+    key: the API key that requests to /v1/ must send, or None if they need no key. host: the name or
     address on which the server listens.
     """
     models = {served.name: served for served in worker.models}
@@ -179,7 +181,8 @@ async def whole(ask: Ask, reply: Reply, work, prompts: list[list[int]]) -> Respo
 
 
 async def events(ask: Ask, reply: Reply, pieces, prompts: list[list[int]]) -> AsyncIterator[bytes]:
-    """Yield an answer as server-sent events. An error while it is written is an event too."""
+    """Yield an answer as server-sent events. If an error occurs meanwhile, it is sent as an event.
+    """
     choices = [Choice() for _ in range(len(prompts) * ask.n)]
     try:
         for index in range(len(choices) if ask.chat else 0):
@@ -220,7 +223,8 @@ class Streaming(StreamingResponse):
 
 
 async def unless_left(request: Request, answer) -> Response:
-    """The response of the coroutine `answer`. If the client disconnects first, it is cancelled."""
+    """The response of the coroutine `answer`. If the client disconnects before the response is
+    complete, the coroutine is cancelled."""
     answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(gone(request))
     try:
         await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -288,8 +292,8 @@ async def a_bug(_request: Request, _error: Exception) -> Response:
 class Guard:
     """Passes requests on to `app` unless they come from a foreign page.
 
-    If the server has an API key, requests to /v1/ must send it. The page itself and /health need no
-    key.
+    If the server has an API key, requests to /v1/ must send it. The server's own page and /health
+    need no key.
     """
 
     def __init__(self, app, key: str | None, host: str):
@@ -321,9 +325,9 @@ class Guard:
         return None
 
     def is_own(self, host: str) -> bool:
-        """True if a Host header contains a name of this server or any IP address.
+        """True if a Host header contains a name of this server, or any IP address.
 
-        A foreign domain is never an IP address.
+        With DNS rebinding, the header contains a domain. So every IP address can be accepted.
         """
         try:
             place = urlsplit(f"//{host}")

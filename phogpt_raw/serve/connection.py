@@ -1,7 +1,8 @@
 """A connection that is closed if the client does not send its request's headers in time.
 
 uvicorn closes a connection that is idle between two requests. But it waits without limit for
-headers that do not arrive. A few thousand such connections would use up all connections.
+headers that do not arrive. A few thousand such connections would use up all connections that the
+server can have at the same time.
 """
 
 import asyncio

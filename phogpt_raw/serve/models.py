@@ -1,8 +1,8 @@
 """The models of a server, which are named adapters over one base, and the memory that they need.
 
 Each adapter has its own copy of the model's modules and its own engine. So no adapter has to be
-exchanged between two steps. The copies share the base's weights (`same_base`). They do not share
-the cache, the CUDA graphs and, on a CPU, the dequantised weights.
+exchanged between two steps. The copies share the base's weights (`same_base`). Each copy has its
+own cache and CUDA graphs, and on a CPU also its own dequantised weights.
 """
 
 import argparse
@@ -27,8 +27,9 @@ from phogpt_raw.serve.protocol import Conversation, ProtocolError
 from phogpt_raw.simulate.decoding import DRAWN, GREEDY, Work, memory, most_rows
 
 NAME = r"[\w.-]+"
-SLOTS = 8  # the default of --slots, if as many fit into the GPU's memory
-KINDS = (GREEDY, DRAWN, DRAWN)  # requests can be greedy, sampled, and sampled with top-p
+# A slot is room for one answer. SLOTS is the default of --slots, if so many slots fit into memory.
+SLOTS = 8
+KINDS = (GREEDY, DRAWN, DRAWN)  # for greedy requests, sampled requests, and requests with top-p
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,14 @@ def remedy(found: dict[str, Found], fit: int) -> str:
 
 
 def largest(found: dict[str, Found]) -> Found:
-    """The model with the most adapter weights. Memory is computed as if all models had that
-    many."""
+    """The model with the most adapter weights. Memory is computed as if all models had as many
+    adapter weights."""
     return max(found.values(), key=lambda one: memory_plan.model_of(one).adapter)
 
 
 def work_of(found: dict[str, Found], slots: int) -> Work:
-    """The largest work at one time: every slot of each model has a conversation of full length."""
+    """The work that needs the most memory: every slot of each model has a conversation of the
+    largest length."""
     return Work(slots, largest(found).shape.max_seq_len, models=len(found), kinds=KINDS)
 
 

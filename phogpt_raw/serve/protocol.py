@@ -1,8 +1,8 @@
 """The chat-completions and completions protocol: check requests, and build replies as JSON.
 
-This module does not run the model. A field that would change the answer, but is not supported, is
-an error that names the field. So no client relies on a field without effect. A field of the value
-`null` counts as missing.
+This module does not run the model. If a request has a field that would change the answer, but is
+not supported, the reply is an error that names the field. So no client relies on a field without
+effect. A field with the value `null` counts as missing.
 """
 
 import json
@@ -15,7 +15,8 @@ from phogpt_raw.decode.engine import GREEDY
 from phogpt_raw.decode.history import Turn
 from phogpt_raw.decode.sampling import Sampling
 
-MOST_CHOICES, MOST_STOPS, MOST_STOP = 128, 16, 1000  # choices, stop strings, characters of each
+# Largest number of choices, of stop strings, and of characters in a stop string.
+MOST_CHOICES, MOST_STOPS, MOST_STOP = 128, 16, 1000
 COMPLETION_TOKENS = 16  # the protocol's default for /v1/completions
 
 WITHOUT_EFFECT = {"metadata", "prediction", "prompt_cache_key", "prompt_cache_retention",
@@ -31,7 +32,8 @@ ONLY = {
 }
 USED = {"max_completion_tokens", "max_tokens", "min_p", "model", "n", "repetition_penalty", "seed",
         "stop", "stream", "stream_options", "temperature", "top_k", "top_p"}
-# field: (least, most, is the least value itself allowed); Sampling explains the fields
+# {field: (least value, greatest value, True if the least value itself is allowed)}. Sampling
+# explains the fields.
 BOUNDS = {"temperature": (0, 100, True), "top_k": (0, 2**31 - 1, True), "top_p": (0, 1, False),
           "min_p": (0, 1, True), "repetition_penalty": (0, 100, False)}
 
@@ -74,8 +76,8 @@ class Conversation:
 class Ask:
     """A checked request. Each of its prompts gets `n` answers.
 
-    A chat has one prompt, a Conversation. A prompt of /v1/completions is text or a list of token
-    ids, and is used without a template.
+    A chat has one prompt, which is a Conversation. A prompt of /v1/completions is text or a list of
+    token ids, and is used without a template.
     """
 
     chat: bool
@@ -236,7 +238,7 @@ def conversation(messages) -> Conversation:
     """A list of messages as a Conversation.
 
     System messages must come first. Then each answer follows a question, and the last message is a
-    question. Consecutive user messages become one question, with one line for each message.
+    question. Consecutive user messages become one question; line breaks join the messages.
     """
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "must be a list of at least one message")
@@ -354,7 +356,8 @@ class Reply:
         return {**made, "usage": None} if self.with_usage else made
 
     def used(self, choices: list[Choice], prompt_tokens: int) -> dict:
-        """The last chunk, with the numbers of tokens. It is for stream_options.include_usage."""
+        """The last chunk, with the numbers of tokens. It is sent if a request asks for it with
+        stream_options.include_usage."""
         return {**self.head(True), "choices": [], "usage": usage(choices, prompt_tokens)}
 
 

@@ -23,15 +23,17 @@ from phogpt_raw.serve.worker import Worker
 HERE = "127.0.0.1"
 GRACE_S = 600  # seconds for the last answers; after that their connections are closed
 JOIN_S = 30
-BACKLOG = 2048  # connections that can wait, also while the model is loaded
-SWITCH_S = 5e-4  # seconds until Python switches threads; short for the sake of the engines' thread
+BACKLOG = 2048  # number of connections that can wait, also while the model is loaded
+# Seconds after which Python switches threads. The time is short, so that the engines' thread does
+# not wait long for other threads.
+SWITCH_S = 5e-4
 
 
 def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     """Serve until SIGTERM, SIGHUP or Ctrl-C.
 
     options: those of generate.py. adapters: {name: folder}, empty for the base alone. sampling: the
-    settings of requests that name none.
+    sampling settings for requests that contain none.
     """
     check_extra()
     host, port = address(options.serve)
@@ -84,8 +86,9 @@ def run(models, slots: int, listening: socket.socket, *, host: str = HERE, key: 
                     signal.signal(signal.SIGHUP, before)
 
         def handle_exit(self, number, frame) -> None:
-            """The first signal lets answers finish. The second stops them. The third ends the
-            server without waiting for the clients."""
+            """After the first signal, the server finishes the current answers and then ends. The
+            second signal stops these answers. The third signal ends the server without waiting for
+            the clients."""
             times = len(self._captured_signals)
             worker.close(finish=not times)
             if times < 2:
@@ -165,7 +168,7 @@ def bind(host: str, port: int) -> socket.socket:
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(place)
-        found.listen(BACKLOG)  # at once: so no second server binds the address during loading
+        found.listen(BACKLOG)  # before loading, so that no second server binds the address
     except OSError as error:
         raise Refusal(f"--serve {shown(host)}:{port}: this address cannot be used "
                       f"({error.strerror}); choose another") from None

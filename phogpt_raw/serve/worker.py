@@ -1,12 +1,12 @@
 """The thread that runs the engines. Requests join and leave an engine's batch between two steps.
 
-Other threads put orders into an inbox. Between two steps the thread reads the orders. Then it runs
-one step of each engine with open requests, and delivers the new text of all answers in one call. If
-a client disconnects, the row of its answer becomes free at once. If an engine fails, its requests
-get an error. A new engine answers later requests.
+Other threads put orders (functions) into an inbox. Between two steps the thread carries out these
+orders. Then it runs one step of each engine with open requests, and delivers the new text of all
+answers in one call. If a client disconnects, the row of its answer becomes free at once. If an
+engine fails, its requests get an error. A new engine answers later requests.
 
 Tokens are decoded to text in this thread. So a stop string is found before the next step, and the
-row becomes free in time.
+next step can use the row for another answer.
 """
 
 import copy
@@ -33,7 +33,8 @@ WARM_UP = 4  # tokens: one for an eager step, the others to capture and replay a
 class Job:
     """One answer to generate.
 
-    most: the largest number of its tokens. lstrip: remove white space from its beginning.
+    most: the largest number of its tokens. lstrip: True if white space is removed from the
+    beginning of the answer.
     """
 
     key: int
@@ -127,7 +128,7 @@ class Worker:
         self.inbox.put(lambda: self.add(job))
 
     def cancel(self, key: int) -> None:
-        """Stop an answer for which nobody waits. No more pieces of it are delivered."""
+        """Stop an answer that nobody waits for any more. No more pieces of it are delivered."""
         self.inbox.put(lambda: self.drop(key))
 
     def close(self, finish: bool = True) -> None:
@@ -210,7 +211,7 @@ class Worker:
         self.count()
 
     def turn(self, line: Line) -> None:
-        """Run one step of an engine, and deliver its tokens."""
+        """Run one step of an engine, and store the text of its tokens in `pieces`."""
         try:
             for token in line.engine.run():
                 self.got(line, token)

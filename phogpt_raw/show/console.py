@@ -68,7 +68,7 @@ class Display:
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
                         dynamic_ncols=True,
                         bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}")
-        self.latest = _("first step")  # later: the latest values, without the time left
+        self.latest = _("first step")  # after a step: its values, without the remaining time
         self.bar.set_description_str(_("evaluating") if run.evaluation_due() else self.latest)
         self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 
@@ -122,7 +122,7 @@ class Display:
 def stopped(run: Run) -> str:
     """A text about a run that stops without saving: its step and its newest checkpoint."""
     run.settle()
-    saved = newest(run.folder, up_to=run.state.step)  # later checkpoints are damaged
+    saved = newest(run.folder, up_to=run.state.step)  # checkpoints of later steps are damaged
     if saved is None:
         return _("after step {n}; no checkpoint was saved yet", n=run.state.step)
     return _("after step {n}; with --out {folder} it resumes from {checkpoint}",
@@ -180,7 +180,8 @@ def clock(seconds: float) -> str:
 def summary(run: Run, questions: list[str], display: Display) -> None:
     """Print the result of a run: losses, two held-out answers before and after training, and a
     command that asks the trained model a question."""
-    state, first, best = run.state, run.state.first, run.state.best  # empty if no rows are held out
+    # first and best are empty if no rows are held out
+    state, first, best = run.state, run.state.first, run.state.best
     steps = str(state.step)
     if display.step_seconds.count:
         steps += _(", {seconds:.2f} s each", seconds=display.step_seconds.value)
@@ -229,7 +230,8 @@ def summary(run: Run, questions: list[str], display: Display) -> None:
 
 
 def quoted(text: str) -> str:
-    """Text quoted for a shell: in double quotes if they are safe, else by shlex.quote."""
+    """Text quoted for a shell. It gets double quotes, or the quotes of shlex.quote if it contains a
+    character that is special inside double quotes."""
     return shlex.quote(text) if set('"$`\\!') & set(text) else f'"{text}"'
 
 

@@ -11,7 +11,7 @@ from phogpt_raw.show.console import listing, one_line
 
 BARS = "▁▂▃▄▅▆▇█"
 FEW = 10  # no histogram is drawn for fewer examples
-USUAL = ("turns", "text", "system")  # notes that are not warnings; they name no example row
+USUAL = ("turns", "text", "system")  # notes that are not warnings; their text names no row
 EXCERPT = 60  # most characters that are shown of a text
 
 
@@ -103,7 +103,7 @@ def note_lines(report: Report) -> list[str]:
 
 
 def note_text(kind: str, note: Note) -> str | None:
-    """The text of a note; None if another line of the report already has this text."""
+    """The text of a note; None if another line of the report shows this note."""
     values = dict(n=note.count, where=note.where, name=note.example)
     text = {
         "turns": _("conversations of several turns: {n:,}", **values),

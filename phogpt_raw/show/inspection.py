@@ -46,7 +46,7 @@ def as_lists(examples: list[Example]) -> dict[str, list]:
 
 
 def print_example(tokenizer, example: Example, place: int | None = None) -> None:
-    """Print a training example. The tokens that carry loss have brackets and a colour."""
+    """Print a training example. The tokens that carry loss are in brackets and in colour."""
     border = "" if place is None else _("document {n}, ", n=place)
     out.print(Text(border + _("{where}; loss on the {n} of {of} tokens between ⟦ and ⟧",
                               where=printable(example.where), n=example.supervised,

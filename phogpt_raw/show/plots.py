@@ -21,7 +21,9 @@ from phogpt_raw.show.console import say
 from phogpt_raw.training.metrics import read_metrics
 from phogpt_raw.training.run import Run
 
-MOST = 1000  # most points of a curve; more steps are drawn as bins with lowest and highest loss
+# Most points of a curve. If there are more steps, they are grouped into bins, and the area between
+# the lowest and the highest loss of each bin is drawn.
+MOST = 1000
 SMOOTHED_FROM = 30  # with fewer steps no running mean is drawn
 LOG_FROM = 20  # log scale if the highest loss is more than LOG_FROM times the lowest
 BACKGROUND, INK, GRID = "#fcfcfa", "#24292f", "#dddfe3"
@@ -189,7 +191,7 @@ def one_line(name: str, width: int = 60) -> str:
 
 
 def column(rows: list[dict], name: str) -> np.ndarray:
-    """The values of one name as an fp64 array [rows]. None becomes NaN."""
+    """The values of the field `name` in all rows, as an fp64 array [rows]. None becomes NaN."""
     return np.array([row[name] for row in rows], dtype=float)
 
 
@@ -204,7 +206,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The running mean of `values`, as an array [n].
 
     Each mean is over the finite values that are at most window // 2 positions away. It is NaN if
-    there are none.
+    there is no finite value so near.
 
     >>> running_mean(np.array([1.0, 2.0, np.nan, 6.0]), 3).tolist()
     [1.5, 1.5, 4.0, 6.0]

@@ -25,7 +25,7 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
     """Print the settings of a run. duration: the simulated time of a step, for --dry-run."""
     config, shape, run = job.config, job.model.config, job.run
     slopes_H, kernels = job.model.slopes_H, nullcontext()
-    if slopes_H.is_meta and job.card.device == "cuda":  # this computer may lack the card
+    if slopes_H.is_meta and job.card.device == "cuda":  # the GPU may not be in this computer
         kernels = Recorder(attention_kernels(job.card, job.model.head.dtype))
     elif slopes_H.is_meta:
         slopes_H = torch.zeros(slopes_H.shape)  # on the CPU of this computer
@@ -116,7 +116,8 @@ def held_out_line(job: Job) -> str:
 
 
 def model_line(job: Job) -> str:
-    """The number of parameters of the base, without adapters. An NF4 byte holds two parameters."""
+    """The base's name, shape and number of parameters, without adapters. In NF4, a byte holds two
+    parameters."""
     frozen = [p for p in job.model.parameters() if not p.requires_grad]
     quantised = 2 * sum(p.numel() for p in frozen if p.dtype == torch.uint8)
     plain = sum(p.numel() for p in frozen if p.dtype != torch.uint8)

@@ -1,8 +1,9 @@
 """Simulate torch's CUDA caching allocator, and count its allocated and reserved bytes.
 
-The allocator takes segments of memory from the driver. It cuts blocks from the segments by best
-fit, and merges a freed block with free neighbours. It allocates more bytes than the tensors
-contain, for two reasons. Sizes are rounded up to 512 bytes. In segments for sizes above 1 MiB, a
+The allocator requests segments of memory from the driver, and cuts blocks from them. For a new
+block it uses the smallest free block that is large enough (best fit). A freed block is merged with
+free neighbours. The allocator allocates more bytes than the tensors contain, for two reasons.
+First, sizes are rounded up to multiples of 512 bytes. Second, in segments for sizes above 1 MiB, a
 block is not split if the rest would have 1 MiB or less.
 
 The constants and rules are those of c10/cuda/CUDACachingAllocator in torch 2.10 to 2.13, on one
@@ -13,9 +14,11 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
 MIB = 2**20
-ROUND = 512
+ROUND = 512  # bytes; the size of a block is a multiple of this
 SMALL = MIB  # blocks up to this size come from segments of 2 MiB
-MEDIUM = 10 * MIB  # smaller blocks come from segments of 20 MiB, others have their own segment
+# Blocks above SMALL and below MEDIUM come from segments of 20 MiB. Larger blocks get a segment of
+# their own.
+MEDIUM = 10 * MIB
 SEGMENTS = {"small": 2 * MIB, "medium": 20 * MIB}
 
 
@@ -65,7 +68,7 @@ class Allocator:
         return block
 
     def give(self, block: Block) -> None:
-        """Free a block. It is merged with free neighbours and cached for later use."""
+        """Free a block: merge it with free neighbours, and cache the result for later use."""
         self.allocated -= block.size
         for other in (block.before, block.after):
             if other is not None and other.free:

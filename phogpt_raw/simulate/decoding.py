@@ -2,8 +2,9 @@
 
 The memory follows from the model's shape. The sizes of weights, adapters and cache are exact. The
 size of a prompt's tensors was counted in the code of decode/prefill.py, at the point where they
-take the most memory. A test compares the results with 26 settings measured on an H100. The computed
-allocated memory agrees within 1%. The computed reserved memory is never below the measured one.
+take the most memory. A test compares the results with the memory that was measured on an H100 in 26
+settings. The computed allocated memory agrees with the measured one within 1%. The computed
+reserved memory is never below the measured one.
 
 On a CPU, the weights dequantised to fp32 (decode/dense.py) take additional memory.
 """
@@ -26,8 +27,9 @@ from phogpt_raw.model.phogpt import ModelConfig
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.simulate.rates import CONTEXT, matmul_workspace
 
-# Bytes for each entry of the vocabulary, to choose a token greedily or by sampling. The logits are
-# included.
+# To choose a token, a row needs this many bytes of memory for each entry of the vocabulary: GREEDY
+# if it always takes the most likely token, DRAWN if it draws a token at random. In both numbers,
+# the first 2 bytes are the entry's logit in 16 bits.
 GREEDY, DRAWN = 2 + 4, 2 + 40
 # Memory that torch reserves above the allocated memory, because of fragmentation and of the pool of
 # one CUDA graph. Measured values are 0.10 to 0.34 GiB.
@@ -49,8 +51,8 @@ class Work:
     """The answers to generate.
 
     rows: number of answers that an engine generates at once. models: number of engines. positions:
-    tokens of the longest prompt and its answer. reading: tokens of all prompts that are read at
-    once. kinds: GREEDY or DRAWN for each kind of decoding step that becomes a CUDA graph.
+    tokens of the longest prompt together with its answer. reading: tokens of all prompts that are
+    read at once. kinds: GREEDY or DRAWN for each kind of decoding step that becomes a CUDA graph.
     """
 
     rows: int
@@ -78,7 +80,7 @@ class Memory:
 
 
 def memory(model: Model, work: Work, card: Card) -> Memory:
-    """The most memory that generating the answers takes on a card."""
+    """The most memory that is in use on a card while the answers are generated."""
     gpu = card.device == "cuda"
     return Memory(
         base=base_bytes(model),
@@ -94,7 +96,8 @@ def base_bytes(model: Model) -> float:
     """Bytes of the base: linear layers, biases, norms, and the embedding, which is the head too."""
     shape, size = model.shape, model.dtype.itemsize
     linears = shape.linear_weights * (NF4_BYTES if model.nf4 else size)
-    # Vectors of d_model elements: 4 biases and 2 norms in each block, and the last norm.
+    # The biases and norms, as a number of vectors of d_model elements. In each block, the 4 biases
+    # count as 5 + expansion_ratio vectors, and the 2 norms as 4. The last norm counts as 2.
     vectors = shape.n_layers * (9 + shape.expansion_ratio) + 2
     return linears + size * shape.d_model * (shape.vocab_size + vectors)
 
@@ -115,10 +118,11 @@ def prompt_bytes(model: Model, work: Work, card: Card) -> float:
     """Bytes that are needed to read prompts, at most PREFILL tokens at once.
 
     Three parts are added: the tensors of read_prompt, the attention bias, and on a GPU the partial
-    sums of the NF4 product. The size of the tensors is the maximum of two points in read_prompt. At
-    the first point there are two tensors of the MLP's width, six of the model's width (x, its norm,
-    attention's output, q, k and v), and the largest NF4 weight dequantised. At the second point
-    there are three tensors of the MLP's width and five of the model's width, without this weight.
+    sums of the NF4 product. The size of the tensors is computed at two points in read_prompt, and
+    the larger size counts. At the first point there are two tensors of the MLP's width, six of the
+    model's width (x, its norm, attention's output, q, k and v), and the largest NF4 weight
+    dequantised. At the second point there are three tensors of the MLP's width, five of the model's
+    width, and no dequantised weight.
     """
     shape, size = model.shape, model.dtype.itemsize
     tokens = min(PREFILL, work.reading)
@@ -141,7 +145,7 @@ def graph_bytes(model: Model, work: Work) -> float:
     """
     sizes = [2**n for n in range((work.rows - 1).bit_length())] + [work.rows]
     pools = [rows * kind * model.shape.vocab_size for rows in sizes for kind in work.kinds]
-    if work.rows > MOST and model.nf4:  # such steps dequantise each weight
+    if work.rows > MOST and model.nf4:  # a step of more than MOST rows dequantises each weight
         widest = model.dtype.itemsize * model.shape.expansion_ratio * model.shape.d_model**2
         pools += [widest] * sum(rows > MOST for rows in sizes)
     return sum(pools)

@@ -1,14 +1,15 @@
 """Choose the length of packed rows and the number of recomputed blocks, to fit a GPU's memory.
 
-The peak memory of a step comes from a simulation (trace.py). The model has n blocks. Backward
-recomputes the activations of the first N blocks. The other blocks keep their activations. The peak
-falls linearly from N = 0 to N = n - 1, so two simulations give the peak for every N. Recomputing
-the last block saves nothing, because backward begins with this block and needs its activations at
-once. `--recompute auto` chooses the smallest N with which the step fits in the GPU's memory. Packed
-rows are as long as possible without recomputation, up to ROW tokens.
+The peak memory of a step comes from a simulation (trace.py). Of the model's n blocks, backward
+recomputes the activations of the first N. The other blocks keep their activations. The peak falls
+linearly from N = 0 to N = n - 1, so two simulations give the peak for every N. Recomputing the last
+block too does not lower the peak, because backward begins with this block and needs its activations
+at once. `--recompute auto` chooses the smallest N with which the step fits in the GPU's memory.
+Packed rows are as long as possible without recomputation, up to ROW tokens.
 
-The choice uses the GPU's total memory, not its free memory. Two runs of the same command therefore
-make the same choice. The total memory is compared with the peak plus the margins below.
+The peak plus the margins below is compared with the GPU's total memory. The free memory is not
+used, because it depends on other programs. Two runs of the same command therefore make the same
+choice.
 """
 
 import copy
@@ -35,12 +36,13 @@ from phogpt_raw.training.setup import Job, wire
 from phogpt_raw.training.step import Training
 
 # Margins for fragmentation, and for the memory that CUDA graphs reserve above the peak of an eager
-# step. They were enough in 33 of 36 measured settings (LOG.md). The other three settings have
-# micro-batches of 16,000 or more tokens. If memory is too full for the graphs, such micro-batches
-# run eagerly, at nearly the same speed.
+# step: the peak is multiplied by SHARE, and GRAPHS bytes are added. The margins were enough in 33
+# of 36 measured settings (LOG.md). The other three settings have micro-batches of 16,000 or more
+# tokens. If memory is too full for the graphs, such micro-batches run eagerly, at nearly the same
+# speed.
 GRAPHS, SHARE = 0.6 * GIB, 1.05
 ROW = 2048  # most tokens of a packed row; longer rows are hardly faster
-SHORTER = 0.75  # if rows do not fit, the next length to try is this share of the last one
+SHORTER = 0.75  # if rows do not fit, their length is multiplied by this and tried again
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,11 @@ def choose_for(card: Card, config: Config, blocks: int, stream: Stream, planned:
                longest: int, trace: Callable[[Window, int], Trace]) -> Choice:
     """Like `choose`, for any card and any stream of examples.
 
-    planned: the steps whose windows are considered. The longest example of the stream is also
-    considered, because it may be in a later window. longest: number of tokens in the longest
-    example, held-out examples included. trace(window, recompute): simulates a step of a model with
-    `blocks` blocks; the window is one micro-batch.
+    planned: the steps whose accumulation windows are considered; such a window holds the examples
+    of one step. The longest example of the stream is also considered, because it may be in a later
+    window. longest: number of tokens in the longest example, held-out examples included.
+    trace(window, recompute): a function that simulates a step of a model with `blocks` blocks; the
+    window is one micro-batch.
     """
     windows = [stream.picked(step) for step in planned]
     windows.append([max(stream.examples, key=lambda e: len(e.ids))])
@@ -120,7 +123,7 @@ def choose_recompute(card: Card, config: Config, blocks: int,
             return Choice(depth, blocks, gib, None, card.memory_gib, auto=False)
         return Choice(depth, blocks, auto=False)
     if not card.memory_gib:
-        return Choice(0, blocks)  # on a CPU memory is not the limit
+        return Choice(0, blocks)  # on a CPU the time is the limit, not the memory
     return least_recompute(trace, blocks, card)
 
 
@@ -166,8 +169,9 @@ def needed(trace: Trace, card: Card) -> float:
 
 
 def largest(windows: list[list[Example]], packing: Packing, micro_batch: int) -> Window:
-    """A window with the micro-batch that takes the most memory. This micro-batch has the most
-    tokens. If several have equally many, it has the most supervised tokens of these."""
+    """A window that contains only the micro-batch that takes the most memory. This is the
+    micro-batch with the most tokens. If several have equally many tokens, it is the one of these
+    with the most supervised tokens."""
     batches = (batch for examples in windows
                for batch in Window(examples, 0, packing).layout(micro_batch))
     rows, length = max(batches, key=lambda batch: (
@@ -176,7 +180,8 @@ def largest(windows: list[list[Example]], packing: Packing, micro_batch: int) ->
 
 
 def longest_rows(examples: list[Example], micro_batch: int) -> Window:
-    """A window with the longest unpacked rows. This micro-batch takes the most memory."""
+    """A window that contains only one micro-batch, of the longest unpacked rows. It takes the most
+    memory of all micro-batches."""
     ordered = sorted(examples, key=lambda e: (len(e.ids), e.supervised))
     return Window(ordered[-micro_batch:], pad_id=0)
 

@@ -2,7 +2,8 @@
 
 trace.py records the trace, and names the purpose of each storage that exists before the step. The
 purpose of every other storage follows from the phase and the block that created it, and from its
-lifetime. Saved activations exist longer than the forward of their block. Temporaries do not.
+lifetime. A saved activation exists longer than the forward of the block that created it, and a
+temporary does not.
 """
 
 from collections import defaultdict
@@ -22,7 +23,8 @@ KINDS = (
 class Storage:
     """The memory of a tensor. It exists from operation `born` until just before operation `died`.
 
-    died: None if the storage exists until the end of the step.
+    died: None if the storage exists until the end of the step. scope: the name of the module that
+    created it, such as "block 0"; "" outside the model.
     """
 
     nbytes: int
@@ -31,7 +33,7 @@ class Storage:
     scope: str
     kind: str | None = None
     died: int | None = None
-    scope_end: int | None = None  # the operation at which its block's forward ended
+    scope_end: int | None = None  # the operation at which the forward of the module `scope` ended
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ class Trace:
     def replay(self, limit: float = float("inf"), workspace: int = 0, watch=None) -> Allocator:
         """Replay the allocations through the simulated allocator; its peaks are those of the step.
 
-        Raises MemoryError if `limit` bytes are too few. workspace: bytes that torch takes for
-        cuBLAS and keeps. watch(allocator, n): called after each event n of the step.
+        Raises MemoryError if `limit` bytes are too few. workspace: bytes that torch allocates for
+        cuBLAS and keeps. watch(allocator, n): a function that is called after each event n of the
+        step.
         """
         allocator, blocks = Allocator(limit), {}
         if workspace:
@@ -97,7 +100,7 @@ class Trace:
         return max(self.moments(workspace), key=lambda m: m.allocated)
 
     def moments(self, workspace: int = 0) -> list[Moment]:
-        """One entry for each operation of the step that allocates something."""
+        """One moment for each operation of the step that allocates memory."""
         found: dict[int, Moment] = {}
         kinds, by_block = defaultdict(int), defaultdict(int)
         kinds["matmul workspace"] = workspace

@@ -14,9 +14,9 @@ MIB = 2**20
 class Rates:
     """The sustained rates of a card, each as (low, high).
 
-    matmul: FLOP/s of 16-bit matrix products. attention: the attention kernel's rate as a share of
-    matmul. bandwidth: bytes read and written per second. launch: seconds between two kernels of a
-    CUDA graph. host: seconds that Python needs to launch one kernel eagerly.
+    matmul: FLOP/s of 16-bit matrix products. attention: the attention kernel's rate as a fraction
+    of the rate `matmul`. bandwidth: bytes read and written per second. launch: seconds between two
+    kernels of a CUDA graph. host: seconds that Python needs to launch one kernel eagerly.
     """
 
     matmul: tuple[float, float]
@@ -36,7 +36,8 @@ class Known:
 
 
 T = 1e12
-COLAB = (50e-6, 150e-6)  # `host` on Colab; its cores are 2 to 4 times slower than the measured ones
+# `host` on Colab, whose CPU cores are 2 to 4 times slower than the cores on which it was measured.
+COLAB = (50e-6, 150e-6)
 EFFICIENT = "attention 15 % of the matmul rate (measured on an H200 with this kernel) to 40 " \
             "(assumed)"
 KNOWN = {
@@ -62,7 +63,7 @@ KNOWN = {
         "matmul as measured, 645 TFLOP/s in fp16 to 675 in bf16; the others fitted to 24 measured "
         "steps (LOG.md)")),
 }
-CONTEXT = 0.81 * GIB  # bytes of CUDA's context with its kernels, on an H200; smaller GPUs take less
+CONTEXT = 0.81 * GIB  # bytes of CUDA's context with its kernels, on an H200; smaller GPUs need less
 
 
 def known(name: str) -> Known:
@@ -74,7 +75,7 @@ def known(name: str) -> Known:
 def matmul_workspace(card: Card) -> int:
     """Bytes of the workspace that torch allocates for cuBLAS at the first matrix product and keeps.
 
-    On Hopper it has 32 MiB. On other cards it has two buffers of 4 MiB and eight of 16 KiB. The
-    source is CUDABlas.cpp of torch 2.10 to 2.13.
+    On Hopper the workspace has 32 MiB. On other cards it consists of two buffers of 4 MiB and eight
+    buffers of 16 KiB. The source is CUDABlas.cpp of torch 2.10 to 2.13.
     """
     return 32 * MIB if card.capability[0] == 9 else 8320 * 1024

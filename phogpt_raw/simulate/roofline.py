@@ -1,10 +1,11 @@
 """Estimate the time of a step on a GPU from its operations, by the roofline model.
 
-The model is from Williams et al. 2009, doi:10.1145/1498765.1498785. Arithmetic takes an operation's
-FLOPs divided by the sustained rate. Memory traffic takes its bytes divided by the sustained
-bandwidth. The operation takes the longer of these two times, plus the time of a launch. Caches and
-overlap are not modelled. Matrices of all shapes have the same rate. An eager step takes at least
-the time that Python needs to launch its kernels.
+The model is from Williams et al. 2009, doi:10.1145/1498765.1498785. The time of an operation's
+arithmetic is its FLOPs divided by the sustained rate. The time of its memory traffic is its bytes
+divided by the sustained bandwidth. The operation takes the longer of these two times, plus the time
+of a launch. Caches are not modelled, and operations do not overlap. The rate of matrix products is
+assumed to be the same for all shapes. An eager step takes at least the time that Python needs to
+launch its kernels.
 """
 
 from collections.abc import Iterable
@@ -32,13 +33,14 @@ class Seconds:
 
     @property
     def eager(self) -> float:
-        """Seconds of an eager step: the mean time of the card or the mean time of the host,
+        """Seconds of an eager step: the mean time of the GPU or the mean time of the host,
         whichever is longer."""
         return max(self.middle, sum(self.host) / 2)
 
     @property
     def host_bound(self) -> bool:
-        """Whether an eager step always waits for Python rather than for the card."""
+        """Whether the GPU waits for Python in an eager step, even at the GPU's lower rates and with
+        the shorter time of the host."""
         return self.host[0] > self.high
 
 

@@ -5,10 +5,10 @@ device, and `train_step` itself runs on it. A dispatch mode records every operat
 that it reads and writes. It also records when each storage is created and freed. If the step
 changes, its trace changes too.
 
-Two things differ from a GPU, but not at the memory peak. 32-bit AdamW is several operations on the
-meta device, and one fused kernel on a GPU. Memory that a kernel allocates only while it runs is not
-recorded. The caller must supply two facts about the GPU: its attention kernels, and the size of the
-workspace that torch keeps for cuBLAS.
+Two things differ from a GPU, but they do not change the memory peak. First, 32-bit AdamW is several
+operations on the meta device, and one fused kernel on a GPU. Second, memory that a kernel allocates
+only while it runs is not recorded. The caller must supply two facts about the GPU: its attention
+kernels, and the size of the workspace that torch keeps for cuBLAS.
 
 Meta tensors are used for the following reason: if torch is built without CUDA, fake tensors of the
 device cuda abort the process.
@@ -136,15 +136,16 @@ NO_KERNEL = {private_apis.unsafe_view(), aten.empty.memory_format, aten.empty_li
              aten.empty_strided.default, aten.new_empty.default, aten.detach.default}
 PICKS = {aten.embedding.default, aten.gather.default, aten.index_select.default,
          aten.scatter_.src}
-OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}  # only write
+# In-place operations that write to a tensor without reading its old values.
+OVERWRITES = {aten.copy_.default, aten.fill_.Scalar, aten.zero_.default}
 
 
 def flops(func, args, kwargs, out) -> float:
     """FLOPs of an operation's matrix products. A multiplication and an addition are two FLOPs.
 
-    The formulas are torch's. torch has no formula for addmm_, so the formula of addmm is used.
-    Attention counts every key that a block of queries receives. Masked keys count too, because the
-    kernels with a bias process them.
+    The formulas are torch's. torch has no formula for addmm_, so the formula of addmm is used. The
+    FLOPs of attention include every key that is given to a block of queries. Masked keys count too,
+    because the kernels with a bias process them.
     """
     if private_apis.is_document_attention(func):
         return document_flops(func, args)
@@ -158,8 +159,8 @@ def document_flops(func, args) -> float:
 
     Forward has two matrix products, and backward has five. Each document counts as if it were as
     long as the longest one. The factor two comes from a measurement on an H100, for heads wider
-    than 128: per key, the memory-efficient kernel took 1.1 to 2.4 times as long as the same kernel
-    with a bias. For both kernels all keys were counted, causal or not.
+    than 128. There the memory-efficient kernel needed 1.1 to 2.4 times as much time for each key as
+    the same kernel with a bias needs. For both kernels all keys were counted, masked keys included.
     """
     named = dict(zip((a.name for a in schema_of(func).arguments), args, strict=False))
     tokens, heads, width = named["query"].shape[-3:]
@@ -173,7 +174,7 @@ def moved(func, args, kwargs, made: list[torch.Tensor]) -> int:
     if func in PICKS:  # only the picked rows of a large tensor are read and written
         return 2 * sum(map(touched, made if func is not aten.scatter_.src else [args[3]]))
     read = [*tensors(args), *tensors(kwargs.values())]
-    if schema_of(func).is_mutable:  # an in-place operation: its results are arguments
+    if schema_of(func).is_mutable:  # the results of an in-place operation are among its arguments
         made = []
         written = [a for a, s in zip(args, schema_of(func).arguments, strict=False)
                    if s.is_write and isinstance(a, torch.Tensor)]
@@ -182,7 +183,8 @@ def moved(func, args, kwargs, made: list[torch.Tensor]) -> int:
 
 
 def touched(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor that a kernel reads or writes; expanded dimensions count once."""
+    """Bytes of a tensor that a kernel reads or writes. An expanded dimension, which repeats the
+    same bytes, counts once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride else 1

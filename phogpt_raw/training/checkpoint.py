@@ -3,7 +3,7 @@
 On a CPU, a run that resumes from a checkpoint gives the same result as a run without a stop, bit
 for bit. The folder `checkpoint-N` contains the adapter in PEFT's format, the optimizer state, the
 loss scale, the states of the random generators, the counters and the best validation loss. The
-order of the data is not stored, because it follows from the step's number.
+order of the data is not stored, because it follows from the seed and the step.
 
 A checkpoint is written under a temporary name and renamed at the end. It contains hashes of its
 files. A damaged checkpoint is detected by these hashes and is not used.
@@ -35,7 +35,7 @@ from phogpt_raw.training.step import Training
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 STATE, PROGRESS = "training_state.pt", "progress.json"
 HASHES = "sha256.json"  # the hashes of the checkpoint's other files
-REPLACED = ".replaced"  # suffix of an old checkpoint while a new one takes its name
+REPLACED = ".replaced"  # suffix of an old checkpoint while a new checkpoint gets its name
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def hash_of(file: Path) -> str:
 def by_step(run: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step, from the highest step to the lowest."""
     found = {}
-    for folder in sorted(run.glob("checkpoint-*"), reverse=True):  # N comes after N.replaced
+    for folder in sorted(run.glob("checkpoint-*"), reverse=True):  # N overrides N.replaced
         name = folder.name.removeprefix("checkpoint-").removesuffix(REPLACED)
         if name.isdecimal():
             found[int(name)] = folder
@@ -150,7 +150,7 @@ def newest(run: Path, up_to: float = math.inf) -> Path | None:
 
 
 def newest_whole(run: Path, identity: str = "") -> tuple[Path | None, list[str]]:
-    """Return (newest undamaged checkpoint or None, a message for each newer checkpoint).
+    """Return (newest undamaged checkpoint or None, a message for each newer, damaged one).
 
     identity: the identity of the run. A checkpoint of a run with another identity counts as
     damaged. With "" the identity is not checked.

@@ -18,15 +18,16 @@ from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import summed_loss
 
-CACHE_MIB = 512  # of keys and values; this limits how many answers are generated at once
+# MiB of the key-value cache. This limits how many answers are generated at once.
+CACHE_MIB = 512
 
 
 @dataclass(frozen=True)
 class Score:
     """The result of an evaluation.
 
-    val_loss: nats per supervised token. stops: share of `answers` that end by themselves; None if
-    there are no answers. seconds: duration of the evaluation.
+    val_loss: nats per supervised token. stops: the fraction of `answers` that the model ended by
+    itself, with `</s>`; None if there are no answers. seconds: duration of the evaluation.
     """
 
     val_loss: float

@@ -1,9 +1,10 @@
 """Run the model's forward and backward as CUDA graphs, so that Python need not launch each kernel.
 
-With PhoGPT-7B5 and 512 tokens, the GPU works 50 ms on a micro-batch. Python needs twice as long to
-launch the thousands of kernels. A CUDA graph is a recorded list of kernels that the GPU replays.
+For a micro-batch of 512 tokens of PhoGPT-7B5, the GPU works 50 ms, but Python needs twice as long
+to launch the thousands of kernels. A CUDA graph is a recorded list of kernels that the GPU replays.
 Its inputs and outputs keep their addresses, so a graph serves only one shape. A shape consists of
-micro-batch, length, document bounds (if there are documents) and recompute depth.
+the number of rows, their length, the document bounds (if there are documents) and the number of
+recomputed blocks.
 
 A shape runs eagerly the first time. This shows that it fits in memory. The shape is captured the
 second time. The loss is computed between forward and backward. It has few kernels and always runs
@@ -33,8 +34,10 @@ from phogpt_raw.messages import _
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.limits import Limits
 
-SHAPES = 64  # most shapes that are captured; each graph takes some driver memory
-WORTH = 10  # remaining micro-batches of a shape; their graphs save about the time of the capture
+SHAPES = 64  # the largest number of captured shapes, because each graph takes some driver memory
+# A shape is captured only if at least this number of its micro-batches remain. With fewer, the
+# graphs would save less time than the capture takes.
+WORTH = 10
 
 
 class GraphedModel:
@@ -162,7 +165,7 @@ class Graphs:
 
 
 class Replay(torch.autograd.Function):
-    """Replays the forward graph, and the backward graph in backward.
+    """Replays the forward graph in `forward`, and the backward graph in `backward`.
 
     `flat` is an input only to make autograd call `backward`. The backward graph itself adds to
     flat.grad.

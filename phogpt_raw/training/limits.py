@@ -18,16 +18,16 @@ class Limits:
     result of a step."""
 
     micro_batch: int  # rows in one pass through the model
-    chunk_rows: int  # supervised rows whose logits are in memory at once
-    recompute: int = 0  # backward recomputes the activations of the first N blocks
+    chunk_rows: int  # supervised positions whose logits are in memory at once
+    recompute: int = 0  # backward recomputes this number of blocks, counted from the first
     graphs: bool = False  # whether forward and backward run as CUDA graphs
 
 
 def retry_without_graphs(work: Callable, training, say: Callable[[str], None]) -> Callable:
     """Wrap `work`: if it runs out of memory with CUDA graphs, repeat it without them.
 
-    The graphs then stay off. `work` must be safe to repeat. train_step is, because it clears the
-    gradients first and updates last.
+    The graphs then stay off. `work` must be safe to repeat. train_step is safe to repeat, because
+    it clears the gradients first and changes the adapters last.
     """
 
     def attempt(*args):

@@ -1,4 +1,4 @@
-"""Next-token loss through the frozen head, with only a chunk of the logits in memory.
+"""Next-token loss through the frozen head, with one chunk of the logits in memory at a time.
 
 The head of PhoGPT-7B5 has 250,880 rows, one for each token of the vocabulary. The fp32 logits of
 2,048 positions therefore take 1.9 GiB. A plain cross-entropy keeps three tensors of this size in
@@ -19,8 +19,8 @@ BYTES_A_LOGIT = 8  # 4 for a logit in fp32, and 4 for its log-probability in fp3
 def chunk_rows(vocabulary: int, limit_mib: int) -> int:
     """The number of rows in a chunk whose temporary tensors take at most limit_mib MiB.
 
-    It is a multiple of 8 if at least 8 rows fit, because this suits the matrix kernels. It is at
-    least 1.
+    The result is at least 1. If at least 8 rows fit, it is a multiple of 8, because this suits the
+    matrix kernels.
     """
     rows = limit_mib * 2**20 // (vocabulary * BYTES_A_LOGIT)
     return rows // 8 * 8 or max(1, rows)

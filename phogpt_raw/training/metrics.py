@@ -1,6 +1,6 @@
-"""Write and read metrics.jsonl in a run's folder: one row for each step and each evaluation.
+"""Write and read metrics.jsonl in a run's folder. It has one row for each step and each evaluation.
 
-The row of a step also contains its speed and its peak memory.
+The row of a step also contains the speed and the peak memory of the step.
 """
 
 import json
@@ -22,13 +22,13 @@ from phogpt_raw.training.step import StepStats, Training
 
 @dataclass(frozen=True)
 class StepRow:
-    """The row of a step.
+    """The row of metrics.jsonl for one step.
 
     loss: nats per supervised token. grad_norm: the gradient's norm before clipping. tokens: number
     of supervised tokens. tokens_per_s: all tokens of the examples per second, without padding.
     peak_gib: peak GPU memory in GiB, None on a CPU. scale: the loss scale. skipped: number of
-    skipped steps in the run so far. rows: number of rows that went through the model. fill: share
-    of the tokens in these rows that are not padding.
+    skipped steps in the run so far. rows: number of token rows, packed or not, that went through
+    the model in this step. fill: the fraction of the positions in these rows that are not padding.
     """
 
     step: int

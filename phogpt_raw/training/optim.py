@@ -1,9 +1,9 @@
 """The optimizer of the flat adapter buffer: AdamW with 8-bit state in paged memory.
 
 Both moments of AdamW are stored as 8-bit values. Each block of 256 values has one scale (Dettmers
-et al. 2022, arXiv:2110.02861). Paged memory is CUDA's managed memory. It moves to the host when the
-GPU is full. bitsandbytes' `load_state_dict` would replace the pages by ordinary GPU memory.
-`load_state` in this module keeps the pages.
+et al. 2022, arXiv:2110.02861). Paged memory is CUDA's managed memory. CUDA moves it to the host
+when the GPU is full. `load_state_dict` of bitsandbytes would replace the pages by ordinary GPU
+memory. `load_state` in this module keeps the pages.
 """
 
 import math
@@ -23,7 +23,7 @@ def make_optimizer(flat: torch.nn.Parameter, kind: str, lr: float, weight_decay:
     settings = dict(lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay)
     device = flat.device.type
     if kind == "adamw":
-        fused = device != "meta"  # one kernel, no temporary tensors; not on meta
+        fused = device != "meta"  # fused: one kernel, no temporary tensors
         optimizer = torch.optim.AdamW([flat], **settings, fused=fused)
         optimizer.state[flat] = {
             "step": torch.zeros((), device=flat.device if fused else "cpu"),

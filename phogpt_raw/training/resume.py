@@ -1,6 +1,6 @@
 """Check whether a run can be started or resumed in a folder.
 
-A resumed run must have the same settings and the same rows as at its start. A new run must not
+A resumed run must have the same settings and the same data rows as at its start. A new run must not
 overwrite files of other programs. A run records its settings in config.json, and a hash of each row
 in row_hashes.json. Data files may be renamed or moved, but the rows must stay the same.
 """
@@ -28,7 +28,7 @@ FREE = {"preset", "data", "val", "map", "strict", "too_long", "data_cache", "ins
         "max_skipped",
         "micro_batch", "packing", "pack_len", "recompute", "capture", "loss_mib", "nf4_cache"}
 ANOTHER = "name another --out"
-ROWS = "row_hashes.json"  # a hash of each row, from the start of the run
+ROWS = "row_hashes.json"  # a hash of each data row, written at the start of the run
 
 
 def record_run(folder: Path, config: Config, examples: Examples, *, base_weights: str | None,
@@ -87,7 +87,7 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
     if not file.is_file():
         raise Refusal(f"{file}: missing, so this run cannot be resumed; name another --out, and "
                       f"give the newest checkpoint of {folder} as --adapter")
-    # If a setting is newer than the run, the run has used its default value.
+    # config.json lacks a setting that is newer than the run. The run used the setting's default.
     before = dataclasses.asdict(Config()) | read_object(file, ANOTHER)
     now = dataclasses.asdict(config)
     for name in sorted(now.keys() - FREE):

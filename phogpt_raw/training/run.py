@@ -3,8 +3,8 @@
 The folder contains config.json, row_hashes.json, metrics.jsonl and the folders checkpoint-N. The
 result is adapter_model.safetensors with adapter_config.json. It is the adapter with the lowest
 validation loss, or the last adapter if no rows are held out. The model card README.md is written
-last. A run that has done all its steps but has no model card was killed before its end. It is
-finished when it is started again.
+last. A run that has done all its steps but has no model card was killed before its end. When the
+user starts it again, it does only the work that is left.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class RunState:
     skipped_in_row: int = 0
     best_loss: float = math.inf
     best_step: int = 0
-    not_better: int = 0  # evaluations since the lowest validation loss, which may be at step 0
+    not_better: int = 0  # evaluations after the one with the lowest validation loss, maybe step 0's
     first: dict = field(default_factory=dict)  # score before training: val_loss, stops, answers
     best: dict = field(default_factory=dict)  # the same values for the best adapter
     planned: int = 0  # steps of the whole run; 0 in checkpoints of older versions
@@ -214,8 +214,8 @@ class Run:
         self.writing = self.writer.submit(self.write, snapshot, dataclasses.replace(state))
 
     def write(self, snapshot: checkpoint.Snapshot, state: RunState) -> None:
-        # A run that resumes from this checkpoint does not write earlier rows again. They must
-        # survive a power failure.
+        # A run that resumes from this checkpoint does not write the earlier rows of metrics.jsonl
+        # again. So these rows must be on the disk, to survive a power failure.
         flush(self.folder / METRICS)
         self.checkpoint = checkpoint.write(self.folder, snapshot)
         self.follow_up(state)
@@ -237,7 +237,7 @@ class Run:
             for name in checkpoint.ADAPTER:
                 with whole_file(self.folder / name) as file:
                     shutil.copyfile(self.checkpoint / name, file)
-        if not state.skipped_in_row:  # else the only good checkpoint may be older
+        if not state.skipped_in_row:  # after a skipped step, the only good checkpoint may be older
             checkpoint.remove_older(self.folder, self.config.keep, state.best_step, state.step)
 
     def still_due(self, every: int) -> int:

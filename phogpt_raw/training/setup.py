@@ -49,7 +49,8 @@ from phogpt_raw.training.run import Run
 from phogpt_raw.training.step import Training
 
 EPOCHS = 3  # if neither --steps nor --epochs is given
-PLANNED = 512  # most steps whose rows determine the row lengths and the captured shapes
+# The row lengths and the captured shapes are chosen from the rows of at most this number of steps.
+PLANNED = 512
 
 
 def make_scaler(dtype: torch.dtype, device: str) -> torch.amp.GradScaler:
@@ -112,7 +113,7 @@ class Job(Training):
                         self.limits, self.stream.packing, memory)
 
     def planned(self, start: int = 0) -> range:
-        """At most PLANNED steps from `start` on. They determine row lengths and captured shapes."""
+        """At most PLANNED steps from `start` on. Row lengths and captured shapes depend on them."""
         return range(start, min(self.run.steps, start + PLANNED))
 
     def pack(self, packing: Packing | None) -> None:

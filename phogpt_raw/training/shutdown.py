@@ -43,7 +43,7 @@ class GracefulShutdown:
         self.asked = next(iter(signalled), None)
         self.before = {number: signal.getsignal(number) for number in SIGNALS}
         for number, handler in self.before.items():
-            if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP, and this stays so
+            if handler is not signal.SIG_IGN:  # keeps a signal ignored, such as SIGHUP under nohup
                 signal.signal(number, self.ask)
         return self
 

@@ -81,7 +81,7 @@ def train_step(training: Training, window: Window,
         mark("forward")
         hidden = model(batch.ids_BL, batch.doc_BL, bounds=batch.bounds,
                        recompute=limits.recompute)  # [B, L, D]
-        hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D], the supervised rows
+        hidden = hidden.flatten(0, 1).index_select(0, batch.rows_T)  # [T, D], supervised positions
         share = summed_loss(hidden, model.head, batch.targets_T, limits.chunk_rows) / supervised
         del hidden  # backward does not need it
         mark("backward")

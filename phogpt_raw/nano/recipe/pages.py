@@ -11,7 +11,8 @@ from itertools import chain, zip_longest
 
 from phogpt_raw.nano.recipe.questions import Question
 
-TEMPLATES = {  # VinAI's two prompts, and the text between two questions of a page
+# {name: (VinAI's template of a question with its answer, the text between two questions of a page)}
+TEMPLATES = {
     "4B-Chat": ("### Câu hỏi: {q}\n### Trả lời: {a}", "\n"),
     "7B5-Instruct": ("### Câu hỏi:\n{q}\n\n### Trả lời:{a}", "\n\n"),
 }
@@ -20,8 +21,8 @@ TEMPLATES = {  # VinAI's two prompts, and the text between two questions of a pa
 def choose(questions: list[Question], length: int, cap: int, rng: random.Random) -> list[Question]:
     """Choose questions that have about `length` characters in all, with their answers.
 
-    At most `cap` questions are about the same phrase. The kinds of questions take turns, with one
-    question each, so that rare kinds are included.
+    At most `cap` questions are about the same phrase. In each round, one question of each kind is
+    chosen, so that rare kinds are included.
     """
     of_kind, times = defaultdict(list), Counter()
     for question in rng.sample(questions, len(questions)):
@@ -40,8 +41,9 @@ def choose(questions: list[Question], length: int, cap: int, rng: random.Random)
 def make_pages(questions: list[Question], rng: random.Random, chat: float = 0.75) -> list[str]:
     """Return documents of 6 to 10 questions and answers.
 
-    A share `chat` of the documents is in 4B-Chat's template, the others are in 7B5-Instruct's. If
-    fewer than 6 questions remain at the end, these questions are left out.
+    chat: about this share of the documents is in 4B-Chat's template. The other documents are in
+    7B5-Instruct's template. If fewer than 6 questions remain at the end, these questions are left
+    out.
     """
     out, rest = [], list(questions)
     while len(rest) >= 6:

@@ -1,10 +1,12 @@
 """The kinds of questions. A kind has a pattern for its answers, and several forms of its question.
 
-CLAUSES and KINDS contain (kind, pattern, forms). `pattern` matches the beginning of the answer. Its
-group x is the subject of the question. In KINDS the subject is a thing. In CLAUSES it is an action
-or a clause of three words or more. `forms` are questions with {x} or {X} in place of the subject.
-{x} is the subject as written inside a sentence. {X} is the subject as written at the beginning of a
-sentence. The order of the kinds matters: a sentence becomes a question of the first kind that fits.
+CLAUSES and KINDS are lists of (kind, pattern, forms). `pattern` is a regular expression that
+matches the beginning of an answer. The group `x` of this expression matches the subject of the
+question. In KINDS the subject is a thing. In CLAUSES the subject is an action or a clause, and has
+three words or more. `forms` are questions with {x} or {X} in place of the subject. {x} stands for
+the subject as it is written inside a sentence. {X} stands for the subject as it is written at the
+beginning of a sentence. The order of the kinds matters, because a sentence becomes a question of
+the first kind whose pattern matches.
 """
 
 import re

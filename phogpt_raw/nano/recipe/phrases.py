@@ -1,8 +1,9 @@
 """Decide which phrases of a sentence a question may be about.
 
 A question is never about a pronoun, about a noun that refers to an earlier sentence, or about a
-fragment that a pattern cut in the wrong place. The word lists were tuned by reading the questions.
-This module uses no word segmenter. A few questions in a hundred are still wrong.
+fragment that a pattern cut in the wrong place. The word lists were improved after the resulting
+questions had been read. This module uses no word segmenter, and a few questions in a hundred are
+still wrong.
 """
 
 import re

@@ -2,8 +2,9 @@
 
     python -m phogpt_raw.nano.recipe.prepare --articles articles.jsonl.gz --out DATA
 
-Writes train.bin and heldout.bin (uint16, each document ends in </s>), the tokenizer, corpus.json
-with the counts, and questions.jsonl for a person to read.
+Writes the token streams train.bin and heldout.bin, the tokenizer, corpus.json with the counts, and
+questions.jsonl, which a person can read. In the token streams each token id is a uint16, and each
+document ends with </s>.
 """
 
 import argparse

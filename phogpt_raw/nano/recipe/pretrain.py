@@ -36,8 +36,10 @@ SAMPLES = [
 def initialise(model: PhoGPT) -> None:
     """Initialise the weights as in GPT-2 (Radford et al. 2019).
 
-    Biases are 0, and norm weights are 1. Matrices are normal with a standard deviation of 0.02. In
-    each layer, the two matrices that add to the residual stream have 0.02 / sqrt(2 * layers).
+    Biases are set to 0, and the weights of norms to 1. The elements of each matrix are drawn from a
+    normal distribution with a mean of 0 and a standard deviation of 0.02. Each layer has two
+    matrices whose outputs are added to the residual stream. For these two, the standard deviation
+    is 0.02 / sqrt(2 * layers).
     """
     for name, weight in model.named_parameters():
         if name.endswith("bias"):

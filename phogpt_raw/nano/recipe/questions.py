@@ -99,14 +99,17 @@ def make_questions(
     kind: str, phrase: str, answer: str, forms: list[str], truecaser: Truecaser, rng: random.Random,
     y: str = "",
 ) -> list[Question]:  # fmt: skip
-    """Return one question in one of `forms`. The most useful kinds get two, in different forms."""
+    """Return one question about the phrase. Its form is chosen at random from `forms`.
+
+    For a kind in TWICE, return two questions in different forms.
+    """
     inside = truecaser.inside(phrase)
     forms = rng.sample(forms, 2 if kind in TWICE else 1)
     return [Question(kind, phrase, f.format(X=phrase, x=inside, y=y), answer) for f in forms]
 
 
 def names_its_phrase(question: Question) -> bool:
-    """Return whether the phrase is near the beginning of an answer of 8 to 40 words."""
+    """Return whether the answer has 8 to 40 words, with the phrase near its beginning."""
     at = question.answer.casefold().find(question.phrase.casefold())
     return 0 <= at <= 12 and 8 <= len(question.answer.split()) <= 40
 

@@ -32,8 +32,10 @@ class AnswerScores:
 
 
 def score_answers(answers: list[str], stopped: list[bool], topics: list[str]) -> AnswerScores:
-    """Return the four scores. `stopped` is True for each answer that ended with </s>. `topics` are
-    the topics of the questions.
+    """Return the four scores.
+
+    stopped: for each answer, True if it ended with </s>. topics: for each answer, the topic of its
+    question.
 
     >>> score_answers(["Dạ, phở là món ăn ạ.", "Phở"], [True, False], ["Phở", "bún"])
     AnswerScores(stops=0.5, polite=0.5, distinct=1.0, names_topic=0.5)

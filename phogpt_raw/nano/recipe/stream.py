@@ -36,8 +36,9 @@ def read_data(data: Path, device: torch.device) -> tuple[dict, torch.Tensor, tor
 def rows_at(stream: torch.Tensor, starts_B: torch.Tensor, seq_len: int):
     """Return (ids, document numbers, targets), each [B, L], of the rows that begin at `starts_B`.
 
-    </s> belongs to the document that it ends. It does not predict the first token of the next
-    document (target -100). All three tensors are on the stream's device.
+    </s> belongs to the document that it ends. The position of </s> has the target -100, so that the
+    model does not learn to predict the first token of the next document there. All three tensors
+    are on the stream's device.
     """
     tokens = stream[starts_B[:, None] + torch.arange(seq_len + 1, device=stream.device)].long()
     ids_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
@@ -49,7 +50,7 @@ def rows_at(stream: torch.Tensor, starts_B: torch.Tensor, seq_len: int):
 def shuffled_starts(tokens: int, seq_len: int, generator: torch.Generator) -> torch.Tensor:
     """Return the start positions of the rows of one epoch, in random order.
 
-    The rows are adjacent. The first row of the text begins at a random offset.
+    The rows are adjacent. The first row begins at a random offset in the stream.
     """
     offset = int(torch.randint(min(seq_len, tokens - seq_len), (), generator=generator))
     rows = (tokens - 1 - offset) // seq_len
@@ -57,7 +58,10 @@ def shuffled_starts(tokens: int, seq_len: int, generator: torch.Generator) -> to
 
 
 def steps_of_epoch(tokens: int, seq_len: int, rows: int) -> int:
-    """Return the number of batches of `rows` rows in an epoch. It does not depend on the offset."""
+    """Return the number of batches of `rows` rows in an epoch.
+
+    The number is possible with every random offset of `shuffled_starts`.
+    """
     return (tokens - seq_len) // seq_len // rows
 
 

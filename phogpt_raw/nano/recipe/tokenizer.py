@@ -1,9 +1,9 @@
 """Train a byte-level BPE tokenizer that splits text into words exactly as PhoGPT's tokenizer does.
 
-The special tokens have the fixed ids 0 to 3. Merges never cross the border of a word. `###` is a
-word. `lời:` is a word too, because a colon does not separate words. Text between words, such as a
-full stop or a newline, is a word of its own. No token is added before or after a text. The caller
-appends `</s>`.
+The special tokens have the fixed ids 0 to 3. Merges never cross the border of a word. For example,
+`###` is a word, and `lời:` is a word too, because a colon does not separate words. The text between
+two words, such as a full stop or a newline, counts as a word of its own. No token is added before
+or after a text, so the caller must append `</s>`.
 """
 
 import json
