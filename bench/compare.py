@@ -2,7 +2,7 @@
 
     python bench/compare.py             write the tables between their markers
     python bench/compare.py --simulate  simulate a T4 and a V100 first
-    python bench/compare.py --check     write nothing; exit with 2 if a table differs
+    python bench/compare.py --check     exit with 2 if a table differs
 
 A result that was measured on a GPU and saved, for example by `python bench/memory.py --save`, gets
 a column of its own.

@@ -1,6 +1,6 @@
 """Bench of reading rows: the time and memory to read a file of rows and to plan the first epoch.
 
-    python bench/data.py                60,000 generated rows, and one row of 40 million characters
+    python bench/data.py                60,000 generated rows, and one huge row
     python bench/data.py --tokenizer FOLDER
 
 The file of many rows is read twice: first without a cache, then from the cache that the first

@@ -1,8 +1,8 @@
 """Bench of memory: the peak memory of a training step. It shows which settings fit a GPU.
 
-    python bench/memory.py                         7B5 on a T4 and a V100
+    python bench/memory.py                          7B5 on a T4 and a V100
     python bench/memory.py --card t4 --model 4b --seq-len 4096,8192
-    python bench/memory.py --measured --cap 14.56  on this GPU, with the memory of a T4
+    python bench/memory.py --measured --cap 14.56   on this GPU, as a T4
 
 The step is train.py's own. Without a GPU, the step is simulated for each card, on tensors without
 values. On a GPU, the step is measured, and simulated for comparison.

@@ -1,7 +1,7 @@
 """Bench of the server: tokens per second of HTTP clients, compared with the engine alone.
 
-    python bench/serve.py --model 7b5 --save        on a GPU: random weights, 16 clients
-    python bench/serve.py --model nano              on any computer
+    python bench/serve.py --model 7b5 --save   on a GPU: random weights, 16 clients
+    python bench/serve.py --model nano         on any computer
 
 First the engine is measured without a server: it answers as many prompts as there are clients, all
 in one batch. Then the server is measured: `generate.py --serve` runs in a separate process with the
@@ -14,7 +14,6 @@ only one client asks, and this time is compared with the engine's time for one p
 second, the server is generating the answers of all other clients.
 """
 
-import argparse
 import http.client
 import json
 import shutil
@@ -152,8 +151,7 @@ def median(values) -> float:
 
 
 def parse(arguments):
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(usage="%(prog)s [options]", description=__doc__)
     parser.add_argument("--model", default="7b5" if torch.cuda.is_available() else "nano",
                         choices=[*PUBLISHED, "nano"], help="7b5 or 4b: random weights of that "
                         "shape; or nano")

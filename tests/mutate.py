@@ -271,7 +271,8 @@ def faults(what: str, numbers: range, place: Path) -> list[str]:
     import train  # noqa: F401
     from phogpt_raw.show import plots
 
-    plots.pictures = lambda *_: (b"<svg/>", b"PNG")  # slow, and reads only metrics.jsonl
+    # drawing is slow, and it reads only metrics.jsonl
+    plots.pictures = lambda *_: (b"<svg/>", b"PNG")
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     use = USES[what](place)

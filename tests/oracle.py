@@ -1,4 +1,4 @@
-"""The oracle, a model whose results are right: transformers' MptForCausalLM with biases added.
+"""The oracle, a reference model for tests: transformers' MptForCausalLM with PhoGPT's biases.
 
 transformers builds MPT without biases. It drops the biases of a checkpoint and only lists them as
 UNEXPECTED. With the biases added, the model's logits equal the logits of VinAI's own code.
@@ -74,7 +74,8 @@ def lively_tensors(config: dict, seed=0, dtype=torch.float32) -> dict:
     """Random tensors with larger linear weights, so that attention clearly prefers some keys.
 
     The linear weights have a standard deviation of 0.1. In a newly initialised model it is 0.02.
-    All attention scores would then be near zero, and a test would not notice a mistake in them.
+    With such weights all attention scores are near zero, and a test would not notice a mistake in
+    them.
     """
     tensors = random_tensors(config, seed, torch.float32)
     return {name: (t * (5 if t.dim() == 2 and "wte" not in name else 1)).to(dtype)

@@ -148,7 +148,8 @@ def test_a_pass_covers_every_row_once_and_the_next_in_another_order(batch_size):
     assert passes[0] != passes[1] != passes[2]
     seen = Counter(row for step in range(10) for row in rows_of(order.window(step)))
     assert sum(seen.values()) == 10 * batch_size
-    assert set(seen.values()) == {batch_size}  # in 10 windows each row occurs so often
+    # 10 windows have 10 * batch_size examples, so each of the 10 rows occurs batch_size times
+    assert set(seen.values()) == {batch_size}
 
 
 def test_the_seed_decides_the_order():

@@ -6,6 +6,7 @@ import pytest
 
 from bench import (
     command_line,
+    compare,
     data,
     decode,
     epoch,
@@ -52,3 +53,14 @@ def test_a_number_that_cannot_be_is_refused_in_one_line(bench, flag, capsys):
 
 def test_the_examples_of_the_types_of_flags():
     assert doctest.testmod(command_line).failed == 0
+
+
+@pytest.mark.parametrize("bench", [compare, data, decode, epoch, memory, peer, products, saving,
+                                   serve, step_time])
+def test_help_fits_80_columns(bench, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--help"])
+    said = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0 and said[0].endswith(" [options]")
+    assert [line for line in said if len(line) > 80] == []

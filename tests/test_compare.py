@@ -14,7 +14,9 @@ H200 = {"name": "NVIDIA H200", "device": "cuda", "capability": [9, 0], "memory_g
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """Make a folder of results and a README with one table; return a function that saves a result.
+    """Make a folder of results and a README with one table.
+
+    Returns a function that saves a result in the folder.
     """
     monkeypatch.setattr(results_module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(compare, "ROOT", tmp_path)
@@ -109,7 +111,7 @@ def test_a_simulation_that_fails_is_one_line_and_the_old_ones_stay(results, tmp_
                                                                    capsys):
     results("memory", "simulated", T4, [row(512, 7.77)])
     before = list((tmp_path / "results").iterdir())
-    with pytest.raises(SystemExit) as stopped:  # the folder has no benches
+    with pytest.raises(SystemExit) as stopped:  # the folder has no benchmarks
         compare.main(["--simulate"])
     assert stopped.value.code == 2
     assert "failed; see its error above" in " ".join(capsys.readouterr().err.split())

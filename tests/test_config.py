@@ -270,7 +270,7 @@ def test_warm_up_is_at_most_a_tenth_of_the_steps(steps, warmup):
     assert Config(warmup=7).warmup_of(steps) == 7
 
 
-@pytest.mark.parametrize("script", ["train.py", "generate.py", "bench/memory.py"])
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
 def test_help_fits_80_columns(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, text=True, timeout=120,
                           capture_output=True, env={**os.environ, "COLUMNS": "80",

@@ -53,7 +53,7 @@ def test_7b5_reads_five_and_a_half_gigabytes_a_token():
 
 
 class Side:
-    """A stand-in for one side of the bench: it returns fixed times without a GPU."""
+    """A stand-in for one side of the benchmark: it returns fixed times without a GPU."""
 
     def __init__(self, step_s, full=False):
         self.step_s, self.full, self.orders = step_s, full, []

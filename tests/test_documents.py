@@ -364,7 +364,7 @@ def test_a_graph_serves_rows_with_other_documents():
 def test_a_long_document_is_as_near_as_with_the_masked_bias(kernel):
     """The largest attention scores exceed 3,000. fp32 numbers of this size are 2^-12 apart.
 
-    Such a step changes a probability less than one rounding to fp16 does.
+    If a score changes by this amount, a probability changes less than by one rounding to fp16.
     """
     doc, slopes = documents_of([4000, 96], "cuda"), alibi_slopes(32).cuda()[:4]
     qkv = torch.randn(1, 4096, 3, 4, 128, dtype=torch.float16, device="cuda")

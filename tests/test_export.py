@@ -99,7 +99,8 @@ def test_a_base_is_exported_without_an_adapter(tiny, tmp_path, capsys):
     export(tiny, tmp_path / "out", "--gguf", "q4_0")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "model.gguf", "Modelfile", "README.md"}
-    assert "llama-quantize" not in capsys.readouterr().out  # it reads only f16 and f32
+    # llama-quantize is only suggested for files in f16 or f32
+    assert "llama-quantize" not in capsys.readouterr().out
 
 
 def test_a_base_in_nf4_is_what_later_starts_read(tiny, tmp_path, capsys, monkeypatch):
@@ -411,8 +412,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, tmp_path):
     export(tiny, tmp_path / "whole", "--gguf", "f16")
     whole = (tmp_path / "whole" / "model.gguf").stat().st_size
     shutil.rmtree(tmp_path / "whole")
-    for flags, size in ((["--merged"], 100_000), (["--gguf", "f16"], 100_000),  # in its header
-                        (["--gguf", "f16"], whole - 10_000)):  # fails in a tensor
+    # with 100,000 bytes the GGUF file fails in its header, with the last limit in a tensor
+    for flags, size in ((["--merged"], 100_000), (["--gguf", "f16"], 100_000),
+                        (["--gguf", "f16"], whole - 10_000)):
         ended = subprocess.run(
             [sys.executable, "-m", "phogpt_raw.export", tiny, tmp_path / "out", *flags], cwd=ROOT,
             capture_output=True, text=True, preexec_fn=partial(limit, size))

@@ -189,7 +189,7 @@ def test_on_the_cpu_nothing_is_recomputed(adapted, monkeypatch):
 def test_what_the_run_is_asked_for_is_simulated(adapted, no_answers, more):
     """Each of these settings needs more memory than the plain run.
 
-    They are 32-bit optimizer state, more logits at once, and 16-bit weights.
+    The settings are 32-bit optimizer state, more logits at once, and 16-bit weights.
     """
     less = dict(loss_mib=1)
     plain = asked_for(adapted(nf4=True)[0], LARGE, **less).gib

@@ -212,7 +212,10 @@ def test_nf4_made_on_the_gpu_stays_what_it_is_through_training():
 
 @pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
 def test_an_update_allocates_nothing_on_the_gpu(kind):
-    """So only the work before an update can run out of memory, and this work can be repeated."""
+    """If an update allocates nothing, it cannot run out of memory in the middle.
+
+    Only the work before it can, and this work can be repeated.
+    """
     training = nano_training(torch.float16)
     training.optimizer = make_optimizer(training.adapters.flat, kind, 1e-3, 0.0)
     peaks = {}
@@ -380,7 +383,9 @@ def test_no_more_shapes_are_captured_than_may_be(monkeypatch):
 
 @pytest.mark.parametrize("where", ["start", "forward", "backward"])
 def test_memory_too_full_for_a_graph_stays_eager(monkeypatch, where):
-    """The shape is then run eagerly, and its capture is not tried again. The gradients are right.
+    """A shape whose capture fails is run eagerly, and the capture is not tried again.
+
+    The gradients of all these steps are right.
     """
     twins, tries = Twins(torch.float16), []
 

@@ -3,7 +3,7 @@
 In fp32 the tolerance is a relative error of 1e-6, which is about ten units in the last place,
 because both sides add the same values in another order. In bf16 the tolerances are for a number of
 roundings. bf16 has 8 significant bits, so one rounding changes a value by at most 2^-8 of its size.
-If many values are rounded, the norm of the error is less than 2^-9 of their norm.
+If many random values are rounded, the norm of the error is less than 2^-9 of their norm.
 """
 
 import math
@@ -188,7 +188,9 @@ def test_a_vocabulary_of_7b5s_size_runs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gap", [9.1875, 6.9375], ids=["p=0.9999", "p=0.999"])
 def test_a_well_predicted_tokens_gradient_keeps_its_relative_precision(dtype, gap):
-    """If the probability p of the target were rounded to 16 bits, p - 1 would be 0 or quite wrong.
+    """The gradient is p - 1, where p is the probability of the target, which is near 1.
+
+    If p were rounded to 16 bits, p - 1 would be 0, or its error would be as large as p - 1 itself.
 
     The limit of the relative error is two roundings of eps / 2, plus the error of log p in fp32.
     For a logit of 9 this last error is 9 * 2^-24, which is half a per cent of p - 1 = -1e-4.

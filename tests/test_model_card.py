@@ -241,7 +241,8 @@ def test_its_lines_for_peft_give_our_logits(tmp_path, adapted, tiny, kind):
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
     for file in (*base.glob("*.bin"), *base.glob("*.safetensors")):
         file.unlink()
-    with pytest.raises(AssertionError):  # no silent use of random weights
+    # without a weights file the code must fail and not use a random model
+    with pytest.raises(AssertionError):
         exec(code, {})
 
 

@@ -24,7 +24,7 @@ def options(**more):
 
 
 def found(shape="7b5", card="t4"):
-    """A model with PhoGPT's published shape on a given card."""
+    """A model with a published shape of PhoGPT on the GPU `card`."""
     return Found("b", None, None, PUBLISHED[shape], None, TEMPLATES["4b-chat"], True, None,
                  torch.float16, known_card(card))
 

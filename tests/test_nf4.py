@@ -30,7 +30,8 @@ SHAPES = [(12288, 4096), (4096, 4096), (256, 64)]
 
 
 def random_nf4(shape, dtype, device):
-    """An NF4 weight. The sizes of its values differ from row to row, so the blocks' scales differ."""
+    """An NF4 weight. The sizes of its values differ from row to row, and so do its blocks' scales.
+    """
     dice = torch.Generator().manual_seed(0)
     values = torch.randn(shape, generator=dice) * torch.rand(shape[0], 1, generator=dice)
     return nf4_linear(values.to(dtype), dtype, device).weight

@@ -23,7 +23,7 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_the_floor(warmup):
     assert rates[40] == pytest.approx(2e-5)
     middle = lr_at(warmup + (40 - warmup) / 2, 40, 2e-4, warmup, 0.1)
     assert middle == pytest.approx((2e-4 + 2e-5) / 2)
-    assert lr_at(100, 40, 2e-4, warmup, 0.1) == pytest.approx(2e-5)  # later rates are equal
+    assert lr_at(100, 40, 2e-4, warmup, 0.1) == pytest.approx(2e-5)  # it does not fall any further
 
 
 def test_every_step_has_a_learning_rate_above_zero_even_in_runs_shorter_than_the_warm_up():
@@ -52,9 +52,10 @@ def start(kind, size=4096, device="cpu", **settings):
 
 
 def test_8_bit_state_stays_close_to_32_bit():
-    """An 8-bit moment has an error of a few per cent, and so has a step.
+    """A moment that is stored in 8 bits has an error of a few per cent.
 
-    Over 30 steps errors of opposite sign cancel. So the results differ by less than 5 %.
+    So each optimizer step has such an error too. Over 30 steps errors of opposite sign partly
+    cancel. The results therefore differ by less than 5 %.
     """
     ends = []
     for kind in ("adamw", "paged_adamw_8bit"):

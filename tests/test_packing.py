@@ -73,7 +73,10 @@ def test_a_row_costs_the_time_of_whole_tiles_and_of_its_tokens():
 @given(st.lists(st.integers(1, 160), min_size=1, max_size=12))
 @settings(max_examples=60)
 def test_the_lengths_are_the_best_but_for_a_hundredth(totals):
-    """The test compares the cost with that of every choice of at most four multiples."""
+    """The test compares the cost of the chosen row lengths with the cost of every other choice.
+
+    A choice is at most four lengths, each a multiple of ALIGNED.
+    """
     from itertools import combinations
 
     multiples = range(ALIGNED, max(totals) + ALIGNED, ALIGNED)
@@ -118,14 +121,15 @@ def test_one_long_example_leaves_other_rows_full(shorts):
 
 
 def test_rows_are_bounded_by_the_examples_that_they_have(capacity=2048):
-    """The kernels' statistics need memory for the largest number of examples in a row, here 8."""
+    """The kernels' statistics need memory for the largest number of examples in a row, here eight.
+    """
     made = examples_of([100] * 24)
     packing = choose_packing([made[:8], made[8:16], made[16:]], 100, capacity)
     assert packing.most == 8 and len(packing.rows(made)) == 3
 
 
 def fill(stream, epochs, capacity):
-    """The share of tokens in a run that are not padding."""
+    """The fraction of the positions in all packed rows of a run that are not padding."""
     steps = stream.steps(epochs)
     windows = [stream.picked(step) for step in range(steps)]
     longest = max(len(e.ids) for e in stream.examples)
@@ -136,7 +140,10 @@ def fill(stream, epochs, capacity):
 
 
 def test_fill_of_real_lengths():
-    """256 questions and answers: 8 in an accumulation window, or windows of 4,096 tokens."""
+    """The lengths are those of 256 real questions with their answers.
+
+    An accumulation window has 8 of these examples, or up to 4,096 tokens.
+    """
     made = examples_of([prompt + answer for prompt, answer in REAL["lengths"]])
     for seed in range(3):
         assert fill(Stream(made, batch_size=8, pad_id=3, seed=seed), 1, 2048) >= 0.92

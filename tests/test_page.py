@@ -19,7 +19,7 @@ WIDTHS = {"phone": (390, 844), "desktop": (1280, 800)}
 
 @pytest.fixture(scope="module")
 def server():
-    """A server of nano without an adapter. Its answers do not end by themselves."""
+    """A server of nano without an adapter, so that the answers do not end by themselves."""
     with served("--model", "nano", "--slots", 2, "--max-new-tokens", 900) as found:
         yield found
 
@@ -122,7 +122,7 @@ def test_asks_streams_stops_and_resets(browser, server):
     one(browser, "#question").send_keys("Phở bò là gì?\n")
     until(lambda: texts(browser, ".answer") != [""])
     first = texts(browser, ".answer")[0]
-    until(lambda: len(texts(browser, ".answer")[0]) > len(first))  # it grows while it is written
+    until(lambda: len(texts(browser, ".answer")[0]) > len(first))  # the answer grows on the page
     assert one(browser, "#stop").is_displayed() and not one(browser, "#send").is_displayed()
     assert texts(browser, ".mine") == ["Phở bò là gì?"] and fits(browser)
     one(browser, "#stop").click()
@@ -134,7 +134,8 @@ def test_asks_streams_stops_and_resets(browser, server):
     one(browser, "summary").click()
     one(browser, "#length").send_keys("5")
     assert fits(browser)
-    one(browser, "#question").send_keys("Và\ue008\ue007\ue008sau đó?\n")  # Shift-Enter makes a line
+    # Shift-Enter starts a new line in the question
+    one(browser, "#question").send_keys("Và\ue008\ue007\ue008sau đó?\n")
     until(lambda: texts(browser, ".note") == ["(đã dừng)", "(bị cắt vì đã đủ số token tối đa)"])
     assert texts(browser, ".answer")[:1] == stopped
     assert texts(browser, ".mine")[1] == "Và\nsau đó?"

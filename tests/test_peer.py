@@ -31,7 +31,8 @@ def test_both_compute_the_same_function(folder):
     ids = torch.tensor(random_rows(96, 2, 40, seed=3))
     mine = ours(folder)
     with torch.no_grad():
-        # fp32 on both sides: two blocks, sums of 64 and 256 terms, logits of size 0.2
+        # The tolerance is for fp32: the two blocks have sums of 64 and 256 terms, and the logits
+        # have a size of 0.2.
         torch.testing.assert_close(mine.logits(mine(ids)), theirs(ids).logits, rtol=1e-5, atol=1e-6)
 
 
@@ -76,7 +77,10 @@ def test_a_side_out_of_memory_has_no_figure():
 
 
 class Answering:
-    """A stand-in for one side that records its orders. If `full`, a cap makes it out of memory."""
+    """A stand-in for one side that records its orders.
+
+    If `full` is true, it runs out of memory in every run with a memory cap.
+    """
 
     def __init__(self, full=False):
         self.full, self.orders = full, []

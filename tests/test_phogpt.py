@@ -1,8 +1,8 @@
 """The forward, compared with the oracle (transformers' MPT with biases) and a slow fp64 forward.
 
-Tolerances in fp32: a logit is a sum of about 64 products of size up to 0.1. The two sides add the
-products in different orders. The tolerance of 1e-5 is about 30 units in the last place of a logit
-near 1. A missing bias would change logits by 0.1.
+The tolerance in fp32 is 1e-5. A logit is a sum of about 64 products of size up to 0.1, which the
+two sides add in different orders. 1e-5 is about 80 units in the last place of a logit slightly
+above 1. A missing bias would change logits by 0.1.
 """
 
 import math
@@ -46,7 +46,7 @@ def test_logits_are_the_oracles(heads, width, layers):
     model, other = twins(config)
     ids_BL = random_ids(config, 3, 40)
     logits_BLV = model.logits(model(ids_BL))
-    assert logits_BLV.std() > 0.1  # near 0 any logits would pass
+    assert logits_BLV.std() > 0.1  # logits near 0 would prove nothing
     torch.testing.assert_close(logits_BLV, other(ids_BL).logits, **FP32)
 
 
@@ -55,11 +55,12 @@ def test_logits_are_the_oracles(heads, width, layers):
 def test_logits_in_bf16_are_no_further_off_than_the_oracles(heads, width, layers):
     """Both bf16 models are compared with an fp32 model that has the same bf16 weights.
 
-    We round ALiBi's bias. MPT adds it in fp32, but rounds the attention weights. So neither error
-    is always smaller; over 30,000 logits they are similar. Ours may be twice as large as MPT's.
+    We round ALiBi's bias to bf16. MPT adds the bias in fp32, but rounds the attention weights. So
+    neither error is always smaller; over 30,000 logits they are similar. The first limit is twice
+    MPT's error.
 
-    About ten roundings of 2^-9 follow each other. So the error may have 10 * 2^-9 of the logits'
-    standard deviation.
+    The second limit is ten roundings, because each value is rounded about ten times in sequence.
+    One rounding of many values has an error of about 2^-9 of their standard deviation.
     """
     config = small_config(heads, width, layers)
     tensors = lively_tensors(config, dtype=torch.bfloat16)
@@ -104,7 +105,10 @@ def test_packed_documents_are_the_oracles_alone():
 @pytest.mark.parametrize("heads", [6, 8])
 @torch.no_grad()
 def test_tokens_through_the_cache_are_the_oracles(heads, prompt):
-    """The prompt is read in one pass, then one token at a time. The cache has unused positions."""
+    """One forward reads the prompt. The other tokens are read one at a time.
+
+    The cache has unused positions.
+    """
     config = small_config(heads)
     model, other = twins(config)
     ids_BL = random_ids(config, 2, 17)
@@ -165,7 +169,8 @@ def test_loss_and_every_gradient_are_the_oracles():
     expected.backward()
     theirs = dict(other.named_parameters())
     for name, parameter in model.named_parameters():
-        # fp32 sums over 72 tokens in different orders differ by a millionth of the tensor's size
+        # Two fp32 sums over 72 tokens in different orders differ by about a millionth of the
+        # largest element. The tolerance is ten times as much.
         size = theirs[name].grad.abs().max().item()
         assert size > 0, name
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5 * size,
@@ -174,10 +179,10 @@ def test_loss_and_every_gradient_are_the_oracles():
 
 @pytest.mark.parametrize("recompute", [0, 1, 2, 3])
 def test_gradient_on_a_middle_activation_is_the_oracles(recompute):
-    """LoRA needs the gradient of activations in a frozen base. Here it is that of block 0's output.
+    """LoRA needs the gradient of activations in a frozen base. The test compares one such gradient.
 
-    The test adds a zero tensor to this output and takes the gradient of the zero tensor. The blocks
-    above are recomputed or not.
+    It is the gradient of block 0's output. To get it, the test adds a zero tensor to this output
+    and computes the gradient of the zero tensor. recompute: the number of recomputed blocks.
     """
     config = small_config(6, 8, 3)
     model, other = (m.requires_grad_(False) for m in twins(config))
@@ -186,7 +191,8 @@ def test_gradient_on_a_middle_activation_is_the_oracles(recompute):
                                                             ).logits, real_BL)
     got = middle_gradient(model, ids_BL, lambda: model.logits(
         model(ids_BL, doc_BL, recompute=recompute)), real_BL)
-    # Relative to the largest element: two blocks, fp32 sums in different orders.
+    # The tolerance is relative to the largest element. In two blocks the sides add fp32 values in
+    # different orders.
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
@@ -206,7 +212,7 @@ def middle_gradient(model, ids_BL, logits, real_BL):
 
 @pytest.mark.parametrize("recompute", [1, 2, 3])
 def test_gradients_are_the_same_however_much_is_recomputed(recompute):
-    """The gradients are equal bit for bit: recomputation runs the same operations later."""
+    """The gradients are equal bit for bit, because recomputation runs the same operations later."""
     config = small_config(6, 8, 3)
     model = ours(config, lively_tensors(config)).train()
     ids_BL, doc_BL, _ = padded(config, "left")

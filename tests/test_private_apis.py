@@ -81,7 +81,8 @@ def test_the_attention_of_cuda_cards_takes_our_arguments(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", CUDA_KERNELS, ids=["efficient", "cudnn"])
 def test_the_attention_of_cuda_cards_is_the_public_one(kernel):
-    """The limit for the norm of the error is a few fp16 roundings of eps / 2 = 2^-11."""
+    """The relative norm of the error may be 4e-3, which is eight fp16 roundings of eps / 2 = 2^-11.
+    """
     problem = attention_problem("cuda", torch.float16)
     wanted = public_attention(*attention_problem("cpu"))
     if kernel[0] is private_apis.cudnn_attention and torch.cuda.get_device_capability() < (8, 0):
@@ -99,7 +100,7 @@ MASKED_BIAS = ("let model/documents.py's choose_kernel return None: documents ar
 
 
 def documents_through(kernel, device):
-    """([out, dq, dk, dv] of a kernel, the same by torch's public function, the operations run).
+    """([out, dq, dk, dv] of a kernel, the same by torch's public function, operations that ran).
 
     The documents have 10, 0 and 6 tokens.
     """
@@ -141,7 +142,8 @@ def test_the_variable_length_kernels_take_our_arguments(kernel):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", DOCUMENT_KERNELS)
 def test_the_variable_length_kernels_are_the_public_one_on_each_document(kernel):
-    """The limit for the norm of the error is a few fp16 roundings of eps / 2 = 2^-11."""
+    """The relative norm of the error may be 4e-3, which is eight fp16 roundings of eps / 2 = 2^-11.
+    """
     with without_it(MASKED_BIAS):
         found, wanted, _ = documents_through(kernel, "cuda")
         for mine, exact in zip(found, wanted, strict=True):
@@ -338,7 +340,9 @@ def test_state_of_an_8_bit_optimizer_is_made_before_its_first_step(device):
 @pytest.mark.parametrize("value, flag", [(1.0, 0.0), (1e20, 0.0), (float("inf"), 1.0),
                                          (float("nan"), 1.0)])
 def test_the_flag_is_that_by_which_the_update_is_skipped(value, flag):
-    """The update also runs if the gradients are finite and only their norm is not (1e20 squared).
+    """The update also runs if the gradients are finite and only their norm is infinite.
+
+    For example, 1e20 squared overflows.
     """
     with without_it("compare scaler.get_scale() before and after scaler.update() in "
                     f"training/step.py, which waits for the GPU; else {PIN}"):
@@ -370,9 +374,10 @@ def is_private(name: str) -> bool:
 
 
 def private_names(source: str) -> list[str]:
-    """The private attributes and imports of a source: with an underscore, or undocumented.
+    """The private attributes and imports in the text of a source file.
 
-    Attributes of `self` and `cls` do not count.
+    A name is private if it begins with one underscore or is in UNDOCUMENTED. Attributes of `self`
+    and `cls` do not count.
     """
     found = []
     for node in ast.walk(ast.parse(source)):

@@ -87,7 +87,8 @@ def test_a_training_prompt_is_what_the_chat_template_asks_at_generation(tokenize
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("worn", TEMPLATES)
 def test_a_prompt_that_wears_a_template_is_not_wrapped_again(tokenizer, name, worn):
-    """VinAI's sample file has prompts in a template. A prompt in any template is not changed."""
+    """VinAI's sample file has prompts that already contain a template. Such prompts stay unchanged.
+    """
     wrapped = TEMPLATES[worn].question.format("Ồn ào")
     ids = encode_prompt(tokenizer, TEMPLATES[name], wrapped + "\n")
     assert tokenizer.decode(ids) == wrapped
@@ -164,7 +165,10 @@ def test_a_question_without_room_for_an_answer_is_refused_with_its_line(tokenize
     "ạ", "Ở đây", "|x|", "?", "https://a.vn", "của", "🍜",
 ])
 def test_the_border_of_the_prompt_is_a_border_of_tokens(tokenizer, name, response):
-    """Question and answer are tokenised separately. Together they must have the ids of the text."""
+    """Question and answer are tokenised separately.
+
+    Together they must have the ids that the whole text has.
+    """
     template = TEMPLATES[name]
     example = encode_row(tokenizer, template, row(response=response), 1024)
     text = template.question.format("Phở bò là gì?") + template.gap + response

@@ -116,7 +116,7 @@ def test_the_token_is_in_the_header_alone(hub, run_folder):
         assert TOKEN not in str(elsewhere), path
         known = headers.get("authorization", headers.get("Authorization"))
         assert known in (None, f"Bearer {TOKEN}"), path
-        if path.startswith(("/api/repos", "/api/models", "/lan")):  # the file store gets no token
+        if path.startswith(("/api/repos", "/api/models", "/lan")):  # file uploads need no token
             assert known, (method, path)
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
     written = [p for p in run_folder.parent.rglob("*") if p.is_file()]

@@ -65,7 +65,10 @@ def test_presets_and_pairs_are_as_stated():
 
 
 def test_every_measured_figure_typed_by_hand_is_in_the_log():
-    """Another test compares the figures between markers with bench/results."""
+    """The test reads the figures outside the markers of tables.
+
+    Another test compares the figures between the markers with bench/results.
+    """
     log = (ROOT / "LOG.md").read_text("utf-8")
     measured = [README.split("## Measured beside other programs")[1].split("\n## ")[0],
                 *(file.read_text("utf-8") for file in DOCS)]

@@ -1,4 +1,6 @@
-"""Norms and GELU are recomputed in backward: equal gradients bit for bit, and fewer saved bytes.
+"""Norms and GELU are recomputed in backward: equal gradients bit for bit, and fewer stored bytes.
+
+In this file "save" always means that autograd keeps a tensor in memory until backward.
 
 The reference is the same model with a plain call instead of `recomputed`. Autograd then saves the
 output of the call.
@@ -54,7 +56,7 @@ def nano(nf4, dtype):
 
 
 def lively_adapters(model, **lora):
-    """New adapters with a random B. With B = 0 the layers below would have no gradient."""
+    """New adapters with a random B. With B = 0 every gradient of A would be zero."""
     adapters = new_adapters(model, **{"rank": 4, "alpha": 8, **lora})
     dice = torch.Generator().manual_seed(1)
     for name, view in adapters.views:
@@ -71,7 +73,7 @@ def small(layers=2, **lora):
 
 
 def window_gradient(model, adapters, window, recompute=0):
-    """The flat gradient of a window. Its micro-batches are accumulated as in the training step."""
+    """The flat gradient of an accumulation window, summed over its micro-batches as in training."""
     adapters.flat.grad.zero_()
     for batch in window.micro_batches(2):
         loss = batch_loss(model, batch, chunk=64, recompute=recompute)
@@ -124,7 +126,7 @@ def all_gradients(model, ids_BL, recompute=0):
 @pytest.mark.parametrize("fields", [{}, dict(no_bias=True, attn_config=dict(clip_qkv=0.3))],
                          ids=["biases", "clipped"])
 def test_every_parameters_gradient_is_the_same_to_the_bit(with_all_saved, fields, dtype, recompute):
-    """Here all weights are trained. So every linear layer saves its input for the gradient."""
+    """Here all weights are trained. So every linear layer saves its input for a weight gradient."""
     config = small_config(6, 8, 3, **fields)
     model = ours(config, lively_tensors(config), dtype).train()
     ids_BL = random_ids(config, 3, 24)
@@ -222,16 +224,17 @@ def bytes_saved(model, ids_BL, recompute=0):
 ROWS, LENGTH, HEADS, WIDTH, RANK = 3, 32, 6, 8, 4
 TOKENS, D = ROWS * LENGTH, HEADS * WIDTH
 ACTIVATION = TOKENS * D * 4  # bytes of one fp32 activation of width D
-# Bytes that a block saves besides activations, all in fp32: mean and reciprocal deviation of two
-# norms, the softmax statistics of each head, and A x of four adapters.
+# Bytes that a block saves besides activations, all in fp32: the mean and the reciprocal standard
+# deviation of two norms, the softmax statistics of each head, and A x of four adapters.
 BESIDES = 4 * (2 * 2 * TOKENS + HEADS * TOKENS + 4 * RANK * TOKENS)
 
 
 def test_a_block_saves_ten_activations_instead_of_sixteen(with_all_saved):
-    """The test counts the bytes that one more block saves.
+    """The test counts the bytes that one more block saves, in activations of width D.
 
-    Both kinds of blocks save 10 activations: 2 inputs of norms, 3 of qkv, 1 output of attention and
-    4 of the up-projection. A plain block saves 6 more: 2 outputs of norms and 4 of GELU.
+    With and without `recomputed` a block saves 10 activations: 2 are the inputs of the norms, 3 the
+    output of qkv, 1 the output of attention, and 4 the output of the up-projection. With plain
+    calls it saves 6 more: 2 are the outputs of the norms, and 4 the output of GELU.
     """
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
 
@@ -244,10 +247,11 @@ def test_a_block_saves_ten_activations_instead_of_sixteen(with_all_saved):
 
 
 def test_the_first_block_saves_its_norms_output_and_not_the_embedding(with_all_saved):
-    """Recomputing the first norm would save its input, the embedding, instead of its output.
+    """The first norm is not recomputed, because this would gain nothing.
 
-    Nothing else saves the embedding, so this gains nothing. Three blocks therefore save 17
-    activations less, not 18.
+    Its input, the embedding, would be saved instead of its output, and nothing else saves the
+    embedding. With recomputation each block saves 6 activations fewer, which would be 18 fewer in
+    three blocks. But the first norm's output is still saved, so three blocks save only 17 fewer.
     """
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
     model, _ = small(3)
@@ -257,7 +261,9 @@ def test_the_first_block_saves_its_norms_output_and_not_the_embedding(with_all_s
 
 @pytest.mark.parametrize("recompute", [1, 2, 3])
 def test_a_checkpointed_block_saves_no_more_than_a_plain_one(with_all_saved, recompute):
-    """Hooks inside a checkpoint must pass tensors on. Otherwise the checkpoint does not see them.
+    """Hooks inside a checkpoint must pass tensors on to the checkpoint's own hooks.
+
+    Otherwise the checkpoint does not see the tensors and cannot free them.
     """
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
     model, _ = small(3)
@@ -268,7 +274,10 @@ def test_a_checkpointed_block_saves_no_more_than_a_plain_one(with_all_saved, rec
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["no_grad", "checkpoint"])
 def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, gradients):
-    """GELU's input, four activations, is freed before the down-projection, as in a plain call."""
+    """GELU's input, as large as four activations, is freed before the down-projection runs.
+
+    A plain call also frees it there.
+    """
     config = small_config(HEADS, WIDTH)
     ids_BL = random_ids(config, ROWS, LENGTH)
     model = ours(config, lively_tensors(config)).train()  # PEFT's layers would save more
@@ -283,8 +292,12 @@ def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, g
 
 
 def test_it_runs_on_fake_tensors(with_all_saved, monkeypatch):
-    """Fake tensors have no values. So the code reads no value, and a CUDA graph can capture it."""
-    # torch finds no fused kernel for fake tensors. The choice of a kernel reads no value either.
+    """Fake tensors have no values. Code that runs on them reads no value.
+
+    So a CUDA graph can capture it.
+    """
+    # torch finds no fused kernel for fake tensors, so the test replaces the choice of a kernel. The
+    # real choice reads no value either.
     monkeypatch.setattr(attention, "choose_kernel", lambda *_: SDPBackend.FLASH_ATTENTION)
     config = small_config(6)
     with FakeTensorMode():
@@ -410,7 +423,10 @@ def test_second_derivatives_go_through(x_BLD):
 
 
 def test_only_the_very_tensor_is_recomputed(x_BLD, w_DK):
-    """Autograd saves a copy of the output, and also the output after a change in place."""
+    """Here autograd saves copies of the output, and the output after a change in place.
+
+    None of these is the tensor that `recomputed` gave, so none of them is recomputed.
+    """
     double = Double()
     with recomputed(double, x_BLD) as y:
         loss = (y.clone() @ w_DK).sum() + (y.double() @ w_DK.double()).sum()
@@ -456,7 +472,11 @@ def test_a_change_in_place_before_backward_raises(x_BLD, w_DK, what):
 
 
 def test_hooks_outside_see_what_is_passed_on(x_BLD, w_DK):
-    """A checkpoint also has hooks outside. The hooks here count calls and negate a tensor twice."""
+    """A checkpoint too has its hooks outside `recomputed`.
+
+    The hooks of this test record the shapes of saved tensors. They negate a tensor when autograd
+    saves it, and again when autograd reads it.
+    """
     seen = []
 
     def pack(tensor):

@@ -9,7 +9,8 @@ from phogpt_raw.simulate.ledger import Op
 from phogpt_raw.simulate.rates import KNOWN, Rates
 from phogpt_raw.simulate.roofline import Seconds, by_phase, op_seconds, step_seconds
 
-# 100 to 200 FLOP/s, a tenth of it for attention; 1 to 4 bytes/s; 0.25 to 0.5 seconds for a launch
+# Invented rates: 100 to 200 FLOP/s for matmuls and a tenth of it for attention; 1 to 4 bytes/s of
+# memory traffic; 0.25 to 0.5 s between two kernels of a graph; 2 to 3 s for an eager launch.
 RATES = Rates((100, 200), (0.1, 0.1), (1, 4), (0.25, 0.5), (2.0, 3.0), "invented")
 MATMUL = Op("aten.mm.default", "forward", flops=1000, moved=1)
 ATTENTION = replace(MATMUL, name="aten._scaled_dot_product_efficient_attention.default")

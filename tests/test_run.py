@@ -60,7 +60,8 @@ def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path
     config = strict((out / "config.json").read_text())
     assert (config["model"], config["data"], config["rank"], config["steps"]) == (
         str(tiny), str(rows), 4, 7)
-    assert steps[0]["loss"] == pytest.approx(math.log(4096), abs=0.5)  # as an untrained model
+    # an untrained model gives each of its 4,096 tokens about the same probability
+    assert steps[0]["loss"] == pytest.approx(math.log(4096), abs=0.5)
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert [row["lr"] for row in steps[:3]] == pytest.approx([0.005, 0.01, 0.01])
     assert all(row["tokens"] > 0 and row["tokens_per_s"] > 0 for row in steps)
@@ -111,7 +112,7 @@ def test_a_validation_file_is_read_and_nothing_of_it_trained_on(train, tmp_path)
 
 def test_epochs_are_passes_over_the_rows(train, tmp_path):
     out = tmp_path / "run"
-    _, said, _ = train("--out", out, "--epochs", 2)  # 12 - 3 rows, 4 per step
+    _, said, _ = train("--out", out, "--epochs", 2)  # 12 rows, 3 of them held out; 4 per step
     assert len(metrics(out)[0]) == 5
     assert "(2 epochs, rounded up to whole steps: 2.2)" in said
     assert "(2.2 epochs)" in train("--dry-run", "--steps", 5)[1]
@@ -426,7 +427,7 @@ def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_p
     assert status == 0
     steps, _ = metrics(out)
     assert [row["skipped"] for row in steps] == [0, 0, 1, 1, 1, 1, 1]
-    assert [row["scale"] for row in steps] == [1.0] * 7  # with fp32 it starts at 1, its minimum
+    assert [row["scale"] for row in steps] == [1.0] * 7  # with fp32 the scale stays 1
     assert steps[2]["grad_norm"] is None
     assert [row["lr"] for row in steps[:5]] == pytest.approx([0.002, 0.004, 0.006, 0.006, 0.008])
     assert adapter_bytes(out / "checkpoint-3") == adapter_bytes(out / "checkpoint-2")
@@ -442,7 +443,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_chec
         train, tmp_path, monkeypatch, hold_out, good):
     """With held-out rows the last good checkpoint is the best one.
 
-    Without held-out rows it is one from before the last update, which is step 3 here.
+    Without held-out rows it is the newest one from before the last update, which is step 3 here.
     """
     overflowing_at(monkeypatch, {2, *range(4, 100)})
     out = tmp_path / "run"
@@ -524,7 +525,10 @@ def test_a_full_gpu_is_one_line_that_says_what_to_turn(train, tmp_path):
 
 
 class FullAtTheThird:
-    """A stand-in for CUDA graphs. In `mode`, the third call of the model runs out of memory."""
+    """A stand-in for CUDA graphs. The third call of the model in `mode` runs out of memory.
+
+    mode: "training" or "evaluating".
+    """
 
     def __init__(self, mode, model, limits):
         self.mode, self.model, self.limits, self.head = mode, model, limits, model.head
@@ -550,7 +554,10 @@ class FullAtTheThird:
 @pytest.mark.parametrize("mode", ["training", "evaluating"])
 def test_memory_too_full_for_graphs_trains_the_same_without_them(train, tmp_path, monkeypatch,
                                                                  mode):
-    """Memory runs out in the middle of a step or of an evaluation. It is then repeated."""
+    """Memory runs out in the middle of a step or of an evaluation.
+
+    The step or the evaluation is then repeated.
+    """
     train("--out", tmp_path / "plain")
     monkeypatch.setattr(setup, "why_not", lambda *_: None)
     made = []
@@ -581,7 +588,8 @@ def test_as_many_blocks_are_recomputed_as_asked_for(train, tmp_path, monkeypatch
 
 
 def test_micro_batch_and_recompute_may_change_when_a_run_goes_on(train, tmp_path):
-    """The advice for full GPU memory is to use smaller micro-batches. The run must allow this."""
+    """The advice for full GPU memory is to use smaller micro-batches. So a resumed run allows them.
+    """
     out = tmp_path / "run"
     train("--out", out, "--steps", 3)
     status, _, said = train("--out", out, "--micro-batch", 1, "--recompute", 1)
@@ -858,7 +866,7 @@ def test_a_run_removes_no_unfinished_file_of_somebody_else(train, tmp_path):
 def test_the_rows_of_a_checkpoint_are_on_the_disk_before_it(train, tmp_path, monkeypatch):
     """A power failure loses metrics that are not flushed to the disk.
 
-    A resumed run does not write the rows from before its checkpoint again.
+    A resumed run does not write the metrics from before its checkpoint again.
     """
     flushed, write = [], checkpoint.write
 
@@ -899,7 +907,7 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_by_the_same_command(
     assert status == 0 and (out / "README.md").read_bytes() == card
     assert adapter_bytes(out) == adapter_bytes(out / "checkpoint-7")
     assert ("the lowest validation loss" if hold_out else "the last") in said
-    assert " s each" not in said  # no step was taken
+    assert " s each" not in said  # this command ran no step
     assert train("--out", out, "--hold-out", hold_out)[0] == 2  # the run is complete
 
 

@@ -1,4 +1,4 @@
-"""The choice of the next token: results of transformers' processors, and noise from a hash."""
+"""The choice of the next token: it equals that of transformers, and its noise comes from a hash."""
 
 import pytest
 import torch
@@ -55,7 +55,10 @@ def test_noise_differs_by_seed_place_and_token_and_repeats():
 
 
 def test_tokens_are_drawn_with_their_probabilities():
-    """20,000 draws from five tokens. Each count is within four standard deviations."""
+    """The test draws 20,000 times from five tokens.
+
+    The count of each token must be within four standard deviations of its expected value.
+    """
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.08, 0.02])
     draws = 20_000
     logits_BV = probabilities.log().expand(draws, -1)
@@ -81,8 +84,10 @@ HOWS = [dict(top_k=7), dict(top_p=0.6), dict(min_p=0.2), dict(top_k=7, top_p=0.6
 
 @pytest.mark.parametrize("how", HOWS, ids=str)
 def test_a_row_keeps_what_transformers_processors_keep(how):
-    """The processors run in this order: penalty, temperature, top-k, top-p, min-p. Each processor
-    sees only the remaining tokens."""
+    """The processors run in this order: penalty, temperature, top-k, top-p, min-p.
+
+    Each processor sees only the tokens that the earlier ones have kept.
+    """
     from transformers.generation import logits_process as hf
 
     dice = torch.Generator().manual_seed(1)

@@ -29,7 +29,9 @@ def test_both_sides_are_measured_and_saved_when_asked(tmp_path, monkeypatch, cap
 
 
 def test_every_token_of_a_wider_vocabulary_is_text(tmp_path):
-    """Random weights choose any id of the vocabulary. Without added tokens most ids have no text.
+    """A model with random weights may choose any id of its vocabulary.
+
+    If no tokens were added to the tokenizer, most of these ids would have no text.
     """
     shape = ModelConfig(64, 2, 1, vocab_size=9000, max_seq_len=64)
     write_random_checkpoint(tmp_path, shape)

@@ -36,7 +36,9 @@ def test_the_parts_of_a_step_are_those_asked_for(adapted):
 
 
 def test_the_16_bit_copy_follows_each_update(adapted):
-    """Forward reads the 16-bit copy. Without an update of it, every step reads the first weights.
+    """The forward reads the adapters' 16-bit copy.
+
+    If the copy were not updated, every step would read the first weights.
     """
     model, adapters = adapted(dtype=torch.bfloat16)
     training = wire(model, adapters, lr=0.1, micro_batch=2)

@@ -165,7 +165,8 @@ def test_a_run_that_is_left_goes_on_to_the_bit(command, train_and_draw, tmp_path
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_same_signal_while_the_run_is_saved_changes_nothing(train, tmp_path, monkeypatch,
                                                                 number):
-    """A signal may come twice: a shell and the system send SIGHUP, a cluster repeats SIGTERM."""
+    """A signal may come twice. For example, a shell and the system both send SIGHUP, or a cluster
+    repeats SIGTERM."""
     before = signal.getsignal(number)
     write = checkpoint.write
 
@@ -196,7 +197,7 @@ def test_a_run_whose_output_is_gone_is_saved(train, tmp_path, monkeypatch, numbe
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("phogpt_raw.show.console.say", gone)  # it prints an evaluation
+        patch.setattr("phogpt_raw.show.console.say", gone)  # `say` prints an evaluation
         status, _, said = train("--out", tmp_path / "run", "--eval-every", 5)
     assert status == 1 and "the output cannot be written" in said  # at the evaluation before step 1
     assert train("--out", tmp_path / "run", "--eval-every", 5)[0] == 0

@@ -1,4 +1,4 @@
-"""The benches for GPUs that this machine lacks: their output and their files."""
+"""The benchmarks for GPUs that this computer does not have: their output and their files."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ NANO = ["--model", "nano", "--seq-len", "64,512"]
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Let a bench write its results and figures into a temporary folder."""
+    """Let a benchmark write its results and figures into a temporary folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(figures, "FIGURES", tmp_path / "figures")
@@ -44,7 +44,7 @@ def options(*flags):
 
 
 def a_4b_on_a_t4():
-    """(card, traces) of PhoGPT-4B on a T4. Long rows fill its memory."""
+    """(card, traces) of PhoGPT-4B on a T4. Long rows fill the memory of a T4."""
     asked = command_line.parse(command_line.parser(""), ["--model", "4b", "--card", "t4"])
     [(card, _, traces)] = cards(asked)
     return card, traces
@@ -89,7 +89,7 @@ def test_auto_recomputes_as_much_as_the_card_forces_for_a_grid_and_for_a_file():
 
 
 def test_what_does_not_fit_says_so_and_the_longest_row_is_found(monkeypatch, capsys):
-    small_t4(monkeypatch, 0.9)  # 0.09 GiB without CUDA's context
+    small_t4(monkeypatch, 0.9)  # CUDA's context leaves 0.09 GiB
     memory.main(["--model", "nano", "--seq-len", "64,8192", "--card", "t4", "--recompute", "all"])
     said = capsys.readouterr().out
     rows = {line.split()[2]: line.split()[4] for line in said.splitlines() if " x " in line[:12]}
@@ -160,7 +160,7 @@ def test_a_file_is_fitted_with_as_many_rows_at_once_as_asked_for():
 
 
 def chosen(examples, card, traces, **more):
-    """The settings that a run with these examples chooses on a card."""
+    """The settings that a run with these examples chooses on the GPU `card`."""
     config = Config(**{"batch_size": len(examples), "epochs": 1, "max_len": 16_384, **more})
     return windows.plan(examples, config, card, traces.shape.n_layers, traces).choice
 

@@ -106,7 +106,7 @@ def test_a_head_that_does_not_arrive_closes_the_connection(plain):
                 while not found.endswith(b"ok") and (part := link.recv(4096)):
                     found += part
                 link.sendall(b"GE")  # the next request stays incomplete
-            while part := link.recv(4096):  # until the server closes
+            while part := link.recv(4096):  # until the server closes the connection
                 found += part
         assert found.count(b"200 OK") == answers
 

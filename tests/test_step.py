@@ -1,4 +1,7 @@
-"""One optimizer step: equal for every split into micro-batches, and equal to a stock loop."""
+"""One optimizer step gives the same result for every split into micro-batches.
+
+Thirty steps agree with a loop of stock parts: transformers, PEFT and torch's AdamW.
+"""
 
 import copy
 import json
@@ -26,7 +29,7 @@ NO_CLIP = 1e9
 
 
 def parts(model, adapters, *, descent=True, **settings):
-    """The parts of a step. By default: plain gradient descent with rate 1 and without clipping."""
+    """The parts of a step. The default is plain gradient descent, with rate 1 and no clipping."""
     training = wire(model, adapters, **{"clip": NO_CLIP, "loss_mib": 1, **settings})
     training.limits.chunk_rows = 16
     if descent:
@@ -39,7 +42,10 @@ def window_of(examples):
 
 
 def distance(mine, reference):
-    """The relative distance of whole vectors. Single elements near zero may be pure rounding."""
+    """The distance of two vectors, relative to the norm of `reference`.
+
+    Single elements are not compared, because elements near zero may be pure rounding errors.
+    """
     return float((mine - reference).norm() / reference.norm())
 
 
@@ -47,9 +53,10 @@ def distance(mine, reference):
 
 
 def test_a_step_is_the_same_for_every_micro_batch_size(adapted):
-    """In fp32 the sums of some hundred terms have another order.
+    """The results differ only in the order of fp32 sums of some hundred terms.
 
-    The tolerance of 1e-6 is about ten units in the last place.
+    The tolerance for the loss and the gradient is 1e-6 of their size, which is about ten units in
+    the last place.
     """
     examples = ragged_examples(8)
     results = {}
@@ -66,7 +73,8 @@ def test_a_step_is_the_same_for_every_micro_batch_size(adapted):
     for other_loss, other_gradient, other_update in results.values():
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert distance(other_gradient, gradient) < 1e-6
-        # the update (1e-3) is rounded to the last place of the weights (0.1), so it is less exact
+        # The update, of size 1e-3, is the difference between new and old weights of size 0.1. It
+        # has the rounding errors of these weights, so it is less exact.
         assert distance(other_update, update) < 1e-5
 
 
@@ -103,8 +111,9 @@ def test_averages_of_averages_would_be_noticed(adapted):
 def test_adamw_of_32_bits_takes_the_same_steps_for_every_micro_batch_size(adapted):
     """AdamW divides a gradient by its own size.
 
-    So a weight whose gradient is pure rounding still moves by a part of the learning rate. All
-    these moves together must stay below a thousandth of the total change.
+    So even if a weight's gradient is only a rounding error, the weight moves by a part of the
+    learning rate. The norm of all differences that this causes must stay below a thousandth of the
+    norm of the whole change.
     """
     ends = []
     for micro_batch in (8, 3):
@@ -178,7 +187,10 @@ def test_the_limits_are_read_anew_by_each_step(adapted, monkeypatch):
 
 
 def test_clipping_sees_the_true_gradient_under_loss_scaling(adapted):
-    """A power of two changes only exponents. So in fp32 the results must be equal bit for bit."""
+    """A loss scale of 2^12 changes only the exponents of fp32 values.
+
+    So the results must be equal bit for bit with and without it.
+    """
     results = []
     for scale in (1.0, 2.0**12):
         model, adapters = adapted()
@@ -190,7 +202,8 @@ def test_clipping_sees_the_true_gradient_under_loss_scaling(adapted):
         results.append((stats.loss, stats.grad_norm, adapters.flat.detach().clone()))
         assert float(stats.grad_norm) > 0.02  # clipping must happen in this test
         update = float((adapters.flat.detach() - before).norm())
-        assert update == pytest.approx(0.01, rel=1e-3)  # fp32 weights of size 0.1
+        # the update is the difference of fp32 weights of size 0.1, so it has their rounding errors
+        assert update == pytest.approx(0.01, rel=1e-3)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -235,7 +248,10 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_the_stats_say_so(adapted,
 
 @pytest.mark.parametrize("init", [2.0**12, 1.0])
 def test_the_loss_scale_never_falls_below_one(adapted, init):
-    """Without this floor 162 skipped steps turn 2^12 into 0. Then every gradient is a finite 0."""
+    """Each skipped step halves the loss scale. Without a floor, 162 of them would turn 2^12 into 0.
+
+    Every gradient would then be a finite 0, so that no step would be skipped any more.
+    """
     model, adapters = adapted()
     training = parts(model, adapters)
     training.scaler = torch.amp.GradScaler("cpu", init_scale=init)
@@ -370,7 +386,7 @@ def test_only_adapters_change(adapted, nf4):
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     assert not torch.equal(adapters.flat, flat)
-    for name, view in adapters.views:  # every adapter weight has changed
+    for name, view in adapters.views:  # every adapter matrix has changed
         assert not torch.equal(view, views[name]), name
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
@@ -461,14 +477,16 @@ def flattened(weights, order):
 
 
 def test_thirty_steps_are_those_of_stock_parts(reference):
-    """Both sides compute in fp32. 1e-4 is a fortieth of one step at this learning rate.
+    """Both sides compute in fp32. The tolerance for a single weight is 1e-4.
 
-    If a gradient is near AdamW's eps, rounding alone decides the step. So a few of the half a
-    million weights differ in every program. Compared with the same loop in fp64, 11 weights of the
-    stock loop differ by more than 1e-4 (at most 1.7e-3). Of our weights 7 do (at most 4.2e-4).
+    This is a fortieth of the amount, 4e-3, by which one step at the peak learning rate changes a
+    weight. If a gradient is near AdamW's eps, rounding errors alone decide how far the weight
+    moves. So in every program a few of the half a million weights are further off. Compared with
+    the same loop in fp64, the stock loop has 11 weights that differ by more than 1e-4, by at most
+    1.7e-3. Our program has 7 such weights, which differ by at most 4.2e-4.
 
-    The limits: one weight in a thousand may differ by more than 1e-4. The norm of all differences
-    must stay below a thousandth of the weights' norm.
+    One weight in a thousand may differ by more than the tolerance. The norm of all differences must
+    stay below a thousandth of the weights' norm.
     """
     stream, losses, weights = reference
     my_losses, my_weights = by_us(stream, nf4=False, kind="adamw")
@@ -489,7 +507,8 @@ def test_thirty_steps_over_packed_rows_are_those_over_single_ones(reference, kin
     """The losses and the adapters of a whole run over NF4 are compared.
 
     A moment near the middle of two 8-bit values may be rounded to either of them. So with 8-bit
-    AdamW some weights differ by a part of a step. Micro-batches of 1 and 2 rows differ as much.
+    AdamW some weights differ by a part of one step's change. Two runs with micro-batches of 1 and
+    of 2 rows differ from each other as much.
     """
     stream, _, _ = reference
     losses, weights = by_us(stream, nf4=True, kind=kind)

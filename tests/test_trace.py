@@ -1,5 +1,7 @@
 """The trace of a step, compared with arithmetic by hand and with the real step on the CPU.
 
+A trace is the list of the step's operations and of the memory that they allocate and free.
+
 Shapes: N tokens, D in, O out, R rank, H heads, L queries, S keys, K head width, V vocabulary.
 """
 
@@ -53,18 +55,19 @@ def test_resident_bytes_are_what_arithmetic_says():
     rank = 33  # with this rank alignment leaves gaps between adapters
     found = traced(rank=rank)
     padded = 2 * sum(up(rank * d, 256) + up(o * rank, 256) for d, o in LINEARS)
-    scales = [d * o // 64 for d, o in LINEARS]  # 8 bits for 64 weights
+    scales = [d * o // 64 for d, o in LINEARS]  # one 8-bit scale for 64 weights
     kinds, _ = on_arrival(found)
     ledger = {
         "NF4 weights": 2 * WEIGHTS // 2,
-        # 32 bits for 256 scales; for each weight an offset and two code tables
+        # One 32-bit scale for 256 scales. Each weight matrix has an offset and two code tables.
         "NF4 constants": 2 * sum(n + 4 * math.ceil(n / 256) + 4 + 4 * 16 + 4 * 256 for n in scales),
         "embedding": 2 * V * D,
         "norms and biases": 2 * (2 * (4 * D + sum(o for _, o in LINEARS)) + 2 * D),
         "adapters": 4 * padded,
         "adapters' gradients": 4 * padded,
         "adapters' copy": 2 * padded,
-        "optimizer state": 2 * 4 * (padded // 256 + 256),  # two moments: scales and a code table
+        # Each of two moments has one 32-bit scale for 256 values, and a code table of 256 entries.
+        "optimizer state": 2 * 4 * (padded // 256 + 256),
     }
     assert {kind: kinds[kind] for kind in ledger} == ledger
     assert found.resident == sum(ledger.values()) + 4 * H  # 4 * H: ALiBi's slopes
@@ -82,7 +85,8 @@ def test_adamw_has_two_32_bit_values_a_weight_and_no_pages():
     model, adapters = on_meta()
     found = step_of(model, adapters, optimizer="adamw")
     assert found.pages == 0
-    assert on_arrival(found)[0]["optimizer state"] == 2 * 4 * adapters.flat.numel() + 4  # 4: step
+    # + 4: the number of steps so far
+    assert on_arrival(found)[0]["optimizer state"] == 2 * 4 * adapters.flat.numel() + 4
 
 
 @pytest.mark.parametrize("length", [96, 1024, 1100, 2048])
@@ -106,10 +110,12 @@ def saved_sizes(rank: int, rows: int, length: int) -> dict[str, int]:
 def test_saved_activations_are_what_arithmetic_says(rank, rows, length):
     _, saved = on_arrival(traced(rank=rank, rows=rows, length=length))
     size = saved_sizes(rank, rows, length)
-    # 10 x: qkv 3, attention's output 1, the sum after it 1, up_proj's output 4, the block's sum 1
+    # A block saves 10 x: the output of qkv is 3, attention's output 1, the sum after it 1, the
+    # output of up_proj 4, and the block's last sum 1.
     block = 10 * size["x"] + 4 * size["narrow"] + size["attention"]
     assert saved == {
-        # Nothing below the first norm has a gradient, so its output is saved and not recomputed.
+        # Nothing below the first norm has a gradient, so the norm's output is saved and not
+        # recomputed.
         "block 0": block + size["x"] + size["statistics"],
         "block 1": block + 2 * size["statistics"],
         "last norm": size["statistics"],
@@ -145,7 +151,8 @@ def test_a_block_is_recomputed_in_backward_alone():
 ])
 def test_memory_grows_with_every_setting(setting, values):
     """The allocator's rounding does not count, because it depends on the order of allocations."""
-    large = dict(vocabulary=8192) if setting == "chunk" else {}  # then the loss is the peak
+    # with this vocabulary the loss needs the most memory
+    large = dict(vocabulary=8192) if setting == "chunk" else {}
     peaks = [max(m.allocated - m.kinds["rounding"] for m in traced(
         **large, **{setting: value}).moments()) for value in values]
     assert all(a <= b for a, b in pairwise(peaks))
@@ -179,7 +186,9 @@ def test_every_byte_alive_has_a_kind_at_every_moment(settings):
         held, count = most[moment.op]
         rounding = moment.kinds["rounding"]
         assert moment.allocated - rounding - workspace == held
-        assert 0 <= rounding < 512 * count + 3 * 2**20  # 1 MiB for a large uncut block
+        # Each block is rounded up by less than 512 bytes. A large block may also keep up to 1 MiB
+        # that is not cut off. The limit has room for three such blocks.
+        assert 0 <= rounding < 512 * count + 3 * 2**20
     assert found.peak(workspace).allocated == found.replay(workspace=workspace).peak_allocated
 
 
@@ -222,7 +231,10 @@ def test_too_little_memory_is_an_error():
 
 
 def test_a_trace_leaves_nothing_behind_for_models_that_have_values(monkeypatch):
-    """bitsandbytes keeps the code table of the first device that quantises, for all devices."""
+    """bitsandbytes keeps the code table of the device that quantises first, for all devices.
+
+    So a trace on the meta device must not leave its code table, which has no values.
+    """
     monkeypatch.setattr(bitsandbytes.functional, "name2qmap", {})
     traced()
     weight = torch.randn(64, 64)
@@ -277,12 +289,13 @@ def test_the_attention_kernel_is_the_one_given():
 def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, recompute):
     """The recorder also runs on real values on the CPU.
 
-    It must find the same operations, and the same size and lifetime of each storage.
+    It must find the same operations as on the meta device, and the same size and lifetime of each
+    storage.
     """
     model, adapters = adapted(nf4=nf4)
     twin, its = adapted_on_meta(model.config, rank=4, dtype=torch.float32, nf4=nf4)
     window = Window(ragged_examples(3), pad_id=3)
-    # On a GPU a batch is copied to the card. On the CPU there is no copy, so the test makes one.
+    # A batch is copied to a GPU. On the CPU there is no copy, so the test makes one.
     monkeypatch.setattr(MicroBatch, "to", lambda batch, device: MicroBatch(
         *(t if t is None else t.to(device, copy=True) for t in vars(batch).values())))
     seen = []
@@ -345,7 +358,7 @@ def test_flops_of_attention(kernel, block):
 def test_flops_of_a_step(recompute):
     rank, rows, length = 8, 2, 96
     found = traced(rank=rank, rows=rows, length=length, recompute=recompute)
-    n, supervised = rows * length, 64  # 2 x 20 rows, padded to 64
+    n, supervised = rows * length, 64  # 2 x 20 supervised rows, padded to 64
     adapters = sum(rank * (d + o) for d, o in LINEARS)
     attention = 4 * H * length * length * (D // H) * rows
     block = 2 * n * WEIGHTS + 2 * n * adapters + attention

@@ -30,7 +30,7 @@ from phogpt_raw.model.weights import list_files
 from phogpt_raw.refusal import Refusal
 
 TINY = vinai_config(**SHAPES["tiny"])
-DEEP = TINY | dict(n_layers=16)  # 3/4 of the weights are in blocks, so every shard has some
+DEEP = TINY | dict(n_layers=16)  # 3/4 of the weights are in blocks, so every shard has a part
 BIAS = "transformer.blocks.1.attn.Wqkv.bias"
 WEIGHT = "transformer.blocks.0.ffn.up_proj.weight"
 DTYPES = pytest.mark.parametrize(
@@ -87,7 +87,10 @@ def test_parameters_outlive_the_file(tmp_path):
 @DTYPES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["in-fp32", "in-bf16"])
 def test_nf4_weights_are_bitsandbytes_own_of_the_stored_tensor(tmp_path, stored, dtype):
-    """They are equal bit for bit. Quantising after a cast to another dtype would change some."""
+    """The 4-bit weights are equal bit for bit.
+
+    Quantising after a cast to another dtype would change some of them.
+    """
     tensors = write_checkpoint(tmp_path, dtype=stored)
     model, _ = load(tmp_path, dtype=dtype)
     seen = set()
@@ -144,7 +147,7 @@ def test_a_model_without_biases_loads_where_the_config_says_so(tmp_path):
     assert not any(name.endswith("bias") for name in tensors)
 
 
-# -- refusals: each case damages a good folder and gives a part of the message
+# -- refusals: each case damages a good folder and returns a part of the expected message
 
 
 def rewrite(folder, change):
@@ -385,7 +388,7 @@ def test_frozen_weights_stay_bit_equal(adapted, nf4, dtype):
     """The frozen tensors do not change in evaluation, decoding and backward.
 
     On a CPU with avx512_bf16, bitsandbytes would repack NF4 weights in place, with small errors. It
-    does this in the first forward in eval mode without gradients. Backward would then fail.
+    would do this in the first forward in eval mode without gradients. Backward would then fail.
     """
     model, adapters = adapted(nf4=nf4, dtype=dtype)
     before = frozen_bits(model)
@@ -510,14 +513,16 @@ for kind in ("nf4", "plain"):
 def test_loading_holds_one_tensor_beside_the_model(tmp_path, tiny):
     """Only anonymous memory counts. Pages mapped from a file can be dropped at any time.
 
-    The model has 105 million parameters in four shards of 50 MB. Its largest tensor has 2 million.
-    While bitsandbytes quantises a linear layer on the CPU, it needs about six fp32 copies of the
-    weight. These take 24 bytes for each of a million elements. Another 12 MB are for the tokenizer
-    and the allocator. One more shard in memory would exceed this limit.
+    The model has 105 million parameters in four shards of 50 MB. Its largest tensor has 2 million
+    elements. While bitsandbytes quantises a linear layer on the CPU, it needs about six fp32 copies
+    of the weight. These take 24 bytes for each of a million elements. The limit has room for them,
+    and another 12 MB for the tokenizer and the allocator. One more shard in memory would exceed it.
 
-    glibc maps an allocation above a threshold, and the threshold grows when memory is freed. Then
-    the NF4 weights would lie between unused gaps of up to 480 MB. So the test fixes the threshold
-    at 128 KiB. PhoGPT's large tensors exceed 32 MB, the highest value of the threshold.
+    If an allocation is larger than a threshold, glibc gives it its own pages, which are returned to
+    the system when it is freed. The threshold grows when such memory is freed. The NF4 weights
+    would then lie between unused gaps of up to 480 MB. So the test fixes the threshold at 128 KiB.
+    PhoGPT's large tensors do not need this, because they exceed 32 MB, the highest value of the
+    threshold.
     """
     config = vinai_config(d_model=512, n_heads=8, n_layers=32, vocab_size=4096, max_seq_len=128)
     folder = tmp_path / "large"

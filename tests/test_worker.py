@@ -18,7 +18,7 @@ LONG = 100_000  # tokens; the cache grows to this length in steps
 
 
 class Inbox:
-    """Collects the pieces of text that a worker delivers. `of(key)` gives those of one job."""
+    """Collects the pieces of text that a worker delivers. `of(key)` gives the pieces of one job."""
 
     def __init__(self):
         self.pieces, self.changed = [], threading.Condition()

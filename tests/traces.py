@@ -1,4 +1,7 @@
-"""Traces of a tiny model: two blocks of width 192 in NF4, by default one row in fp16."""
+"""Traces (records of a simulated step) of a tiny model: two NF4 blocks of width 192.
+
+By default a step has one row and computes in fp16.
+"""
 
 import torch
 from conftest import example
