@@ -1,6 +1,6 @@
 """Bench of the server: tokens per second of HTTP clients, compared with the engine alone.
 
-    python bench/serve.py --model 7b5 --save   on a GPU: random weights, 16 clients
+    python bench/serve.py --model 7b5 --save   on a GPU: random weights
     python bench/serve.py --model nano         on any computer
 
 First the engine is measured without a server: it answers as many prompts as there are clients, all
