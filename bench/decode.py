@@ -1,7 +1,7 @@
 """Bench of decoding: tokens per second of the engine and of transformers' generate.
 
     python bench/decode.py --model 7b5 --save   measures both on a GPU
-    python bench/decode.py --card t4,v100       the memory bound, on any computer
+    python bench/decode.py --card t4,v100       the memory bound, without a GPU
 
 Both sides load the same checkpoint of random weights in NF4, with an adapter on all four linear
 layers of each block. They take turns, and each generates --new tokens greedily after random

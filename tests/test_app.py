@@ -184,7 +184,7 @@ def test_an_answer_ends_where_the_model_ends(client, nano):
 def test_models_are_listed(client):
     assert [model.id for model in client.models.list()] == ["nano"]
     assert client.models.retrieve("nano").owned_by == "phogpt-raw"
-    with pytest.raises(openai.NotFoundError, match="there is nano"):
+    with pytest.raises(openai.NotFoundError, match="does not exist; use nano"):
         client.models.retrieve("vinai/PhoGPT-4B")
 
 

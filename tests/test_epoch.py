@@ -346,7 +346,8 @@ def test_the_table_has_measured_and_simulated_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--batch-tokens", "379"], r"pair \d+: 380 tokens are more than --batch-tokens 379; raise it"),
+    (["--batch-tokens", "379"],
+     r"pair \d+: 380 tokens are more than --batch-tokens 379; raise --batch-tokens or lower"),
     (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
     (["--card", "k80"], "--card k80: choose from"),
     (["--epochs", "0"], r"argument --epochs: '0': must be a number from 0.001 to 1,000,000"),

@@ -132,7 +132,7 @@ def create_app(worker: Worker, answers: Answers, *, key: str | None = None, host
         if name is None:
             return worker.models[0]
         if name not in models:
-            raise ProtocolError(f"the model '{name}' does not exist; name {' or '.join(models)}",
+            raise ProtocolError(f"the model '{name}' does not exist; use {' or '.join(models)}",
                                 status=404, param="model", code="model_not_found")
         return models[name]
 
