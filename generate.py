@@ -8,8 +8,8 @@
     python generate.py --adapter RUN --eval rows.jsonl --output scores.json
     python generate.py --adapter runs/nano-001 --serve 8000
 
-The answer appears while it is generated. It ends when the model generates the end token </s>.
-Without --temperature each token is the most likely one.
+The program prints the answer while the model generates it. The answer ends when the model generates
+the end token </s>. Without --temperature, the model always chooses the most likely token.
 """
 
 import phogpt_raw  # noqa: F401, before torch: Ctrl-C while torch loads prints one line

@@ -59,9 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
 def train(job, metrics, show, shutdown):
     """Train from the current step to the last one.
 
-    Each iteration evaluates and saves if that is due. Then it takes the examples of one optimizer
-    step (a window), runs the step and shows the result. Raises ShutdownRequested after a signal or
-    at the time limit.
+    Each iteration begins with an evaluation and a checkpoint, if these are due. Then the iteration
+    takes the examples of one optimizer step (a window), runs the step and shows the result. Raises
+    ShutdownRequested after a signal or at the time limit.
     """
     config, run, state = job.config, job.run, job.run.state
     step = retry_without_graphs(train_step, job, console.say)

@@ -26,7 +26,8 @@ MOST_STEPS = 100_000  # largest number of measured steps
 class Setting:
     """The size of a step, which becomes one row of a table of results.
 
-    The step has `accumulate` micro-batches. Each has `micro_batch` rows of `seq_len` tokens.
+    The step has `accumulate` micro-batches. A micro-batch has `micro_batch` rows of `seq_len`
+    tokens.
     recompute: the value of the flag --recompute, as text.
     """
 
@@ -143,8 +144,8 @@ def several(low: int, high: int) -> Callable[[str], list[int]]:
 def settings(options) -> list[Setting]:
     """All combinations of the values of --seq-len, --micro-batch and --recompute.
 
-    By default, rows are shorter if this computer is measured than if a GPU is simulated, and
-    shortest if a CPU is measured. Raises Refusal for settings that are not possible.
+    The default rows are longest if a GPU is simulated, shorter if a GPU is measured, and shortest
+    if a CPU is measured. Raises Refusal for settings that are not possible.
     """
     if not options.measured:
         default = [256, 512, 1024, 2048, 4096, 8192, 16384]

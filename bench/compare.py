@@ -25,7 +25,7 @@ from phogpt_raw.show.console import out
 from phogpt_raw.simulate.rates import KNOWN
 
 ROOT = Path(__file__).parents[1]
-LARGE = 48  # GiB; a GPU with more memory gets no column, because it is rarely rented for this work
+LARGE = 48  # GiB; a GPU with more memory is rarely rented for this work, so it gets no column
 NAMES = {"7b5": "7B5", "4b": "4B"}
 SIMULATED = ("t4", "v100")
 
@@ -93,8 +93,8 @@ def time_cell(row: dict) -> str:
 
 
 def held_memory() -> list[str]:
-    """The lines of a table. For each file of results it has the largest difference between
-    simulated and measured memory."""
+    """The lines of a table. The table has, for each file of results, the largest difference
+    between simulated and measured memory."""
     lines = ["| card | model | dtype | rank | settings | allocated, worst | reserved, worst | "
              "graphs reserve above the eager step's peak |", "|---" * 8 + "|"]
     for result in results.load("memory"):
@@ -119,8 +119,8 @@ def peak(row: dict, kind: str) -> float:
 
 
 def held_time() -> list[str]:
-    """The lines of a table. For each file of results it has the largest difference between
-    simulated and measured seconds of a step."""
+    """The lines of a table. The table has, for each file of results, the largest difference
+    between simulated and measured seconds of a step."""
     lines = ["| card | model | dtype | work | settings | for | worst |", "|---" * 7 + "|"]
     for result in results.load("step_time"):
         rows = [r for r in result["rows"] if r["fits"] and "simulated_s" in r]
@@ -161,7 +161,7 @@ def epochs() -> list[str]:
     """The table for one epoch of the 256 pairs in lengths.json, trained by this loop and by the
     Trainer.
 
-    It has the newest results of each GPU.
+    The table has the newest results of each GPU.
     """
     found = newest("epoch", lambda result: result["data"] is None)
     return ["| card | model | who | rows | s per example, steady | whole run | GiB allocated | "
@@ -185,7 +185,7 @@ def epoch_cells(row: dict, cap: float | None) -> list[str]:
 def decoding(all_settings: bool = False) -> list[str]:
     """The table of tokens per second, with the newest results of each GPU and model.
 
-    all_settings: include results whose number of new tokens is not the bench's default.
+    all_settings: also include results whose number of new tokens is not the bench's default.
     """
     found = newest("decode", lambda result: all_settings or not result["label"])
     lines = ["| card | model | prompt | rows | who | tokens/s | first token | GiB | of the bound | "

@@ -5,10 +5,10 @@
 
 The file of many rows is read twice: first without a cache, then from the cache that the first
 reading wrote. Each measurement runs in a separate process. The seconds include reading, checking
-and encoding the rows, dividing them into training and held-out rows, and packing; they do not
-include the imports. `mib` is the peak memory of the whole process (ru_maxrss). `more_mib` is this
-peak minus the peak before the first row is read, when the imports are done and the tokenizer is
-loaded.
+and encoding the rows, dividing them into training and held-out rows, and packing. The seconds do
+not include the imports. `mib` is the peak memory of the whole process (ru_maxrss). `more_mib` is
+this peak minus the peak before the first row is read, when the imports are done and the tokenizer
+is loaded.
 """
 
 import argparse

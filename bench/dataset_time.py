@@ -15,15 +15,15 @@ from phogpt_raw.model.weights import find_folder
 from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import clock
 
-# The number of accumulation windows that represent all windows of the epoch, if steps are measured
-# and if they are simulated. An accumulation window is the examples of one step.
+# So many accumulation windows represent all windows of the epoch: MEASURED windows if steps are
+# measured, SIMULATED windows if steps are simulated. A window is the examples of one step.
 MEASURED, SIMULATED = 8, 64
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples of --data, the name of the tokenizer that encoded them, and the config of the
-    run over them."""
+    """The examples of --data, the name of the tokenizer that encoded them, and the config of a
+    run over these examples."""
 
     examples: list[Example]
     tokenizer: str
@@ -72,7 +72,7 @@ def estimate(options, dataset: Dataset, epoch: Epoch, most: int,
     """Estimate the time of a run over a file, from at most `most` of its accumulation windows.
 
     seconds(window) returns the seconds of a step, or None if the step does not fit in the GPU's
-    memory. If one step does not fit, the estimate's times are None.
+    memory. If a step does not fit, the estimate's times are None.
     """
     picked = epoch.some(most)
     taken = [seconds(window) for window in picked]

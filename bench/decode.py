@@ -1,6 +1,6 @@
 """Bench of decoding: tokens per second of the engine and of transformers' generate.
 
-    python bench/decode.py --model 7b5 --save   measures both on a GPU
+    python bench/decode.py --model 7b5 --save   measures both sides on a GPU
     python bench/decode.py --card t4,v100       the memory bound, without a GPU
 
 Both sides load the same checkpoint of random weights in NF4, with an adapter on all four linear
@@ -42,7 +42,8 @@ PEERS = {"transformers": None, "transformers, static cache": "static"}
 def step_bytes(shape: ModelConfig, rank: int, rows: int, tokens: float) -> float:
     """The bytes that a decoding step must read for `rows` rows of `tokens` tokens each.
 
-    They are the linear layers in NF4, the head and the adapter in 16 bits, and the keys and values.
+    A step reads the linear layers in NF4, the head and the adapter in 16 bits, and the keys and
+    values.
     """
     return (NF4_BYTES * shape.linear_weights + 2 * shape.vocab_size * shape.d_model
             + 2 * adapter_weights(shape, rank)
@@ -50,8 +51,8 @@ def step_bytes(shape: ModelConfig, rank: int, rows: int, tokens: float) -> float
 
 
 def copy_rate(size: int = 2**30) -> float:
-    """The rate at which this GPU copies memory: bytes read plus bytes written, per second. It is
-    the highest rate of ten copies."""
+    """The rate at which this GPU copies memory: bytes read plus bytes written, per second. The
+    result is the highest rate of ten copies."""
     source = torch.empty(size, dtype=torch.uint8, device="cuda")
     target, times = torch.empty_like(source), []
     for _ in range(10):
@@ -112,7 +113,7 @@ def measure(options) -> None:
                 made = turn(options, shape, sides, prompt, batch, rate)
                 made[0]["forward_s"] = forward.get("forward_s")
                 rows += made
-                if options.save:  # after each measurement, because transformers can take minutes
+                if options.save:  # saves now, because the next measurement can take minutes
                     file = results.save("decode", card, options, DTYPES[options.dtype], rows,
                                         new=options.new, copy_bytes_per_s=rate)
         for side in sides.values():
@@ -125,8 +126,8 @@ def measure(options) -> None:
 
 def turn(options, shape: ModelConfig, sides: dict[str, Side], prompt: int, batch: int,
          rate: float) -> list[dict]:
-    """The rows of the result for this prompt length and batch size: one for each side, ours first.
-    """
+    """The rows of the result for this prompt length and batch size: one for each side, and
+    this engine's row first."""
     order = {"prompt": prompt, "rows": batch, "new": options.new, "cap_gib": 0}
     common = {"prompt": prompt, "rows": batch}
     read = step_bytes(shape, options.rank, batch, prompt + options.new / 2)
@@ -183,7 +184,7 @@ def parse(arguments):
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)
-    # results.save reads these options, for which only other benches have flags
+    # results.save reads these options; this bench has no flags for them
     options.attention, options.optimizer = "auto", Config.optimizer
     options.label = None if options.new == NEW else f"{options.new}-tokens"
     return options

@@ -76,8 +76,8 @@ class Ours:
                 for event in seen.key_averages() if event.self_device_time_total}
 
     def forward_s(self, prompt: int) -> float:
-        """Seconds of a training step's forward over `prompt` tokens. It runs seven times; the
-        result is the median of the last five."""
+        """Seconds of a training step's forward over `prompt` tokens. The forward runs seven times;
+        the result is the median of the last five."""
         [ids] = random_rows(self.model.config.vocab_size, 1, prompt, seed=0)
         ids_BL, times = torch.tensor([ids], device="cuda"), []
         for p in self.model.parameters():
@@ -96,7 +96,7 @@ class Ours:
 
 class Transformers:
     """transformers' MPT with bitsandbytes' linear layers and PEFT's adapter, set up as users of
-    these libraries do it."""
+    these libraries usually do."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, rank: int):
         from peft import PeftModel
@@ -107,8 +107,8 @@ class Transformers:
         self.model = PeftModel.from_pretrained(model, folder / "adapters").eval()
 
     def run(self, prompt: int, rows: int, new: int, cache: str | None = None) -> dict:
-        """Like Ours.run, with transformers' `generate`. cache: its argument cache_implementation;
-        None: its default."""
+        """Like Ours.run, with transformers' `generate`. cache: generate's argument
+        cache_implementation; None: the default of generate."""
         from transformers import StoppingCriteria
 
         class Ends(StoppingCriteria):

@@ -6,17 +6,17 @@
 
 The rows have random token ids and the lengths of 256 real pairs (lengths.json). The loss is on the
 answers. "Ours" is train.py with the values of the preset t4: 8 examples a step, packed, as CUDA
-graphs. It may use --cap GiB of GPU memory. The Trainer is transformers' own, with PEFT,
-bitsandbytes, gradient checkpointing and padding, as its users set it up. If it trains 1 row at a
-time, with 8 micro-batches a step, it has the same limit of memory. If it trains several rows at
-once, grouped by length, its memory is not limited.
+graphs. Ours may use --cap GiB of GPU memory. The Trainer is transformers' own, with the settings
+that users usually choose: PEFT, bitsandbytes, gradient checkpointing and padding. If the Trainer
+trains 1 row at a time, with 8 micro-batches a step, it may use --cap GiB too. If the Trainer trains
+several rows at once, grouped by length, its memory is not limited.
 
 `whole` is the time per example of a run of one epoch. Each of our runs is a new process, so its
 time includes compiling, capturing CUDA graphs and warm-up. It does not include loading the weights
 and choosing the lengths of rows. The Trainer's runs share one process. `steady` is a time per
-example without warm-up. For ours, it is measured in the last epoch of another run, of --epochs
-epochs. For the Trainer, it is measured in the run of one epoch, without the first quarter of the
-steps.
+example without warm-up. For ours, `steady` is measured in the last epoch of another run, of
+--epochs epochs. For the Trainer, `steady` is measured in the run of one epoch, without the first
+quarter of the steps.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def parse(arguments):
     if not options.card and not torch.cuda.is_available():
         options.card = "t4,v100"
     known_cards(options)
-    # results.save reads these options, for which only other benches have flags
+    # results.save reads these options; this bench has no flags for them
     options.attention, options.optimizer = "auto", Config.optimizer
     options.label = "-".join([*([] if options.packing else ["no-packing"]), *(
         [f"batch-tokens-{options.batch_tokens}"] if options.batch_tokens else [])]) or None

@@ -30,7 +30,7 @@ def memory(found, rates: Rates, options) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    # Letters are written as text. The salt is fixed, so that the same figure gives the same file.
+    # Letters are written as text. With a fixed salt, equal values always give equal files.
     matplotlib.rcParams.update({"svg.hashsalt": "phogpt", "svg.fonttype": "none"})
     times, areas, phases = over_time(found, rates)
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")

@@ -37,7 +37,7 @@ class Bench:
         self.dtype, _ = training_dtype(self.card, options.dtype)
         self.model = self.load(options.model)
         self.adapters = new_adapters(self.model, rank=options.rank, alpha=32)
-        # measured before the optimizer exists, because its pages are counted separately
+        # measured before the optimizer exists: the optimizer's pages are counted separately
         self.context_gib = context_gib() if self.card.device == "cuda" else 0.0
         self.restart()
         self.cap_for_torch = self.cap()
@@ -126,8 +126,8 @@ class Bench:
         return result
 
     def release(self) -> None:
-        """Free the CUDA graphs and cuBLAS's workspaces. There are several workspaces, because each
-        CUDA stream has one, and graphs run in a stream of their own."""
+        """Free the CUDA graphs and cuBLAS's workspaces. cuBLAS has one workspace for each CUDA
+        stream, and the graphs use a stream of their own."""
         self.training.forward = self.model
         free_matmul_workspaces()
 
@@ -177,10 +177,10 @@ def peaks(bench: Bench, setting: Setting, window: Window) -> Peaks:
 
 
 def graph_memory(bench: Bench, setting: Setting, window: Window) -> dict[str, float] | None:
-    """GiB that torch reserves when the step runs as CUDA graphs, and the peak of the reserved GiB
-    until then.
+    """GiB that torch reserves after three steps with CUDA graphs, and the peak of the reserved GiB
+    during these steps.
 
-    Three steps are run, of which the first is eager. Returns None if the step does not run as
+    The first of the three steps is eager. Returns None if the step does not run as
     graphs, or does not fit.
     """
     bench.begin(setting, capture=bench.options.capture)

@@ -21,7 +21,7 @@ LONGEST = 16_384  # tokens of the longest row that is simulated
 
 
 def measure(options) -> None:
-    """Print a table of this machine's peaks. On a GPU it shows the simulated peaks too."""
+    """Print a table of this machine's peaks. On a GPU the table shows the simulated peaks too."""
     bench = Bench(options)
     out.print(report.remark(bench))
     gpu = bench.card.device == "cuda"
@@ -44,11 +44,11 @@ def measure(options) -> None:
 
 
 def simulate(options) -> None:
-    """Print a table for each GPU of --card. Then show one step of each GPU in more detail: its
-    memory over time as a figure, and its memory at the peak as a table.
+    """Print a table for each GPU of --card. Then show one step of each GPU in more detail: the
+    step's memory over time as a figure, and its memory at the peak as a table.
 
-    This step is the one with the most tokens among those that fit the GPU and whose rows are not
-    longer than the model's context.
+    The chosen step fits the GPU, and its rows are not longer than the model's context. Of all such
+    steps it has the most tokens.
     """
     shown: dict[str, OnCard] = {}
     for card, rates, traces in cards(options):

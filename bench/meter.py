@@ -50,8 +50,8 @@ class MemoryMeter:
     """Peak GiB by phase: allocated by torch, reserved by torch, and used on the whole device.
 
     The memory used on the whole device includes CUDA's context, the optimizer's pages and other
-    programs. It is what the driver reports at the end of the phase. torch releases no memory within
-    a phase, so this value is also the phase's peak. Without a GPU, the meter reads the process's
+    programs. The driver reports this value at the end of the phase. torch releases no memory within
+    a phase, so the value is also the phase's peak. Without a GPU, the meter reads the process's
     resident memory at the end of each phase.
     """
 

@@ -3,11 +3,11 @@
     python bench/peer.py --model 7b5 --work 1x512,1x1024,1x2048 --save
     python bench/peer.py --work 8x512 --dtype bf16 --cap 0 --loss-mib 1024
 
-Each side is one process. Both load the same checkpoint of random weights and the same adapters, and
-train on the same tokens. transformers' MPT has no biases, so the checkpoint's biases are zero. Both
-sides therefore compute the same function. First both train --losses steps from the same start, and
-their losses are compared. Then their steps are timed in turns: the Trainer, this loop as CUDA
-graphs, this loop eagerly, then the Trainer again, and so on.
+Each side is one process. Both sides load the same checkpoint of random weights and the same
+adapters, and train on the same tokens. transformers' MPT has no biases, so the checkpoint's biases
+are zero. Both sides therefore compute the same function. First both sides train --losses steps from
+the same start, and their losses are compared. Then their steps are timed in turns: the Trainer,
+this loop as CUDA graphs, this loop eagerly, then the Trainer again, and so on.
 
 The Trainer is set up as its users set it up: gradient checkpointing, paged_adamw_8bit, mixed
 precision, LoRA on all four linear layers of each block. The GPU needs memory for both sides at
@@ -43,7 +43,7 @@ def compare(work: str, sides: dict[str, Side], options, cap_gib: float) -> dict:
     """A row of the result: the losses from the same start, and timed runs of both sides in turns.
 
     work: rows and tokens of a step, such as "1x512". cap_gib: GiB that torch may allocate; 0: no
-    limit. If the Trainer needs more, it runs without the limit, and peer_fits is False.
+    limit. If the Trainer needs more, it runs without a limit, and peer_fits is False.
     """
     micro_batch, seq_len = (int(part) for part in work.split("x"))
     order = {"micro_batch": micro_batch, "seq_len": seq_len, "recompute": options.recompute}
@@ -76,10 +76,11 @@ def compare(work: str, sides: dict[str, Side], options, cap_gib: float) -> dict:
 
 
 def summary(row: dict) -> dict:
-    """The medians over row["pairs"]: seconds and GiB of each side, and the speedup of ours.
+    """The medians over row["pairs"]: seconds and GiB of each side, and the speedup of this loop.
 
-    It also has two largest differences between the losses of the same step: between our captured
-    and our eager step, and between the peer's step and our eager step.
+    The result also has the largest difference between the losses of our captured steps and our
+    eager steps, and the largest difference between the losses of the Trainer's steps and our eager
+    steps. Losses of the same step are compared.
     """
     pairs = row["pairs"]
     found = {}
@@ -130,7 +131,7 @@ def parse(arguments):
         raise Refusal(f"--work {options.work}: rows x tokens, such as 1x512,8x512")
     if not re.fullmatch(r"all|none|\d+", options.recompute):
         raise Refusal(f"--recompute {options.recompute}: all, none or a number of blocks")
-    # results.save reads these options, for which only other benches have flags
+    # results.save reads these options; this bench has no flags for them
     options.attention, options.label, options.optimizer = "auto", None, Config.optimizer
     return options
 

@@ -3,9 +3,9 @@
     python bench/products.py --save                  on a GPU
     python bench/products.py --model 4b --rows 1,2
 
-For every matrix shape of a model, it measures the microseconds of one product with bias, in a
-replayed CUDA graph. The products use several matrices of this shape in turns, like the layers of a
-model. Together the matrices are larger than the GPU's cache, so each product must read its matrix
+For every matrix shape of a model, the bench measures the microseconds of one product with bias, in
+a replayed CUDA graph. The products use several matrices of this shape in turns, like the layers of
+a model. Together the matrices are larger than the GPU's cache, so each product must read its matrix
 from GPU memory. TB/s is the rate of reading the matrix's 4-bit values and scales.
 """
 
@@ -83,7 +83,7 @@ def parse(arguments):
                         help="data type of the rows (default fp16)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    # results.save reads these options, for which only other benches have flags
+    # results.save reads these options; this bench has no flags for them
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     options.rank = Config.rank
     return options

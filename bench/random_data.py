@@ -20,7 +20,7 @@ def random_tensors(
     dtype: torch.dtype = torch.bfloat16,
     zero_biases: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of every parameter of the shape. Each tensor is created when needed.
+    """Yield (name, tensor) of every parameter of the shape. A tensor is created when requested.
 
     Matrices have normally distributed values with standard deviation 0.02. Biases and norms are
     random too, so that a test notices if a bias or a norm is lost. Their standard deviation is 0.1,

@@ -1,4 +1,4 @@
-"""Bench of saving: how much longer a run is because it writes checkpoints.
+"""Bench of saving: how much longer a run takes because it writes checkpoints.
 
     python bench/saving.py --model 7b5 --steps 500 --every 50 --save
 
@@ -36,8 +36,8 @@ from phogpt_raw.training.shutdown import GracefulShutdown
 def measure(options, folder: Path) -> dict:
     """Measure runs with and without checkpoints, alternately; return their seconds and the cost.
 
-    A short run comes before them, to measure how long the loop waits at a process's first
-    checkpoint. The loop waits longer there than at later checkpoints, because the process does some
+    A short run comes first. It measures how long the loop waits at the first checkpoint of a
+    process. This wait is longer than the wait at a later checkpoint, because the process does some
     work only once, such as compiling kernels and allocating page-locked memory.
     """
     model = folder / "model"
@@ -93,9 +93,9 @@ def costs(saving: list[dict], plain: list[dict], first_save_s: float) -> dict:
     """The cost of saving, from the medians of the runs.
 
     cost_s: the additional seconds of a run with checkpoints. The longer wait at a process's first
-    checkpoint is included. share: cost_s, divided by the seconds of the whole run. end_share: the
-    additional seconds after the last step, in which the run waits for the last checkpoint, divided
-    by the seconds of the whole run.
+    checkpoint is included. share: cost_s, divided by the seconds of a whole run with checkpoints.
+    end_share: the additional seconds after the last step, in which the run waits for the last
+    checkpoint, divided by the seconds of a whole run with checkpoints.
 
     >>> costs([{"whole_s": 9.9, "end_s": 0.5, "saves_s": [0.1, 0.1]}],
     ...       [{"whole_s": 9.0, "end_s": 0.0, "saves_s": []}], first_save_s=0.2)
@@ -126,7 +126,7 @@ def parse(arguments):
                         "deleted (default: the system's folder for temporary files)")
     parser.add_argument("--save", action="store_true", help="write the result to bench/results")
     options = parser.parse_args(arguments)
-    # epoch.py's functions and results.save read these options, for which there are no flags here
+    # epoch.py's functions and results.save read these options; this bench has no flags for them
     options.data, options.packing, options.batch_tokens = None, True, None
     options.loss_mib, options.epochs, options.max_len = Config.loss_mib, None, 1024
     options.recompute = "auto"

@@ -9,9 +9,9 @@ same weights and adapter, and each client sends one of the prompts and streams i
 each of the two measurements, a warm-up run captures the CUDA graphs. This run is not counted.
 
 Tokens per second are the generated tokens of all answers, divided by a time that includes reading
-the prompts. The server's time until the first token is measured in two situations. In the first,
-only one client asks, and this time is compared with the engine's time for one prompt. In the
-second, the server is generating the answers of all other clients.
+the prompts. The server's time until the first token is measured in two situations. In the first
+situation only one client asks, and the server's time is compared with the engine's time for one
+prompt. In the second situation the server is already generating the answers of all other clients.
 """
 
 import http.client
@@ -45,7 +45,7 @@ TURNS = 5  # number of times that each value is measured; the result is the medi
 
 def prepare(folder: Path, options) -> str:
     """Write the checkpoint and the adapter that the engine and the server load. Returns the name by
-    which they load the model.
+    which the engine and the server load the model.
 
     For nano only the adapter is written, because nano's checkpoint exists already.
     """
@@ -60,7 +60,7 @@ def prepare(folder: Path, options) -> str:
 
 
 def widen(file: Path, vocabulary: int) -> None:
-    """Add tokens to nano's tokenizer, so that it has a token for every row of a larger embedding.
+    """Add tokens to nano's tokenizer, to have a token for every row of a larger embedding.
 
     A model with random weights can generate the id of any row. With the added tokens, every id has
     a text, so the server must send text for each generated token.
@@ -166,7 +166,7 @@ def parse(arguments):
     parser.add_argument("--save", action="store_true", help="write a JSON to bench/results")
     options = parser.parse_args(arguments)
     check_fits(options, [options.prompt])
-    # results.save reads these options, for which only other benches have flags
+    # results.save reads these options; this bench has no flags for them
     options.attention, options.optimizer, options.label = "auto", Config.optimizer, None
     return options
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 class Server:
     """The server's process, as a context manager. port: the port on which the server listens.
-    lines: the lines that it has written to stderr."""
+    lines: the lines that the process has written to stderr."""
 
     def __init__(self, *flags, **environment: str):
         self.process = subprocess.Popen(

@@ -44,9 +44,9 @@ class Ours:
         adapters.load(start)
 
     def steps(self, micro_batch: int, seq_len: int, count: int, path: str, recompute: str):
-        """Yield (loss, seconds) for each of `count` steps. They start from the initial adapters.
+        """Yield (loss, seconds) for each of `count` steps, starting from the initial adapters.
 
-        path: "captured" runs them as CUDA graphs, "eager" without graphs.
+        path: "captured" runs the steps as CUDA graphs, "eager" runs them without graphs.
         """
         bench, vocabulary = self.bench, self.bench.model.config.vocab_size
         bench.adapters.flat.data.copy_(self.first)
@@ -97,7 +97,7 @@ class Peer:
 
         class Watched(Trainer):
             def _get_train_sampler(self, *_):
-                return torch.utils.data.SequentialSampler(rows)  # in the same order as this loop
+                return torch.utils.data.SequentialSampler(rows)  # this loop's order of rows
 
             def compute_loss(self, *given, **named):
                 loss = super().compute_loss(*given, **named)
@@ -111,7 +111,8 @@ class Peer:
     def train(self, kind, rows: list[dict], clock, collator=None, **arguments) -> None:
         """Train with a Trainer of class `kind`, starting from the initial adapters.
 
-        The Trainer is set up as its users set it up. arguments: further TrainingArguments.
+        The Trainer has the settings that users usually choose. arguments: further
+        TrainingArguments.
         """
         from transformers import TrainingArguments
 
@@ -128,7 +129,7 @@ class Peer:
             trainer = kind(self.model, given, train_dataset=rows, data_collator=collator,
                            callbacks=[clock])
             if trainer.accelerator.scaler is not None:
-                # GradScaler's default scale, 2^16, is so large that the first steps are skipped
+                # with GradScaler's default scale, 2^16, the first steps would be skipped
                 trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12)
             trainer.train()
 
@@ -137,7 +138,7 @@ class Peer:
 
 
 def transformers_base(folder: Path, dtype: torch.dtype):
-    """transformers' MPT with bitsandbytes' NF4 linear layers, loaded as its users load it."""
+    """transformers' MPT with bitsandbytes' NF4 linear layers, loaded as users usually do."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -157,9 +158,10 @@ def timed(side, **order) -> dict:
 def write_random_checkpoint(folder: Path, shape: ModelConfig, seed: int = 0) -> None:
     """Write a checkpoint of random weights with nano's tokenizer.
 
-    This project and transformers' MPT read the same model from it, because two things are adapted
-    to transformers' MPT. It has no biases, so all biases in the checkpoint are zero. It accepts
-    only the integer 0 for attn_pdrop, so the config has 0 in place of the 0.0 in VinAI's file.
+    This project and transformers' MPT read the same model from the checkpoint, because the
+    checkpoint is adapted to transformers' MPT in two ways. transformers' MPT has no biases, so all
+    biases in the checkpoint are zero. transformers' MPT accepts only the integer 0 for attn_pdrop,
+    so the config has 0 in place of the 0.0 in VinAI's file.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = vinai_config(shape, attn_config={"attn_pdrop": 0})

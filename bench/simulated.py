@@ -48,7 +48,7 @@ class GivenBatch:
     """An accumulation window that contains one given micro-batch, for a simulated step."""
 
     batch: MicroBatch
-    supervised: int = 1  # the divisor of the loss; any number will do, as no loss is computed
+    supervised: int = 1  # divides the loss; a simulated step has no loss, so any number works
 
     def micro_batches(self, _size: int):
         yield self.batch

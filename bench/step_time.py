@@ -33,7 +33,7 @@ PHASES = ("forward", "backward", "clip", "optimizer")
 
 
 def measure(options) -> None:
-    """Print a table of this machine's times. On a GPU it shows the simulated times too."""
+    """Print a table of this machine's times. On a GPU the table shows the simulated times too."""
     dataset = dataset_time.read(options) if options.data else None  # reports a bad file early
     bench = Bench(options)
     out.print(report.remark(bench))
@@ -80,9 +80,11 @@ def measured_row(setting: Setting, found: Times, limit: dict | None) -> dict:
 
 
 def window_seconds(bench: Bench, epoch: Epoch):
-    """Return a function of an accumulation window. It measures the median seconds of a step over
-    the window on this machine, and returns them as a tuple of one value, or None if the step does
-    not fit in memory."""
+    """Return a function that measures a step over an accumulation window on this machine.
+
+    The function returns a tuple of one value, the median seconds of the step. It returns None if
+    the step does not fit in memory.
+    """
     def seconds(window: Window) -> tuple[float] | None:
         length = max(length for _, length in window.shapes(epoch.micro_batch))
         setting = Setting(length, epoch.micro_batch, 1, str(epoch.choice.recompute))
@@ -93,7 +95,7 @@ def window_seconds(bench: Bench, epoch: Epoch):
 
 
 def simulate(options) -> None:
-    """Print a table for each GPU of --card. It shows the seconds of a step at the GPU's higher and
+    """Print a table for each GPU of --card, with the seconds of a step at the GPU's higher and
     lower rates."""
     dataset = dataset_time.read(options) if options.data else None
     for card, rates, traces in cards(options):

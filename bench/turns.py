@@ -13,7 +13,7 @@ from phogpt_raw.data.prompt import Example
 from phogpt_raw.model.phogpt import PUBLISHED
 from phogpt_raw.show.console import out
 
-WARM = 4  # the first 1/WARM of the Trainer's steps is warm-up; the others are its steady steps
+WARM = 4  # the first 1/WARM of the Trainer's steps are warm-up; the later steps are steady
 
 
 class Runs:
@@ -57,7 +57,7 @@ class Runs:
 
     def trainer(self, micro_batch: int) -> dict:
         """Do an epoch of the Trainer. The cap applies only if the Trainer trains one row at a time.
-        If this does not fit under the cap, the epoch is repeated without the cap."""
+        If the epoch does not fit under the cap, it is repeated without the cap."""
         self.trainers = self.trainers or self.start("trainer", self.config)
         cap = self.cap(self.trainers) if micro_batch == 1 else 0
         found = self.trainers.run(cap_gib=cap, micro_batch=micro_batch)
@@ -82,7 +82,8 @@ def example_seconds(run: dict, after: int = 0) -> float:
 def take(sides, trainers: list[int], pairs: int) -> dict[str, list[dict]]:
     """Do `pairs` runs of each side; return {name of a side: its runs}.
 
-    Each run of the Trainer comes after a run of ours. If `trainers` is empty, only ours runs.
+    Each run of the Trainer comes after a run of this loop. If `trainers` is empty, only this loop
+    runs.
     """
     runs: dict[str, list[dict]] = {}
     for _ in range(pairs):
@@ -101,7 +102,7 @@ def say(name: str, run: dict) -> None:
                              if "steady_s" in run else "out of memory"))
 
 
-# The fields of a run that have one value for each step. A row of the result does not have them.
+# The fields of a run that have one value for each step. A row of the result lacks these fields.
 EACH_STEP = ("seconds", "whole_seconds", "step_examples")
 
 

@@ -69,7 +69,7 @@ def stream_of(examples: list[Example], config: Config):
 
 
 def all_train(examples: list[Example]) -> Examples:
-    """The examples in the form that set_up needs. None of them is held out."""
+    """The examples in the form that set_up needs. No example is held out."""
     return Examples(examples, [], [], "none", "the ids are given", "ids")
 
 

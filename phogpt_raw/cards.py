@@ -1,7 +1,7 @@
 """Find the GPU of a run, and choose the dtype of its computation.
 
-`torch.cuda.is_bf16_supported()` returns True on a T4 and a V100, although they only emulate bf16.
-So this module uses the compute capability: GPUs from 8.0 (Ampere) on have bf16 in hardware.
+`torch.cuda.is_bf16_supported()` returns True on a T4 and a V100, although these GPUs only emulate
+bf16. So this module uses the compute capability: GPUs from 8.0 (Ampere) on have bf16 in hardware.
 """
 
 from contextlib import suppress
@@ -26,8 +26,8 @@ class Card:
     memory_gib: float = 0.0
 
 
-# The GPUs that --card can name. They need not be in this computer. The last value is the memory
-# in GiB that a process can use. simulate/rates.py names the sources of these values.
+# The GPUs that --card can name. This computer need not have these GPUs. The last value is the
+# memory in GiB that a process can use. simulate/rates.py names the sources of these values.
 KNOWN_CARDS = {
     "t4": Card("Tesla T4", "cuda", (7, 5), 14.56),
     "v100": Card("Tesla V100-SXM2-16GB", "cuda", (7, 0), 15.77),
@@ -70,8 +70,9 @@ def this_card() -> Card:
 def runs_on(built: str, arch: str) -> bool:
     """Return whether code that was built for `built`, such as sm_70, runs on a GPU of `arch`.
 
-    Machine code (sm) runs on GPUs of the same major version with the same or a higher minor
-    version. PTX (compute) also runs on GPUs of all later major versions.
+    Code that was built for one version does not run on GPUs of a lower version. Machine code (sm)
+    runs only on GPUs whose major version is that of the code. PTX (compute) runs on GPUs of every
+    higher version, because the driver can compile PTX for a newer GPU.
     """
     kind, b = built.split("_")
     b, a = int(b.rstrip("af")), int(arch.split("_")[1])
@@ -107,8 +108,9 @@ def training_dtype(card: Card, asked: str = "auto",
 def recorded_dtype(card: Card, asked: str, recorded: str) -> torch.dtype:
     """Return the compute dtype for a trained adapter on `card`.
 
-    If `asked`, the dtype of the flag, is not auto, it is used. Otherwise `recorded`, the dtype of
-    the training run, is used if the card can compute in it. Otherwise the card's default is used.
+    `asked` is the dtype of the flag, and `recorded` is the dtype of the training run. The result is
+    `asked` if it is not auto. Otherwise the result is `recorded` if the card can compute in this
+    dtype. Otherwise the result is the card's default.
     """
     if asked == "auto" and recorded != "auto":
         with suppress(Refusal):

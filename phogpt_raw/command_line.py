@@ -24,11 +24,11 @@ from phogpt_raw.files import expanded
 from phogpt_raw.refusal import Refusal
 
 PRESETS = Path(__file__).parent / "presets"
-# A command line may have only one flag of each pair. The flag also replaces the value of the other
-# flag in a preset.
+# A command line may have only one flag of each pair. If the command line has one flag of a pair,
+# the preset's value for the second flag of this pair is not used.
 EITHER = (("steps", "epochs"), ("batch_size", "batch_tokens"), ("val", "hold_out"))
 ADAPTERS_OWN = ("rank", "alpha", "dropout", "targets")  # fields whose values come from --adapter
-SEVERAL = tuple[str, ...]  # a flag that may be given several times
+SEVERAL = tuple[str, ...]  # the type of a field whose flag may be given several times
 CARDS = {"T4": "t4", "V100": "v100"}  # {part of a GPU's name: the name of its preset}
 
 
@@ -103,8 +103,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def with_hyphens(argument: str) -> str:
-    """The argument with - instead of _ in the name of a flag. Values and other arguments stay the
-    same.
+    """The argument with - instead of _ in the name of a flag. The value of a flag does not change.
+    An argument that is not a flag does not change.
 
     >>> with_hyphens("--hold_out=a_b"), with_hyphens("a_b")
     ('--hold-out=a_b', 'a_b')
@@ -128,7 +128,7 @@ def share_or_count(text: str) -> float:
     return value / 100 if text.endswith("%") else value
 
 
-TYPES = {"hold_out": share_or_count}  # flags whose text needs a parser of its own
+TYPES = {"hold_out": share_or_count}  # {field: the function that reads the flag's text}
 METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
@@ -194,8 +194,8 @@ def from_command_line(arguments: list[str] | None, description: str) -> Config:
 
 def preset_for(model: str, card: str | None) -> str | None:
     """The name of the preset if --preset is not given. The model nano has its own preset, with a
-    higher learning rate. For other models it is the preset of the GPU that --card names, or of this
-    computer's GPU. Returns None if there is no such preset."""
+    higher learning rate. For other models the preset depends on the GPU that --card names, or else
+    on this computer's GPU. Returns None if this GPU has no preset."""
     if model == "nano":
         return "nano"
     name = (known_card(card) if card else this_card()).name
@@ -223,7 +223,7 @@ def read_preset(preset: str) -> dict:
                       f"{', '.join(preset_names())}, none, or name a .toml file")
     try:
         values = tomllib.loads(file.read_text("utf-8"))
-    except ValueError as error:  # not TOML, or not UTF-8
+    except ValueError as error:  # the file is not TOML, or not UTF-8
         raise Refusal(f"{file}: is not TOML ({error})") from None
     fields = {field.name: field for field in dataclasses.fields(Config) if field.name != "preset"}
     for key, value in values.items():

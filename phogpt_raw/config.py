@@ -143,7 +143,7 @@ class Config:
         return int(self.recompute)
 
 
-MANY = 10**9  # upper limit of counts
+MANY = 10**9  # upper limit of settings that are counts
 RANGES = dict(steps=(1, MANY), batch_size=(1, 10_000), batch_tokens=(1, 10_000_000),
               micro_batch=(1, 100_000), max_len=(8, 1_000_000), pack_len=(1, 1_000_000),
               warmup=(0, MANY), rank=(1, 65_536), loss_mib=(1, 1_000_000), eval_every=(0, MANY),

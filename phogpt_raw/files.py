@@ -92,7 +92,7 @@ def save_tensors(file: Path, tensors: dict) -> None:
     from safetensors.torch import save_file
 
     with whole_file(file) as unfinished:
-        save_file(tensors, unfinished, metadata={"format": "pt"})  # transformers requires it
+        save_file(tensors, unfinished, metadata={"format": "pt"})  # transformers requires "format"
         mask = os.umask(0)
         os.umask(mask)
         unfinished.chmod(0o666 & ~mask)
@@ -103,7 +103,8 @@ def whole_folder(folder: Path, *, ours: bool = False) -> Iterator[Path]:
     """Yield a temporary folder, which is renamed to `folder` if the block ends without an error.
 
     Raises Refusal if `folder` exists at the start or at the end, or if another process is writing
-    it. Also raises Refusal if another program has created a file or folder with the temporary name.
+    the folder. Also raises Refusal if another program has created a file or folder with the
+    temporary name.
 
     ours: True if only this program writes at this place. In this case `folder` may exist at the
     start, and the block must remove it.
@@ -246,7 +247,7 @@ def in_words(path: Path) -> Iterator[None]:
 
 
 def error_number(error: BaseException) -> int | None:
-    """Return the errno of an error, or None. Errors of safetensors have it only in their text.
+    """Return the errno of an error, or None. In safetensors' errors, only the text has the errno.
 
     >>> error_number(ValueError("Error while serializing: I/O error: No space (os error 28)"))
     28

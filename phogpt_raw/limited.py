@@ -1,7 +1,7 @@
 """Run a function in a forked process with limits on its time and its memory.
 
-It is for code that is part of downloaded files: chat templates and regular expressions. They can
-run for ever or fill the memory, although each of their operations is allowed.
+The function runs code from downloaded files: chat templates and regular expressions. Such code can
+run for ever or fill the memory, although each operation of the code is allowed.
 """
 
 import multiprocessing
@@ -58,7 +58,8 @@ def send_result(sender, function: Callable, args: tuple) -> None:
 def limit_memory() -> None:
     """Limit the memory of this process to its present size plus MIB.
 
-    Only Linux has a file with the present size. On other systems the memory is not limited.
+    Only Linux has a file with the present size of a process. On other systems the memory is not
+    limited.
     """
     pages = Path("/proc/self/statm")
     if pages.is_file():

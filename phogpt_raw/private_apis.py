@@ -87,9 +87,9 @@ def efficient_documents(q, k, v, starts, longest: int, scale):
 
 def efficient_documents_backward(g, q, k, v, out, lse, seed, offset, starts, longest: int, scale):
     """The gradients (dq, dk, dv) of efficient_documents."""
-    # Up to torch 2.13, the implementation for the meta device has no parameter for `out`. Because
-    # of this, it would fail if it also got `scale`. The scale changes no shape, so it can be left
-    # out.
+    # Up to torch 2.13, the implementation for the meta device has no parameter for `out`. For this
+    # reason, that implementation fails if `scale` is given too. On the meta device only shapes
+    # matter, and `scale` changes no shape. So `scale` is not given.
     more = {} if g.is_meta else {"scale": scale}
     return aten._efficient_attention_backward(
         g, q, k, v, None, out, starts, starts, longest, longest, lse, 0.0, seed, offset, CAUSAL,
@@ -130,7 +130,8 @@ def is_attention_choice(operation) -> bool:
 
 
 def is_document_attention(operation) -> bool:
-    """Return whether a dispatched operation is one of the four document operations above.
+    """Return whether a dispatched operation is a forward or backward of efficient_documents or
+    flash_documents.
 
     The first argument of these operations is [1, T, H, K] or [T, H, K].
     """
@@ -196,7 +197,7 @@ def schema_of(operation):
 def unsafe_view():
     """Return the view operation that matrix products use internally.
 
-    Autograd does not track its result as a view.
+    Autograd does not track the result as a view.
     """
     return aten._unsafe_view.default
 
@@ -235,8 +236,8 @@ class NF4Fields(NamedTuple):
     offset: torch.Tensor  # [] fp32: the mean of all scales; it was subtracted before quantisation
     scale_scales: torch.Tensor  # [blocks of scales] fp32: the scale of each block of scales
     scale_code: torch.Tensor  # [256] fp32: the value of each 8-bit code in `scales`
-    shape: torch.Size  # of the weight
-    dtype: torch.dtype  # of the dequantised weight
+    shape: torch.Size  # the shape of the weight
+    dtype: torch.dtype  # the dtype of the dequantised weight
 
     def tensors(self) -> list[torch.Tensor]:
         return [field for field in self if isinstance(field, torch.Tensor)]

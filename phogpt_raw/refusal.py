@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from phogpt_raw.messages import _
 
-# Errors of a path or of the disk. They are never bugs of the program.
+# Errors of a path or of the disk. Such an error is never a bug of the program.
 OF_THE_PLACE = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP, errno.EISDIR,
                 errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
@@ -101,7 +101,7 @@ def exits_cleanly(main):
     def command(*args, **kwargs):
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup for SIGHUP
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup sets SIGHUP to SIG_IGN
                     signal.signal(number, end)
         signalled.clear()
         open_missing_streams()
@@ -123,7 +123,7 @@ def exits_cleanly(main):
             tell(_("error: {place}: {reason}", place=place, reason=error.strerror))
             sys.exit(2)
         except Exception as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            if type(error).__name__ != "OutOfMemoryError":  # torch's error; torch is not imported
                 raise
             tell(_("error: the GPU's memory is full; with train.py, give --micro-batch 1, "
                    "--recompute all or --no-capture, and resume with the same --out; with "

@@ -24,7 +24,7 @@ SHAPES = {
 def vinai_config(**fields) -> dict:
     """VinAI's config.json as a dict.
 
-    `fields` must give every field in SIZES. It may also override other fields.
+    `fields` must give every field in SIZES. `fields` may also override further fields.
     """
     shape = ModelConfig(**{size: fields.pop(size) for size in SIZES})
     return checkpoint_format.vinai_config(shape, **fields)
@@ -33,7 +33,7 @@ def vinai_config(**fields) -> dict:
 def random_tensors(config: dict, seed: int = 0, dtype=torch.bfloat16, device="cpu") -> dict:
     """Every tensor of a checkpoint.
 
-    Biases and the weights of norms are random too, so that a test notices a missing one.
+    Biases and the weights of norms are random too, so that a test notices a missing bias or norm.
     """
     shape = ModelConfig.from_json(config)
     pairs = random_data.random_tensors(shape, seed=seed, device=device, dtype=dtype)

@@ -22,7 +22,7 @@ from phogpt_raw.training.loss import summed_loss
 from phogpt_raw.training.run import CARD
 
 PICTURES = plots.pictures
-torch.set_num_threads(1)  # a second thread does not speed up models this small
+torch.set_num_threads(1)  # models of this size run no faster with a second thread
 
 
 def pytest_collection_modifyitems(items):
@@ -50,7 +50,8 @@ def tokenizer(tiny):
 def first_command(tmp_path_factory):
     """The folder of a run of `python train.py --steps 60`.
 
-    With `pytest -n` all test processes share this folder. The first process that needs it trains.
+    With `pytest -n` all test processes share this folder. The first process that needs the folder
+    trains.
     """
     import train
 
@@ -112,8 +113,8 @@ def batch_loss(model, batch, chunk=16, **forward) -> torch.Tensor:
 def ragged_examples(count: int, *, seed: int = 0, vocabulary: int = 4096, longest: int = 60):
     """Examples of very different lengths.
 
-    With them the average of the examples' average losses clearly differs from the average loss of
-    all tokens.
+    For these examples the average of the examples' average losses clearly differs from the average
+    loss of all tokens.
     """
     dice = torch.Generator().manual_seed(seed)
     examples = []
@@ -189,7 +190,7 @@ def train(tiny, rows, capsys, monkeypatch):
 
 @pytest.fixture
 def train_and_draw(train, monkeypatch):
-    """The fixture `train`, but its runs draw their pictures."""
+    """Like the fixture `train`, but the runs draw their pictures."""
     monkeypatch.setattr(plots, "pictures", PICTURES)
     return train
 

@@ -18,7 +18,7 @@ class Hub:
     requests: list[tuple[str, str, dict, bytes]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)  # large files, by their SHA-256
-    answers: dict[str, tuple[int, dict]] = field(default_factory=dict)  # errors by path prefix
+    answers: dict[str, tuple[int, dict]] = field(default_factory=dict)  # {prefix of a path: error}
 
     def bodies(self, path: str) -> list[dict]:
         return [json.loads(body) for _, asked, _, body in self.requests if asked == path]

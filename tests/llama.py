@@ -4,8 +4,8 @@
 
 xllamacpp has no function for tokenising, and its threads block a normal exit. So tests use the
 server over HTTP and kill its process. The key-value cache is fp32 and flash attention is off. With
-these settings only GELU differs from this project: llama.cpp reads its values from a table of the
-tanh approximation.
+these settings only GELU differs from this project: llama.cpp reads GELU from a table of the tanh
+approximation.
 """
 
 import json
@@ -58,7 +58,7 @@ class Llama:
                         return_tokens=True, cache_prompt=False)
 
     def log_probability(self, ids: list[int], token: int) -> float:
-        """The log-probability of `token` after `ids`; it must be among the 20 most likely tokens.
+        """The log-probability of `token` after `ids`; `token` must be one of the 20 most likely.
 
         llama.cpp returns no probabilities for a token that ends inside a character. So a logit bias
         forces the answer to be a full stop. llama.cpp computes the returned probabilities before it

@@ -35,7 +35,7 @@ KINDS = {".json": ["json", "json", "json", "bytes", "text"],
 
 
 def mutate(folder: Path, names: list[str], dice: random.Random) -> tuple[str, bool]:
-    """Damage one file of a folder; return (a description, whether another result is allowed)."""
+    """Damage one file of a folder; return (a description, whether this may change the result)."""
     file = folder / dice.choice(names)
     kind = dice.choice(KINDS.get(file.suffix, ["bytes"]))
     what, other = {"json": change_json, "text": change_text, "bytes": change_bytes,
@@ -59,7 +59,7 @@ def places(value, path=()) -> list[tuple]:
 
 
 def changed(content, dice: random.Random) -> tuple[str, bool]:
-    """Change or delete one value in place; return (a description, whether it may be valid)."""
+    """Change or delete one value in place; return (a description, whether this may be valid)."""
     by_depth = [p for p in places(content) if len(p) <= 2] or [("a",)]
     path = dice.choice(by_depth)
     inner = content
@@ -197,7 +197,7 @@ class Adapter(Base):
 class Run:
     """Resume a run from its newest undamaged checkpoint.
 
-    train.py checks each file by a checksum or a comparison, so no other result is allowed.
+    train.py checks each file by a checksum or a comparison, so the result must not change.
     """
 
     def __init__(self, place: Path):

@@ -51,7 +51,7 @@ def sheet(rows, *, formulas=(), more=(), hidden=None, cells=None) -> bytes:
 
 
 def in_range(book: io.BytesIO, cells: str) -> bytes:
-    """The same file, but it states the cell range `cells`. Some programs write a wrong range."""
+    """The .xlsx file with `cells` as its cell range. Some programs write a wrong cell range."""
     made = io.BytesIO()
     with zipfile.ZipFile(book) as old, zipfile.ZipFile(made, "w") as new:
         for name in old.namelist():
@@ -61,7 +61,7 @@ def in_range(book: io.BytesIO, cells: str) -> bytes:
 
 
 def parquet(records, **types) -> bytes:
-    """The bytes of a .parquet file. `types` gives the types that pyarrow must not infer itself."""
+    """The bytes of a .parquet file. `types`: the columns whose type is given, not inferred."""
     import pyarrow
     from pyarrow.parquet import write_table
 
@@ -228,7 +228,7 @@ FILES: list[tuple[str, bytes | str]] = [
     ("vni.csv", VNI),
     ("tcvn3_as_letters.jsonl", row(prompt="Phë lµ g×?", response="Mét mãn n­íc ngon.") + "\n"),
     ("latin1.csv", "prompt,response\ncafé crème,déjà vu\n".encode("latin-1")),
-    # other kinds
+    # other kinds of files
     ("notes.txt", "Phở là món nước.\n\nBún là món khác.\n"),
     ("pairs.txt", "### Câu hỏi: Một?\n### Trả lời: Hai.\n\n### Câu hỏi: Ba?\n### Trả lời: Bốn.\n"),
     ("pairs_of_a_mac.txt", unicodedata.normalize(

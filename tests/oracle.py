@@ -17,7 +17,7 @@ from transformers import MptConfig, MptForCausalLM
 
 from phogpt_raw.model.phogpt import ModelConfig, PhoGPT
 
-torch.set_num_threads(1)  # a second thread does not speed up models this small
+torch.set_num_threads(1)  # models of this size run no faster with a second thread
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
@@ -57,7 +57,7 @@ def oracle(config: dict, tensors: dict, dtype=torch.float32) -> MptWithBiases:
 
 
 def ours(config: dict, tensors: dict, dtype=torch.float32) -> PhoGPT:
-    """PhoGPT for `config` with the weights `tensors`; the names must match exactly."""
+    """PhoGPT for `config` with the weights `tensors`, whose names must be exactly PhoGPT's."""
     model = PhoGPT(ModelConfig.from_json(config))
     model.load_state_dict(tensors)
     return model.to(dtype).eval()
@@ -74,8 +74,8 @@ def lively_tensors(config: dict, seed=0, dtype=torch.float32) -> dict:
     """Random tensors with larger linear weights, so that attention clearly prefers some keys.
 
     The linear weights have a standard deviation of 0.1. In a newly initialised model it is 0.02.
-    With such weights all attention scores are near zero, and a test would not notice a mistake in
-    them.
+    With 0.02 all attention scores would be near zero, and a test would not notice a mistake in the
+    scores.
     """
     tensors = random_tensors(config, seed, torch.float32)
     return {name: (t * (5 if t.dim() == 2 and "wte" not in name else 1)).to(dtype)

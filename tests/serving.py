@@ -9,7 +9,7 @@ from bench.server import Server
 
 
 class served(Server):
-    """A process that runs `generate.py --serve` with these flags. `key` is its API key."""
+    """A process that runs `generate.py --serve` with these flags. `key`: the server's API key."""
 
     def __init__(self, *flags):
         self.key = flags[flags.index("--api-key") + 1] if "--api-key" in flags else "none"

@@ -27,8 +27,8 @@ from phogpt_raw.refusal import Refusal
 CONFIG = small_config(6, 8, 2)  # at rank 5 no matrix has a multiple of 256 elements
 SUBSETS = pytest.mark.parametrize("targets", [TARGETS, ("Wqkv",), ("out_proj", "down_proj")],
                                   ids="+".join)
-# The tolerance is for fp32. Stock PEFT computes the same W x + s B (A x), but it adds the products
-# in another order.
+# The tolerance is for fp32. Stock PEFT and this project compute the same W x + s B (A x), but add
+# the products in different orders.
 STOCK = dict(rtol=0, atol=3e-5)
 
 
@@ -146,7 +146,8 @@ def test_gradients_land_in_the_flat_buffer():
 def bf16_pair(adapted, **lora):
     """Two models with the same weights.
 
-    The first reads the adapters' shared bf16 copy. The second casts an adapter at each use.
+    The first model reads the adapters' shared bf16 copy. The second model casts an adapter at each
+    use.
     """
     model, adapters = adapted(dtype=torch.bfloat16, **lora)
     reference, theirs = adapted(dtype=torch.bfloat16, **lora)
@@ -404,7 +405,7 @@ def test_stock_peft_loads_what_we_save(tmp_path, targets, recwarn):
     ids_BL = random_ids(CONFIG, 2, 20)
     expected = stock.eval()(ids_BL).logits
     torch.testing.assert_close(logits_of(model), expected, **STOCK)
-    assert (expected - logits_of(base())).abs().max() > 0.05  # the adapter is applied
+    assert (expected - logits_of(base())).abs().max() > 0.05  # the adapter changes the logits
     assert not [w for w in recwarn if "adapter keys" in str(w.message)]
 
 
@@ -421,7 +422,7 @@ def test_injected_layers_are_in_the_models_mode(training):
 def test_what_stock_peft_saves_is_loaded(tmp_path, targets):
     stock = peft.get_peft_model(oracle(CONFIG, lively_tensors(CONFIG)), peft.LoraConfig(
         r=3, lora_alpha=12, lora_dropout=0.1, target_modules=list(targets), task_type="CAUSAL_LM",
-        init_lora_weights=False))  # B is random too
+        init_lora_weights=False))  # B is random and not zero
     stock.save_pretrained(tmp_path)
     model = base()
     adapters = load_adapters(model, tmp_path)
@@ -602,7 +603,8 @@ def test_targets_by_regular_expression_survive_saving(tmp_path):
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_an_adapter_that_trains_biases_is_refused_in_sixteen_bits(adapted, tmp_path, tiny, bias):
-    """The biases of a base in 16 bits are frozen, so this adapter cannot be used with it."""
+    """The biases of a base in 16 bits are frozen, so such a base cannot use this
+    adapter."""
     adapted()[1].save(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"bias": bias}))
@@ -645,7 +647,9 @@ def test_how_an_adapter_was_initialised_does_not_matter(saved, tmp_path, kind):
 
 
 def test_a_target_that_matches_nothing_is_no_fault_of_a_finished_adapter(saved, tmp_path):
-    """Stock PEFT can write such a config. The adapter's file has all tensors of the other targets.
+    """Stock PEFT can write a config that has a target without a matching layer.
+
+    The adapter's file then has the tensors of all matching layers.
     """
     folder, _, adapters = saved
     other = shutil.copytree(folder, tmp_path / "other")

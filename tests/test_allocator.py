@@ -27,7 +27,7 @@ def test_what_is_taken_is_rounded_up_to_512_bytes(nbytes, counted):
 @pytest.mark.parametrize("nbytes, segment", [
     (1, 2 * MIB), (MIB, 2 * MIB),                        # small blocks
     (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB),
-    (10 * MIB - 511, 10 * MIB),                          # rounded up to 10 MiB: its own segment
+    (10 * MIB - 511, 10 * MIB),                          # rounded up to 10 MiB: in its own segment
     (10 * MIB, 10 * MIB), (10 * MIB + 1, 12 * MIB), (33 * MIB, 34 * MIB),
 ])
 def test_a_segment_is_of_2_of_20_or_of_whole_2_mib(nbytes, segment):
@@ -64,7 +64,7 @@ def test_a_small_block_is_always_cut():
 
 
 def test_the_smallest_free_block_that_is_large_enough_is_taken():
-    allocator, (five, _, three, _) = filled(5 * MIB, 2 * MIB, 3 * MIB, 2 * MIB)  # one segment
+    allocator, (five, _, three, _) = filled(5 * MIB, 2 * MIB, 3 * MIB, 2 * MIB)  # in one segment
     allocator.give(five)
     allocator.give(three)
     assert allocator.take(int(2.5 * MIB)).start == three.start

@@ -56,7 +56,7 @@ def test_an_answer_a_line_in_the_order_of_the_questions(run, asked, tmp_path, ti
     found = lines(tmp_path / "a.jsonl")
     assert [row["question"] for row in found] == [row["question"] for row in lines(asked)]
     assert [row["where"] for row in found] == [f"{asked}:{n}" for n in range(1, 10)]
-    for row in found[::4]:  # a question alone gets the same answer
+    for row in found[::4]:  # an answer without --input equals the answer with --input
         generate.main(["--model", str(tiny), "--max-new-tokens", "8", row["question"]])
         assert capsys.readouterr().out.strip() == row["answer"]
     assert {file.name for file in tmp_path.iterdir()} == {"questions.jsonl", "a.jsonl"}

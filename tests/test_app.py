@@ -146,7 +146,7 @@ def test_a_seed_repeats_an_answer_and_no_seed_does_not(client):
 
 def test_several_choices_are_drawn_apart_and_repeat_with_the_seed(client):
     how = {"model": "nano", "messages": asked("Kể chuyện"), "temperature": 1.0, "max_tokens": 10,
-           "n": 6, "seed": 3}  # six choices, four slots
+           "n": 6, "seed": 3}  # six choices, but the server has four slots
     replies = [client.chat.completions.create(**how) for _ in range(2)]
     texts = [[c.message.content for c in reply.choices] for reply in replies]
     assert texts[0] == texts[1] and len(set(texts[0])) == 6

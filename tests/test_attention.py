@@ -74,7 +74,7 @@ def rows_of(bias):
 
 @pytest.mark.parametrize("heads", [1, 3, 6, 8, 24, 32])
 def test_slopes_are_transformers(heads):
-    # Equal bit for bit: both sides round a power of two to fp32 once.
+    # Equal bit for bit: alibi_slopes and transformers round a power of two to fp32 once.
     alibi_H1L = build_mpt_alibi_tensor(heads, 2)  # slope * -1, slope * 0
     assert torch.equal(alibi_slopes(heads), -alibi_H1L[:, 0, 0])
 
@@ -95,7 +95,7 @@ def test_slopes_are_real_numbers_while_a_model_is_built_on_meta():
 def test_bias_is_that_of_a_slow_loop(heads, queries, documents):
     slopes_H = alibi_slopes(heads)
     bias = whole_bias(slopes_H, queries, 7, torch.float32, documents)
-    # Equal bit for bit: both sides compute the same fp32 product of a slope and a small integer.
+    # Equal bit for bit: both biases are the fp32 product of a slope and a small integer.
     torch.testing.assert_close(bias, slow_bias(slopes_H, queries, 7, documents), rtol=0, atol=0)
 
 
@@ -123,7 +123,7 @@ def test_no_row_is_nan_with_padding_on_either_side(dtype, block):
 
 
 def test_packed_documents_are_what_they_are_alone():
-    """Outputs and gradients agree within fp32 rounding. The kernel may add in another order."""
+    """Outputs and gradients agree within fp32 rounding. The orders of the sums may differ."""
     slopes_H, lengths = alibi_slopes(6), (5, 1, 9, 4)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
     q, k, v = heads_of((1, sum(lengths)), heads=6)
@@ -249,7 +249,7 @@ def test_blocks_in_bf16_are_off_by_roundings_only(queries, keys, block, packed):
     steps = len(list(bias.blocks()))
     for mine, wanted in zip(values_and_gradients(attend, *qkv, bias, None), slow, strict=True):
         limit = (5 + 2 * math.sqrt(steps)) * torch.finfo(dtype).eps / 2
-        assert (mine - wanted).norm() <= limit * wanted.norm() + 1e-9  # for one key dq = dk = 0
+        assert (mine - wanted).norm() <= limit * wanted.norm() + 1e-9  # with one key, dq = dk = 0
 
 
 def test_blocks_accumulate_where_only_some_need_gradients():

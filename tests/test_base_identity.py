@@ -44,7 +44,7 @@ def test_another_value_that_decides_results_is_another_base(tiny, tmp_path, chan
 
 def test_an_adapter_over_another_base_is_said(tiny, tmp_path, capsys):
     say_if_another(tiny, base_hash(tiny), tmp_path)
-    say_if_another(tiny, None, tmp_path)  # another program's adapter has no hash of its base
+    say_if_another(tiny, None, tmp_path)  # None: an adapter without a hash of its base
     assert capsys.readouterr().err == ""
     say_if_another(tiny, "0" * 32, tmp_path)
     assert "its weights or config.json differ from the base that" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def test_a_batch_goes_to_a_device_with_or_without_documents(documents):
 
 
 def test_a_padded_row_gives_the_hidden_states_that_it_gives_alone(adapted):
-    """This also holds for a row that contains the id of padding.
+    """One of the rows contains the id of padding.
 
     The tolerance is for fp32: padding makes the sums longer, so values around 1 may differ in their
     last places.
@@ -135,7 +135,7 @@ def test_a_window_is_the_same_whether_or_not_earlier_ones_were_asked_for():
             assert a.doc_BL is b.doc_BL is None
             assert all(torch.equal(getattr(a, n), getattr(b, n))
                        for n in ("ids_BL", "rows_T", "targets_T"))
-    again = straight.window(2)  # an earlier window, after later ones
+    again = straight.window(2)  # window 2 again, after later windows
     assert rows_of(again) == rows_of(stream(examples, batch_size=3).window(2))
 
 
@@ -178,7 +178,7 @@ def test_a_window_without_supervised_tokens_has_no_loss_and_is_never_made():
 
 
 def test_a_fully_supervised_row_predicts_all_but_its_first_token():
-    """The first token of a row is never a target, not even of the last position of another row."""
+    """The first token of a row is never a target. The row before does not predict this token."""
     text = Example([5, 6, 7], next_tokens([5, 6, 7], start=0))
     batch = collate([[text], [text]], 4, PAD, rows_multiple=4)
     assert batch.rows_T.tolist() == [0, 1, 4, 5]
@@ -258,7 +258,7 @@ def test_windows_by_tokens_hold_each_example_once_an_epoch_and_are_about_equal(t
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 300))
 @settings(max_examples=50)
 def test_windows_by_tokens_are_neither_empty_nor_too_full(sizes, tokens):
-    """This holds for examples of any lengths, and the search for such windows always ends."""
+    """The examples have random lengths. The search for windows always ends."""
     order = token_stream([example([7] * n, max(1, n // 2), f"row:{i}")
                           for i, n in enumerate(sizes)], tokens)
     for epoch in range(3):
@@ -270,8 +270,8 @@ def test_windows_by_tokens_are_neither_empty_nor_too_full(sizes, tokens):
 def test_lengths_that_fill_a_window_exactly_take_no_more_windows():
     """Examples that are cut at --max-len have equal lengths. Here three of them fill a window.
 
-    If a window kept any free space for shuffling, only two would fit into it. The number of windows
-    would then be half as large again.
+    If a window kept any free space for shuffling, only two examples would fit into a window. The
+    test would then need 50 windows instead of 33.
     """
     order = token_stream([example([7] * 100, 50, f"row:{i}") for i in range(99)], 300)
     assert order.windows == 33
@@ -279,10 +279,10 @@ def test_lengths_that_fill_a_window_exactly_take_no_more_windows():
 
 @pytest.mark.parametrize("tokens", [1024, 2048, 4096])
 def test_which_examples_share_a_window_is_random(tokens):
-    """If two examples share a window in one epoch, they share one in the next epoch only by chance.
+    """Two examples of one window are in one window of the next epoch only by chance.
 
-    The lengths from 21 to 1,000, each once, are a hard case, because few examples are short enough
-    to fill the rest of a window.
+    The test has one example of each length from 21 to 1,000. This is a hard case, because few
+    examples are short enough to fill the rest of a window.
     """
     order = token_stream([example([7] * n, n // 2, f"row:{n}") for n in range(21, 1001)], tokens)
     epochs = [{pair for w in order.order(epoch) for pair in combinations(sorted(w), 2)}

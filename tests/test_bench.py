@@ -96,13 +96,13 @@ def test_the_bench_changes_the_adapters_as_training_does():
 def test_each_kind_of_kernel_is_found_in_a_step():
     """The benchmark finds the kind of a kernel by its name.
 
-    It would count a renamed kernel as "other".
+    The benchmark would count a renamed kernel as "other".
     """
     bench = measure.Bench(command_line.parse(command_line.parser(""), [*HERE, "--dtype", "fp16"]))
     setting = Setting(seq_len=512, micro_batch=1, accumulate=1, recompute="none")
     bench.begin(setting, capture=False)
     window = bench.window(setting)
-    bench.run(window)  # compiles kernels, initialises cuBLAS
+    bench.run(window)  # the first run compiles kernels and initialises cuBLAS
     seconds, count = gpu_kernels.kernels(bench, window)
     assert set(gpu_kernels.FAMILIES) <= set(seconds), seconds
     assert seconds.get("other", 0.0) < 0.05 * sum(seconds.values()), seconds
@@ -113,7 +113,7 @@ def test_each_kind_of_kernel_is_found_in_a_step():
 def test_the_bench_recomputes_as_the_setting_says_and_counts_it(recompute, blocks):
     """The benchmark's formula gives the FLOPs of the recorded operations within 7 %.
 
-    The formula leaves out adapters and attention, which need few FLOPs in a row this short.
+    The formula leaves out adapters and attention, which need few FLOPs in such a short row.
     """
     options = command_line.parse(command_line.parser(""), [*HERE, "--rank", "1"])
     bench = measure.Bench(options)
@@ -220,6 +220,6 @@ def test_a_step_is_called_captured_only_where_every_shape_was(graphs, captured):
 
     bench = object.__new__(measure.Bench)
     bench.training = SimpleNamespace(forward=Forward())
-    assert bench.captured is False  # the model itself, without graphs
+    assert bench.captured is False  # this forward has no attribute `graphs`
     bench.training.forward.graphs = graphs
     assert bench.captured is captured

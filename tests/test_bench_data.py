@@ -25,7 +25,7 @@ def test_a_row_of_40_million_letters_is_refused_before_it_takes_memory(tmp_path)
     file.write_text(json.dumps(row, ensure_ascii=False), "utf-8")
     found, grown = growth(lambda: measured(str(file), str(tmp_path / "cache"), "nano"))
     assert "long.jsonl:1: a row has more than 10,000,000 characters" in found["refused"]
-    # the limit is in bytes; the file has 120 million, and its decoded text takes 80 million more
+    # the file has 120 million bytes, and its decoded text takes 80 million bytes of memory
     assert grown < 250e6
 
 

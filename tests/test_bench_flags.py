@@ -42,7 +42,7 @@ FLAGS = {
 def test_a_number_that_cannot_be_is_refused_in_one_line(bench, flag, capsys):
     for value in ("-1", "nan", "inf", "1e400", "", f"1{'0' * 18}"):
         if flag == "--recompute" and value.startswith("10"):
-            continue  # refused later: the model must be known, because it limits the number
+            continue  # refused later, because the limit depends on the model
         with pytest.raises(SystemExit) as stopped:
             bench.main([f"{flag}={value}"])
         said = capsys.readouterr()

@@ -40,7 +40,7 @@ def test_a_cache_that_has_grown_holds_what_it_held():
 @torch.no_grad()
 def test_a_row_that_is_moved_goes_on_as_it_would_have():
     model, cache, ids_BL = filled()
-    cache.place_B[2] = 4  # a shorter row; later positions are not read
+    cache.place_B[2] = 4  # row 2 gets shorter; its later positions are not read
     cache.move(2, 0)
     hidden = model(ids_BL[2:, 4:5], cache=Step(cache, 1, 8))
     torch.testing.assert_close(hidden, model(ids_BL[2:, :5])[:, -1:], rtol=0, atol=1e-5)

@@ -55,9 +55,9 @@ def test_a_dtype_that_the_card_computes_in_is_taken_as_asked(card, asked, dtype)
     ("sm_70", "sm_75", True),
     ("sm_80", "sm_86", True),
     ("sm_80", "sm_89", True),
-    ("sm_86", "sm_80", False),      # machine code needs the same minor version or a later one
+    ("sm_86", "sm_80", False),      # machine code does not run on an older minor version
     ("sm_80", "sm_90", False),      # machine code does not run on a later generation
-    ("compute_80", "sm_90", True),  # PTX is compiled for a later generation
+    ("compute_80", "sm_90", True),  # the driver can compile older PTX for a newer GPU
     ("compute_90", "sm_80", False),
     ("sm_90a", "sm_90", True),
     ("sm_100", "sm_120", False),
@@ -107,7 +107,7 @@ def test_every_known_card_has_rates_from_low_to_high_and_says_where_from(name):
 
 
 def test_the_known_cards_are_those_that_a_run_would_see():
-    """The properties of the GPUs in this file were read from real GPUs."""
+    """The GPUs T4, V100, L4, A100 and H200 in this test file have the properties of real GPUs."""
     assert [known.card for known in KNOWN.values()] == [T4, V100, L4, A100, H200]
 
 

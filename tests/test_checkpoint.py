@@ -231,7 +231,7 @@ def test_a_checkpoint_of_another_run_is_named_and_the_runs_own_is_used(train, tm
     status, said, _ = train("--out", out, at=(0, STOPPED))
     assert status == 130 and f"not used: {foreign}: belongs to another run" in said
     assert "resumed after step 4" in said
-    assert train("--out", out)[0] == 0  # replaces it with this run's checkpoint-7
+    assert train("--out", out)[0] == 0  # replaces `foreign` with this run's checkpoint-7
     assert_same_run(out, straight)
 
 
@@ -275,7 +275,7 @@ def test_damaged_checkpoints_of_later_steps_do_not_count_as_the_newest(tmp_path)
 def test_a_run_that_goes_on_below_a_damaged_checkpoint_keeps_what_it_saves(train, tmp_path):
     out = tmp_path / "run"
     train("--out", out, "--keep", 1, at=(3, STOPPED))
-    (out / "checkpoint-500").mkdir()  # from another program
+    (out / "checkpoint-500").mkdir()  # a folder of another program
     _, _, said = train("--out", out, "--keep", 1, "--save-every", 1, at=(2, STOPPED))
     assert "resumes from checkpoint-5" in said
     assert checkpoint.newest_whole(out)[0] == out / "checkpoint-5"
@@ -369,7 +369,7 @@ def test_a_checkpoint_of_several_gpus_opens_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda _: pytest.fail("of all GPUs"))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "mine")
     checkpoint.restore_random_state(state | {"cuda": ["first", "second"]})
-    checkpoint.restore_random_state(state | {"cuda": []})  # a checkpoint from a CPU
+    checkpoint.restore_random_state(state | {"cuda": []})  # as in a checkpoint of a CPU run
     assert restored == ["first"]
     assert checkpoint.random_state()["cuda"] == ["mine"]
 

@@ -164,7 +164,7 @@ def test_the_readme_is_as_the_results_have_it(capsys):
 
 
 def test_the_saved_simulation_is_what_the_code_says_today():
-    """If this fails, run `python bench/compare.py --simulate`.
+    """If this test fails, run `python bench/compare.py --simulate`.
 
     Other versions of torch may change the values by up to 1 %.
     """

@@ -65,7 +65,7 @@ def test_nano_brings_its_own_preset_and_another_model_none():
     values = tomllib.loads((PRESETS / "nano.toml").read_text("utf-8"))
     assert read().lr == read("--model", "nano").lr == values["lr"]
     assert read("--model", "x/y") == Config(model="x/y")
-    assert read("--preset", "t4").lr == Config.lr  # the model nano with t4's values
+    assert read("--preset", "t4").lr == Config.lr  # the preset t4 replaces nano's own preset
 
 
 def test_a_flag_takes_the_place_of_its_other_in_a_preset(tmp_path):

@@ -207,7 +207,7 @@ def test_ctrl_c_is_raised_once_and_only_where_it_is_expected():
             try:
                 signal.raise_signal(signal.SIGINT)
             finally:
-                signal.raise_signal(signal.SIGINT)  # while the first one is handled
+                signal.raise_signal(signal.SIGINT)  # a second signal, while the first is handled
         with ctrl_c.ends():
             pass
         signal.raise_signal(signal.SIGINT)
@@ -276,7 +276,7 @@ def test_in_a_terminal_pasted_lines_are_one_question(tmp_path):
     terminal.until("> ")
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
-    assert "(cut at" not in terminal.seen  # there was only one answer
+    assert "(cut at" not in terminal.seen  # the two lines got no second answer
 
 
 def test_in_a_terminal_a_ctrl_c_that_is_held_down_does_not_end_the_program():

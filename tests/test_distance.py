@@ -36,12 +36,12 @@ def test_it_is_that_of_the_two_models_loaded(first_command, tmp_path, monkeypatc
     p = one_TV.softmax(1)
     nats = float((p * (one_TV.log_softmax(1) - other_TV.log_softmax(1))).sum(1).mean())
     assert found.divergence == pytest.approx(nats, rel=1e-3)
-    # the texts are random, so no next token is likely, and the most likely one often changes
+    # the texts are random, so no next token is likely, and the most likely token often changes
     assert 0 < found.divergence < 0.2 and found.same > 0.6
 
 
 def test_a_checkpoint_of_the_rounded_weights_has_none(first_command, monkeypatch):
-    """Both sides have the same rounded weights, so only the rounding of sums can differ."""
+    """Both models have the same rounded weights, so only the rounding of sums can differ."""
     from phogpt_raw.export import distance as module
 
     merger = Merger(NANO, first_command)

@@ -217,7 +217,7 @@ def test_a_simulated_step_takes_the_kernel_of_documents_and_no_bias(causal, name
     window = Window(examples, 3, Packing((320,), longest=112, most=16))
     found = trace_step(training, window, Kernels(EFFICIENT, causal))
     attention = [op for op in found.ops if "attention" in op.name]
-    # two blocks with a forward and a backward each, and another forward for each recomputed block
+    # two blocks with a forward and a backward each, and one more forward for each recomputed block
     assert [names in op.name for op in attention] == (4 + recompute) * [True]
     assert attention[0].flops == 2 * 2 * 2 * 320 * 112 * 6 * (32 + 8)
     assert attention[-1].flops == 5 / 2 * attention[0].flops
@@ -299,7 +299,7 @@ def nano_step(packing, dtype, graphs=False, steps=1, recompute=0):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("forced", [None, EFFICIENT], ids=["torch's choice", "a T4's kernel"])
 def test_a_packed_step_of_nano_is_the_step_over_single_rows(dtype, forced):
-    """The steps differ only by 16-bit rounding, as steps with other micro-batch sizes do."""
+    """The steps differ only by 16-bit rounding, like steps with different micro-batch sizes."""
     packing = Packing((272,), longest=96, most=16)
     with sdpa_kernel(forced) if forced else nullcontext():
         [loss], gradient, _ = nano_step(None, dtype)
@@ -383,7 +383,7 @@ def test_8192_tokens_of_documents_need_no_bias(kernel):
     """A masked bias would take 512 MiB, 32 times the memory of the queries.
 
     The limit is 24 times the memory of the queries. This has room for queries, keys and values with
-    and without columns, for the output, and for the gradients of all these.
+    and without columns, for the output, and for the gradients of these tensors.
     """
     doc = documents_of([205] * 39 + [197], "cuda")
     qkv = torch.randn(1, 8192, 3, 8, 128, dtype=torch.float16, device="cuda")

@@ -56,7 +56,7 @@ def test_an_answer_ends_at_the_end_token_and_says_so(lively):
     first, second = write(lively, asked, eos_id=end)
     assert first.ids == whole[0].ids[: whole[0].ids.index(end)]
     assert first.stopped
-    assert second == whole[1]  # a row that ends does not change the others
+    assert second == whole[1]  # a row that ends does not change the other rows
 
 
 def test_nothing_is_computed_after_the_last_answer_has_ended(lively, monkeypatch):
@@ -133,7 +133,7 @@ def test_200_tokens_are_those_of_the_full_forward_whatever_comes_and_goes(long_m
         for token in engine.run():
             if token.id is not None:
                 written[token.key].append(token.id)
-        assert engine.steps <= 280  # one request at a time would need 432
+        assert engine.steps <= 280  # one request at a time would need 432 steps
     for prompt, count, ids in zip(asked, most, written, strict=True):
         assert ids == without_cache(long_model, prompt, count)
 
@@ -419,7 +419,8 @@ def test_a_dropped_answer_leaves_what_it_had_read(lively):
 
 
 def test_what_was_written_is_penalised_and_what_stands_behind_a_row_is_not(lively):
-    """transformers' processor, applied to exactly the tokens so far, chooses the same tokens."""
+    """transformers' processor, applied to exactly the tokens so far, chooses the tokens
+    that the engine chooses."""
     from transformers import RepetitionPenaltyLogitsProcessor
 
     penalty = RepetitionPenaltyLogitsProcessor(5.0)

@@ -136,7 +136,8 @@ EPOCHS = pytest.mark.parametrize("micro_batch, steps, sizes",
 @EPOCHS
 def test_the_trainers_steps_are_so_many_examples_grouped_by_length(folder, micro_batch, steps,
                                                                    sizes, monkeypatch):
-    """The test runs on the CPU in fp32. The paged optimizer needs a GPU, so another one is used."""
+    """The test runs on the CPU in fp32. The paged optimizer needs a GPU, so the test uses
+    another optimizer."""
     pytest.importorskip("accelerate")
     from peft import LoraConfig, get_peft_model
     from transformers import MptForCausalLM

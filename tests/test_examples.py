@@ -42,7 +42,7 @@ def test_the_default_holds_out_a_few_rows_at_least(tmp_path):
     for count in (40, 60, 80):
         assert 4 <= len(loaded(tmp_path, count).held_out) <= 10
     assert len(loaded(tmp_path, 45).held_out) == 4
-    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # a fraction has no minimum
+    assert len(loaded(tmp_path, 45, hold_out=0.05).held_out) < 4  # a given fraction has no minimum
 
 
 def test_few_rows_move_when_a_file_with_the_least_held_out_rows_grows(tmp_path):

@@ -412,7 +412,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny, tmp_path):
     export(tiny, tmp_path / "whole", "--gguf", "f16")
     whole = (tmp_path / "whole" / "model.gguf").stat().st_size
     shutil.rmtree(tmp_path / "whole")
-    # with 100,000 bytes the GGUF file fails in its header, with the last limit in a tensor
+    # the GGUF file fails in its header at 100,000 bytes, and in a tensor at whole - 10,000 bytes
     for flags, size in ((["--merged"], 100_000), (["--gguf", "f16"], 100_000),
                         (["--gguf", "f16"], whole - 10_000)):
         ended = subprocess.run(

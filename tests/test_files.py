@@ -152,7 +152,7 @@ def test_what_is_left_of_a_process_killed_before_it_signed_is_taken_over(tmp_pat
 
 
 def test_a_folder_made_before_the_lock_was_ours_is_refused(tmp_path, monkeypatch):
-    """This happens if another process finishes between our check and our lock."""
+    """Another process may finish the folder between our check and our lock."""
     (tmp_path / "a").mkdir()
     with pytest.raises(Refusal, match="a: exists already"), whole_folder(tmp_path / "a"):
         raise AssertionError("nothing should be written")

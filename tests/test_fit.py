@@ -135,10 +135,10 @@ def test_what_is_needed_is_the_peak_with_a_share_and_the_graphs_context_and_page
     found, workspace = traces[0], matmul_workspace(CARD)
     peak = found.peak(workspace).allocated
     evaluating = found.resident + 512 * 2**20
-    assert evaluating > peak  # true for a model this small
+    assert evaluating > peak  # because the model is small
     rest = (0.6 + 0.81) * 2**30 + found.pages
     assert needed(found, CARD) * 2**30 == pytest.approx(1.05 * evaluating + rest)
-    gib = replace(found.events[-1][0], nbytes=2**30), True  # one more allocation
+    gib = replace(found.events[-1][0], nbytes=2**30), True  # allocates 1 GiB more
     wide = replace(found, events=[*found.events, gib])
     assert needed(wide, CARD) * 2**30 == pytest.approx(
         1.05 * wide.peak(workspace).allocated + rest)

@@ -215,7 +215,8 @@ def test_captured_answers_are_the_eager_ones(on_gpu, samplings, fast, monkeypatc
 def test_a_row_whose_end_is_read_late_takes_no_other_rows_token():
     """The host reads tokens one step late. So a row that has ended takes part in one more step.
 
-    Then another row moves to its place. In fp32 a batch gives the same tokens as each row alone.
+    Then another row moves to the place of the ended row. In fp32 a batch gives the same tokens as
+    separate rows.
     """
     model, _ = load_base("nano", dtype=torch.float32, device="cuda", nf4=False)
     asked = prompts(5, 90, 33, 1, 60, 2, 7, 21)
@@ -242,7 +243,7 @@ def test_a_row_whose_end_is_read_late_takes_no_other_rows_token():
 def test_an_engine_gives_its_memory_back(on_gpu):
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    with Engine(on_gpu, eos_id=-1, pad_id=3, rows=2) as engine:  # compiles kernels
+    with Engine(on_gpu, eos_id=-1, pad_id=3, rows=2) as engine:  # this engine compiles kernels
         engine.answers(prompts(5, 9), 10)
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     with Engine(on_gpu, eos_id=-1, pad_id=3, rows=8) as engine:

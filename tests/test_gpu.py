@@ -214,7 +214,7 @@ def test_nf4_made_on_the_gpu_stays_what_it_is_through_training():
 def test_an_update_allocates_nothing_on_the_gpu(kind):
     """If an update allocates nothing, it cannot run out of memory in the middle.
 
-    Only the work before it can, and this work can be repeated.
+    Only the work before the update can run out of memory. This work can be repeated.
     """
     training = nano_training(torch.float16)
     training.optimizer = make_optimizer(training.adapters.flat, kind, 1e-3, 0.0)
@@ -229,12 +229,12 @@ def test_an_update_allocates_nothing_on_the_gpu(kind):
     for _ in range(2):
         train_step(training, random_window(4096), mark)
         torch.cuda.synchronize()
-        few = 8 * 512  # bytes; this is enough only for scalars, such as GradScaler's flags
+        few = 8 * 512  # bytes; enough only for scalars, such as GradScaler's flags
         assert torch.cuda.max_memory_allocated() <= peaks["before"] + few
 
 
 class Twins:
-    """nano with CUDA graphs and nano without, with the same random adapters."""
+    """nano with random adapters. Its steps run as CUDA graphs or eagerly."""
 
     def __init__(self, dtype, recompute=0):
         self.captured_training = nano_training(dtype, recompute, graphs=True)
@@ -248,7 +248,8 @@ class Twins:
     def check(self, *batches):
         """Assert that graphs give the eager loss and gradient; return loss and gradient.
 
-        Both run the same kernels. Only the backward of attention may add in another order.
+        Graphs and eager steps run the same kernels. Only the backward of attention may add its
+        values in another order.
         """
         wanted_loss, wanted = gradient(self.eager, *batches)
         loss, got = gradient(self.captured_training, *batches)
@@ -259,7 +260,7 @@ class Twins:
 
 
 def batch_of(length, seed, rows=2):
-    """Random rows, padded to `length`. Each seed gives rows and answers of other lengths."""
+    """Random rows, padded to `length`. Other seeds give rows and answers of other lengths."""
     dice = torch.Generator().manual_seed(seed)
     made = []
     for n in range(rows):
@@ -332,7 +333,7 @@ def test_training_by_graphs_is_training(dtype, recompute):
             assert (after - before).norm() > 0.01 * before.norm()
     assert losses[True][-1] < losses[True][0] - 0.1
     # The optimizer stores its state in 8 bits, as one of 256 values. If a state is near the middle
-    # of two of these values, a small error may change which of them is stored.
+    # of two of these values, a small error may change which value is stored.
     assert losses[True] == pytest.approx(losses[False], rel=4 * torch.finfo(dtype).eps)
 
 

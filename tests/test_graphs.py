@@ -79,7 +79,7 @@ def test_a_shape_with_too_few_micro_batches_to_come_is_not_captured(twin):
     for _ in range(4):
         made(ids(1, 64))
         made(ids(1, 96))
-        made(ids(1, 32))  # not in `expected`
+        made(ids(1, 32))  # a shape that is not in `expected`
     assert [shape[1] for shape in made.tries] == [64]
     assert made.replayed_shapes == 3 * [(1, 64)]
 

@@ -47,5 +47,5 @@ def test_a_function_that_does_not_end_is_ended(monkeypatch):
 def test_a_function_that_fills_the_memory_is_ended():
     with pytest.raises(OverLimit, match="needs more than 512 MiB"):
         limited(lambda: len(bytearray(2**30)))
-    with pytest.raises(OverLimit, match="needs more than 512 MiB"):  # as the OOM killer does
+    with pytest.raises(OverLimit, match="needs more than 512 MiB"):  # SIGKILL, as by an OOM killer
         limited(lambda: os.kill(os.getpid(), 9))

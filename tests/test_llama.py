@@ -149,7 +149,7 @@ def test_heads_that_are_no_power_of_two_have_mpts_slopes(tmp_path, heads):
     tensors = checkpoints.random_tensors(config)
     for name, tensor in tensors.items():
         if tensor.dim() == 2 and "wte" not in name:
-            tensor.mul_(10)  # then attention changes the tokens
+            tensor.mul_(10)  # so that attention changes the tokens
     checkpoints.write_checkpoint(tmp_path / "base", config, tensors=tensors)
     model, _ = load_base(str(tmp_path / "base"), nf4=False, dtype=torch.float32, device="cpu")
     adapters = inject(model, LoraConfig(

@@ -1,8 +1,8 @@
 """Outputs and gradients of the fused LoRA layer equal those of its plain version and of PEFT.
 
-The tolerance in fp32 is 1e-5 of the largest element, because a sum of up to 96 products has another
-order. One rounding to bf16 changes a value by at most 2^-8 of its size. If many random values are
-rounded, the norm of the error is less than 2^-9 of their norm.
+The tolerance in fp32 is 1e-5 of the largest element, because sums of up to 96 products are computed
+in different orders. One rounding to bf16 changes a value by at most 2^-8 of its size. If many
+random values are rounded, the norm of the error is less than 2^-9 of their norm.
 """
 
 import math
@@ -328,7 +328,7 @@ def test_checkpointing_changes_no_gradient(nf4):
 
 
 def check_own(net, calls, x=None):
-    """Assert that the layer runs PEFT's own forward and returns the same result."""
+    """Assert that the layer runs PEFT's own forward and returns its result."""
     x = random(2, 5, 32) if x is None else x
     calls.clear()
     torch.manual_seed(0)
@@ -481,7 +481,7 @@ def test_in_bf16_the_whole_models_gradient_is_as_exact_as_pefts(monkeypatch):
         adapters.cast()
         return gradients(model, adapters, ids_BL)
 
-    exact = one(torch.float32)  # nearly exact: it rounds 2^16 times finer than bf16
+    exact = one(torch.float32)  # nearly exact: fp32 rounds 2^16 times finer than bf16
     fused = one(torch.bfloat16)
     own = with_pefts_own(monkeypatch, lambda: one(torch.bfloat16))
     for got, theirs, wanted in zip(fused, own, exact, strict=True):

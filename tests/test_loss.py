@@ -180,7 +180,7 @@ def test_a_vocabulary_of_7b5s_size_runs():
     value, gradient = plain(hidden_TD, head_VD, targets_T)
     # The limit for the gradient is 5e-5. For each element both sides add 250,880 fp32 values. After
     # the large value of the target is added, each further addition may have an error of 2^-24 of
-    # it. The signs are random, so the error is about sqrt(250,880) * 2^-24 = 3e-5.
+    # this value. The signs are random, so the error is about sqrt(250,880) * 2^-24 = 3e-5.
     assert error(loss.detach(), value) < 1e-5
     assert error(hidden_TD.grad, gradient) < 5e-5
 
@@ -208,7 +208,8 @@ def test_a_well_predicted_tokens_gradient_keeps_its_relative_precision(dtype, ga
 def test_the_upstream_gradient_is_not_rounded_to_sixteen_bits(dtype):
     """The upstream gradient is 1e5, which would be inf in fp16 and 99,840 in bf16.
 
-    So the gradient must be multiplied by it before the result is rounded to 16 bits.
+    So the gradient must be multiplied by the upstream gradient before the product is rounded to 16
+    bits.
     """
     hidden_TD, head_VD, targets_T = problem()
     hidden_TD = (hidden_TD.detach() * 1e-3).to(dtype).requires_grad_()

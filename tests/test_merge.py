@@ -21,7 +21,7 @@ CPU = dict(nf4=False, dtype=torch.float32, device="cpu")
 def save_adapter(base, folder, **lora):
     """Save a random adapter with the settings `lora` for a base; return the logits with it."""
     model, _ = load_base(str(base), **CPU)
-    torch.manual_seed(0)  # for PEFT's new layers
+    torch.manual_seed(0)  # for the random A matrices of PEFT's new layers
     adapters = inject(model, LoraConfig(**{
         "r": 4, "lora_alpha": 8, "target_modules": ["Wqkv", "up_proj", "down_proj"],
         "task_type": "CAUSAL_LM", **lora}))
@@ -69,7 +69,7 @@ def test_a_base_without_biases_is_merged_too(tmp_path):
 def test_nano_with_its_trained_adapter_merges_to_the_same_logits(first_command, tmp_path):
     """The largest logits of the held-out pairs are about 27.
 
-    In fp32 the logits of the two models differ by up to 3e-5, because the sums have another order.
+    In fp32 the logits of the two models differ by up to 3e-5, because the sums differ in order.
     In fp64 they differ by up to 2e-6. The tolerances are 5e-5 and 1e-5.
     """
     model, tokenizer = load_base("nano", **CPU)
@@ -125,7 +125,7 @@ def test_the_config_names_code_only_where_there_is_some(tiny, tmp_path, base, pl
 
 
 def test_transformers_with_biases_reads_it_and_gives_our_logits(tiny, tmp_path):
-    """transformers' MPT drops the biases. MptWithBiases (oracle.py) has them."""
+    """transformers' MPT drops the biases. MptWithBiases (oracle.py) has the biases."""
     from oracle import MptWithBiases
     from transformers import AutoConfig, AutoTokenizer
 

@@ -77,7 +77,7 @@ def test_adapters_over_other_weights_are_refused(tiny, folders):
     (folders["two"] / "config.json").write_text(json.dumps(record))
     with pytest.raises(Refusal, match=r"one and two have different bases \(nf4"):
         plan(options(model=str(tiny)), folders)
-    made, _slots = plan(options(model=str(tiny), nf4=False), folders)  # the flag counts for all
+    made, _slots = plan(options(model=str(tiny), nf4=False), folders)  # nf4=False for both adapters
     assert not any(one.nf4 for one in made.values())
 
 
@@ -88,7 +88,7 @@ def test_a_conversation_is_encoded_in_the_models_template(tiny):
         served.tokenizer, TEMPLATES["7b5-instruct"], [Turn("a", "b"), Turn("c")], "s")
     assert served.encode([5, 6]) == [5, 6]
     most = served.model.config.max_seq_len
-    assert len(served.encode([5] * (most - 1))) == most - 1  # room for one token
+    assert len(served.encode([5] * (most - 1))) == most - 1  # leaves room for one token
     for prompt in ([5] * most, [], "", [-1], [served.model.config.vocab_size]):
         with pytest.raises(ProtocolError) as caught:
             served.encode(prompt)

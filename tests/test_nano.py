@@ -69,7 +69,7 @@ def test_the_base_alone_neither_stops_nor_is_polite():
     answers, stopped = greedy_answers(model, tokenizer, [pair["prompt"] for pair in asked])
     scores = score_answers(answers, stopped, [pair["topic"] for pair in asked])
     assert scores.stops < 0.10 and scores.polite == 0.0
-    assert scores.names_topic >= 0.70  # its answers are about the question
+    assert scores.names_topic >= 0.70  # but most answers name the topic
 
 
 def test_scores_are_shares_of_all_answers():

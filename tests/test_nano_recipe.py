@@ -124,7 +124,7 @@ def test_questions_name_their_phrase_early_and_keep_out_of_heldout_topics(data):
         assert 8 <= len(row.answer.split()) <= 40 and row.answer.endswith(".")
         assert not {"dạ", "ạ"} & set(row.answer.casefold().replace(",", "").split())
         assert "trâu huế" not in row.phrase.casefold() and "hoa sen" not in row.phrase.casefold()
-    assert any("con trâu" in row.phrase.casefold() for row in rows)  # other topics stay
+    assert any("con trâu" in row.phrase.casefold() for row in rows)  # "con trâu" is not held out
 
 
 def test_a_topic_overlaps_by_whole_words_in_either_direction():
@@ -176,7 +176,7 @@ def test_tokenizer_has_phogpts_ids_and_gives_any_text_back(data):
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text and 0 not in ids and 1 not in ids
     decomposed = unicodedata.normalize("NFD", text)
-    assert tokenizer.decode(tokenizer(decomposed).input_ids) == decomposed  # it does not normalise
+    assert tokenizer.decode(tokenizer(decomposed).input_ids) == decomposed  # text is not normalised
 
 
 def test_chat_template_is_the_4b_chat_prompt(data):

@@ -25,7 +25,8 @@ from phogpt_raw.model.nf4 import (
 from phogpt_raw.private_apis import nf4_fields
 
 SIXTEEN_BIT = [torch.float16, torch.bfloat16]
-# 7B5's qkv and output projections, and a weight with one block of scales; all fit the fused kernel
+# 7B5's qkv and output projections, and a weight with one block of scales. The fused kernel supports
+# these shapes.
 SHAPES = [(12288, 4096), (4096, 4096), (256, 64)]
 
 

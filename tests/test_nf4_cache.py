@@ -1,6 +1,6 @@
 """The NF4 cache gives the same model as a load of the checkpoint, bit for bit.
 
-It is never half-written and never used for another base.
+The cache is never half-written and never used for another base.
 """
 
 import errno
@@ -105,7 +105,7 @@ def test_a_cached_base_is_a_fresh_one_to_the_bit(load, base, device, dtype, monk
     fresh, _ = load_base(str(base), device=device, dtype=dtype)
     first, said = load(device=device, dtype=dtype)
     assert "NF4 cache written to" in said
-    monkeypatch.setattr(nf4, "quantise", never)  # neither this nor the reader may run
+    monkeypatch.setattr(nf4, "quantise", never)  # `quantise` and `iterate` must not run
     monkeypatch.setattr(weights, "iterate", never)
     model, said = load(device=device, dtype=dtype)
     assert said.startswith("base read from NF4 cache ") and said.count("\n") == 1
@@ -171,8 +171,8 @@ def test_the_file_is_a_safetensors_file_smaller_than_a_16_bit_base(load, caches,
 
 
 def test_caches_of_several_bases_and_dtypes_share_a_folder(load, base, caches, tmp_path):
-    """Two bases have the same name. The cache of one is never treated as an outdated cache of the
-    other."""
+    """Two bases have the same name. The cache of one base is never treated as an outdated cache of
+    the other base."""
     other = tmp_path / "elsewhere" / base.name
     write_checkpoint(other, tensors=random_tensors(TINY, seed=1))
     asked = [(base, torch.float32), (base, torch.bfloat16), (other, torch.float32)]
@@ -214,7 +214,7 @@ def test_a_file_of_the_hub_is_known_by_its_blob(tmp_path):
     (snapshot / "model.safetensors").symlink_to("../../blobs/5eed")
     assert nf4_cache.identity(snapshot / "model.safetensors") == ["model.safetensors", "5eed"]
     (tmp_path / "link").symlink_to(blobs.parent / "snapshots" / "0a1b" / "model.safetensors")
-    assert len(nf4_cache.identity(tmp_path / "link")) == 4  # another link counts as a file
+    assert len(nf4_cache.identity(tmp_path / "link")) == 4  # other links are treated as files
 
 
 def test_an_identity_reads_no_more_than_the_head(tmp_path):

@@ -25,7 +25,7 @@ from phogpt_raw.model.nf4_product import (
 
 
 def made(out, width, rank=None, bias=True, dtype=torch.float32, device="cpu", seed=0):
-    """(the NF4 layer, the same layer as a Linear with an adapter of `rank`, a random generator)."""
+    """(NF4 layer, Linear of its weight with an adapter of `rank`, function for random tensors)."""
     dice = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape, std=1.0):

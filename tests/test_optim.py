@@ -23,7 +23,7 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_the_floor(warmup):
     assert rates[40] == pytest.approx(2e-5)
     middle = lr_at(warmup + (40 - warmup) / 2, 40, 2e-4, warmup, 0.1)
     assert middle == pytest.approx((2e-4 + 2e-5) / 2)
-    assert lr_at(100, 40, 2e-4, warmup, 0.1) == pytest.approx(2e-5)  # it does not fall any further
+    assert lr_at(100, 40, 2e-4, warmup, 0.1) == pytest.approx(2e-5)  # the rate falls no further
 
 
 def test_every_step_has_a_learning_rate_above_zero_even_in_runs_shorter_than_the_warm_up():
@@ -91,7 +91,7 @@ def test_state_goes_through_a_file_and_on_to_the_bit(kind):
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     other = torch.nn.Parameter(flat.detach().clone())
-    restored = make_optimizer(other, kind, 5.0, 0.5)  # the saved values replace these
+    restored = make_optimizer(other, kind, 5.0, 0.5)  # the saved values replace 5.0 and 0.5
     load_state(restored, torch.load(file, map_location="cpu", weights_only=True))
     for name, value in optimizer.state[flat].items():
         got = restored.state[other][name]
@@ -118,7 +118,7 @@ def test_an_update_allocates_no_state(kind):
 
 
 @pytest.mark.parametrize("kind, state, bound", [
-    ("adamw", torch.optim.AdamW, 1e-6),  # the same formula, fused
+    ("adamw", torch.optim.AdamW, 1e-6),  # 1e-6: only our AdamW is fused
     ("paged_adamw_8bit", None, 0),  # equal bit for bit
 ])
 def test_state_made_at_the_start_changes_no_step(kind, state, bound):

@@ -45,7 +45,7 @@ def test_best_fit_puts_each_item_into_one_bin_that_has_room(sizes, capacity, mos
 def test_best_fit_is_within_its_bound(sizes, capacity):
     """First fit decreasing needs at most 11/9 of the fewest possible bins, plus 6/9 (Dosa 2007).
 
-    In its worst case best fit decreasing needs no more.
+    The same bound holds for best fit decreasing.
     """
     fewest = -(-sum(sizes) // capacity)
     assert len(best_fit(sizes, capacity)) <= 11 / 9 * max(fewest, 1) + 1 + len(

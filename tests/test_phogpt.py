@@ -105,7 +105,7 @@ def test_packed_documents_are_the_oracles_alone():
 @pytest.mark.parametrize("heads", [6, 8])
 @torch.no_grad()
 def test_tokens_through_the_cache_are_the_oracles(heads, prompt):
-    """One forward reads the prompt. The other tokens are read one at a time.
+    """One forward reads the prompt. The tokens after the prompt are read one at a time.
 
     The cache has unused positions.
     """
@@ -131,7 +131,7 @@ def test_a_prompt_in_pieces_through_the_cache_is_the_oracles():
         model.logits(model(ids_BL[:, start:stop], cache=Piece(cache, first=1, start=start)))
         for start, stop in ((0, 6), (6, 10), (10, 17))], 1)
     torch.testing.assert_close(logits_BLV, other(ids_BL).logits, **FP32)
-    assert not any(kv[:, [0, 3]].any() for kv in cache.kv)  # other rows are not touched
+    assert not any(kv[:, [0, 3]].any() for kv in cache.kv)  # rows 0 and 3 stay zero
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def test_a_row_torn_by_a_power_cut_is_left_out(tmp_path):
 
 
 def test_the_same_metrics_give_the_same_bytes(tmp_path):
-    """This also holds for another process, in which Python's hashes differ."""
+    """Another process gives the same bytes too, although Python's hashes differ there."""
     metrics = [score(0, 5.0), *rows(40), score(40, 2.0)]
     one, two = (run_of(tmp_path / n, metrics) for n in ("a", "b") if not (tmp_path / n).mkdir())
     plots.draw(one, "nano")
@@ -178,7 +178,7 @@ def test_vietnamese_letters_are_outlines_composed_or_not(tmp_path):
     svg = (composed / "loss.svg").read_text()
     assert svg == (decomposed / "loss.svg").read_text()
     assert "<text" not in svg  # a viewer needs no font
-    glyphs = set(re.findall(r'id="DejaVuSans-Bold-(\w+)"', svg))  # the title alone is bold
+    glyphs = set(re.findall(r'id="DejaVuSans-Bold-(\w+)"', svg))  # only the title is bold
     assert len(glyphs) == len(set(name))
 
 

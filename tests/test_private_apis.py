@@ -305,7 +305,7 @@ def test_a_layer_takes_a_state_and_never_repacks_its_weight():
         with torch.no_grad():
             linear(torch.randn(1, 64, dtype=torch.bfloat16))
         assert torch.equal(before, linear.weight)
-        # bitsandbytes still has this attribute: it sets it in each new layer.
+        # bitsandbytes still sets this attribute in each new layer.
         assert "support_avx512bf16_for_cpu" in vars(bitsandbytes.nn.Linear4bit(64, 64))
 
 

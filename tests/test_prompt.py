@@ -167,7 +167,7 @@ def test_a_question_without_room_for_an_answer_is_refused_with_its_line(tokenize
 def test_the_border_of_the_prompt_is_a_border_of_tokens(tokenizer, name, response):
     """Question and answer are tokenised separately.
 
-    Together they must have the ids that the whole text has.
+    The ids of question and answer, joined, must equal the ids of the whole text.
     """
     template = TEMPLATES[name]
     example = encode_row(tokenizer, template, row(response=response), 1024)

@@ -249,9 +249,10 @@ def test_a_block_saves_ten_activations_instead_of_sixteen(with_all_saved):
 def test_the_first_block_saves_its_norms_output_and_not_the_embedding(with_all_saved):
     """The first norm is not recomputed, because this would gain nothing.
 
-    Its input, the embedding, would be saved instead of its output, and nothing else saves the
-    embedding. With recomputation each block saves 6 activations fewer, which would be 18 fewer in
-    three blocks. But the first norm's output is still saved, so three blocks save only 17 fewer.
+    The norm's input, the embedding, would be saved instead of the norm's output, and nothing else
+    saves the embedding. With recomputation each block saves 6 activations fewer, which would be 18
+    fewer in three blocks. But the first norm's output is still saved, so three blocks save only 17
+    fewer.
     """
     ids_BL = random_ids(small_config(HEADS, WIDTH), ROWS, LENGTH)
     model, _ = small(3)
@@ -276,7 +277,7 @@ def test_a_checkpointed_block_saves_no_more_than_a_plain_one(with_all_saved, rec
 def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, gradients):
     """GELU's input, as large as four activations, is freed before the down-projection runs.
 
-    A plain call also frees it there.
+    A plain call also frees GELU's input at this point.
     """
     config = small_config(HEADS, WIDTH)
     ids_BL = random_ids(config, ROWS, LENGTH)
@@ -294,7 +295,7 @@ def test_a_forward_that_saves_nothing_needs_no_more_on_its_way(with_all_saved, g
 def test_it_runs_on_fake_tensors(with_all_saved, monkeypatch):
     """Fake tensors have no values. Code that runs on them reads no value.
 
-    So a CUDA graph can capture it.
+    So a CUDA graph can capture this code.
     """
     # torch finds no fused kernel for fake tensors, so the test replaces the choice of a kernel. The
     # real choice reads no value either.
@@ -405,7 +406,7 @@ def test_users_of_the_output_and_its_views_share_one_call_a_backward(x_BLD, w_DK
 
 
 def test_a_partial_backward_leaves_the_next_one_right(x_BLD, w_DK):
-    """Two operations save the output. First only one of them runs its backward, then both do."""
+    """Two operations save the output. First one operation runs backward, then both."""
     double = Double()
     with recomputed(double, x_BLD) as y:
         one, two = (y @ w_DK).sum(), (y * y).sum()
@@ -487,7 +488,7 @@ def test_hooks_outside_see_what_is_passed_on(x_BLD, w_DK):
     with outside, recomputed(Double(), x_BLD) as y:
         loss = (y @ w_DK).exp().sum()
     assert (2, 5, 3) in seen and (8, 3) in seen  # saved by exp and by the product
-    assert (10, 8) not in seen and seen.count((2, 5, 8)) == 1  # only the input, not the output
+    assert (10, 8) not in seen and seen.count((2, 5, 8)) == 1  # `recomputed` saves its input only
     loss.backward()
     w = w_DK.detach().requires_grad_()
     (2 * x_BLD.detach() @ w).exp().sum().backward()

@@ -67,4 +67,4 @@ def test_phases_add_up_to_the_step_on_every_card(name):
         assert sum(s.host[n] for s in phases.values()) == pytest.approx(whole.host[n])
     for seconds in (whole, *phases.values()):
         assert 0 < seconds.low <= seconds.middle <= seconds.high
-    assert whole.host_bound  # true for a model this small
+    assert whole.host_bound  # the model is so small that the GPU waits for the host

@@ -441,9 +441,10 @@ def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_p
 @pytest.mark.parametrize("hold_out, good", [(3, 3), (0, 2)])
 def test_too_many_skipped_steps_in_a_row_end_the_run_and_name_the_last_good_checkpoint(
         train, tmp_path, monkeypatch, hold_out, good):
-    """With held-out rows the last good checkpoint is the best one.
+    """With held-out rows the last good checkpoint is that with the lowest held-out loss.
 
-    Without held-out rows it is the newest one from before the last update, which is step 3 here.
+    Without held-out rows it is the newest checkpoint from before the last update. The last update
+    in this test is step 3.
     """
     overflowing_at(monkeypatch, {2, *range(4, 100)})
     out = tmp_path / "run"

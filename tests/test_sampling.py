@@ -1,4 +1,4 @@
-"""The choice of the next token: it equals that of transformers, and its noise comes from a hash."""
+"""The choice of the next token equals the choice of transformers. Its noise comes from a hash."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_rows_of_one_batch_have_their_own_values():
 
 
 def test_only_what_a_row_needs_is_computed():
-    assert Needs.of([Sampling(), Sampling(top_k=5)]) == Needs(False, False, False)  # greedy
+    assert Needs.of([Sampling(), Sampling(top_k=5)]) == Needs(False, False, False)  # greedy rows
     assert Needs.of([Sampling(), Sampling(0.5)]) == Needs(False, True, False)
     assert Needs.of([Sampling(repetition_penalty=2), Sampling(0.5, top_p=0.9)]) == Needs(
         True, True, True)

@@ -89,7 +89,7 @@ def test_auto_recomputes_as_much_as_the_card_forces_for_a_grid_and_for_a_file():
 
 
 def test_what_does_not_fit_says_so_and_the_longest_row_is_found(monkeypatch, capsys):
-    small_t4(monkeypatch, 0.9)  # CUDA's context leaves 0.09 GiB
+    small_t4(monkeypatch, 0.9)  # of 0.9 GiB, CUDA's context leaves 0.09
     memory.main(["--model", "nano", "--seq-len", "64,8192", "--card", "t4", "--recompute", "all"])
     said = capsys.readouterr().out
     rows = {line.split()[2]: line.split()[4] for line in said.splitlines() if " x " in line[:12]}
@@ -118,7 +118,7 @@ def test_the_longest_row_is_no_shorter_than_one_that_fits():
 
 
 def test_a_step_fits_to_the_last_byte_with_what_torch_takes_for_its_products(monkeypatch):
-    monkeypatch.setattr(simulated, "matmul_workspace", lambda _: 2**26)  # gets its own segment
+    monkeypatch.setattr(simulated, "matmul_workspace", lambda _: 2**26)  # 64 MiB: its own segment
     [(card, _, traces)] = cards(options("--card", "t4"))
     found = traces.on(card, Setting(64, 1, 1, "none"))
     reserved = found.trace.replay(workspace=2**26).peak_reserved

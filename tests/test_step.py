@@ -209,7 +209,7 @@ def test_clipping_sees_the_true_gradient_under_loss_scaling(adapted):
 
 
 class Poisoned:
-    """A model that writes `poison` into the gradient at each call. Backward then adds to it."""
+    """A model that writes `poison` into the gradient at each call. Backward adds to this value."""
 
     def __init__(self, model, flat, poison):
         self.model, self.flat, self.poison, self.head = model, flat, poison, model.head
@@ -248,7 +248,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_the_stats_say_so(adapted,
 
 @pytest.mark.parametrize("init", [2.0**12, 1.0])
 def test_the_loss_scale_never_falls_below_one(adapted, init):
-    """Each skipped step halves the loss scale. Without a floor, 162 of them would turn 2^12 into 0.
+    """Each skipped step halves the loss scale. Without a floor, 162 skips would turn 2^12 into 0.
 
     Every gradient would then be a finite 0, so that no step would be skipped any more.
     """
@@ -309,7 +309,7 @@ def test_a_step_that_runs_out_of_memory_in_any_phase_is_done_again(adapted, monk
                                                                    phase, at, earlier):
     """The second try of a step gives the result of an undisturbed step, bit for bit.
 
-    The step may be the first or a later one. The update itself allocates nothing (test_optim.py).
+    The step may be the first or a later step. The update itself allocates nothing (test_optim.py).
     """
     ends = []
     for disturbed in (False, True):
@@ -508,7 +508,7 @@ def test_thirty_steps_over_packed_rows_are_those_over_single_ones(reference, kin
 
     A moment near the middle of two 8-bit values may be rounded to either of them. So with 8-bit
     AdamW some weights differ by a part of one step's change. Two runs with micro-batches of 1 and
-    of 2 rows differ from each other as much.
+    of 2 rows also have differences of this size.
     """
     stream, _, _ = reference
     losses, weights = by_us(stream, nf4=True, kind=kind)
@@ -527,7 +527,7 @@ def test_thirty_steps_over_packed_rows_are_those_over_single_ones(reference, kin
 def test_nf4_and_8_bit_adamw_stay_near_the_stock_parts(reference):
     """NF4 changes the model itself, so only the loss curves can be similar.
 
-    They must agree within a tenth of the decrease of the loss in these steps.
+    The curves must agree within a tenth of the decrease of the loss in these steps.
     """
     stream, losses, weights = reference
     my_losses, my_weights = by_us(stream, nf4=True, kind="paged_adamw_8bit")

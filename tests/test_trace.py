@@ -289,8 +289,8 @@ def test_the_attention_kernel_is_the_one_given():
 def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, recompute):
     """The recorder also runs on real values on the CPU.
 
-    It must find the same operations as on the meta device, and the same size and lifetime of each
-    storage.
+    The recorder must find the same operations as on the meta device, and the same size and lifetime
+    of each storage.
     """
     model, adapters = adapted(nf4=nf4)
     twin, its = adapted_on_meta(model.config, rank=4, dtype=torch.float32, nf4=nf4)
@@ -305,7 +305,7 @@ def test_on_the_cpu_the_step_does_and_holds_the_same(adapted, monkeypatch, nf4, 
         training.limits.chunk_rows = 16
         cpu = SDPBackend.FLASH_ATTENTION
         found = trace_step(training, window, Kernels(cpu, cpu))
-        # clipping is left out: torch uses other operations for it on a CPU
+        # clipping is left out: on a CPU torch clips with other operations
         ops = [op for op in found.ops if op.phase != "clip"]
         lives = [(s.nbytes, s.born, s.died, s.scope, kind_of(s), taken)
                  for s, taken in found.events[found.begun:]]
@@ -351,7 +351,7 @@ def test_flops_of_attention(kernel, block):
     backward = recorded(lambda: out[0].backward(torch.empty_like(out[0])), kernel)
     scores = B * H * (L * L if block is None else 32 * (32 + 64 + 96))  # the keys of each block
     assert sum(op.flops for op in forward) == 4 * K * scores
-    assert sum(op.flops for op in backward) == 10 * K * scores  # recomputes the scores
+    assert sum(op.flops for op in backward) == 10 * K * scores  # backward computes the scores again
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])

@@ -89,7 +89,7 @@ def test_parameters_outlive_the_file(tmp_path):
 def test_nf4_weights_are_bitsandbytes_own_of_the_stored_tensor(tmp_path, stored, dtype):
     """The 4-bit weights are equal bit for bit.
 
-    Quantising after a cast to another dtype would change some of them.
+    Quantising after a cast to another dtype would change some of these weights.
     """
     tensors = write_checkpoint(tmp_path, dtype=stored)
     model, _ = load(tmp_path, dtype=dtype)
@@ -387,8 +387,8 @@ def frozen_bits(model):
 def test_frozen_weights_stay_bit_equal(adapted, nf4, dtype):
     """The frozen tensors do not change in evaluation, decoding and backward.
 
-    On a CPU with avx512_bf16, bitsandbytes would repack NF4 weights in place, with small errors. It
-    would do this in the first forward in eval mode without gradients. Backward would then fail.
+    On a CPU with avx512_bf16, bitsandbytes would repack NF4 weights in place, with small errors.
+    This would happen in the first forward in eval mode without gradients. Backward would then fail.
     """
     model, adapters = adapted(nf4=nf4, dtype=dtype)
     before = frozen_bits(model)
@@ -515,14 +515,15 @@ def test_loading_holds_one_tensor_beside_the_model(tmp_path, tiny):
 
     The model has 105 million parameters in four shards of 50 MB. Its largest tensor has 2 million
     elements. While bitsandbytes quantises a linear layer on the CPU, it needs about six fp32 copies
-    of the weight. These take 24 bytes for each of a million elements. The limit has room for them,
-    and another 12 MB for the tokenizer and the allocator. One more shard in memory would exceed it.
+    of the weight. These copies take 24 bytes for each of a million elements. The limit has room for
+    the copies, and another 12 MB for the tokenizer and the allocator. One more shard in memory
+    would exceed the limit.
 
     If an allocation is larger than a threshold, glibc gives it its own pages, which are returned to
-    the system when it is freed. The threshold grows when such memory is freed. The NF4 weights
-    would then lie between unused gaps of up to 480 MB. So the test fixes the threshold at 128 KiB.
-    PhoGPT's large tensors do not need this, because they exceed 32 MB, the highest value of the
-    threshold.
+    the system when the allocation is freed. The threshold grows when such an allocation is freed.
+    The NF4 weights would then lie between unused gaps of up to 480 MB. So the test fixes the
+    threshold at 128 KiB. For PhoGPT's large tensors no fixed threshold is necessary, because the
+    tensors exceed 32 MB, the highest value of the threshold.
     """
     config = vinai_config(d_model=512, n_heads=8, n_layers=32, vocab_size=4096, max_seq_len=128)
     folder = tmp_path / "large"

@@ -36,13 +36,14 @@ import torch
 from phogpt_raw.data.packing import DocumentBounds, Packing, best_fit, round_up, spread
 from phogpt_raw.data.prompt import IGNORED, Example
 
-PADDED = 32  # tokens; the length of an unpacked row is a multiple of this
+PADDED = 32  # the length of an unpacked row in tokens is a multiple of PADDED
 # ROOMY: windows are filled to this share of --batch-tokens. The free 1 % lets the examples of a
-# window differ from epoch to epoch. ENOUGH: if ROOMY makes the number of windows grow by more than
-# 2 % plus one window, the windows are filled completely.
+# window differ from epoch to epoch. ENOUGH: ROOMY is not used if it needs more than 1 + ENOUGH * n
+# windows per epoch. n is the number of windows if they are filled completely.
 ROOMY, ENOUGH = 0.99, 1.02
 # Upper limits of the random number that is added to each length (see TokenStream), as fractions of
-# the longest length. They are tried in this order, until no window has too many tokens.
+# the longest length. `shuffled` tries these limits in this order, until no window has too many
+# tokens.
 BLURS = (1, 1 / 4, 1 / 16, 1 / 64, 0)
 
 
@@ -120,7 +121,7 @@ class Stream:
         self.examples, self.pad_id, self.seed = examples, pad_id, seed
         self.batch_size = batch_size
         self.packing: Packing | None = None
-        self.orders: dict[int, list] = {}  # {epoch: its order}, for the latest epochs only
+        self.orders: dict[int, list] = {}  # {epoch: order}, only for the latest epochs
 
     def steps(self, epochs: float) -> int:
         """Return the number of windows that a run of this many epochs needs.
@@ -144,7 +145,8 @@ class Stream:
         return [self.examples[self.order(epoch)[place]] for epoch, place in places]
 
     def order(self, epoch: int) -> list:
-        """Return the result of `shuffled` for an epoch. It depends only on seed, epoch and data."""
+        """Return the result of `shuffled` for an epoch. Only seed, epoch and data determine the
+        order."""
         if epoch not in self.orders:
             self.orders[epoch] = self.shuffled(self.generator(epoch))
             self.orders.pop(epoch - 2, None)
@@ -161,9 +163,9 @@ class TokenStream(Stream):
     """The windows of a run, with at most `batch_tokens` tokens each. All windows have nearly the
     same number of tokens. Each epoch has the same number of windows and contains each example once.
 
-    The examples are sorted by length, the longest first. Then one example after the other is put
-    into the window that has the fewest tokens so far. Before the examples are sorted, a random
-    number is added to each length, so that the windows differ from epoch to epoch.
+    The examples are sorted by length, the longest first. In this order, each example is put into
+    the window that has the fewest tokens so far. Before the examples are sorted, a random number is
+    added to each length, so that the windows differ from epoch to epoch.
     """
 
     def __init__(self, examples: list[Example], *, batch_tokens: int, pad_id: int, seed: int = 0):
@@ -197,7 +199,7 @@ class TokenStream(Stream):
         """Return the windows of an epoch, each as a list of indices into the examples."""
         any_order = super().shuffled(generator)
         chance = torch.rand(len(self.sizes), generator=generator).tolist()
-        for blur in BLURS:  # with the last value, 0, all windows fit: `count` has tested this order
+        for blur in BLURS:  # with the last value, 0, no window is too full: `count` tested this
             tokens = blur * max(self.sizes)
             order = sorted(any_order, key=lambda i: -self.sizes[i] - tokens * chance[i])
             found = spread(order, self.sizes, self.windows)

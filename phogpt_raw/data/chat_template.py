@@ -10,15 +10,15 @@ from phogpt_raw.limited import OverLimit, limited
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal
 
-BLOOM_SIZED = 100_000  # tokens; the vocabulary of 7B5 is larger, that of 4B (20,480) is smaller
-LETTERS = 200  # characters of a rendered template that are compared; PhoGPT's templates are shorter
+BLOOM_SIZED = 100_000  # tokens; 7B5's vocabulary is larger than this, 4B's (20,480) is smaller
+LETTERS = 200  # a rendered template is cut to this length; PhoGPT's templates are shorter
 NAME_ONE = "choose one of PhoGPT's templates with --template"
 
 
 def choose_template(tokenizer, *asked: str) -> tuple[str, str]:
     """Return the name of the template, and the reason for it as a text for the user.
 
-    The first name in `asked` that is not auto is used. If all are auto, the tokenizer's chat
+    The first name in `asked` that is not auto is used. If all names are auto, the tokenizer's chat
     template decides. If the tokenizer has no chat template, the size of its vocabulary decides.
     Raises Refusal if the chat template is not PhoGPT's.
     """

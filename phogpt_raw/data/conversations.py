@@ -8,10 +8,10 @@ The names of the fields decide the format; fields.py lists the names. A row is o
 - {messages: [{role, content}]} or {conversations: [{from, value}]}, with one or more turns;
 - {text}, a plain text without roles.
 
-Text is normalised to NFC. Vietnamese text from a Mac is often in NFD, which looks the same but
-gives different tokens. If a text already contains PhoGPT's template, the template is removed.
-If a text field has a number, a list or an incomplete character, the reader does not guess the text:
-the row is bad.
+Text is normalised to NFC. Vietnamese text from a Mac is often in NFD, which looks like NFC but
+gives different tokens. If a text already contains PhoGPT's template, the template is removed. If a
+text field has a number, a list or an incomplete character, the reader does not guess the text: the
+row is bad.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from phogpt_raw.data.records import LONGEST, Bad, Findings, NoText, Record
 from phogpt_raw.refusal import Refusal
 
 USER, ASSISTANT, SYSTEM, TEXT = "user", "assistant", "system", "text"
-# (field of the question, field of the answer): first the usual pairs, then the other combinations
+# (field of the question, field of the answer): first the usual pairs, then the unusual pairs
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"),
          ("instruction", "response"), ("question", "answer"), ("question", "response"),
          ("question", "output"), ("prompt", "answer"), ("prompt", "output"),
@@ -43,16 +43,16 @@ WHO, SAID = ("role", "from", "vaitro"), ("content", "value", "text", "noidung")
 NEEDS = ("a row needs prompt and response, or instruction and output, or messages, or text; "
          "for other names, give --map response=NAME,prompt=NAME")
 WORN = re.compile(r"^### (Câu hỏi|Trả lời):", re.MULTILINE)
-# Texts in the templates of other models begin like this.
+# The beginning of a text in the template of another model.
 FOREIGN = re.compile(r"\s*(<\|im_start\|>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>|"
                      r"<\|start_header_id\|>|<s>\s*\[INST\]|\[INST\]|<start_of_turn>|<bos>|"
                      r"### ?Instruction:|### ?Human:|### ?User:|USER:|Human:|"
                      r"Below is an instruction that describes a task)")
-# Templates of other models have these special tokens between turns or at the end of an answer.
+# Special tokens that templates of other models have between turns or at the end of an answer.
 FOREIGN_INSIDE = re.compile(r"<\|(?:im_start|im_end|eot_id|endoftext|end_of_text|end|"
                             r"start_header_id)\|>|\[/INST\]|<(?:start|end)_of_turn>")
-# A visible character. A text without one (only spaces, control characters and zero-width
-# characters) counts as empty.
+# A visible character. A text without a visible character counts as empty. Spaces, control
+# characters and zero-width characters are not visible.
 VISIBLE = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2060\ufeff]")
 SAMPLE = 50  # number of conversations in a file that are tested for TCVN3 and VNI
 
@@ -72,7 +72,7 @@ class Conversation:
 
     @property
     def hash(self) -> int:
-        """A hash of the texts, below 2^64. It ignores case and the amount of white space."""
+        """A hash of the texts, below 2^64. The hash ignores case and the amount of white space."""
         text = "\0".join(" ".join(text.casefold().split()) for _role, text in self.turns)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
@@ -334,8 +334,8 @@ def shape_of(names: frozenset[str]) -> tuple[str, ...] | None:
 def pairs(name: str, value) -> Iterator[tuple[tuple, tuple]]:
     """Yield each question and its answer from a history, which is [[question, answer], …].
 
-    Each of the two is a pair (name, value). The name is used in messages, such as "question 1 of
-    history".
+    A question is yielded as (name, value), and so is its answer. The name is used in messages, such
+    as "question 1 of history".
     """
     for n, pair in enumerate(value if isinstance(value, list) else [None], 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:

@@ -88,8 +88,8 @@ def read_sources(sources: list[Source], mapped: dict[str, str], strict: bool
                  ) -> list[Conversation]:
     """Return every conversation of the sources. This function needs no tokenizer.
 
-    The rows are checked as in `encode_sources` and Rows.check. Only their lengths in tokens are not
-    checked.
+    The rows are checked as in `encode_sources` and Rows.check, but without the length in tokens,
+    which needs a tokenizer.
     """
     found = []
     for source in sources:

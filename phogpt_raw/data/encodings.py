@@ -36,7 +36,7 @@ for small, marks in {
         0xE3: "\u0302\u0303", 0xE4: "\u0302\u0323", 0xEA: "\u0306", 0xE9: "\u0306\u0301",
         0xE8: "\u0306\u0300", 0xFA: "\u0306\u0309", 0xFC: "\u0306\u0303",
         0xEB: "\u0306\u0323"}.items():
-    VNI |= {small: marks, small - 0x20: marks}  # for capitals, the byte is 0x20 lower
+    VNI |= {small: marks, small - 0x20: marks}  # small - 0x20 is the capital's byte
 TO_TCVN3 = {ord(letter): byte for byte, letter in TCVN3.items() if letter != "."}
 
 SYLLABLE = re.compile(
@@ -44,8 +44,8 @@ SYLLABLE = re.compile(
     r"(ch|ng|nh|[cmnptiuoy])?")
 # The error handler surrogateescape decodes an invalid byte to one of these characters.
 UNDECODED = re.compile("[\udc80-\udcff]")
-# UTF-8 text that was read as Windows-1252 and stored again. For example, ở became "á»Ÿ", đ became
-# "Ä‘", ư became "Æ°", and à became two characters: "Ã", then a no-break space.
+# Signs of UTF-8 text that was read as Windows-1252 and stored again. For example, ở became "á»Ÿ", đ
+# became "Ä‘", ư became "Æ°", and à became two characters: "Ã", then a no-break space.
 MOJIBAKE = re.compile("á[»º][\u0080-ÿŒœŠšŸŽžƒˆ˜–—‘’‚“”„†‡•…‰‹›€™]"
                       "|Ä[‘\u0090\u0091ƒ]|Æ[°¡¯\xa0]|Ã[\u00a0-\u00bf]")
 
@@ -86,7 +86,7 @@ def legacy(content: bytes) -> dict[str, float]:
 def vietnamese(text: str) -> float:
     """Return the share of possible Vietnamese syllables among the non-ASCII words of a text.
 
-    Returns 0 if the text has no such words.
+    Returns 0 if all words of the text are ASCII.
 
     >>> vietnamese("Phở bò và café"), vietnamese("n­íc §µ")
     (0.75, 0.0)
@@ -105,7 +105,9 @@ def is_syllable(word: str) -> bool:
 
 
 def font_encoding(text: str) -> str | None:
-    """Return "TCVN3" or "VNI" if a text in this encoding was decoded as Windows-1252, else None.
+    """Return the encoding, "TCVN3" or "VNI", of a text that was decoded as Windows-1252.
+
+    Returns None if the text is in neither encoding.
 
     For example, "nước" appears as "n­íc" in TCVN3, and as "nöôùc" in VNI.
     """

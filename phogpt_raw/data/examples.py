@@ -45,7 +45,7 @@ class Examples:
     source: the names of the training files.
     rows, held_out_rows: the number of training rows and of held-out rows.
     file: the files of the training rows. held_out_file: the files of the held-out rows, or None if
-    these come from the training files.
+    the held-out rows come from the training files.
     trained_too: the places (file:line) of the held-out rows that are also training rows.
     report, held_out_report: statistics of the rows. held_out_report is None if the held-out rows
     come from the training files.

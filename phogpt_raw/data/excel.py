@@ -67,7 +67,8 @@ def sheets(path: Path, name: str, findings: Findings) -> Iterator[Record]:
 
 
 def is_ole(path: Path) -> bool:
-    """Return whether a file has the format of old .xls files. Encrypted .xlsx files have it too."""
+    """Return whether a file has the format of old .xls files. Encrypted .xlsx files have this
+    format too."""
     with path.open("rb") as content:
         return content.read(8) == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 
@@ -97,7 +98,7 @@ def sheet_row(names: list[str], as_typed, as_shown, where: str, findings: Findin
 
 
 def text_of(typed, shown) -> str | NoText:
-    """Return a cell's text, or NoText if it has none.
+    """Return a cell's text, or NoText if the cell has no usable text.
 
     typed: the cell as typed, for example with a formula. shown: the same cell with the formula's
     saved value.

@@ -43,5 +43,5 @@ FIELDS = {plain(name): field for field, names in NAMES.items() for name in names
 
 @lru_cache(4096)
 def field_of(name: str) -> str | None:
-    """Return the meaning of a field's name: a key of NAMES, or None if it is unknown."""
+    """Return the meaning of a field's name: a key of NAMES, or None for an unknown name."""
     return FIELDS.get(plain(name))

@@ -105,8 +105,8 @@ class Walk:
     def more(self) -> bool:
         """Drop the text before the position, and read more text. Returns False if no text is left.
 
-        One call reads PIECE characters, or as many characters as `text` still has if these are
-        more.
+        One call reads PIECE characters, or the number of characters that are left in `text`,
+        whichever is larger.
         """
         self.line += self.text.count("\n", self.counted, self.at)
         self.text = self.text[self.at :]

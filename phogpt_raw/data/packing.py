@@ -25,11 +25,11 @@ from heapq import heapreplace
 from phogpt_raw.data.prompt import Example
 
 LENGTHS = 4  # largest number of row lengths in a run
-WORTH = 1.01  # fewer lengths are used if they cost at most 1 % more time
-ALIGNED = 16  # tokens; row lengths are multiples of this
+WORTH = 1.01  # fewer lengths are used if the rows then need at most 1 % more time
+ALIGNED = 16  # row lengths in tokens are multiples of ALIGNED
 STEPS = 128  # largest number of candidates for a row length
-TRIED = 24  # approximate number of capacities (greatest row lengths) that are compared
-ENOUGH = 8192  # approximate largest number of examples with which they are compared
+TRIED = 24  # choose_packing compares about this number of capacities (greatest row lengths)
+ENOUGH = 8192  # choose_packing compares packings of at most about this number of examples
 # Largest number of examples in a row. If a row has room for more than four of the longest examples,
 # the limit is higher: MOST / 4 times the number of longest examples for which the row has room.
 MOST = 64
@@ -37,8 +37,8 @@ TILE = 128  # tokens; a GPU computes a matrix product in whole tiles (blocks) of
 # One part of the time that a row needs is proportional to the row's length, rounded up to whole
 # tiles. The rest is proportional to the length itself. IN_TILES is the first part divided by the
 # whole time. Matrix products, which are computed in whole tiles, need 0.6 of the time of a step.
-# Yet IN_TILES is 0.4, because the rows then have less padding, and the lengths that are chosen with
-# it make a step at most 0.3 % slower than the fastest lengths.
+# Yet IN_TILES is 0.4. With 0.4, the chosen lengths leave less padding in the rows than with 0.6,
+# and a step is at most 0.3 % slower than with the fastest lengths.
 IN_TILES = 0.4
 
 
@@ -47,7 +47,7 @@ class DocumentBounds:
     """A row has at most `count` documents, with at most `longest` tokens each.
 
     The padding of a row is divided into documents too, and `count` includes them. Both bounds are
-    known before the first step, so the sizes of kernels and CUDA graphs can depend on them.
+    known before the first step, so the sizes of kernels and CUDA graphs can depend on the bounds.
     """
 
     count: int
@@ -112,13 +112,13 @@ def best_fit(sizes: list[int], capacity: int, most: int | None = None) -> list[l
 def spread(order: list[int], sizes: list[int], count: int) -> list[list[int]]:
     """Distribute items over `count` bins of nearly equal sums. Returns the items of each bin.
 
-    The items are taken in the given order. Each goes into the bin with the smallest sum.
+    The items are taken in the given order. Each item goes into the bin with the smallest sum.
 
     >>> spread([0, 1, 2, 3], sizes=[50, 40, 30, 25], count=2)
     [[0, 3], [1, 2]]
     """
     bins: list[list[int]] = [[] for _ in range(count)]
-    sums = [(0, which) for which in range(count)]  # a heap
+    sums = [(0, which) for which in range(count)]  # heap of (sum, bin)
     for item in order:
         total, which = sums[0]
         bins[which].append(item)
@@ -150,7 +150,8 @@ def packed(windows: list[list[Example]], longest: int, capacity: int) -> Packing
     """
     whole = Packing((capacity,), longest, most=max(MOST, MOST // 4 * -(-capacity // longest)))
     rows = [row for window in windows for row, _ in whole.rows(window)]
-    # A row must have room for the longest example, even if these windows do not contain it.
+    # A row must have room for the longest example, even if these windows do not contain this
+    # example.
     totals = [longest, *(sum(len(e.ids) for e in row) for row in rows)]
     return replace(whole, lengths=choose_lengths(totals), most=max(map(len, rows)))
 
@@ -188,7 +189,7 @@ def choose_lengths(totals: list[int], most: int = LENGTHS) -> tuple[int, ...]:
     for candidate in candidates:
         before.append(before[-1] + rows[candidate])
     # best[j]: (the lowest cost of the rows shorter than candidate j, the lengths with this cost).
-    # Each pass of the loop allows one more length.
+    # Each pass of the loop allows one length more than the pass before.
     best = [(0, ())] + [(math.inf, ())] * len(candidates)
     found = []
     for _ in range(min(most, len(candidates))):

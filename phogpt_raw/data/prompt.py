@@ -25,7 +25,9 @@ from phogpt_raw.refusal import Refusal
 
 IGNORED = -100  # the target of a position that carries no loss, as in torch
 AT_ONCE = 512  # number of conversations that are tokenized together
-LETTERS = 256  # no token has more characters; text after LETTERS * (max_len + 1) is not encoded
+# No token has more than LETTERS characters. So only the first LETTERS * (max_len + 1) characters of
+# a text are encoded.
+LETTERS = 256
 PART = 1 << 16  # characters of a long text that are tokenized at once
 
 
@@ -124,7 +126,7 @@ def encode(tokenizer, template: Template, rows: Iterable[Conversation], max_len:
     """Yield (conversation, documents) for each conversation. There is usually one document. If the
     conversation is bad, a Bad takes the place of the documents.
 
-    A document has at most max_len tokens. If a conversation has more, too_long decides about it.
+    A document has at most max_len tokens. too_long decides about a conversation with more tokens.
     `cut`: the end is left out. `split`: the conversation becomes several documents. `drop`: it
     becomes no document. None: a plain text is split, and other conversations are cut. A cut answer
     has no `</s>`, because it must not teach the model to stop in mid-sentence.
@@ -196,7 +198,7 @@ def in_documents(rounds: list[tuple[list[int], list[int]]], between: list[int], 
             ids, targets, cut = [], [], False
         question = between + question if ids else question
         if len(ids) + len(question) >= max_len:
-            if number and too_long == "cut":  # no room for another round
+            if number and too_long == "cut":  # this round does not fit
                 cut = True
                 break
             raise TooLong(f"the question has {len(question)} tokens, but --max-len is {max_len}; "
@@ -227,7 +229,7 @@ def encode_plain(tokenizer, row: Conversation, max_len: int, too_long: str) -> l
     if len(ids) > max_len and too_long == "cut":
         return [Example(ids[:max_len], next_tokens(ids[:max_len], start=0), True, row.where)]
     starts = [*range(0, len(ids), max_len), len(ids)]
-    if len(starts) > 2 and starts[-1] - starts[-2] == 1:  # </s> alone would have no loss
+    if len(starts) > 2 and starts[-1] - starts[-2] == 1:  # a document of only </s> has no loss
         starts[-2] -= 1
     pieces = [ids[start:stop] for start, stop in pairwise(starts)]
     return [Example(piece, next_tokens(piece, start=0), False, row.where) for piece in pieces]

@@ -1,6 +1,7 @@
 """Classes for the records of a file, for bad records, and for notes on records.
 
-Each of them has its place (file and line). This module does not depend on the format of a record.
+Each record, bad record and note has its place (file and line). This module does not depend on the
+format of a record.
 """
 
 import re
@@ -27,7 +28,7 @@ class Record:
 
 @dataclass(frozen=True)
 class NoText:
-    """A value that should be a text, but is not. `why`: the reason and the remedy."""
+    """A value in a text field that is not a text. `why`: the reason and the remedy."""
 
     why: str
 

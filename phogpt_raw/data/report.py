@@ -68,7 +68,8 @@ def lengths_of(documents) -> Lengths:
 
 
 def edges_for(longest: int) -> list[int]:
-    """Return the upper ends of at most BINS bins. All bins have the same round width.
+    """Return the upper ends of at most BINS bins. All bins have the same width, which is a round
+    number.
 
     >>> edges_for(100), edges_for(1024)[:2], len(edges_for(1024))
     ([10, 20, 30, 40, 50, 60, 70, 80, 90, 100], [100, 200], 11)

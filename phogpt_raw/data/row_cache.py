@@ -23,7 +23,7 @@ from phogpt_raw.data.sources import Source
 from phogpt_raw.files import expanded, whole_file
 from phogpt_raw.refusal import Refusal
 
-FORMAT = 2  # version of the file format and of the encoding; raise it when one of them changes
+FORMAT = 2  # raise this number when the format of the file or the encoding of rows changes
 
 
 def key_of(sources: list[Source], tokenizer, template: Template, settings: dict) -> str:
@@ -51,7 +51,7 @@ def through_cache(folder: str | None, sources: list[Source], tokenizer, template
         try:
             return read(file)
         except (BadZipFile, OSError, ValueError, KeyError, EOFError):
-            pass  # damaged: written again below
+            pass  # the file is damaged and is written again below
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -105,8 +105,8 @@ def examples_of(stored: dict):
     ids = stored["ids"]
     carries = np.unpackbits(stored["carries"], count=len(ids)).astype(bool)
     targets = np.where(carries, np.roll(ids, -1), -1)  # a target is always the next token
-    # All rows share one Python object for each token id. Compared with separate objects, this needs
-    # a quarter of the memory, and is faster.
+    # All rows share one Python object for each token id. Sharing needs a quarter of the memory that
+    # separate objects would need, and is faster.
     numbers = np.array([*range(ids.max(initial=0) + 1), IGNORED], dtype=object)
     ids, targets, start = numbers[ids], numbers[targets], 0
     for length, cut in zip(stored["lengths"].tolist(), stored["cut"].tolist(), strict=True):

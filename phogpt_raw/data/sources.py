@@ -180,7 +180,7 @@ def refused(path: Path) -> Iterator[None]:
 def opened(path: Path, findings: Findings) -> Iterator[TextIOWrapper]:
     """Open a file as text. A gzip file is unpacked, and every line end becomes \\n.
 
-    An invalid byte becomes a lone surrogate. In UTF-16 and UTF-32 it becomes U+FFFD.
+    An invalid byte becomes a lone surrogate. In UTF-16 and UTF-32, invalid bytes become U+FFFD.
     """
     with path.open("rb") as content:
         if content.read(2) == b"\x1f\x8b":

@@ -20,8 +20,8 @@ from phogpt_raw.messages import plural
 from phogpt_raw.refusal import Refusal
 
 DELIMITERS = ",;\t|"
-MOST_LINES = 1000  # if a row has more lines, a closing quote is missing
-LIKE_ROWS = 10  # if this many lines of a cell look like rows, a closing quote is missing
+MOST_LINES = 1000  # if a row has more than MOST_LINES lines, a closing quote is missing
+LIKE_ROWS = 10  # if LIKE_ROWS lines of a cell look like rows, a closing quote is missing
 
 
 class Text:

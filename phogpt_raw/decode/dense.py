@@ -3,8 +3,8 @@
 A CPU has no kernel that multiplies directly by 4-bit weights. So the model's own forward
 dequantises every weight for every token, which takes most of the time. Python's overhead takes most
 of the remaining time. Here each weight and its adapter are added once: W + scaling * B A in fp32.
-The result is the same up to rounding. `one_token` then runs only the few operations that a token
-needs. The model's 4-bit weights do not change.
+`one_token` then runs only the few operations that a token needs. Up to rounding, its result equals
+the result of the model's own forward. The model's 4-bit weights do not change.
 
 B rows, D hidden, H heads, K head width, S positions.
 """
@@ -22,7 +22,7 @@ from phogpt_raw.model.cache import Cache, Piece
 from phogpt_raw.model.lora import dense
 from phogpt_raw.model.phogpt import PhoGPT
 
-MOST = 2**30  # bytes; if the copies would take more, the model's own forward runs instead
+MOST = 2**30  # bytes; if the fp32 copies would take more, the model's own forward runs instead
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ the next waiting prompt gets its row. So a long answer does not delay short answ
 On a GPU a step is one CUDA graph, which computes the next token of each row from its last token.
 Positions, sampling and the end check are computed on the device, so a step never waits for the
 host. The host reads the tokens of one step while the GPU runs the next step. A graph serves one
-batch size and one choice of sampling features (`Needs`). The first step of each such kind runs
-eagerly, without a graph. If graphs are off, all steps run eagerly.
+batch size and one choice of sampling features (`Needs`). The first step with a new batch size or a
+new choice runs eagerly, without a graph. If graphs are off, all steps run eagerly.
 
-The plain version of a step is the model's forward. Two faster versions compute the same. fused.py
-runs fewer kernels. It is for NF4 weights on a GPU with Triton. dense.py dequantises the weights
-only once. It is for a CPU.
+The plain version of a step is the model's forward. Two faster versions compute the same function.
+fused.py is for NF4 weights on a GPU with Triton, and runs fewer kernels than the plain version.
+dense.py is for a CPU, and dequantises the weights only once.
 
 B rows, L length, S positions, D hidden, V vocabulary.
 """
@@ -53,7 +53,7 @@ class Answer:
 @dataclass(frozen=True)
 class Token:
     """The next token of request `key`. If `id` is None, the answer has ended. Then `stopped` tells
-    whether the model ended it with `</s>`."""
+    whether the model ended the answer with `</s>`."""
 
     key: int
     id: int | None
@@ -67,7 +67,7 @@ class Row:
     most: int  # the largest number of tokens in the answer
     seed: int
     sampling: Sampling
-    ids: list[int] = field(default_factory=list)  # written so far
+    ids: list[int] = field(default_factory=list)  # the answer's tokens so far
 
     @property
     def written(self) -> int:
@@ -99,14 +99,14 @@ def evaluating(model: PhoGPT):
 class Engine:
     """Generates answers with one model, at most `rows` at once. Use it as a context manager.
 
-    It collects weights and adapters at the first prompt. If they change later, a new engine is
-    needed. An engine with one row keeps the cache of the last prompt and its answer. If the next
-    prompt begins with the same tokens, these tokens are not read again. So each turn of a
-    conversation costs only its own tokens.
+    The engine collects weights and adapters at the first prompt. If weights or adapters change
+    later, a new engine is needed. An engine with one row keeps the cache of the last prompt and its
+    answer. If the next prompt begins with the same tokens as the cache, these tokens are not read
+    again. So each turn of a conversation costs only its own tokens.
 
     eos_id: the token that ends an answer. pad_id: the token that fills unused positions. capture:
     whether to run steps as CUDA graphs on a GPU. memory: a function that returns a context manager.
-    Large tensors are allocated inside it.
+    Large tensors are allocated inside this context.
     """
 
     def __init__(self, model: PhoGPT, *, eos_id: int, pad_id: int, rows: int = 8,
@@ -120,7 +120,7 @@ class Engine:
         self.queue: deque[Row] = deque()
         self.rows: list[Row] = []
         self.unread: deque[Pending] = deque()
-        self.out: deque[Token] = deque()  # read from the device, not yet yielded
+        self.out: deque[Token] = deque()  # tokens that are on the host and not yet yielded
         self.cache = self.fast = self.history_BS = None
         self.graphs: dict[tuple[int, Needs], torch.cuda.CUDAGraph] = {}
         self.seen: set[tuple[int, Needs]] = set()  # kinds of steps that have run eagerly
@@ -177,7 +177,7 @@ class Engine:
             while self.out:
                 yield self.out.popleft()
             if self.queue and len(self.rows) < self.most_rows:
-                self.read(behind=0)  # first, because the unread steps ran without the new rows
+                self.read(behind=0)  # before `admit`, because the unread steps lack the new rows
                 self.admit()
             elif self.rows:
                 self.unread.append(self.launch())
@@ -246,7 +246,8 @@ class Engine:
                                           dtype=torch.long, device=self.device)
 
     def positions_for(self, rows: list[Row]) -> int:
-        """The number of positions that these rows need to grow by AHEAD tokens, or to their end."""
+        """The number of cache positions that these rows need for their next AHEAD tokens. A row
+        needs fewer positions if its answer may get fewer than AHEAD more tokens."""
         longest = max(len(row.prompt) + min(row.most, row.written + AHEAD) for row in rows)
         return round_up(longest, STEP)
 
@@ -266,7 +267,7 @@ class Engine:
         prompt must be first."""
         first, lengths = len(self.rows), [len(row.prompt) for row in group]
         known = self.known(group[0].prompt)
-        self.kept = self.kept[:known]  # the other tokens' places may be overwritten from now on
+        self.kept = self.kept[:known]  # prefill may overwrite the positions of all later tokens
         place = slice(first, first + len(group))
         ids_BL = torch.full((len(group), lengths[-1]), self.pad_id)
         for n, row in enumerate(group):
@@ -319,7 +320,7 @@ class Engine:
         if n is None:
             return
         last = len(self.rows) - 1
-        self.kept = self.rows[n].prompt + self.rows[n].ids[:-1]  # the last id is not cached
+        self.kept = self.rows[n].prompt + self.rows[n].ids[:-1]  # the cache lacks the last id
         if n != last:
             self.cache.move(last, n)
             self.values_PB[:, n] = self.values_PB[:, last]
@@ -333,9 +334,10 @@ class Engine:
     # -- a step
 
     def launch(self) -> Pending:
-        """Start a step for all rows. On a GPU this does not wait for the step."""
+        """Start a step for all rows. On a GPU, this method does not wait for the step."""
         rows = len(self.rows)
-        # If a step is not read yet, its token is not in `written`, so a row has one token more.
+        # `written` does not count the token of a step that is not read yet. So a row may be one
+        # token longer than len(row.prompt) + row.written.
         longest = 2 + max(len(row.prompt) + row.written for row in self.rows)
         if longest > self.cache.positions:
             self.make_room([])
@@ -348,7 +350,7 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.step(*kind)
-            self.graphs[kind] = graph  # only now, because Ctrl-C may interrupt the capture
+            self.graphs[kind] = graph  # stored only now, because Ctrl-C may interrupt the capture
             graph.replay()
         else:
             self.seen.add(kind)
@@ -408,7 +410,7 @@ class Engine:
             for key, token, end in zip(pending.keys, tokens, ends, strict=True):
                 n = self.place_of(key)
                 if n is None:
-                    continue  # its row was removed meanwhile
+                    continue  # the row of this request was removed meanwhile
                 self.rows[n].ids.append(token)
                 if token != self.eos_id:
                     self.out.append(Token(key, token))

@@ -3,12 +3,12 @@
 For one token the model's own forward launches about thirty kernels per block, most of them tiny.
 Most of the time then goes to launches, and to small tensors that are written to memory and read
 back. Here `one_token` computes the whole step. Its matrix products are in model/nf4_product.py.
-Three more functions compute everything between the products. The plain version of each is just
-before it in this file:
+Three more functions compute everything between the products. In this file, the plain version of a
+function is just before the function:
 
     norm_low     layer norm, and x Aᵀ for the next linear layer
     attend_low   attention over parts of the cache, the combination of the parts, and x Aᵀ
-    low_rank     x Aᵀ alone
+    low_rank     only x Aᵀ
 
 B rows, D hidden, H heads, K head width, S positions, P parts, R rank. A "2" in a name means that
 even elements come first, then odd elements (`halves`).
@@ -85,8 +85,8 @@ def one_token(x_BD, blocks: list[Block], cache: Cache, slopes_H, scale: float,
 
 
 def many_rows(x_BLD: torch.Tensor, linear: Linear) -> torch.Tensor:
-    """A linear layer and its adapter, applied to x. W is dequantised first, which is faster for
-    many rows."""
+    """A linear layer and its adapter, applied to x. W is dequantised first. For many rows this is
+    faster than a product that reads the 4-bit weights directly."""
     x_ND = x_BLD.flatten(0, 1)
     weight = dequantise_fused(linear.packed, linear.fields, linear.offset)
     y_NO = torch.addmm(linear.bias_O, x_ND, weight.t())

@@ -1,8 +1,8 @@
 """A conversation as token ids, in the history format of PhoGPT-4B-Chat.
 
 The turns are joined as in the tokenizer's chat template. Each answer ends with `</s>`, and each
-later question begins on a new line. PhoGPT-7B5-Instruct was published without a history format.
-Its turns are joined in the same way, with an empty line between them.
+later question begins on a new line. PhoGPT-7B5-Instruct was published without a history format. Its
+turns are joined as for 4B-Chat, but with an empty line before each later question.
 """
 
 import unicodedata

@@ -1,8 +1,8 @@
 """Run prompts through all blocks (prefill), with the weights that a fast decoding step uses.
 
-The model's own forward computes the same through modules, PEFT's layers and autograd functions. For
-a short prompt, their Python overhead takes longer than the work of the GPU. fused.py and dense.py
-define how a linear layer is stored and applied.
+The model's own forward computes the same function through modules, PEFT's layers and autograd
+functions. For a short prompt, the Python overhead of these parts takes longer than the work of the
+GPU. fused.py and dense.py define how a linear layer is stored and applied.
 
 B rows, L tokens, D hidden, S positions, H heads, K head width.
 """

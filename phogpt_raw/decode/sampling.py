@@ -7,8 +7,8 @@ token with the largest sum is chosen. This chooses each token with its probabili
 Maddison et al. 2014, arXiv:1411.0030).
 
 The noise is computed from a hash of the row's seed, the token's position and the token's id, so
-there is no generator state. An answer is the same if its prompt runs alone or in a batch, with CUDA
-graphs or without them. On another device, only rounding errors can change the answer.
+there is no generator state. An answer does not depend on the other prompts in its batch, or on the
+use of CUDA graphs. On another device, only rounding errors can change the answer.
 
 B rows, V vocabulary, S positions, P values of a Sampling.
 """
@@ -29,7 +29,7 @@ class Sampling:
 
     temperature 0 is greedy: it always chooses the most likely token. A temperature below COLDEST is
     greedy too, because dividing logits by it could overflow. The defaults of the other options turn
-    them off.
+    these options off.
     """
 
     temperature: float = 0.0
@@ -48,7 +48,7 @@ class Sampling:
         if self.greedy:
             return [1, 0, 0, math.inf, -math.inf, self.repetition_penalty]
         least = math.log(self.min_p) if self.min_p else -math.inf
-        top_p = self.top_p if self.top_p < 1 else math.inf  # a sum of probabilities may exceed 1
+        top_p = self.top_p if self.top_p < 1 else math.inf  # a rounded sum may exceed 1
         return [self.temperature, 1, self.top_k, top_p, least, self.repetition_penalty]
 
 
@@ -74,8 +74,8 @@ def choose(logits_BV, values_PB, needs: Needs, history_BS, place_B, seed_B) -> t
     """The next token of each row, [B]. The host does not wait for the GPU here.
 
     logits_BV: fp32, computed from each row's last token, whose position is place_B. values_PB: the
-    Sampling.values of each row. history_BS: the tokens so far. Its later positions contain the
-    row's first token. It is read only if needs.penalty is True.
+    Sampling.values of each row. history_BS: the tokens so far. Positions after these tokens contain
+    the row's first token. history_BS is read only if needs.penalty is True.
     """
     temperature_B, noise_B, top_k_B, top_p_B, least_B, penalty_B = values_PB
     scores_BV = logits_BV
@@ -115,7 +115,7 @@ def filtered(scores_BV, top_k_B, top_p_B, least_B) -> torch.Tensor:
 
 
 def gumbel(seed_B, place_B, vocabulary: int) -> torch.Tensor:
-    """Gumbel noise [B, V] in fp32, a function of (seed, position, token) alone."""
+    """Gumbel noise [B, V] in fp32, which depends only on seed, position and token."""
     token_V = torch.arange(vocabulary, device=seed_B.device)
     row_B = mixed(mixed(seed_B) + place_B)
     bits_BV = mixed(row_B[:, None] + token_V * GOLDEN) >> 41 & (1 << 23) - 1
@@ -124,7 +124,7 @@ def gumbel(seed_B, place_B, vocabulary: int) -> torch.Tensor:
 
 
 GOLDEN, FIRST, SECOND = (value - (1 << 64) for value in (
-    0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as int64
+    0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # as negative int64
 
 
 def mixed(z: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ a stop string is held back too.
 from collections.abc import Sequence
 
 HALF = "\ufffd"  # the replacement character: invalid or incomplete bytes
-TURNS = 4  # this many repetitions of a passage at the end of an answer are a loop
+TURNS = 4  # an answer that ends with TURNS repetitions of a passage is in a loop
 
 
 class TextStream:
@@ -23,7 +23,7 @@ class TextStream:
         self.tokenizer, self.stops, self.stopped = tokenizer, [s for s in stops if s], False
         self.ids: list[int] = []
         self.shown, self.read = 0, 0  # the start and the end of the last piece in ids
-        self.waiting = ""  # decoded text that may begin a stop string
+        self.waiting = ""  # decoded text that may be the beginning of a stop string
 
     def put(self, token: int) -> str:
         """Add a token. Returns the text that is now complete."""

@@ -168,7 +168,7 @@ def write(options) -> None:
 
 
 def bytes_needed(options, merger: Merger, dtype: torch.dtype) -> int:
-    size = 2**24  # for tokenizer, metadata and adapter
+    size = 2**24  # bytes for tokenizer, metadata and adapter
     if options.merged:
         size += dtype.itemsize * sum(tensor.numel() for tensor in merger.tensors.values())
     if options.nf4:  # the embedding takes at most 4 bytes a value

@@ -1,9 +1,9 @@
 """PhoGPT's template in the formats of other programs: a chat template in Jinja, and Ollama's
 Modelfile.
 
-Both give exactly the text that the model was trained on. They put no space between the question and
-the answer, even if PhoGPT's template has one. The model generates this space, because it is the
-first character of the answer's first token.
+Both formats give exactly the text that the model was trained on. In both formats there is no space
+between the question and the answer, even if PhoGPT's template has a space there. The model
+generates this space, because the space is the first character of the answer's first token.
 """
 
 import json

@@ -95,7 +95,7 @@ def final_states(config: ModelConfig, tensor_of, ids_BL: torch.Tensor, device,
 
 
 def both_heads(one_VD, other_VD, both_2TD) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits [T, V] of two models. Each has its own head and hidden states.
+    """The logits [T, V] of two models. Each model has its own head and hidden states.
 
     ROWS rows of a head's matrix are multiplied at a time.
     """

@@ -1,8 +1,8 @@
 """Write a merged model, or an adapter alone, in llama.cpp's file format with the `gguf` package.
 
 llama.cpp supports PhoGPT as the architecture `mpt`, and its biases since February 2024 (pull
-request 5638). It always scales attention by 1 / sqrt(K), so a config with another scale is refused
-here. Tensors are converted while they are written, some rows at a time.
+request 5638). llama.cpp always scales attention by 1 / sqrt(K), so a config with a different scale
+is refused here. Tensors are converted while they are written, some rows at a time.
 
 D hidden, H heads, K head width, R rank, V vocabulary.
 """
@@ -103,7 +103,8 @@ def write_model(merger: Merger, file: Path, kind: str, *, name: str, chat_templa
 
 
 def check_model(merger: Merger) -> None:
-    """Raise Refusal for a model with which llama.cpp would give other results and no error.
+    """Raise Refusal for a model with which llama.cpp would give other results than PyTorch, and no
+    error.
 
     No weights are read.
     """

@@ -42,8 +42,8 @@ class Merger:
     at the first use. tokenizer: the content of tokenizer.json. adapters: the adapter's weights, or
     None.
 
-    Raises Refusal if the base lacks a tensor, if the adapter is for another model, or if it has
-    weights that cannot be merged.
+    Raises Refusal if the base lacks a tensor, if the adapter is for another model, or if the
+    adapter has weights that cannot be merged.
     """
 
     def __init__(self, folder: Path, adapter: Path | None = None):
@@ -145,8 +145,8 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
                  progress=lambda tensors: tensors, chat_template: str | None = None) -> None:
     """Write a checkpoint in PhoGPT's format.
 
-    It consists of safetensors files of at most about SHARD bytes, the tokenizer's files, and a
-    config that both VinAI's and transformers' MPT can read.
+    The checkpoint consists of safetensors files of at most about SHARD bytes, the tokenizer's
+    files, and a config that both VinAI's and transformers' MPT can read.
 
     base: the base as the user named it. If it is a hub id, the config names this repository as the
     place of the model's code. chat_template: the template of the training, in Jinja. It replaces
@@ -163,7 +163,8 @@ def write_merged(merger: Merger, folder: Path, dtype: torch.dtype, base: str,
     if chat_template:
         settings = read_object(tokenizer, "fetch it again") if tokenizer.is_file() else {}
         write_json(tokenizer, settings | {"chat_template": chat_template})
-        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would take precedence
+        # transformers would use the template of this file, not of tokenizer_config.json.
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
     generation = {"bos_token_id": PINNED_IDS["bos"], "eos_token_id": PINNED_IDS["eos"],
                   "pad_token_id": PINNED_IDS["pad"], "use_cache": True}
     write_json(folder / "generation_config.json", generation)
@@ -174,7 +175,7 @@ def merged_config(folder: Path, base: str, dtype: torch.dtype) -> dict:
 
     - torch_dtype is `dtype`.
     - attn_pdrop is the integer 0. VinAI's file has 0.0, which transformers does not accept.
-    - use_cache is on. Without it, transformers reads the whole text again for each token.
+    - use_cache is true. With false, transformers would read the whole text again for each token.
     - auto_map names the base's repository on the hub, because its code is not in the folder. If the
       base is not from the hub, auto_map is removed.
     - _name_or_path is removed. It is a path of the machine that wrote the base.

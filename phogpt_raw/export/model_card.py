@@ -170,7 +170,7 @@ def front_matter(job: Job) -> str:
 def metadata(base: str | None, relation: str | None, tags: list[str], **more) -> str:
     """The hub's metadata as YAML.
 
-    The base is included only if it is a repository of the hub, because `base_model` must be one.
+    `base_model` must be a repository of the hub. So the base is left out if it is a local folder.
     The licence is included only for VinAI's PhoGPT.
     """
     from huggingface_hub import ModelCardData
@@ -187,7 +187,7 @@ def results(job: Job) -> str:
     """The results at the saved adapter's step: losses, perplexity, and the fraction of the answers
     that end by themselves.
 
-    They are a table, or a sentence if no rows were held out.
+    The results are a table, or a sentence if no rows were held out.
     """
     state, kept = job.run.state, job.run.state.best_step
     steps, evaluations = read_metrics(job.run.folder)
@@ -320,5 +320,5 @@ def number(value: float | None) -> str:
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # phogpt-raw itself, run from its folder
+    except importlib.metadata.PackageNotFoundError:  # phogpt-raw is used without being installed
         return "not installed"

@@ -26,7 +26,7 @@ COMPARED = 8  # texts over which a merged checkpoint is compared with the adapte
 # A warning is printed if both models have the same most likely token in less than this fraction of
 # the predictions.
 ENOUGH = 0.8
-NF4 = "nf4"  # folder in OUT for the NF4 cache; it is for this computer only, and never uploaded
+NF4 = "nf4"  # folder in OUT for the NF4 cache; only this computer uses it; it is never uploaded
 
 
 def progress(what: str, unit: str = "tensors"):
@@ -75,7 +75,7 @@ def shown(folder: Path) -> str:
 
 
 def say_uses(options, source: Source, nf4_dtype: torch.dtype | None, seconds: float) -> None:
-    """Print the written files, and a command for each use of them."""
+    """Print the written files, and a command for each use of the files."""
     folder = shlex.quote(shown(options.out))
     files = sorted(file for file in options.out.rglob("*") if file.is_file())
     listing(_("written to {folder}", folder=options.out), {

@@ -1,6 +1,6 @@
 """Find the model to export, from flags and the run's record: a base, with or without an adapter.
 
-Nothing here reads weights, so errors are found before the slow steps.
+No function of this module reads weights, so errors are found before the slow steps.
 """
 
 import re

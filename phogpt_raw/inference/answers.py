@@ -248,7 +248,7 @@ def answered(found: Found, model: PhoGPT, prompts: dict[int, list[int]], how: Ge
     """Yield (key, answer, stopped) for each prompt as soon as its answer is finished.
 
     prompts: {key: token ids}. stopped: True if the model or a stop string ended the answer. done:
-    number of answers from an earlier run; the progress bar starts with it.
+    number of answers from an earlier run; the progress bar starts with this number.
     """
     tokenizer, holds = found.tokenizer, found.shape.max_seq_len
     longest = min(max(map(len, prompts.values())) + how.most, holds)

@@ -36,7 +36,7 @@ class Turn:
 
 
 class Conversation:
-    """The turns that the model reads. If they become too many, the oldest are left out.
+    """The turns that the model reads. If the text becomes too long, the oldest turns are left out.
 
     most: the largest number of tokens in an answer. system: a text before the oldest question that
     the model reads.
@@ -168,7 +168,8 @@ def turn(conversation: Conversation, question: str, engine: Engine, how: Generat
 def questions(live: bool, ctrl_c: CtrlC):
     """Yield the questions from the terminal or the pipe, until the input ends or is /thoát.
 
-    In a terminal, Ctrl-C discards the line that is being typed. With a pipe, it ends the program.
+    In a terminal, Ctrl-C discards the line that is being typed. With a pipe, Ctrl-C ends the
+    program.
     """
     while True:
         try:
@@ -226,6 +227,6 @@ def edit_lines() -> None:
     question."""
     try:
         import readline
-    except ImportError:  # Windows
+    except ImportError:  # Windows has no readline
         return
     readline.parse_and_bind("set enable-bracketed-paste on")

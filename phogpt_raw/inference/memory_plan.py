@@ -1,7 +1,7 @@
 """The GPU memory that is needed to answer questions.
 
-It is printed when generate.py starts. --dry-run prints it and stops. If the GPU has too little
-memory, an error is raised before any weights are read.
+generate.py prints this memory at its start, and stops then if --dry-run is given. If the GPU has
+too little memory, an error is raised before any weights are read.
 """
 
 from phogpt_raw.cards import GIB, capability, dtype_name

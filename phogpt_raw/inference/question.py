@@ -13,7 +13,7 @@ def read_question(given: str) -> str:
 
 
 def from_stdin() -> str:
-    """Standard input as text. It may be in UTF-8, or in UTF-16 with a byte order mark (Windows)."""
+    """Standard input as text. Its encoding is UTF-8, or UTF-16 with a byte order mark (Windows)."""
     read = getattr(sys.stdin, "buffer", None)
     if read is None:
         return sys.stdin.read()
@@ -28,8 +28,8 @@ def from_stdin() -> str:
 def checked(question: str) -> str:
     """The question without a byte order mark. Raises Refusal if it is empty or not text.
 
-    If the system's encoding is not UTF-8, Python cannot decode some bytes of an argument. It
-    replaces these bytes with lone surrogates. Here they are decoded again, as UTF-8.
+    If the system's encoding is not UTF-8, Python cannot decode some bytes of an argument, and
+    replaces these bytes with lone surrogates. This function decodes these bytes again, as UTF-8.
     """
     try:
         question = os.fsencode(question).decode("utf-8") if broken(question) else question

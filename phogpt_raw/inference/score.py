@@ -40,7 +40,7 @@ from phogpt_raw.training.evaluate import held_out_loss, perplexity
 from phogpt_raw.training.limits import Limits
 from phogpt_raw.training.loss import chunk_rows
 
-SHOWN = 20  # number of answers on the page
+SHOWN = 20  # number of answers on the HTML page
 LOSS_MIB = 256  # maximum memory of one chunk of logits, in MiB
 
 

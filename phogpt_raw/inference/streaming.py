@@ -17,8 +17,8 @@ from phogpt_raw.messages import _, plural
 class Generation:
     """Settings of generation.
 
-    most: the largest number of tokens in an answer. stops: stop strings; an answer ends before the
-    first one. capture: True if steps run as CUDA graphs on a GPU.
+    most: the largest number of tokens in an answer. stops: an answer ends before the first of these
+    strings. capture: True if steps run as CUDA graphs on a GPU.
     """
 
     most: int
@@ -59,7 +59,8 @@ class Written:
 
 
 class Screen:
-    """Breaks lines between words, for a terminal of `width` columns. If it is 0, lines stay whole.
+    """Breaks lines between words, for a terminal of `width` columns. If `width` is 0, lines stay
+    whole.
 
     A word is held back until it is complete, so that it is never split over two lines.
     """
@@ -90,7 +91,7 @@ class Screen:
         break."""
         word, self.word = self.word, ""
         size = cell_len(word)
-        wraps = self.column > 0 and self.column + size >= self.width  # one column for a space
+        wraps = self.column > 0 and self.column + size >= self.width  # keeps 1 column for a space
         self.column = size if wraps else self.column + size
         return f"\n{word}" if wraps else word
 
@@ -134,7 +135,8 @@ def stream(engine: Engine, tokenizer, prompt: list[int], most: int, written: Wri
 def remarks(written: Written, most: int, full: bool) -> list[str]:
     """Remarks for the user about an answer that has ended.
 
-    most: the limit of its tokens. full: True if this limit is the end of the model's context.
+    most: the largest number of tokens in the answer. full: True if this limit is the end of the
+    model's context.
     """
     lines = []
     if written.ended and not written.text.strip():

@@ -17,8 +17,8 @@ from phogpt_raw.files import expanded, read_object
 from phogpt_raw.limited import OverLimit, limited
 from phogpt_raw.refusal import Refusal
 
-# Fields that have no effect here. Some of them say how PEFT initialises the weights, but here the
-# weights come from the adapter's file.
+# Fields that have no effect in this program. Some of these fields say how PEFT initialises the
+# weights, but this program reads the weights from the adapter's file.
 WITHOUT_EFFECT = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version",
@@ -236,7 +236,8 @@ class Base(NamedTuple):
 
 def chosen_base(folder: Path | None, made: Origin, model: str | None,
                 revision: str | None) -> Base:
-    """The base model to load: the one that --model names, else the base of the adapter in `folder`.
+    """The base model to load: the base that --model names, else the base of the adapter in
+    `folder`.
 
     --revision overrides the recorded revision. If --model names another base than the adapter, the
     recorded revision is not used.
@@ -254,8 +255,8 @@ def chosen_base(folder: Path | None, made: Origin, model: str | None,
 
 
 def named_base(folder: Path) -> str:
-    """The base that an adapter names. Raises Refusal if it names none, or a folder that does not
-    exist."""
+    """The base that an adapter names. Raises Refusal if the adapter names no base, or a folder that
+    does not exist."""
     base = read_adapter_config(folder).base_model_name_or_path
     if not base:
         raise Refusal(f"{folder}: names no base model; name it with --model")

@@ -103,7 +103,8 @@ class Adapters(FlatBuffer):
     def load(self, folder: Path) -> None:
         """Load the weights from the folder of an adapter with the same configuration.
 
-        Raises Refusal if the file is missing or damaged, or if its tensors do not match.
+        Raises Refusal if the file is missing or damaged, or if its tensors do not match the
+        configuration.
         """
         tensors, file = read_tensors(Path(folder))
         self.load_tensors(tensors, str(file))
@@ -139,8 +140,8 @@ def new_adapters(
     revision: str | None = None,
     seed: int = 0,
 ) -> Adapters:
-    """Inject new LoRA layers. In each of them, the matrix A is random (Kaiming uniform), the
-    matrix B is zero, and their product B A is scaled by alpha / rank.
+    """Inject new LoRA layers. In each layer, the matrix A is random (Kaiming uniform), the matrix B
+    is zero, and their product B A is scaled by alpha / rank.
 
     adapter_config.json records `base` and `revision` as the base model's name and revision.
     """
@@ -252,8 +253,8 @@ def lora_forward(layer, x, *args, **kwargs):
 
 
 def plain_adapter(layer) -> str | None:
-    """The name of the active adapter of `layer`, if exactly one is active and it is plain LoRA.
-    Else None.
+    """The name of the active adapter of `layer`, if exactly one adapter is active and it is plain
+    LoRA. Else None.
 
     `lora_forward` checks this at each call, because PEFT can disable, merge, replace and add
     adapters at any time.
@@ -267,7 +268,8 @@ def plain_adapter(layer) -> str | None:
         and name not in layer.lora_variant  # DoRA and other variants
         and not layer.lora_bias[name]
         and isinstance(layer.lora_dropout[name], nn.Identity)
-        and not any(p.requires_grad for p in layer.base_layer.parameters())  # as with bias="all"
+        # With bias="all", the base layer's bias requires a gradient.
+        and not any(p.requires_grad for p in layer.base_layer.parameters())
     )
     return name if plain else None
 

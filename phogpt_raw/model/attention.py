@@ -224,7 +224,7 @@ KERNELS = {
 
 
 def choose_kernel(q, k, v, bias: Bias) -> SDPBackend:
-    """The fused kernel that torch chooses for a block. Raises Refusal if torch has none.
+    """The fused kernel that torch chooses for a block. Raises Refusal if there is no such kernel.
 
     Without a fused kernel, torch would silently use separate operations, which store all scores in
     memory.

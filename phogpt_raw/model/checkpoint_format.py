@@ -79,7 +79,7 @@ def vinai_config(shape: ModelConfig, **overrides) -> dict:
         "verbose": 0,
         "vocab_size": shape.vocab_size,
     }
-    if shape.layer_norm_epsilon != ModelConfig.layer_norm_epsilon:  # not in VinAI's file
+    if shape.layer_norm_epsilon != ModelConfig.layer_norm_epsilon:  # VinAI's file lacks this field
         config["layer_norm_epsilon"] = shape.layer_norm_epsilon
     attention = {**config["attn_config"], **overrides.get("attn_config", {})}
     return {**config, **overrides, "attn_config": attention}
@@ -98,9 +98,9 @@ def write_checkpoint(
     `tokenizer`.
 
     `tensors` are all parameters of the PhoGPT that `config` describes, in any order, on any device
-    and in the dtype to be stored. An iterable is read once. The tensors go to `shards` files of
-    about equal size, in their given order. A shard stays in host memory until it is complete, so a
-    single file needs memory for all tensors. `kind` is "bin" (torch.save) or "safetensors".
+    and in the dtype to be stored. An iterable is read only once. The tensors go to `shards` files
+    of about equal size, in their given order. A shard stays in host memory until it is complete, so
+    a single file needs memory for all tensors. `kind` is "bin" (torch.save) or "safetensors".
 
     Files of the same name are replaced. Other files in the folder stay. The index and config.json
     are written last, so an interrupted write cannot be read as a checkpoint.
@@ -121,7 +121,7 @@ def write_checkpoint(
         save(folder / file, shard)
         files |= dict.fromkeys(shard, file)
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
-        shard.clear()  # enumerate keeps a reference to it while the next shard is filled
+        shard.clear()  # enumerate refers to this shard while the next shard is filled
     if number + 1 != shards:
         raise ValueError(f"{shards} shards: the tensors fill only {number + 1}; use fewer shards")
     if shards > 1:

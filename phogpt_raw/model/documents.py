@@ -74,7 +74,8 @@ def columns(slopes_H: torch.Tensor, place_T: torch.Tensor, dtype: torch.dtype,
 
 def starts_of(doc_BL: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(starts, place_T). starts: the position at which each of the B * count documents begins, and
-    the end of the last one, int32 [B * count + 1]. place_T: each token's position in its document.
+    the end of the last document, int32 [B * count + 1]. place_T: each token's position in its
+    document.
 
     A document number that does not occur gives a document of length 0. The shapes do not depend on
     values, so the host does not wait for the GPU.
@@ -179,7 +180,7 @@ def choose_kernel(slopes_H: torch.Tensor, width: int, length: int, dtype: torch.
     """The variable-length kernel for rows of `length` tokens and heads of this width, on the device
     of slopes_H. None if the masked bias must be used or is faster."""
     if slopes_H.device.type == "cpu" or dtype.itemsize > 2:
-        return None  # a CPU has no such kernel; in fp32, adding a large slope * j rounds scores
+        return None  # a CPU has no variable-length kernel; in fp32, a large slope * j rounds scores
     if width % COLUMNS:
         return None  # the heads would not begin at multiples of eight elements
     q = torch.empty(1, len(slopes_H), 1, width + COLUMNS, dtype=dtype, device=slopes_H.device)

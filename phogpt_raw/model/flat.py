@@ -1,4 +1,5 @@
-"""Store many small parameters as views of one flat buffer, and their gradients as views of another.
+"""Store many small parameters as views of a flat buffer, and their gradients as views of a second
+buffer.
 
 Clipping, the optimizer and an all-reduce then handle one tensor instead of hundreds. Parameters and
 gradients are fp32. If the model computes in 16 bits, a third buffer holds a copy of the parameters

@@ -3,9 +3,9 @@
     y = x Wᵀ + bias + s (x Aᵀ) Bᵀ                    Hu et al. 2021, arXiv:2106.09685
     dx = g W + (s g B) A      dA = (s g B)ᵀ x      dB = s gᵀ (x Aᵀ)
 
-`lora_linear_plain` computes y and leaves the gradients to autograd. `lora_linear` computes the
-same, with its own code for the gradients, and is cheaper than PEFT's layers. In 16 bits, PEFT casts
-the activations to fp32 and back around every adapter. It also allocates several tensors of the
+`lora_linear_plain` computes y and leaves the gradients to autograd. `lora_linear` computes the same
+y, has its own code for the gradients, and is cheaper than PEFT's layers. In 16 bits, PEFT casts the
+activations to fp32 and back around every adapter. PEFT also allocates several tensors of the
 output's size. Here the adapter's product is computed first, in the compute dtype. The base's
 product is then added to it in place. Backward needs only two saved tensors: x, and s x Aᵀ, which
 has only R columns.
@@ -33,7 +33,7 @@ def lora_linear(x, base: nn.Linear, A_RD, B_OR, scaling: float) -> torch.Tensor:
     x and the dequantised W have the compute dtype. Only x, A and B get gradients. Without gradients
     and for at most FEW rows, as in decoding, the base layer runs its own forward. For an NF4 weight
     on a GPU this is bitsandbytes' kernel, which reads the 4 bits directly. Dequantising the weight
-    first would move nine times the bytes.
+    first would move nine times as many bytes.
     """
     if torch.is_grad_enabled() or len(rows(x)) > FEW:
         return LoraLinear.apply(x, base.weight, base.bias, A_RD, B_OR, scaling)
@@ -84,8 +84,8 @@ class LoraLinear(torch.autograd.Function):
 
 
 def compute_copy(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An fp32 adapter weight in `dtype`: its copy in the flat buffer (flat.py) if it has one, else
-    a new cast."""
+    """An fp32 adapter weight in `dtype`: its copy in the flat buffer (flat.py) if there is one,
+    else a new cast."""
     return getattr(adapter, "compute_copy", adapter).to(dtype)
 
 

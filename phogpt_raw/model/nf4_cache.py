@@ -96,9 +96,9 @@ def family(file: Path, ending: str = "") -> list[Path]:
 class NF4Cache:
     """The cache file of one base model. The file may not exist yet."""
 
-    folder: Path  # it can contain files of several bases
-    name: str  # of the model
-    base: str  # the folder of its checkpoint
+    folder: Path  # this folder can contain the files of several bases
+    name: str  # the model's name
+    base: str  # the folder of the base's checkpoint
     key: dict
 
     @property

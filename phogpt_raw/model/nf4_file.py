@@ -108,7 +108,8 @@ def header(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
 
     It is the length of a JSON text in 8 bytes, then the JSON text. Spaces at the end of the text
     let the tensors begin at a multiple of 64 bytes. In the text, the metadata come before the
-    tensors' names. So the checksum can come first, and no other text can be mistaken for it.
+    tensors' names. So the checksum can come first, and no other text can be mistaken for the
+    checksum.
     """
     entries, begin = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():

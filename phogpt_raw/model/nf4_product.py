@@ -2,12 +2,12 @@
 
 A decoding step reads every weight once, so the speed of the GPU's memory limits the step. NF4
 weights take a quarter of the bytes of 16-bit weights. Dequantising them to 16 bits first would move
-nine times the bytes. The Triton kernel `one_row` is for a single row of x. The kernel `some_rows`
-is for 2 to 16 rows and uses tensor cores. Triton does not support the tensor cores of GPUs older
-than Ampere. On those GPUs `one_row` computes each row of x separately. While the result is in
-registers, the kernels also add the bias, the adapter's product and the residual, and apply GELU.
-`product_plain` computes the same in ordinary operations. Without Triton, model/lora.py uses
-bitsandbytes' kernel.
+nine times as many bytes. The Triton kernel `one_row` is for a single row of x. The kernel
+`some_rows` is for 2 to 16 rows and uses tensor cores. Triton does not support the tensor cores of
+GPUs older than Ampere. On those GPUs `one_row` computes each row of x separately. While the result
+is in registers, the kernels also add the bias, the adapter's product and the residual, and apply
+GELU. `product_plain` computes the same values in ordinary operations. Without Triton, model/lora.py
+uses bitsandbytes' kernel.
 
 Three details are not obvious.
 
@@ -168,9 +168,9 @@ def fits(out: int, width: int) -> bool:
 def dequantise_asm(to_fp32: bool) -> str:
     """PTX code that converts four packed bytes, which contain eight weights, to NF4 values.
 
-    The first half of the outputs are the values of the high nibbles, the second half are those of
-    the low nibbles. The outputs are eight fp32 registers, $0 to $7, or four registers with two fp16
-    values each, $0 to $3. The register after the outputs is the input: $8 or $4.
+    The first half of the outputs are the values of the high nibbles. The second half are the values
+    of the low nibbles. The outputs are eight fp32 registers, $0 to $7, or four registers with two
+    fp16 values each, $0 to $3. The register after the outputs is the input: $8 or $4.
     """
     bits = torch.tensor(VALUES).half().view(torch.uint16).tolist()
     low, high = ([sum((value >> shift & 255) << 8 * n for n, value in enumerate(bits[i : i + 4]))

@@ -71,7 +71,7 @@ class ModelConfig:
                 )
         fields = cls.__dataclass_fields__
         given = {k: v for k, v in {**config, **parts["attn_config"]}.items() if k in fields}
-        epsilon = config.get("norm_eps")  # llm-foundry's name
+        epsilon = config.get("norm_eps")  # the name of this field in llm-foundry
         if epsilon is not None and given.setdefault("layer_norm_epsilon", epsilon) != epsilon:
             raise Refusal(f"{where}: layer_norm_epsilon and norm_eps are two names of one value, "
                           f"but their values differ")
@@ -103,10 +103,10 @@ PUBLISHED = {
     "4b": ModelConfig(3072, 24, 32, vocab_size=20_480, max_seq_len=8192),
 }
 
-# LARGEST: the largest accepted value of a field. SUPPORTED: the accepted values of other fields;
-# the first value is the default. learned_pos_emb is not listed: VinAI's config.json sets it to
-# true, but MPT has no learned positions with ALiBi. Loading refuses a checkpoint that contains
-# learned positions.
+# LARGEST: the largest accepted value of a field. SUPPORTED: all accepted values of a field; the
+# first value is the default. learned_pos_emb is not listed: VinAI's config.json sets it to true,
+# but MPT has no learned positions with ALiBi. Loading refuses a checkpoint that contains learned
+# positions.
 LARGEST = {"n_layers": 1024, "d_model": 2**16, "n_heads": 1024, "expansion_ratio": 64}
 SUPPORTED = {
     "model_type": ("mpt",),
@@ -213,12 +213,13 @@ class PhoGPT(nn.Module):
         doc_BL: the document number of each token. A token attends only to its own document. Padding
             has its own document number, so padding and packing need no separate code. None: each
             row is one document.
-        cache: a view of a key-value cache. ids_BL are the next L tokens of its rows. They attend to
-            the earlier tokens of their row in the cache. doc_BL is then ignored.
+        cache: a view of a key-value cache. ids_BL are the next L tokens of its rows. The new
+            tokens attend to the earlier tokens of their row in the cache. doc_BL is then ignored.
         recompute: the number of blocks, counted from the first, that store only their input for
-            backward. Backward computes these blocks a second time. Each of them stores about ten
-            activations fewer, but needs 1.5 times the arithmetic: a block of N frozen parameters
-            needs 6N FLOPs per token with recomputation, and 4N without.
+            backward. Backward computes these blocks a second time. Each of these blocks stores
+            about ten activations fewer than without recomputation, but needs 1.5 times the
+            arithmetic: a block of N frozen parameters needs 6N FLOPs per token with recomputation,
+            and 4N without.
         bounds: limits on the number and the length of the documents in doc_BL. With these limits,
             attention can use faster kernels (documents.py).
         """

@@ -8,7 +8,7 @@ size of the hidden states [B, L, D]. The outputs of its norms and of its GELU ar
 1 for each of the two norms, and 4 for the GELU.
 
 torch.utils.checkpoint applies the same idea to a whole block: it recomputes the block from the
-block's input. The two can be combined.
+block's input. The two methods can be combined.
 
 If saved-tensor hooks are nested, torch calls only the innermost hooks. torch.utils.checkpoint uses
 such hooks too. Inside a checkpointed block, the hooks of this file are the innermost hooks. If they
@@ -28,7 +28,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from phogpt_raw.private_apis import base_of, current_saved_tensor_hooks, version_of
 
-Saved = Callable[[], Tensor]  # a function that is saved in place of a tensor and returns it
+Saved = Callable[[], Tensor]  # a function that is saved in place of a tensor and returns the tensor
 
 
 @contextmanager
@@ -39,12 +39,12 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Iterator[Ten
     `function` must be deterministic. The hooks recognise the output and its views, unless the
     output is changed in place. A copy or a cast of the output is another tensor, so it is saved as
     usual. If an input is changed in place before backward, backward raises a RuntimeError, as in
-    plain autograd. The same happens if a norm's weight or bias is changed, because the norm's own
-    backward needs them.
+    plain autograd. Changing a norm's weight or bias raises this error too, because the norm's own
+    backward needs the weight and the bias.
     """
     output = function(*inputs)
     # If the output needs no gradient, `function` itself saves no input. Recomputation would then
-    # save an input in place of the output, which takes no less memory.
+    # save an input in place of the output, and an input takes no less memory than the output.
     hooks = recompute_hooks(output, function, inputs) if output.requires_grad else nullcontext()
     del inputs  # this frame must not keep the inputs alive
     with hooks:
@@ -74,7 +74,7 @@ def recompute_hooks(output: Tensor, function: Callable[..., Tensor],
 class Recomputation:
     """The output function(*inputs), recomputed when backward first needs it.
 
-    Several operations may have saved the same output. It is freed after its last use.
+    Several operations may have saved the same output. The output is freed after its last use.
     """
 
     def __init__(self, function: Callable[..., Tensor], inputs: list[Saved]):
@@ -83,7 +83,8 @@ class Recomputation:
         self.output = None
 
     def save(self, view: Tensor) -> Saved:
-        """The function that is saved in place of `view`, which is the output or a view of it."""
+        """The function that is saved in place of `view`, which is the output or a view of the
+        output."""
         self.users += 1
         return partial(self.load, view.shape, view.stride(), view.storage_offset())
 
@@ -102,8 +103,8 @@ class Recomputation:
 
 
 def current_save() -> Callable[[Tensor], Saved]:
-    """A function that saves a tensor with the outer hooks, or without outer hooks as autograd does.
-    """
+    """A function that saves a tensor. The function uses the outer hooks. If there are no outer
+    hooks, it saves the tensor as autograd does."""
     outside = current_saved_tensor_hooks()
     if outside is None:
         return lambda tensor: partial(unchanged, tensor.detach(), version_of(tensor))

@@ -34,7 +34,7 @@ KNOWN = ("nano", "vinai/PhoGPT-7B5", "vinai/PhoGPT-7B5-Instruct", "vinai/PhoGPT-
 NANO = Path(__file__).parents[1] / "nano" / "base"
 WITHOUT_WEIGHTS = ["*.json", "*.jinja"]  # files of a hub repository: config and tokenizer
 FILES = [*WITHOUT_WEIGHTS, "*.safetensors", "*.bin"]  # never the repository's code
-EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"  # equal; some programs store both
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"  # equal tensors; a file may have both
 PINNED_IDS = dict(unk=0, bos=1, eos=2, pad=3)
 
 
@@ -51,8 +51,8 @@ def load_base(
 
     `dtype` is the compute dtype: by default fp32 on a CPU, else fp16. With nf4=False the weights
     are not quantised, and have this dtype. `nf4_cache` is a folder for quantised weights. The first
-    load writes them there, and later loads read them from there (nf4_cache.py). Raises Refusal if
-    the folder, the config, a file or a key is not valid.
+    load writes these weights into the folder, and later loads read them from it (nf4_cache.py).
+    Raises Refusal if the folder, the config, a file or a key is not valid.
     """
     check_nf4_cache(nf4_cache, nf4=nf4)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -124,7 +124,7 @@ def find_folder(model: str, revision: str | None = None, files: list[str] = FILE
 
 def meant(model: str) -> str:
     """A question for the end of an error message about an unknown base. It names the known base
-    with the most similar name. Without a similar name it is empty.
+    with the most similar name. Without a similar name, the text is empty.
 
     >>> meant("PhoGPT-4B-Chat"), meant("vinai/phogpt_7b5")
     ('; did you mean vinai/PhoGPT-4B-Chat?', '; did you mean vinai/PhoGPT-7B5?')
@@ -328,7 +328,7 @@ def read_bin(file: Path) -> dict[str, torch.Tensor]:
                           f"again (is it a git-lfs pointer?), or load and save it with a new torch")
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message advises running the code
+    except pickle.UnpicklingError:  # torch's own message advises to run the code in the file
         raise Refusal(f"{file}: holds more than tensors, maybe code that would run on loading; "
                       f"use safetensors or another source") from None
 
@@ -352,7 +352,7 @@ def place(phogpt: PhoGPT, name: str, tensor: torch.Tensor, *, nf4, dtype, device
         linear = nf4_linear(there, dtype, device, bias=module.bias)
         setattr(phogpt.get_submodule(parent), child, linear)
     else:
-        there = there.to(dtype, copy=there is tensor)  # not a view of the mapped file
+        there = there.to(dtype, copy=there is tensor)  # a copy, never a view of the mapped file
         module.register_parameter(kind, nn.Parameter(there, requires_grad=False))
 
 

@@ -41,10 +41,10 @@ from phogpt_raw.serve.protocol import (
 )
 from phogpt_raw.serve.worker import Job, Piece, Worker, broken
 
-MOST_BODY = 2**20  # bytes; the longest conversation of a model has a tenth as many bytes
+MOST_BODY = 2**20  # bytes; the longest conversation that a model allows needs a tenth of this
 BODY_S = 30  # seconds within which a request's body must arrive
 PAGE = Path(__file__).with_name("page.html").read_text("utf-8")
-LEFT = 499  # HTTP status if the client has disconnected; nobody receives it
+LEFT = 499  # HTTP status if the client has disconnected; nobody receives this reply
 
 
 class Answers:

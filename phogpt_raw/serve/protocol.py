@@ -17,7 +17,7 @@ from phogpt_raw.decode.sampling import Sampling
 
 # Largest number of choices, of stop strings, and of characters in a stop string.
 MOST_CHOICES, MOST_STOPS, MOST_STOP = 128, 16, 1000
-COMPLETION_TOKENS = 16  # the protocol's default for /v1/completions
+COMPLETION_TOKENS = 16  # the protocol's default of max_tokens for /v1/completions
 
 WITHOUT_EFFECT = {"metadata", "prediction", "prompt_cache_key", "prompt_cache_retention",
                   "safety_identifier", "service_tier", "store", "user"}
@@ -154,7 +154,7 @@ def text(fields: dict, name: str) -> str | None:
 
 
 def clean(value, name: str) -> str:
-    """The value, if it is text. Raises ProtocolError if it is not, or if UTF-8 cannot encode it.
+    """The value. Raises ProtocolError if the value is not text, or if UTF-8 cannot encode the text.
 
     JSON can contain half of a surrogate pair, which UTF-8 cannot encode.
     """
@@ -318,7 +318,7 @@ class Reply:
 
     chat: bool
     model: str
-    with_usage: bool  # add the field `usage` to every chunk; only the last one has its values
+    with_usage: bool  # add the field `usage` to every chunk; it is null in all but the last chunk
     id: str
     created: int
 

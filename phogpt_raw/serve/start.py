@@ -21,7 +21,7 @@ from phogpt_raw.serve.protocol import NO_FLAGS, Defaults
 from phogpt_raw.serve.worker import Worker
 
 HERE = "127.0.0.1"
-GRACE_S = 600  # seconds for the last answers; after that their connections are closed
+GRACE_S = 600  # seconds for the last answers; after this time their connections are closed
 JOIN_S = 30
 BACKLOG = 2048  # number of connections that can wait, also while the model is loaded
 # Seconds after which Python switches threads. The time is short, so that the engines' thread does
@@ -33,7 +33,7 @@ def serve(options, adapters: dict[str, Path], sampling: Sampling) -> None:
     """Serve until SIGTERM, SIGHUP or Ctrl-C.
 
     options: those of generate.py. adapters: {name: folder}, empty for the base alone. sampling: the
-    sampling settings for requests that contain none.
+    sampling settings for requests without such settings.
     """
     check_extra()
     host, port = address(options.serve)

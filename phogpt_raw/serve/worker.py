@@ -132,7 +132,8 @@ class Worker:
         self.inbox.put(lambda: self.drop(key))
 
     def close(self, finish: bool = True) -> None:
-        """Finish or stop the answers in progress, refuse those that wait, then end the thread."""
+        """Finish or stop the answers in progress, refuse the jobs that wait, then end the
+        thread."""
         self.closing = True
         self.inbox.put(lambda: self.refuse(finish))
 

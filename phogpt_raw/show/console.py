@@ -68,7 +68,7 @@ class Display:
         self.bar = tqdm(total=run.steps, initial=run.state.step, disable=not self.live,
                         dynamic_ncols=True,
                         bar_format="{n_fmt}/{total_fmt} |{bar:10}| {desc}")
-        self.latest = _("first step")  # after a step: its values, without the remaining time
+        self.latest = _("first step")  # later: the last step's values, without the remaining time
         self.bar.set_description_str(_("evaluating") if run.evaluation_due() else self.latest)
         self.step_seconds, self.evaluation_seconds = Mean(), Mean()
 

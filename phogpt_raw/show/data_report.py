@@ -11,8 +11,8 @@ from phogpt_raw.show.console import listing, one_line
 
 BARS = "▁▂▃▄▅▆▇█"
 FEW = 10  # no histogram is drawn for fewer examples
-USUAL = ("turns", "text", "system")  # notes that are not warnings; their text names no row
-EXCERPT = 60  # most characters that are shown of a text
+USUAL = ("turns", "text", "system")  # notes that are not warnings and name no row
+EXCERPT = 60  # the largest number of characters that are shown of a text
 
 
 def show(tokenizer, examples: Examples, config: Config) -> None:
@@ -138,7 +138,7 @@ def note_text(kind: str, note: Note) -> str | None:
 
 
 def left_out_line(findings: Findings) -> str:
-    """The number of rows that cannot be used, and the names of the first ones."""
+    """The number of rows that cannot be used, and the names of the first of these rows."""
     if not findings.bad:
         return ""
     return _("{n:,} of {total:,} rows; {rows}", n=len(findings.bad),

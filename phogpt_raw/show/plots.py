@@ -62,7 +62,7 @@ def draw(folder: Path, base: str) -> None:
     steps, evaluations = read_metrics(folder)
     if not steps and not evaluations:
         return
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no messages about its font cache
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no messages about the font cache
     from matplotlib import style
 
     title = folder.resolve().name
@@ -205,8 +205,8 @@ def extremes(step: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The running mean of `values`, as an array [n].
 
-    Each mean is over the finite values that are at most window // 2 positions away. It is NaN if
-    there is no finite value so near.
+    Each mean is over the finite values that are at most window // 2 positions away. It is NaN if no
+    value in this range is finite.
 
     >>> running_mean(np.array([1.0, 2.0, np.nan, 6.0]), 3).tolist()
     [1.5, 1.5, 4.0, 6.0]

@@ -1,4 +1,5 @@
-"""Print the settings of a run before training. `--dry-run` prints only these and one example."""
+"""Print the settings of a run before training. `--dry-run` prints only these settings and one
+example."""
 
 import statistics
 from contextlib import nullcontext

@@ -14,7 +14,7 @@ from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
 MIB = 2**20
-ROUND = 512  # bytes; the size of a block is a multiple of this
+ROUND = 512  # the size of a block in bytes is a multiple of ROUND
 SMALL = MIB  # blocks up to this size come from segments of 2 MiB
 # Blocks above SMALL and below MEDIUM come from segments of 20 MiB. Larger blocks get a segment of
 # their own.

@@ -3,8 +3,8 @@
 The memory follows from the model's shape. The sizes of weights, adapters and cache are exact. The
 size of a prompt's tensors was counted in the code of decode/prefill.py, at the point where they
 take the most memory. A test compares the results with the memory that was measured on an H100 in 26
-settings. The computed allocated memory agrees with the measured one within 1%. The computed
-reserved memory is never below the measured one.
+settings. The computed allocated memory agrees with the measured allocated memory within 1%. The
+computed reserved memory is never below the measured reserved memory.
 
 On a CPU, the weights dequantised to fp32 (decode/dense.py) take additional memory.
 """

@@ -42,7 +42,7 @@ from phogpt_raw.training.step import Training
 # speed.
 GRAPHS, SHARE = 0.6 * GIB, 1.05
 ROW = 2048  # most tokens of a packed row; longer rows are hardly faster
-SHORTER = 0.75  # if rows do not fit, their length is multiplied by this and tried again
+SHORTER = 0.75  # if rows do not fit, SHORTER times their length is tried next
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Choice:
 def choose(job: Job) -> Choice:
     """Choose the packing and the recomputed blocks of a run.
 
-    Values given by --pack-len and --recompute are kept. The others are chosen by simulating steps
-    with the run's rows on its GPU.
+    Values given by --pack-len and --recompute are kept. Values that are not given are chosen by
+    simulating steps with the run's rows on its GPU.
     """
     longest = max(len(e.ids) for e in job.examples.train + job.examples.held_out)
     return choose_for(job.card, job.config, job.model.config.n_layers, job.stream,
@@ -170,8 +170,8 @@ def needed(trace: Trace, card: Card) -> float:
 
 def largest(windows: list[list[Example]], packing: Packing, micro_batch: int) -> Window:
     """A window that contains only the micro-batch that takes the most memory. This is the
-    micro-batch with the most tokens. If several have equally many tokens, it is the one of these
-    with the most supervised tokens."""
+    micro-batch with the most tokens. Of several micro-batches with equally many tokens, the
+    micro-batch with the most supervised tokens is chosen."""
     batches = (batch for examples in windows
                for batch in Window(examples, 0, packing).layout(micro_batch))
     rows, length = max(batches, key=lambda batch: (

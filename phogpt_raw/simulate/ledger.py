@@ -2,8 +2,8 @@
 
 trace.py records the trace, and names the purpose of each storage that exists before the step. The
 purpose of every other storage follows from the phase and the block that created it, and from its
-lifetime. A saved activation exists longer than the forward of the block that created it, and a
-temporary does not.
+lifetime. A saved activation still exists when the forward of the block that created it has ended. A
+temporary is freed before that forward ends.
 """
 
 from collections import defaultdict

@@ -36,7 +36,8 @@ class Known:
 
 
 T = 1e12
-# `host` on Colab, whose CPU cores are 2 to 4 times slower than the cores on which it was measured.
+# `host` on Colab. Colab's CPU cores are 2 to 4 times slower than the cores on which `host` was
+# measured.
 COLAB = (50e-6, 150e-6)
 EFFICIENT = "attention 15 % of the matmul rate (measured on an H200 with this kernel) to 40 " \
             "(assumed)"

@@ -159,8 +159,9 @@ def document_flops(func, args) -> float:
 
     Forward has two matrix products, and backward has five. Each document counts as if it were as
     long as the longest one. The factor two comes from a measurement on an H100, for heads wider
-    than 128. There the memory-efficient kernel needed 1.1 to 2.4 times as much time for each key as
-    the same kernel with a bias needs. For both kernels all keys were counted, masked keys included.
+    than 128. The memory-efficient kernel was slower in its variable-length form than with a bias:
+    the time per key was 1.1 to 2.4 times the time per key with a bias. Masked keys were counted
+    too.
     """
     named = dict(zip((a.name for a in schema_of(func).arguments), args, strict=False))
     tokens, heads, width = named["query"].shape[-3:]

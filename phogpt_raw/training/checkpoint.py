@@ -53,7 +53,7 @@ class Snapshot:
 
 
 def take(training: Training, state: dict) -> Snapshot:
-    """Copy a checkpoint's content to the host. When this returns, the next step may start."""
+    """Copy a checkpoint's content to the host. When `take` returns, the next step may start."""
     adapter = training.adapters.on_host()
     rest = on_host({"optimizer": training.optimizer.state_dict(),
                     "scaler": training.scaler.state_dict(), "random": random_state()})
@@ -67,7 +67,7 @@ def write(run: Path, snapshot: Snapshot) -> Path:
     final = run / f"checkpoint-{snapshot.state['step']}"
     replaced = final.with_name(final.name + REPLACED)
     with whole_folder(final, ours=True) as folder:
-        with ThreadPoolExecutor() as beside:  # hashes a file while the next one is written
+        with ThreadPoolExecutor() as beside:  # hashes a file while the next file is written
             snapshot.adapters.save(folder, snapshot.adapter)
             hashed = {name: beside.submit(hash_of, folder / name) for name in ADAPTER}
             save_state(folder / STATE, snapshot.training)
@@ -116,7 +116,7 @@ def tidy(run: Path) -> None:
     """Remove the unfinished files of a killed process from a run's folder.
 
     The process may have been killed while it replaced a checkpoint. If the new checkpoint does not
-    exist, the old one gets its name back.
+    exist, the old checkpoint gets its name back.
     """
     for left in run.glob(f"*{UNFINISHED}"):
         name = left.name.removesuffix(UNFINISHED)
@@ -137,7 +137,8 @@ def hash_of(file: Path) -> str:
 def by_step(run: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step, from the highest step to the lowest."""
     found = {}
-    for folder in sorted(run.glob("checkpoint-*"), reverse=True):  # N overrides N.replaced
+    # checkpoint-N.replaced comes before checkpoint-N, so checkpoint-N overrides it.
+    for folder in sorted(run.glob("checkpoint-*"), reverse=True):
         name = folder.name.removeprefix("checkpoint-").removesuffix(REPLACED)
         if name.isdecimal():
             found[int(name)] = folder
@@ -150,7 +151,8 @@ def newest(run: Path, up_to: float = math.inf) -> Path | None:
 
 
 def newest_whole(run: Path, identity: str = "") -> tuple[Path | None, list[str]]:
-    """Return (newest undamaged checkpoint or None, a message for each newer, damaged one).
+    """Return (newest undamaged checkpoint or None, a message for each damaged checkpoint that is
+    newer).
 
     identity: the identity of the run. A checkpoint of a run with another identity counts as
     damaged. With "" the identity is not checked.
@@ -165,7 +167,7 @@ def newest_whole(run: Path, identity: str = "") -> tuple[Path | None, list[str]]
 
 
 def damage(folder: Path, step: int, identity: str) -> str | None:
-    """A message that says why a checkpoint cannot be used; None if it can.
+    """A message that says why a checkpoint cannot be used; None if the checkpoint can be used.
 
     A file may be missing or damaged, or the checkpoint may belong to another step or another run.
     """
@@ -185,12 +187,12 @@ def damage(folder: Path, step: int, identity: str) -> str | None:
 
 
 def remove_older(run: Path, keep: int, best: int, newest: int) -> None:
-    """Remove all checkpoints up to step `newest`, except the newest `keep` of them and the one of
-    step `best`.
+    """Remove all checkpoints up to step `newest`, except the newest `keep` of these checkpoints and
+    the checkpoint of step `best`.
 
-    Checkpoints above step `newest` are damaged. They are not counted, and stay until the run writes
-    them again. A checkpoint is renamed before its files are removed. If the process is killed
-    during the removal, the remaining files do not look like a checkpoint.
+    Checkpoints above step `newest` are damaged. They do not count among the newest `keep`, and stay
+    until the run writes them again. A checkpoint is renamed before its files are removed. If the
+    process is killed during the removal, the remaining files do not look like a checkpoint.
     """
     up_to = [(step, folder) for step, folder in by_step(run).items() if step <= newest]
     for step, folder in up_to[keep:]:
@@ -226,7 +228,8 @@ def readable(folder: Path, read):
 def random_state() -> dict:
     """The states of the random generators of torch, of Python and of the run's GPU.
 
-    Other GPUs are left out, so a checkpoint does not depend on the number of GPUs in the computer.
+    The states of other GPUs are left out, so a checkpoint does not depend on the number of GPUs in
+    the computer.
     """
     return {"torch": torch.get_rng_state(), "python": repr(random.getstate()),
             "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []}

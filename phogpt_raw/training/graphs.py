@@ -35,8 +35,8 @@ from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.training.limits import Limits
 
 SHAPES = 64  # the largest number of captured shapes, because each graph takes some driver memory
-# A shape is captured only if at least this number of its micro-batches remain. With fewer, the
-# graphs would save less time than the capture takes.
+# A shape is captured only if at least WORTH of its micro-batches remain. With fewer micro-batches,
+# the graphs would save less time than the capture takes.
 WORTH = 10
 
 
@@ -55,8 +55,8 @@ class GraphedModel:
         self.seen: set[tuple] = set()
         self.graphs: dict[tuple, Graphs | None] = {}
         self.expected: Counter | None = None  # remaining micro-batches by (B, L), if known
-        self.replayed: set[Graphs] = set()  # replayed in this step
-        self.new: set[Graphs | None] = set()  # captured in this step
+        self.replayed: set[Graphs] = set()  # graphs that were replayed in this step
+        self.new: set[Graphs | None] = set()  # captured in this step; None: the capture failed
 
     def __call__(self, ids_BL: torch.Tensor, doc_BL: torch.Tensor | None = None,
                  recompute: int = 0, bounds: DocumentBounds | None = None) -> torch.Tensor:

@@ -36,7 +36,7 @@ def retry_without_graphs(work: Callable, training, say: Callable[[str], None]) -
         except torch.OutOfMemoryError:
             if not training.limits.graphs:
                 raise
-        # Not inside `except`: the traceback there would keep all activations in memory.
+        # Not inside `except`: the exception's traceback would keep all activations in memory.
         training.limits.graphs = False
         training.forward.release()
         say(_("GPU memory is too full for CUDA graphs: continuing without them, as with "

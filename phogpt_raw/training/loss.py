@@ -48,7 +48,7 @@ class HeadLoss(torch.autograd.Function):
                 slope_CV.scatter_(1, targets_C1, picked_C1.expm1().to(slope_CV.dtype))
                 torch.mm(slope_CV, head_VD, out=gradient_TD[rows]).mul_(counts_C1)
                 del slope_CV
-            del log_p_CV  # free it before the next chunk allocates its own
+            del log_p_CV  # freed before the next chunk allocates its log_p_CV
         ctx.save_for_backward(gradient_TD)
         return total
 

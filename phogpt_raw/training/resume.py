@@ -21,7 +21,7 @@ from phogpt_raw.files import LOCK, SIGN, expanded, read_object, write_text
 from phogpt_raw.model.adapter_config import run_record
 from phogpt_raw.refusal import Refusal
 
-# Settings that may differ when a run is resumed. All other settings must stay the same.
+# Settings that may change when a run is resumed. Settings that are not in FREE must not change.
 FREE = {"preset", "data", "val", "map", "strict", "too_long", "data_cache", "inspect", "json",
         "hold_out", "out", "dry_run", "steps", "epochs", "eval_every", "eval_answers",
         "answer_tokens", "patience", "save_every", "keep", "max_minutes", "tensorboard",

@@ -42,9 +42,9 @@ class RunState:
     skipped_in_row: int = 0
     best_loss: float = math.inf
     best_step: int = 0
-    not_better: int = 0  # evaluations after the one with the lowest validation loss, maybe step 0's
+    not_better: int = 0  # number of evaluations since the lowest validation loss
     first: dict = field(default_factory=dict)  # score before training: val_loss, stops, answers
-    best: dict = field(default_factory=dict)  # the same values for the best adapter
+    best: dict = field(default_factory=dict)  # val_loss, stops, answers of the best adapter
     planned: int = 0  # steps of the whole run; 0 in checkpoints of older versions
     run: str = ""  # the run's identity, to detect checkpoints of other runs
 
@@ -148,7 +148,7 @@ class Run:
                               f"give the same command again")
             try:
                 checkpoint.tidy(self.folder)
-                if has_our_card(self.folder):  # it describes a result that is out of date
+                if has_our_card(self.folder):  # the model card describes an older result
                     (self.folder / CARD).unlink()
                 resume.record_run(self.folder, self.config, self.examples,
                                   base_weights=self.base_weights, run=self.state.run)
@@ -203,8 +203,8 @@ class Run:
             state.best_step, state.best = state.step, record(score)
 
     def save(self, training: Training) -> None:
-        """Write a checkpoint, unless nothing has changed since the last one. Another thread writes
-        it while the next steps are computed. `settle` waits until it is written."""
+        """Write a checkpoint, unless nothing has changed since the last checkpoint. Another thread
+        writes it while the next steps are computed. `settle` waits until it is written."""
         state = self.state
         if state.step == 0 or self.saved == (state.step, state.evaluated):
             return
@@ -285,8 +285,8 @@ class Run:
     def advice(self) -> str:
         """A text for the user of a failed run: which checkpoint to continue from.
 
-        This is the best checkpoint. Without held-out rows it is the newest checkpoint before the
-        last update, because this update may have caused the failure.
+        The text names the best checkpoint. Without held-out rows, it names the newest checkpoint
+        before the last update, because this update may have caused the failure.
         """
         self.settle()
         state = self.state

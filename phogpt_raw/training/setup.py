@@ -48,7 +48,7 @@ from phogpt_raw.training.optim import make_optimizer
 from phogpt_raw.training.run import Run
 from phogpt_raw.training.step import Training
 
-EPOCHS = 3  # if neither --steps nor --epochs is given
+EPOCHS = 3  # number of epochs if neither --steps nor --epochs is given
 # The row lengths and the captured shapes are chosen from the rows of at most this number of steps.
 PLANNED = 512
 
@@ -113,7 +113,8 @@ class Job(Training):
                         self.limits, self.stream.packing, memory)
 
     def planned(self, start: int = 0) -> range:
-        """At most PLANNED steps from `start` on. Row lengths and captured shapes depend on them."""
+        """At most PLANNED steps from `start` on. Row lengths and captured shapes depend on these
+        steps."""
         return range(start, min(self.run.steps, start + PLANNED))
 
     def pack(self, packing: Packing | None) -> None:

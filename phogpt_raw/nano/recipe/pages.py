@@ -2,7 +2,7 @@
 
 A page is one document of six to ten unrelated questions and answers, with a single </s> at its end.
 So the base learns to continue with the next question after an answer. Fine-tuning must teach it to
-stop there.
+stop after an answer.
 """
 
 import random

@@ -72,7 +72,7 @@ def prepare(args: argparse.Namespace) -> dict:
         "seed": args.seed,
     }
     write_json(out / "corpus.json", counts)
-    with open(out / "questions.jsonl", "w", encoding="utf-8") as lines:  # pretrain does not read it
+    with open(out / "questions.jsonl", "w", encoding="utf-8") as lines:  # not read by pretrain
         for q in chosen:
             lines.write(json.dumps(vars(q), ensure_ascii=False) + "\n")
     print(json.dumps(counts, indent=2))

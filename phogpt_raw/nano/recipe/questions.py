@@ -117,7 +117,8 @@ def names_its_phrase(question: Question) -> bool:
 class Overlap:
     """A set of topics. `phrase in Overlap(topics)` is True if the phrase and a topic overlap.
 
-    They overlap if they are equal, or if one contains the other. Only whole words are compared.
+    A phrase and a topic overlap if they are equal, or if one contains the other. Only whole words
+    are compared.
     """
 
     def __init__(self, topics: Iterable[str]):

@@ -37,8 +37,8 @@ def rows_at(stream: torch.Tensor, starts_B: torch.Tensor, seq_len: int):
     """Return (ids, document numbers, targets), each [B, L], of the rows that begin at `starts_B`.
 
     </s> belongs to the document that it ends. The position of </s> has the target -100, so that the
-    model does not learn to predict the first token of the next document there. All three tensors
-    are on the stream's device.
+    model does not learn to predict the first token of the next document after </s>. All three
+    tensors are on the stream's device.
     """
     tokens = stream[starts_B[:, None] + torch.arange(seq_len + 1, device=stream.device)].long()
     ids_BL, targets_BL = tokens[:, :-1], tokens[:, 1:]
