@@ -24,6 +24,7 @@ import torch
 
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.command_line import Parser
+from phogpt_raw.config import as_typed
 from phogpt_raw.data.conversations import parse_map
 from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
 from phogpt_raw.decode.engine import Engine
@@ -33,7 +34,7 @@ from phogpt_raw.inference.answers import answer_file, lengths_in
 from phogpt_raw.inference.conversation import chat
 from phogpt_raw.inference.loading import Found, find
 from phogpt_raw.inference.question import read_question
-from phogpt_raw.inference.score import evaluate, prompt_of, read
+from phogpt_raw.inference.score import evaluate, prompt_lengths
 from phogpt_raw.inference.streaming import Generation, Written, remarks, say, stream, tokens
 from phogpt_raw.messages import _
 from phogpt_raw.refusal import Refusal, exits_cleanly
@@ -115,11 +116,11 @@ def parse(arguments):
     parser.add_argument("--card", metavar="NAME", help="with --dry-run: plan for this GPU: t4, "
                         "v100, l4, a100 or h200")
     options = parser.parse_args(arguments)
-    check(options)
+    check(options, parser)
     return options
 
 
-def check(options) -> None:
+def check(options, parser: Parser) -> None:
     """Raise Refusal for flags that cannot be combined."""
     asked = [options.question is not None, options.chat, bool(options.input), bool(options.eval),
              bool(options.serve)]
@@ -133,7 +134,7 @@ def check(options) -> None:
              "a question": options.question is not None, "--serve": options.serve,
              "--dry-run": options.dry_run}
     for name, needed in only.items():
-        if getattr(options, name) not in (None, "", 1, False) \
+        if getattr(options, name) != parser.get_default(name) \
                 and not any(given[other] for other in needed.split(" or ")):
             raise Refusal(f"--{name.replace('_', '-')}: has an effect only with {needed}")
     if options.input and not options.output:
@@ -155,11 +156,12 @@ def sampling_of(options) -> Sampling:
         if value is None:
             continue
         if not low <= value <= high or (name in ("top_p", "repetition_penalty") and value == 0):
-            raise Refusal(f"{flag} {value}: must be from {low} to {high}"
+            raise Refusal(f"{flag} {as_typed(value)}: must be from {low:,} to {high:,}"
                           + (", and not 0" if low == value else ""))
         if name in ("top_k", "top_p", "min_p", "seed") and not options.temperature \
                 and value != getattr(Sampling, name, None):
-            raise Refusal(f"{flag} {value}: needs random sampling; give --temperature too")
+            raise Refusal(f"{flag} {as_typed(value)}: needs random sampling; give --temperature "
+                          f"too")
     if options.max_new_tokens < 1:
         raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
     return Sampling(options.temperature, options.top_k, options.top_p, options.min_p,
@@ -218,7 +220,7 @@ def dry_run(options, how: Generation) -> None:
         return memory_plan.show(found, memory_plan.conversation(found, how))
     mapped = parse_map(options.map)
     lengths = (lengths_in(found, options.input, mapped) if options.input
-               else [len(prompt_of(example)) for example in read(found, options.eval, mapped)])
+               else prompt_lengths(found, options.eval, mapped))
     memory_plan.show(found, memory_plan.file(found, how, lengths * options.num_samples))
 
 

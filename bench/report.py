@@ -77,6 +77,16 @@ def simulated_memory(rows: list[dict]) -> Table:
     return made
 
 
+# {row of the ledger: its note under the table}
+LEDGER_NOTES = {
+    "rounding": "of the simulated allocator",
+    "matmul workspace": "memory that torch allocates for cuBLAS",
+    "fragmentation": "of the simulated allocator",
+    "optimizer's pages": "the optimizer's moments, in managed memory, which torch does not count",
+    "CUDA context": "measured on an H200, smaller on smaller cards",
+}
+
+
 def ledger(shown: dict[str, OnCard]) -> Table:
     """A table of the memory at the peak, by kind, with a column for each GPU.
 
@@ -84,16 +94,17 @@ def ledger(shown: dict[str, OnCard]) -> Table:
     """
     made = table("GiB by kind at the peak", ["kind", *(
         f"{card.split('-')[0]}, {f.setting.micro_batch} x {f.setting.seq_len}"
-        for card, f in shown.items())], caption=(
-        "rounding, fragmentation: of the simulated allocator; pages: the optimizer's moments, in "
-        "managed memory, which torch does not count; context: measured on an H200, smaller on "
-        "smaller cards; matmul workspace: memory that torch allocates for cuBLAS"))
+        for card, f in shown.items())])
     rows = [f.memory_row() for f in shown.values()]
+
+    notes = []
 
     def line(name: str, values) -> None:
         values = list(values)
         if any(abs(v) >= 0.0005 for v in values):
             made.add_row(name, *(f"{v:.3f}" for v in values))
+            if name in LEDGER_NOTES:
+                notes.append(f"{name}: {LEDGER_NOTES[name]}")
 
     for kind in KINDS:
         line(kind, (row["kinds_gib"].get(kind, 0) for row in rows))
@@ -103,6 +114,7 @@ def ledger(shown: dict[str, OnCard]) -> Table:
     line("CUDA context", (row["context_gib"] for row in rows))
     line("on the card", (row["device_gib"] for row in rows))
     line("of", (f.card.memory_gib for f in shown.values()))
+    made.caption = "; ".join(notes)
     return made
 
 

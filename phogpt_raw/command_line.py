@@ -86,8 +86,8 @@ class Parser(argparse.ArgumentParser):
         unknown = message.partition("unrecognized arguments: ")[2].partition("=")[0].split()
         meant = self.nearest(unknown[0]) if unknown else None
         if meant:
-            advice = f"did you mean {meant}?"
-        elif unknown and not unknown[0].startswith("-"):
+            raise Refusal(f"{unknown[0]}: no such flag; did you mean {meant}?")
+        if unknown and not unknown[0].startswith("-"):
             advice = "write each value after its flag, and several words in quotes; see --help"
         else:
             advice = "see --help"

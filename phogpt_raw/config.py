@@ -29,7 +29,7 @@ class Config:
     template: str = "auto"  # prompt template: auto, 7b5-instruct or 4b-chat
     out: str | None = None  # folder of the run; default: a new folder runs/<model>-NNN
     adapter: str | None = None  # start from this adapter, with its rank and targets
-    dry_run: bool = False  # print the settings and one example, and train nothing
+    dry_run: bool = False  # print settings and one example (none for 7b5 and 4b); train nothing
     inspect: int | None = None  # print N packed rows as the model reads them, and train nothing
     json: bool = False  # with --inspect: print each packed row as one line of JSON
     card: str | None = None  # with --dry-run: plan for this GPU: t4, v100, l4, a100 or h200
@@ -42,7 +42,7 @@ class Config:
     micro_batch: int = 1  # rows that go through the model at once
     max_len: int = 1024  # maximum tokens in one example; a longer answer is cut
     packing: bool = True  # put several examples into one row: same result, less time
-    pack_len: int | None = None  # maximum tokens in a packed row; default: at most 2048
+    pack_len: int | None = None  # maximum tokens in a packed row; a longer example raises it
     lr: float = 2e-4  # peak learning rate
     warmup: int | None = None  # steps of warm-up; default: 5, at most a tenth of all steps
     lr_floor: float = 0.1  # last learning rate divided by the peak learning rate
@@ -64,10 +64,10 @@ class Config:
     loss_mib: int = 256  # maximum memory of one chunk of logits, in MiB
     # evaluation and saving
     eval_every: int = 50  # steps between evaluations; 0: evaluate only at the start and the end
-    eval_answers: int = 8  # held-out questions that each evaluation answers
+    eval_answers: int = 8  # held-out questions that each evaluation answers; 0: none
     answer_tokens: int = 96  # maximum tokens in each of these answers
     patience: int = 0  # stop after N evaluations without a lower validation loss; 0: never
-    save_every: int = 50  # steps between checkpoints; each evaluation also saves a checkpoint
+    save_every: int = 50  # steps between checkpoints; each evaluation saves one too; 0: only these
     keep: int = 2  # number of newest checkpoints to keep; the best one is also kept
     max_minutes: float | None = None  # save and stop after this time; the run can be resumed
     tensorboard: bool = False  # also write the values of metrics.jsonl for TensorBoard
@@ -81,7 +81,8 @@ class Config:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # also refuses nan
-                raise Refusal(f"--{flag(name)} {value}: must be from {low:,} to {high:,}")
+                raise Refusal(f"--{flag(name)} {as_typed(value)}: must be from {low:,} to "
+                              f"{high:,}")
         for name, value in vars(self).items():
             if value == "" or (isinstance(value, tuple) and "" in value):
                 raise Refusal(f"--{flag(name)}: is empty; give a value, or leave it out")
@@ -92,7 +93,8 @@ class Config:
         for name, most in ABOVE_ZERO.items():
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:
-                raise Refusal(f"--{flag(name)} {value}: must be above 0, and at most {most:,}")
+                raise Refusal(f"--{flag(name)} {as_typed(value)}: must be above 0, and at most "
+                              f"{most:,}")
         if self.steps is not None and self.epochs is not None:
             raise Refusal("--steps and --epochs: give one of them")
         if not re.fullmatch(r"auto|all|none|\d+", self.recompute):
@@ -181,6 +183,15 @@ def check_nf4_cache(folder: str | Path | None, *, nf4: bool) -> None:
 
 def flag(field: str) -> str:
     return field.replace("_", "-")
+
+
+def as_typed(value: float) -> str:
+    """The text of a flag's number. A whole number has no fraction, because few people type one.
+
+    >>> as_typed(-3.0), as_typed(0.5), as_typed(10**20)
+    ('-3', '0.5', '100000000000000000000')
+    """
+    return str(value).removesuffix(".0")
 
 
 def save(config: Config, file: Path, **more) -> None:

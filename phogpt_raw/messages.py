@@ -4,7 +4,7 @@ The English text stays in the code that prints it, and is the key of the catalog
 language needs only one dictionary. Values are filled in by name, after the text is looked up. The
 text of a Refusal and the help of the flags stay English.
 
->>> _("{n:,} rows, median {median} tokens", n=1200, median=124)
+>>> _("{n:,} rows, median {median:,} tokens", n=1200, median=124)
 '1,200 rows, median 124 tokens'
 """
 

@@ -196,8 +196,8 @@ def train_and_draw(train, monkeypatch):
 
 
 SMALL = {"--steps": 7, "--batch-size": 4, "--micro-batch": 2, "--rank": 4, "--lr": 1e-2,
-         "--warmup": 2, "--hold-out": 3, "--eval-every": 2, "--eval-answers": 2,
-         "--answer-tokens": 4, "--save-every": 3}
+         "--hold-out": 3, "--eval-every": 2, "--eval-answers": 2, "--answer-tokens": 4,
+         "--save-every": 3}
 
 
 def command_line(settings: dict, flags) -> list[str]:

@@ -193,3 +193,19 @@ def test_a_base_that_is_no_longer_there_is_said_to_be_the_adapters(tmp_path):
         "elsewhere", None)
     assert named_base(adapter(tmp_path / "b", base_model_name_or_path="vinai/PhoGPT-4B")) == (
         "vinai/PhoGPT-4B")
+
+
+def test_a_folder_without_an_adapter_is_answered_with_what_it_has(tmp_path):
+    def said(folder):
+        with pytest.raises(Refusal) as refused:
+            read_adapter_config(folder)
+        return str(refused.value)
+
+    assert said(tmp_path).endswith("name a folder that a run has written, such as runs/nano-001")
+    record = {"model": "nano", "template": "4b-chat", "rank": 8}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    assert "has saved no checkpoint; give its command again" in said(tmp_path)
+    (tmp_path / "checkpoint-5").mkdir()
+    assert "has not ended; name one of its checkpoint-N folders" in said(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mpt", "d_model": 8}))
+    assert "is a whole model; name it with --model" in said(tmp_path)

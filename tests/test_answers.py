@@ -96,6 +96,15 @@ def test_every_letter_that_ends_a_line_somewhere_is_kept_in_the_progress(tmp_pat
         assert module.Progress(tmp_path / str(n), "key").done == {0: line}
 
 
+def test_a_map_of_lines_of_text_is_refused(run, tmp_path):
+    file = tmp_path / "ask.txt"
+    file.write_text("Phở?\n", "utf-8")
+    for flags in ([], ["--dry-run"]):
+        status, said = run("--input", file, "--output", tmp_path / "a", "--map", "prompt=x", *flags)
+        assert status == 2
+        assert said == f"error: --map: {file} has lines of text without columns; leave out --map\n"
+
+
 @pytest.mark.parametrize("cut", range(1, 25))
 def test_a_line_that_is_cut_anywhere_is_answered_again(tmp_path, cut):
     """A full disk can cut a line at any byte, even inside a character."""
@@ -242,6 +251,39 @@ def test_what_cannot_be_asked_is_named(tmp_path, content, line):
     file.write_text(content)
     with pytest.raises(Refusal, match=line):
         read_questions(str(file), {})
+
+
+@pytest.mark.parametrize("field, said", [
+    ("cau", "fields cau; a question needs prompt, instruction, question, input, messages or "
+            "conversations; missing: prompt; for other names, give --map prompt=NAME (1 of 1"),
+    ("promt", "did you mean prompt? Correct the name, or give --map prompt=promt (1 of 1")])
+def test_of_a_question_no_answer_is_demanded(tmp_path, field, said):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({field: "Phở?"}) + "\n")
+    with pytest.raises(Refusal) as refused:
+        read_questions(str(file), {})
+    assert said in str(refused.value) and "response" not in str(refused.value)
+    [found] = read_questions(str(file), {field: "prompt"})
+    assert found.turns == (Turn("Phở?"),)
+
+
+@pytest.mark.parametrize("row", [
+    {"question": "a", "answer": ""}, {"Câu hỏi": "a", "output": None, "Trả lời": ""},
+    {"messages": [{"vai trò": "Người dùng", "nội dung": "a"}]}])
+def test_an_empty_answer_is_no_answer(tmp_path, row):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    [found] = read_questions(str(file), {})
+    assert found.turns == (Turn("a"),)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("q.csv", "the first row names the columns, such as question; the rows are below it"),
+    ("q.txt", "write a text into it"), ("q.jsonl", 'a row is a line such as {"question": "…"}')])
+def test_a_file_without_questions_says_what_its_kind_needs(tmp_path, name, said):
+    (tmp_path / name).touch()
+    with pytest.raises(Refusal, match=f"holds no questions; {said}"):
+        read_questions(str(tmp_path / name), {})
 
 
 def test_a_question_too_long_is_named_before_the_weights_are_read(run, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def test_a_step_is_counted_in_examples_or_in_tokens(tmp_path):
 
 
 def test_doctest():
-    assert doctest.testmod(command_line).failed == 0
+    assert doctest.testmod(command_line).failed == doctest.testmod(configuration).failed == 0
 
 
 def test_a_share_may_be_written_as_a_percentage():
@@ -159,7 +159,7 @@ def test_there_are_presets_for_nano_and_both_cards():
 @pytest.mark.parametrize("arguments, said", [
     (["--learning-rate", "1"], "--learning-rate"),
     (["--micro", "2"], "--micro"),  # an abbreviation could name another flag in a later version
-    (["--epoch", "3"], "did you mean --epochs?"),
+    (["--epoch", "3"], "--epoch: no such flag; did you mean --epochs?"),
     (["rows.jsonl"], "rows.jsonl; write each value after its flag, and several words in quotes"),
     (["--data", "a.csv", "b.csv"], "b.csv; write each value after its flag"),
     (["--batchsize=3"], "did you mean --batch-size?"),
@@ -246,7 +246,7 @@ def test_a_refusal_reaches_the_shell_as_one_line_and_status_2():
     assert done.stdout == ""
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert "--step 5" in line
+    assert "--step: no such flag; did you mean --steps?" in line
 
 
 @pytest.mark.parametrize("name, preset", [
@@ -311,6 +311,21 @@ def test_no_value_is_too_large_or_small_for_what_follows(name, text):
     flag = f"--{name.replace('_', '-')}"
     with pytest.raises(Refusal, match=f"{flag}"):
         read(f"{flag}={text}")
+
+
+@pytest.mark.parametrize("arguments", [["--lr", "0"], ["--hold-out", "-3"], ["--epochs", "-1"],
+                                       ["--max-minutes", "-1"], ["--weight-decay", "-0.5"]])
+def test_a_value_that_is_refused_is_shown_as_it_was_typed(arguments):
+    with pytest.raises(Refusal, match=f"^{' '.join(arguments)}: must be"):
+        read(*arguments)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("pack_len", "a longer example raises it"), ("save_every", "0: only these"),
+    ("eval_every", "0: evaluate only at the start and the end"), ("eval_answers", "0: none"),
+    ("dry_run", "none for 7b5 and 4b")])
+def test_help_says_what_is_not_obvious_of_a_value(name, said):
+    assert said in command_line.comments()[name]
 
 
 def test_every_command_refuses_an_empty_value(monkeypatch):

@@ -2,7 +2,9 @@
 
 import doctest
 import json
+import shlex
 import unicodedata
+from itertools import product
 
 import pytest
 
@@ -139,7 +141,7 @@ def test_a_last_question_without_an_answer_is_left_out_and_noted():
     ({"prompt": "a", "response": json.loads("[1]")}, "response is not text but a list"),
     ({"system": 3, "prompt": "a", "response": "b"}, "system is not text but a number"),
     ({"prompt": "a", "response": b"b"}, "response is not text but bytes"),
-    ({"prompt": None, "response": "b"}, "prompt is empty (null)"),
+    ({"prompt": None, "response": "b"}, "prompt is empty; write a text"),
     ({"messages": "a"}, "messages is not a list of turns"),
     ({"messages": [{"role": 3, "content": "a"}]}, "turn 1 of messages has the role a number"),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]},
@@ -151,6 +153,57 @@ def test_a_last_question_without_an_answer_is_left_out_and_noted():
 ])
 def test_a_record_that_cannot_be_used_says_why(record, said):
     assert said in fault(record)
+
+
+FORMATS = ("a row needs prompt and response, instruction and output, question and answer, input "
+           "and output, messages, conversations, or text; ")
+
+
+@pytest.mark.parametrize("record, mapped, said", [
+    ({"prompt": "a"}, None, "missing: response; for other names, give --map response=NAME"),
+    ({"completion": "a"}, None, "missing: prompt; for other names, give --map prompt=NAME"),
+    ({"a": "a", "b": "b"}, None,
+     "missing: prompt and response; for other names, give --map prompt=NAME,response=NAME"),
+    ({"promt": "a", "response": "b"}, None,
+     "did you mean prompt? Correct the name, or give --map prompt=promt"),
+    ({"promt": "a", "respons": "b", "topic": "c"}, None,
+     "did you mean prompt and response? Correct the name, or give --map "
+     "prompt=promt,response=respons"),
+    ({"Câu hỏii": "a", "answer": "b"}, None,
+     "did you mean question? Correct the name, or give --map 'question=Câu hỏii'"),
+    ({"mesages": []}, None, "did you mean messages? Correct the name, or give --map "
+     "messages=mesages"),
+    ({"promt": "a"}, None,
+     "missing: prompt and response; for other names, give --map prompt=NAME,response=NAME")])
+def test_a_record_of_no_known_format_says_which_field_is_missing(record, mapped, said):
+    assert fault(record) == f"fields {', '.join(record)}; {FORMATS}{said}"
+
+
+def test_a_misspelled_name_is_read_with_the_map_that_the_message_gives():
+    record = {"promt": Q, "Trả lờii": A}
+    [_, spec] = shlex.split(fault(record).partition("give ")[2])
+    assert turns(record, spec) == ONE
+
+
+def test_a_map_that_takes_the_answer_as_the_question_is_named_and_completed():
+    _, findings = read({"prompt": A, "response": Q}, mapped="prompt=response")
+    said = findings.bad[0].what
+    assert said == (f"fields prompt, response; --map makes response the prompt; {FORMATS}missing: "
+                    f"response; for other names, give --map prompt=response,response=NAME")
+    assert turns({"prompt": A, "response": Q}, "prompt=response,response=prompt") == ONE
+
+
+def test_any_question_and_any_answer_make_a_pair():
+    assert set(module.PAIRS) == set(product(module.QUESTIONS, module.ANSWERS))
+
+
+def test_a_row_of_a_table_without_known_columns_says_that_the_first_row_names_them():
+    findings = Findings()
+    table = [Record({Q: "a", A: "b"}, "rows.csv:2", table=True),
+             Record({"prompt": "a", "b": "b"}, "rows.csv:3", table=True)]
+    assert not list(conversations(table, findings))
+    assert ["the first row of the table must name the columns" in bad.what
+            for bad in findings.bad] == [True, False]
 
 
 def test_half_a_character_in_a_name_can_be_printed(capsys):

@@ -32,6 +32,12 @@ def test_format_first_row_lengths_and_fit_are_said(train, tmp_path):
     assert lines["fit"].startswith("--max-len 60 is enough for ") and "100" not in lines["fit"]
 
 
+@pytest.mark.parametrize("text", ["Dạ, thủ đô là Hà Nội.", "Thủ đô là Hà Nội.", "Ạ"])
+def test_of_a_text_the_first_token_is_shown_too(train, tmp_path, text):
+    (tmp_path / "rows.txt").write_text(text, "utf-8")
+    assert f"rows.txt:1: {text}</s>\n" in shown(train, "--data", tmp_path / "rows.txt")
+
+
 def test_what_was_found_and_left_out_is_said_with_its_place(train, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(GOOD * 2 + json.dumps({"prompt": "Pho?", "response": "Mon", "id": 3}) + "\n"

@@ -7,7 +7,7 @@ from conftest import write_rows
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.conversations import Conversation
-from phogpt_raw.data.examples import divide, fingerprint, load_examples
+from phogpt_raw.data.examples import divide, fingerprint, load_examples, stand_ins
 from phogpt_raw.model.weights import NANO, read_config, read_tokenizer
 from phogpt_raw.refusal import Refusal
 
@@ -71,7 +71,7 @@ def test_rows_that_differ_only_in_spaces_and_capitals_are_on_one_side():
 @pytest.mark.parametrize("numbers, hold_out", [(range(12), 12), (range(12), 40), ([3] * 12, 1),
                                                ([3], 0.05)])
 def test_nothing_left_to_train_on_is_refused(numbers, hold_out):
-    with pytest.raises(Refusal, match=r"--hold-out .*: f has only"):
+    with pytest.raises(Refusal, match=r"--hold-out .*: f has only .*; --hold-out 0 trains on all"):
         divide(rows(*numbers), hold_out, 1, "f")
 
 
@@ -80,6 +80,17 @@ def loaded(tmp_path, count, **config):
                       [(f"câu hỏi {n}", f"trả lời {n}") for n in range(count)])
     tokenizer = read_tokenizer(NANO, read_config(NANO))
     return load_examples(tokenizer, Config(**{"data": str(file), **config}))
+
+
+def test_by_default_few_different_rows_are_all_trained_on(tmp_path):
+    tokenizer = read_tokenizer(NANO, read_config(NANO))
+    for different, held in ((1, 0), (39, 0), (40, 1)):
+        file = write_rows(tmp_path / "rows.jsonl", [(f"câu {n % different}", "Dạ.")
+                                                    for n in range(100)])
+        examples = load_examples(tokenizer, Config(data=str(file)))
+        assert len(examples.train) + len(examples.held_out) == 100
+        assert bool(examples.held_out) == bool(held)
+        assert stand_ins(Config(data=str(file))).held_out_rows == examples.held_out_rows
 
 
 @pytest.mark.parametrize("count, config, held", [

@@ -331,8 +331,8 @@ def test_an_adapter_alone_needs_no_weights(tiny, first_command, tmp_path):
     (["--lora-gguf", "--no-nf4"], "--no-nf4: has no effect without --merged; leave it out"),
     (["--gguf", "f16", "--dtype", "fp32"], "--dtype fp32: has no effect on what is written"),
     (["--nf4", "--template", "4b-chat"], "--template 4b-chat: has no effect"),
-    ([], "nothing to write: name a folder OUT and one or more of --merged"),
-    (["--push", "me/it"], "nothing to write: name a folder"),
+    ([], "out: nothing to write there; give one or more of --merged"),
+    (["--push", "me/it"], "out: nothing to write there; give one or more of --merged"),
     (["--nf4", "--push", "me/it"], "which is not uploaded; add --merged"),
     (["--merged", "--push", "me/a--b"], "--push me/a--b: not a name the hub allows"),
     (["--gguf", "q4_k_m"], "argument --gguf: invalid choice"),
@@ -364,6 +364,30 @@ def test_a_run_that_has_no_adapter_yet_is_said(first_command, tmp_path, capsys):
     with pytest.raises(SystemExit):
         export(run, tmp_path / "out", "--gguf", "f16")
     assert "this run has not ended; name one of its checkpoint-N" in capsys.readouterr().err
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(SystemExit):
+        export(run, tmp_path / "out", "--gguf", "f16")
+    assert "this run has saved no checkpoint; give its command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--merged"], "OUT: is missing; name the folder to write after RUN"),
+    (["--nf4", "--push", "me/it"], "OUT: is missing"),
+    ([], "nothing to write: name a folder OUT and one or more of --merged")])
+def test_a_missing_out_is_said(capsys, flags, said):
+    with pytest.raises(SystemExit) as stopped:
+        main(["nano", *flags])
+    assert stopped.value.code == 2 and f"error: {said}" in capsys.readouterr().err
+
+
+def test_help_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    said = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 0 and len(said) > 30
+    assert [line for line in said if len(line) > 80] == []
 
 
 def test_an_adapters_base_that_is_not_there_is_not_blamed_on_a_flag(first_command, tmp_path,

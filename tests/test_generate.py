@@ -126,6 +126,20 @@ def test_what_is_not_possible_is_refused_in_one_line(ask, arguments, said):
     assert said in err
 
 
+@pytest.mark.parametrize("flags, needed", [
+    (["--system", "a"], "--chat"), (["--output", "a"], "--input or --eval"),
+    (["--map", "prompt=a"], "--input or --eval"), (["--num-samples", "2"], "--input"),
+    (["--stats"], "a question"), (["--api-key", "a"], "--serve"), (["--slots", "1"], "--serve"),
+    (["--card", "t4"], "--dry-run")])
+def test_a_flag_without_effect_is_refused(ask, flags, needed, monkeypatch):
+    monkeypatch.setattr(generate, "serve", None)
+    monkeypatch.setattr(generate, "chat", None)
+    other = ["--serve", "0"] if needed in ("--chat", "a question") else ["--chat"]
+    status, out, err = ask(*other, *flags)
+    assert (status, out) == (2, "")
+    assert err == f"error: {flags[0]}: has an effect only with {needed}\n"
+
+
 def test_a_missing_adapter_is_refused_with_a_model_named_too(ask, tiny, tmp_path):
     status, _, err = ask("--model", tiny, "--adapter", tmp_path, QUESTION)
     assert status == 2
@@ -163,12 +177,12 @@ def test_a_question_that_is_too_long_is_refused_before_the_weights_are_read(ask,
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--temperature", "-1"], "--temperature -1.0: must be from 0 to 100"),
+    (["--temperature", "-1"], "--temperature -1: must be from 0 to 100"),
     (["--temperature", "nan"], "--temperature nan: must be from 0"),
-    (["--top-p", "0", "--temperature", "1"], "--top-p 0.0: must be from 0 to 1, and not 0"),
+    (["--top-p", "0", "--temperature", "1"], "--top-p 0: must be from 0 to 1, and not 0"),
     (["--top-k", "5"], "--top-k 5: needs random sampling; give --temperature too"),
     (["--min-p", "1.5", "--temperature", "1"], "--min-p 1.5: must be from 0 to 1"),
-    (["--repetition-penalty", "0"], "--repetition-penalty 0.0: must be from 0 to 100, and not 0"),
+    (["--repetition-penalty", "0"], "--repetition-penalty 0: must be from 0 to 100, and not 0"),
     (["--seed", "-1"], "--seed -1: must be from 0"),
     (["--seed", "0"], "--seed 0: needs random sampling; give --temperature too"),
 ])

@@ -13,6 +13,7 @@ import train as script
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import load_examples
 from phogpt_raw.model.weights import NANO, read_config, read_tokenizer
+from phogpt_raw.show.inspection import parts
 
 FORMATS = {
     "prompt": lambda q, a: {"prompt": q, "response": a},
@@ -116,6 +117,26 @@ def test_for_people_it_shows_borders_prompts_and_what_is_learned(tmp_path, capsy
     assert f"{file}:" in said and "PhoGPT raw" not in said
 
 
+def test_a_letter_that_is_divided_between_two_tokens_is_shown_whole(tmp_path, capsys):
+    file = tmp_path / "rows.txt"
+    file.write_text("Thủ đô của Việt Nam là Hà Nội.", "utf-8")
+    script.main(["--inspect", "1", "--hold-out", "0", "--data", str(file), "--batch-size", "1"])
+    assert "\nTh⟦ủ đô của Việt Nam là Hà Nội.</s>⟧\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_len", range(8, 13))
+def test_the_parts_of_an_example_are_its_text(tmp_path, max_len):
+    """A long text is split between tokens, also inside a letter."""
+    text = "Ạ, phở, bún bò ở Huế 🍜 rất ngon ạ. " * 5
+    (tmp_path / "rows.txt").write_text(text, "utf-8")
+    tokenizer = read_tokenizer(NANO, read_config(NANO))
+    found = load_examples(tokenizer, Config(data=str(tmp_path / "rows.txt"), max_len=max_len))
+    for example in found.train:
+        said = "".join(part for _, part in parts(tokenizer, example))
+        assert "\ufffd" not in said and said == tokenizer.decode(example.ids).strip("\ufffd")
+        assert said.removesuffix("</s>") in text
+
+
 def test_inspect_reads_no_weights_and_leaves_no_folder(tmp_path, capsys, monkeypatch):
     from phogpt_raw.training import setup
 
@@ -123,3 +144,21 @@ def test_inspect_reads_no_weights_and_leaves_no_folder(tmp_path, capsys, monkeyp
     file = written(tmp_path, "rows.jsonl", "prompt")
     inspected(capsys, "--data", file, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_one_epoch_does_not_have_are_not_awaited(tmp_path, capsys):
+    file = tmp_path / "few.jsonl"
+    file.write_text('{"prompt": "Phở?", "response": "Dạ."}\n', "utf-8")
+    script.main(["--data", str(file), "--hold-out", "0", "--steps", "1", "--inspect", "9"])
+    said = capsys.readouterr().out
+    assert said.endswith("(one epoch has only this row)\n") and said.count("document 0") == 1
+
+
+def test_a_shape_without_a_tokenizer_is_shown_only_as_ids(capsys):
+    flags = ["--model", "7b5", "--card", "t4", "--dry-run", "--inspect", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        script.main(flags)
+    assert stopped.value.code == 2
+    assert "the shape 7b5 does not have; name a base with --model" in capsys.readouterr().err
+    script.main([*flags, "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["ids"]

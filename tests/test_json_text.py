@@ -65,7 +65,13 @@ def test_a_row_with_lists_is_a_row():
     assert read(json.dumps([talk]))[0] == [(talk, "f:1 (record 1)")]
     spaced = json.dumps({"data": [talk]}).replace("[{", "[" + " " * 300 + "{")
     assert read(spaced)[0] == [(talk, "f:1 (record 1)")]
-    assert read('{"data": []}{}')[0] == [({"data": []}, "f:1"), ({}, "f:1")]
+    assert read('{"data": [], "id": "1"}{}')[0] == [({"data": [], "id": "1"}, "f:1"), ({}, "f:1")]
+
+
+def test_an_object_of_lists_without_objects_is_bad():
+    [bad] = json_values(io.StringIO('\n{"data": ["a"], "more": []}'), "f", Findings())
+    assert bad == Bad("f:2", "no objects in data and more; a .json file is a list of objects, or "
+                             "an object that contains one such list")
 
 
 def test_a_value_without_end_is_refused_before_it_fills_the_memory(monkeypatch):

@@ -31,10 +31,10 @@ def plan(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("asked, answers, gib", [
-    (("Phở?",), "1 at once, of at most 262 tokens", 6.6),
-    (("--chat",), "1 at once, of at most 2,048 tokens", 7.7),
-    (("--chat", "--context", 512), "1 at once, of at most 512 tokens", 6.7),
-    (("--serve", 8000), "7 at once, of at most 2,048 tokens", 14.0)])
+    (("Phở?",), "1 at once, of at most 262 tokens, prompt included", 6.6),
+    (("--chat",), "1 at once, of at most 2,048 tokens, prompt included", 7.7),
+    (("--chat", "--context", 512), "1 at once, of at most 512 tokens, prompt included", 6.7),
+    (("--serve", 8000), "7 at once, of at most 2,048 tokens, prompt included", 14.0)])
 def test_a_plan_for_a_card_and_a_model_that_are_not_here(plan, asked, answers, gib):
     status, lines, error = plan("--model", "7b5", "--card", "t4", *asked)
     assert status == 0, error
@@ -50,10 +50,23 @@ def test_a_file_of_questions_is_planned_with_and_without_a_tokenizer(plan, tmp_p
     asked = ("--input", file, "--output", tmp_path / "out.jsonl")
     assert plan("--card", "t4", *asked)[1]["answers"].startswith("3 at once, of at most 2")
     lines = plan("--model", "4b", "--card", "l4", *asked)[1]
-    assert lines["answers"] == "3 at once, of at most 8,192 tokens"
+    assert lines["answers"] == "3 at once, of at most 8,192 tokens, prompt included"
     assert plan("--card", "t4", *asked, "--num-samples", 4, "--temperature", 1)[1][
         "answers"].startswith("12 at once")
     assert not (tmp_path / "out.jsonl").exists() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_evaluation_is_planned_with_and_without_a_tokenizer(plan, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    row = '{"prompt": "a?", "response": "b"}\n'
+    file.write_text(f'{row}{{"text": "một hai"}}\n{row}', "utf-8")
+    assert plan("--card", "t4", "--eval", file)[1]["answers"].startswith("2 at once, of at most 2")
+    shape = ("--model", "4b", "--card", "l4", "--eval", file)
+    assert plan(*shape)[1]["answers"] == "2 at once, of at most 8,192 tokens, prompt included"
+    file.write_text('{"text": "một hai"}\n', "utf-8")
+    for asked in (("--eval", file), shape):
+        status, _, error = plan(*asked)
+        assert status == 2 and error == f"error: {file}: holds no questions with answers\n"
 
 
 def test_a_plan_for_this_computers_cpu(plan):
@@ -66,9 +79,8 @@ def test_a_plan_for_this_computers_cpu(plan):
     (("--model", "7b5", "--card", "t4", "--no-nf4", "--chat"), "without --no-nf4"),
     (("--model", "7b5", "--card", "t4", "--serve", 1, "--slots", 9), "room for --slots 7"),
     (("--model", "7b5", "--chat"), "name one, such as --card t4"),
-    (("--model", "7b5", "--card", "t4", "--eval", "x.jsonl"), "has no tokenizer; name a base"),
     (("--card", "rtx", "--chat"), "--card rtx: choose from"),
-    (("--context", 63, "--chat"), "--context 63: must be from 64 to 1024")])
+    (("--context", 63, "--chat"), "--context 63: must be from 64 to 1,024")])
 def test_what_does_not_fit_or_cannot_be_is_refused(plan, asked, error):
     status, _, said = plan(*asked)
     assert status == 2 and error in said

@@ -125,10 +125,11 @@ def test_a_base_alone_that_does_not_fit_is_refused():
 
 def test_what_slots_take_is_said():
     said = memory_line({"a": found(), "b": found()}, 17)
-    assert "slots for 17 answers of 2,048 tokens in each of 2 models" in said
+    assert "(17 slots for answers of 2,048 tokens, prompt included, in each of 2 models" in said
     assert "cache at most 34.00 GiB; base 5.01 GiB, NF4, fp16; in all about 4" in said
     assert "more than 16 slots are slower" in said
     assert "slower" not in memory_line({"a": found()}, 16)
+    assert memory_line({"a": found()}, 1).startswith("(1 slot for an answer of 2,048 tokens")
 
 
 def test_a_plan_says_what_slots_take_and_how_many_fit(capsys):

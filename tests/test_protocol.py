@@ -76,6 +76,18 @@ def test_what_cannot_be_is_refused_by_name(field, value):
     assert error.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("fields, said", [
+    ({"top_p": 3}, "'top_p' must be a number above 0 and at most 1, not 3"),
+    ({"top_k": -1}, "'top_k' must be a whole number from 0 to 2147483647, not -1"),
+    ({"messages": [{"role": "assistant", "content": "a"}]},
+     "'messages[0]' is an assistant message, which must follow a user message"),
+    ({"messages": [*ASKED, {"role": "system", "content": "a"}]},
+     "'messages[1]' is a system message, which must come before all others"),
+])
+def test_an_error_is_a_sentence(fields, said):
+    assert refusal(chat, **fields).message == said
+
+
 @pytest.mark.parametrize("fields", [
     {"frequency_penalty": 0, "presence_penalty": 0.0}, {"tools": None, "temperature": None},
     {"logit_bias": {}, "logprobs": False}, {"user": "a", "metadata": {"a": 1}, "store": False},

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from phogpt_raw import files
 from phogpt_raw.cards import Card
+from phogpt_raw.config import Config
 from phogpt_raw.model import phogpt
 from phogpt_raw.model.weights import read_config
-from phogpt_raw.training import checkpoint, evaluate, setup
+from phogpt_raw.training import checkpoint, evaluate, resume, setup
 from phogpt_raw.training import step as step_module
 from phogpt_raw.training.metrics import Metrics
 from phogpt_raw.training.run import RunState
@@ -48,7 +49,7 @@ def adapter_bytes(folder):
 
 def test_a_run_leaves_metrics_config_checkpoints_and_its_adapter(train, tmp_path, tiny, rows):
     out = tmp_path / "run"
-    status, said, _ = train("--out", out, "--keep", 9)
+    status, said, _ = train("--out", out, "--keep", 9, "--warmup", 2)
     assert status == 0
     steps, scores = metrics(out)
     assert [list(row) for row in steps] == [STEP_KEYS] * 7
@@ -203,6 +204,7 @@ def test_going_on_with_another_setting_is_refused_by_its_flag(train, tmp_path, f
 
 @pytest.mark.parametrize("change, said", [
     (lambda lines: lines.append(lines[0].replace("?", "!")), "1 new or edited"),
+    (lambda lines: lines.extend(lines[4:6]), "2 more copies of the same rows"),
     (lambda lines: lines.__delitem__(5), "1 missing"),
     (lambda lines: lines.reverse(), "in another order"),
     (lambda lines: lines.__setitem__(5, lines[5].replace('"}', ' nữa"}')), "1 new or edited")])
@@ -343,12 +345,19 @@ def test_brackets_in_an_answer_are_shown_as_they_are(train, tmp_path):
     assert "⟦ Viết [/b] hay [red]đỏ[/red] [1]</s>⟧" in said
 
 
-def test_answers_that_are_cut_are_reported(train):
-    status, said, _ = train("--dry-run", "--max-len", 24)
-    assert status == 0
-    said = " ".join(said.split())
-    assert re.search(r"rows longer than --max-len 24: \d+ \(the first: .*:\d+\); their answers are "
-                     r"cut", said)
+def test_rows_that_are_cut_are_reported(train, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "một hai ba " * 20}) + "\n", "utf-8")
+    for flags in ([], ["--data", texts, "--too-long", "cut", "--hold-out", 0]):
+        status, said, _ = train("--dry-run", "--max-len", 24, *flags)
+        assert status == 0
+        assert re.search(r"rows longer than --max-len 24: \d+ \(the first: .*:\d+\); their ends "
+                         r"are cut off, so they have no </s>", " ".join(said.split()))
+
+
+def test_the_plan_counts_no_parameters_in_nf4_without_nf4(train):
+    said = " ".join(train("--dry-run", "--no-nf4")[1].split())
+    assert "vocabulary 4,096; 0.4 M parameters in fp32" in said and "in NF4" not in said
 
 
 def test_a_question_too_long_is_refused_with_its_line(train, rows):
@@ -435,6 +444,18 @@ def test_an_overflow_is_left_out_counted_and_takes_no_learning_rate(train, tmp_p
     assert "1 skipped" in said
 
 
+def test_fewer_steps_than_are_done_are_refused_and_the_run_stays_good(train, tmp_path):
+    """Here the run stops before its first evaluation, so it has no best adapter yet."""
+    out = tmp_path / "run"
+    flags = ["--out", out, "--eval-every", 0, "--save-every", 3, "--warmup", 1]
+    assert train(*flags, at=(4, KeyboardInterrupt()))[0] == 130
+    status, said, error = train(*flags, "--steps", 2)
+    assert status == 2 and "done" not in said
+    assert error == (f"error: {out}: this run is already at step 3, and this command ends at step "
+                     "2; give a larger --steps or --epochs\n")
+    assert train(*flags)[0] == 0
+
+
 # -- a run without a usable adapter fails
 
 
@@ -465,6 +486,15 @@ def test_skipped_steps_in_a_row_are_counted_across_a_resume(train, tmp_path, mon
     status, _, error = train(*flags, "--steps", 9)
     assert status == 1 and "steps 1 to 4 were skipped" in error
     assert "no good checkpoint was saved" in error
+
+
+def test_the_advice_after_skipped_steps_names_no_dtype_that_is_used_already(train, tmp_path,
+                                                                            monkeypatch):
+    overflowing_at(monkeypatch, set(range(1, 100)))
+    _, _, error = train("--out", tmp_path / "a", "--dtype", "fp32", "--max-skipped", 1)
+    assert "step 1 was skipped" in error and error.endswith("and a lower --lr\n")
+    _, _, error = train("--out", tmp_path / "b", "--dtype", "bf16", "--max-skipped", 1)
+    assert error.endswith("and a lower --lr or --dtype fp32\n")
 
 
 @pytest.mark.parametrize("hold_out", [0, 3])
@@ -633,6 +663,24 @@ def test_a_run_of_before_a_setting_existed_has_its_default(train, tmp_path):
     assert status == 2
     assert "this run started without --batch-tokens, not with --batch-tokens 200;" in error
     assert train("--out", out, "--steps", 4, "--batch-size", 8)[0] == 0
+
+
+def test_the_changed_setting_that_is_named_is_the_one_that_was_typed(train, tmp_path):
+    """--batch-tokens also sets --batch-size back to its default."""
+    out = tmp_path / "run"
+    train("--out", out, "--steps", 3)
+    status, _, error = train("--out", out, "--batch-tokens", 200)
+    assert status == 2
+    assert "this run started without --batch-tokens, not with --batch-tokens 200;" in error
+
+
+@pytest.mark.parametrize("different, preset, named", [
+    (["lr", "batch_tokens"], "nano", "batch_tokens"), (["model", "batch_tokens"], "t4", "model"),
+    (["lr", "batch_size"], "none", "preset"), (["lr", "batch_size"], "nano", "batch_size")])
+def test_a_message_names_the_model_or_a_typed_setting_or_the_preset(different, preset, named):
+    before = vars(Config(preset="nano", lr=1.0, batch_size=3))
+    now = vars(Config(preset=preset, batch_tokens=300))
+    assert resume.most_likely_typed(different, before, now) == named
 
 
 def test_a_run_goes_on_with_or_without_capturing(train, tmp_path):
@@ -948,11 +996,19 @@ def test_a_plan_for_an_adapter_needs_no_weights(train, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, said", [
     (["--rank", 1000], "--rank 1000: the model's matrices have 64 columns"),
-    (["--model", "7b5", "--card", "t4", "--dry-run", "--max-len", 4096],
-     "--max-len 4096: 7b5 has rows of up to 2048 tokens"),
+    (["--warmup", 7], "--warmup 7: must be below the run's number of steps, which is 7; lower"),
+    (["--epochs", 1, "--warmup", 3], "--warmup 3: must be below the run's number of steps, which"),
 ])
 def test_what_the_model_is_too_small_for_is_refused_before_its_weights(train, monkeypatch, flags,
                                                                       said):
     monkeypatch.setattr(setup, "read_model", lambda *_, **__: pytest.fail("read the weights"))
     status, _, line = train(*flags)
     assert status == 2 and said in line and line.count("\n") == 1
+
+
+def test_a_plan_for_a_shape_may_have_longer_rows_than_the_model_was_trained_for(train):
+    status, said, _ = train("--model", "7b5", "--card", "t4", "--dry-run", "--max-len", 4096,
+                            "--steps", 1)
+    said = " ".join(said.split())
+    assert status == 0 and "rows of 4,096 tokens" in said
+    assert "the longest row is longer than the 2,048 tokens that the model was trained for" in said

@@ -32,7 +32,8 @@ def test_a_signal_is_remembered_until_the_step_is_done(number, status, capfd):
         with pytest.raises(ShutdownRequested) as request:
             shutdown.check()
     assert request.value.status == status and signal.getsignal(number) is before
-    assert "finishing the step, then saving" in capfd.readouterr().err
+    again = "a second Ctrl-C" if number == signal.SIGINT else "Ctrl-C"
+    assert f"finishing the step, then saving; {again} stops without" in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_leaves_at_once():
@@ -144,8 +145,9 @@ def until_step(process, step):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_left_goes_on_to_the_bit(command, train_and_draw, tmp_path, number):
     straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
-    assert train_and_draw("--out", straight, "--dropout", 0.2)[0] == 0
-    run = [*command, "--dropout", "0.2", "--out", str(broken)]
+    how = ["--dropout", "0.2", "--warmup", "2"]
+    assert train_and_draw("--out", straight, *how)[0] == 0
+    run = [*command, *how, "--out", str(broken)]
     with subprocess.Popen(run, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
         until_step(process, 1)

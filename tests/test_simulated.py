@@ -21,6 +21,7 @@ from bench import (
     windows,
 )
 from bench.command_line import Setting
+from bench.report import LEDGER_NOTES
 from bench.simulated import Traces, cards
 from phogpt_raw import cards as known
 from phogpt_raw.config import Config
@@ -167,7 +168,7 @@ def chosen(examples, card, traces, **more):
 
 def test_the_ledger_adds_up_to_what_is_on_the_card(capsys):
     memory.main(["--model", "4b", "--seq-len", "512", "--card", "t4"])
-    said = capsys.readouterr().out.split("GiB by kind at the peak")[1].split("rounding, frag")[0]
+    said = capsys.readouterr().out.split("GiB by kind at the peak")[1]
     gib = {line[:20].strip(): float(line.split()[-1]) for line in said.splitlines()[2:]
            if re.search(r"\d\.\d{3} *$", line)}
     kinds = sum(v for k, v in gib.items() if k in KINDS)
@@ -175,6 +176,16 @@ def test_the_ledger_adds_up_to_what_is_on_the_card(capsys):
     beside = gib["fragmentation"] + gib["optimizer's pages"] + gib["CUDA context"]
     assert gib["on the card"] == pytest.approx(gib["allocated"] + beside, abs=0.003)
     assert gib["fragmentation"] < 0.2
+
+
+def test_a_note_under_the_ledger_explains_a_row_of_the_ledger(capsys):
+    for model in ("7b5", "4b"):
+        memory.main(["--model", model, "--seq-len", "256", "--card", "t4"])
+        lines = capsys.readouterr().out.split("GiB by kind at the peak")[1].splitlines()
+        rows = {m[1] for line in lines if (m := re.match(r" *(.*?) +\d+\.\d{3} *$", line))}
+        notes = " ".join(" ".join(line.split()) for line in lines)
+        explained = {name for name in LEDGER_NOTES if f"{name}: " in notes}
+        assert explained == rows & LEDGER_NOTES.keys() and "CUDA context" in explained
 
 
 @pytest.mark.parametrize("bench, what", [(memory, "memory"), (step_time, "step_time")])

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -157,21 +158,26 @@ def test_a_hub_dataset_has_a_split_and_a_revision(monkeypatch, name, hub):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     from phogpt_raw.data.sources import read_hub
 
-    source = find_source(name)
-    rows = list(conversations(read_hub(*source.hub), Findings()))
+    rows = list(conversations(read_hub(find_source(name)), Findings()))
     assert asked == [hub] and len(rows) == 3
     assert rows[1].where == f"{hub[0]}:{hub[1]}:2"
 
 
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, caplog):
+    logger = logging.getLogger("huggingface_hub.utils._http")
+
     def load_dataset(*_, **__):
+        logger.warning("Retrying in 8s")
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nlong\ntrace")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     from phogpt_raw.data.sources import read_hub
 
-    with pytest.raises(Refusal, match=r"owner/name:train: is not a file on .*Couldn't reach"):
-        list(read_hub("owner/name", "train", None))
+    with pytest.raises(Refusal, match=r"^owner/name: is not a file on .*Couldn't reach"):
+        list(read_hub(find_source("owner/name=2")))
+    assert not caplog.records
+    logger.warning("later")
+    assert caplog.messages == ["later"]
 
 
 def test_a_local_file_needs_no_datasets_library(tmp_path, monkeypatch):
@@ -235,6 +241,15 @@ def test_after_a_question_over_the_limit_a_text_file_is_read_on(tmp_path, monkey
     found = list(read_file(file, Findings()))
     assert [one.where for one in found] == [f"{file}:{line}" for line in (1, 4, 7, 10, 13)]
     assert [isinstance(one, Bad) for one in found] == [False, False, True, False, False]
+
+
+def test_an_empty_cell_of_excel_is_an_empty_field_of_its_column(tmp_path):
+    pytest.importorskip("openpyxl")
+    file = tmp_path / "rows.xlsx"
+    file.write_bytes(sheet([["Câu hỏi", "Trả lời", "id"], ["a", "b", 1], ["a", None, 2], ["a"]]))
+    rows, findings = read(file)
+    assert len(rows) == 1 and [str(bad) for bad in findings.bad] == [
+        f"{file}:{line}: Trả lời is empty; write a text, or remove the row" for line in (3, 4)]
 
 
 def test_what_an_open_excel_leaves_in_a_folder_is_not_read(tmp_path):

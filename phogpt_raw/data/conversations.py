@@ -14,8 +14,10 @@ text field has a number, a list or an incomplete character, the reader does not 
 row is bad.
 """
 
+import difflib
 import hashlib
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,25 +25,31 @@ from functools import lru_cache
 from itertools import pairwise
 
 from phogpt_raw.data.encodings import CONVERT, MOJIBAKE, font_encoding
-from phogpt_raw.data.fields import NAMES, field_of, plain
+from phogpt_raw.data.fields import FIELDS, NAMES, field_of, plain
 from phogpt_raw.data.json_text import Number, Twice
 from phogpt_raw.data.records import LONGEST, Bad, Findings, NoText, Record
 from phogpt_raw.refusal import Refusal
 
 USER, ASSISTANT, SYSTEM, TEXT = "user", "assistant", "system", "text"
-# (field of the question, field of the answer): first the usual pairs, then the unusual pairs
+QUESTIONS = ("prompt", "instruction", "question", "input")
+ANSWERS = ("response", "completion", "output", "answer")
+# (field of the question, field of the answer): first the usual pairs, then the unusual pairs. Each
+# of QUESTIONS makes a pair with each of ANSWERS.
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"),
          ("instruction", "response"), ("question", "answer"), ("question", "response"),
          ("question", "output"), ("prompt", "answer"), ("prompt", "output"),
          ("instruction", "answer"), ("input", "output"), ("input", "response"),
-         ("input", "answer"))
+         ("input", "answer"), ("instruction", "completion"), ("question", "completion"),
+         ("input", "completion"))
 ROLES = {"user": USER, "human": USER, "nguoidung": USER, "assistant": ASSISTANT, "gpt": ASSISTANT,
          "model": ASSISTANT, "bot": ASSISTANT, "chatgpt": ASSISTANT, "troly": ASSISTANT,
          "system": SYSTEM, "hethong": SYSTEM}  # the keys are as fields.plain returns them
 # Field names for the role and for the text of a turn, as fields.plain returns them.
 WHO, SAID = ("role", "from", "vaitro"), ("content", "value", "text", "noidung")
-NEEDS = ("a row needs prompt and response, or instruction and output, or messages, or text; "
-         "for other names, give --map response=NAME,prompt=NAME")
+NEEDS = ("a row needs prompt and response, instruction and output, question and answer, input and "
+         "output, messages, conversations, or text")
+ASKS = "a question needs prompt, instruction, question, input, messages or conversations"
+CLOSE = 0.8  # two names with at least this similarity (difflib) may be the same name, misspelled
 WORN = re.compile(r"^### (Câu hỏi|Trả lời):", re.MULTILINE)
 # The beginning of a text in the template of another model.
 FOREIGN = re.compile(r"\s*(<\|im_start\|>|<\|user\|>|<\|system\|>|<\|begin_of_text\|>|"
@@ -133,10 +141,13 @@ def check_font(sample: list[Conversation]) -> None:
 
 
 class Reader:
-    """Converts records to conversations. Notes on the records go into `findings`."""
+    """Converts records to conversations. Notes on the records go into `findings`.
 
-    def __init__(self, findings: Findings, mapped: dict[str, str]):
-        self.findings = findings
+    stand_in: the answer of a record that has no answer. If it is None, such a record is bad.
+    """
+
+    def __init__(self, findings: Findings, mapped: dict[str, str], stand_in: str | None = None):
+        self.findings, self.typed, self.stand_in = findings, mapped, stand_in
         self.mapped = {plain(name): field for name, field in mapped.items()}
         self.found: list[tuple[str, str]] = []  # (kind, example) of each note on this record
 
@@ -159,10 +170,8 @@ class Reader:
             empty = shape_of(frozenset(fields))
             if empty:
                 missing = next(f for f in empty if f in fields and fields[f][1] is None)
-                raise Unusable(f"{fields[missing][0]} is empty (null); write a text, or remove "
-                               f"the row")
-            shown = ", ".join(map(str, record.value))[:200] or "none"
-            raise Unusable(f"fields {shown}; {NEEDS}")
+                raise Unusable(f"{fields[missing][0]} is empty; write a text, or remove the row")
+            raise Unusable(self.no_format(record, fields))
         kind = shape[0]
         if kind == "text" and any(plain(name) in WHO for name in record.value):
             raise Unusable("is one turn (text with a role); a row is a whole conversation, "
@@ -177,6 +186,8 @@ class Reader:
         self.note(f"format {used}", used)
         if kind in ("messages", "conversations"):
             turns = list(self.listed(*fields[kind]))
+            if self.stand_in and turns[-1:] and turns[-1][0] == USER:
+                turns.append((ASSISTANT, self.stand_in))
         elif kind == "text":
             turns = self.plain_text(*fields["text"])
         else:
@@ -210,7 +221,36 @@ class Reader:
                                f"one, or choose with --map")
             if meaning not in found or found[meaning][1] in (None, ""):
                 found[meaning] = (name, value)
+        if self.stand_in and not any(found[field][1] for field in ANSWERS if field in found):
+            found = {field: one for field, one in found.items() if field not in ANSWERS}
+            found["response"] = ("response", self.stand_in)
         return found
+
+    def no_format(self, record: Record, fields: dict[str, tuple[str, object]]) -> str:
+        """Return the message about a record whose fields make no known format.
+
+        fields: the result of `fields`.
+        """
+        names = ", ".join(map(str, record.value))[:200] or "none"
+        parts = [f"fields {names}",
+                 *(f"--map makes {name} the {meaning}" for meaning, (name, _) in fields.items()
+                   if plain(name) in self.mapped),
+                 NEEDS if self.stand_in is None else ASKS]
+        known = fields.keys() & NAMES.keys()
+        if record.table and not any(fields[field][0] in record.value for field in known):
+            parts.append("the first row of the table must name the columns")
+        meant = misspelled(fields)
+        shape = shape_of(frozenset(known | meant.keys()))
+        if shape:
+            meant = {field: name for field, name in meant.items() if field in shape}
+            parts.append(f"did you mean {' and '.join(meant)}? Correct the name, or give")
+        else:
+            lacking = [some[0] for some in (QUESTIONS, ANSWERS) if not known & {*some}]
+            meant = dict.fromkeys(lacking, "NAME")
+            parts.append(f"missing: {' and '.join(lacking)}; for other names, give")
+        typed = {field: name for name, field in self.typed.items()}
+        spec = ",".join(f"{field}={name}" for field, name in (typed | meant).items())
+        return f"{'; '.join(parts)} --map {shlex.quote(spec)}"
 
     def asked(self, shape: tuple[str, ...], fields: dict) -> list[tuple[str, str]]:
         """Return the turns of a record with a question and an answer: the turns of the history,
@@ -329,6 +369,22 @@ def shape_of(names: frozenset[str]) -> tuple[str, ...] | None:
             more = ("input",) if "input" in names and question != "input" else ()
             return (question, *more, answer)
     return ("text",) if "text" in names else None
+
+
+def misspelled(fields: Iterable[str]) -> dict[str, str]:
+    """Return {meaning: name} of the unknown fields whose names are similar to known names.
+
+    fields: meanings; an unknown name is in parentheses.
+
+    >>> misspelled(["(promt)", "(topic)", "response", "(respons)"])
+    {'prompt': 'promt'}
+    """
+    found = {}
+    for field in fields:
+        close = difflib.get_close_matches(plain(field), FIELDS, 1, CLOSE)
+        if field.startswith("(") and close and FIELDS[close[0]] not in fields:
+            found.setdefault(FIELDS[close[0]], field[1:-1])
+    return found
 
 
 def pairs(name: str, value) -> Iterator[tuple[tuple, tuple]]:

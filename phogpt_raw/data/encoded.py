@@ -13,12 +13,11 @@ from phogpt_raw.data.conversations import SYSTEM, TEXT, Conversation, conversati
 from phogpt_raw.data.encodings import MOJIBAKE
 from phogpt_raw.data.prompt import Example, Template, encode
 from phogpt_raw.data.records import CONTROL, Bad, Findings
-from phogpt_raw.data.sources import Source, read_file, read_hub
+from phogpt_raw.data.sources import Source, form_of_rows, read_file, read_hub
 from phogpt_raw.refusal import Refusal
 
 VIETNAMESE = re.compile("[À-ÖØ-öø-ýĂăĐđĨĩŨũƠơƯưẠ-ỹ]")
 TEMPLATE_INSIDE = re.compile("### (Câu hỏi|Trả lời):")
-HOLDS_NO_ROWS = 'holds no rows; a row is a line such as {"prompt": "…", "response": "…"}'
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def encode_sources(sources: list[Source], tokenizer, template: Template, *, max_
                     found.rows.append(Encoded(tuple(documents), talk.hash, number))
             read += findings.good + len(findings.bad)
         if not read:
-            raise Refusal(f"{source.name}: {HOLDS_NO_ROWS}")
+            raise no_rows(source)
     return found
 
 
@@ -100,14 +99,18 @@ def read_sources(sources: list[Source], mapped: dict[str, str], strict: bool
             findings.check(strict)
             found += talks
         if len(found) == before:
-            raise Refusal(f"{source.name}: {HOLDS_NO_ROWS}")
+            raise no_rows(source)
     return found
+
+
+def no_rows(source: Source) -> Refusal:
+    return Refusal(f"{source.name}: holds no rows; {form_of_rows(source, 'prompt', 'response')}")
 
 
 def units(source: Source) -> Iterator[tuple[Iterable, Findings]]:
     """Yield (records, findings) for each file of a source, or once for its hub dataset."""
     if source.hub:
-        yield read_hub(*source.hub), Findings()
+        yield read_hub(source), Findings()
     for n, path in enumerate(source.files):
         findings = Findings()
         if n == 0:

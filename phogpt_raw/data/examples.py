@@ -18,7 +18,7 @@ from phogpt_raw.refusal import Refusal
 
 # Without --hold-out, DEFAULT_SHARE of the rows is held out, but at least LEAST rows, because with
 # only one or two held-out rows, chance would decide which adapter is the best. If there are fewer
-# than ENOUGH rows in all, no row is held out.
+# than ENOUGH different rows in all, no row is held out.
 DEFAULT_SHARE, LEAST, ENOUGH = 0.05, 4, 40
 PAD = 3  # any token id; a plan uses only the number of tokens
 STEPS = 50  # number of steps of a plan without rows; with 50, the warm-up has its usual 5 steps
@@ -85,7 +85,7 @@ def load_examples(tokenizer, config: Config) -> Examples:
     check_map(config.map, found, found_val)
     rows, held_out = found.rows, found_val.rows
     if not val:
-        rows, held_out = divide(rows, *hold_out_of(config, len(rows)), names(sources))
+        rows, held_out = divide(rows, *hold_out_of(config, rows), names(sources))
     train = weighted(rows, [source.weight for source in sources])
     if not train:
         raise Refusal(f"{names(sources)}: no row is left to train on")
@@ -111,7 +111,7 @@ def stand_ins(config: Config) -> Examples:
         rows, held_out = (read_sources(part, parse_map(config.map), config.strict)
                           for part in (sources, others))
         counts = [*map(len, (rows, held_out) if others else
-                       divide(rows, *hold_out_of(config, len(rows)), names(sources)))]
+                       divide(rows, *hold_out_of(config, rows), names(sources)))]
     train, held_out = ([every] * n for n in counts)
     return Examples(train, held_out, [], "", "", file_names(sources), *counts, identify(sources),
                     identify(others))
@@ -183,13 +183,13 @@ def questions(tokenizer, template: Template, examples: Iterable[Example]) -> lis
             for example in examples if example.asks]
 
 
-def hold_out_of(config: Config, rows: int) -> tuple[float, int]:
+def hold_out_of(config: Config, rows: list[Encoded] | list[Conversation]) -> tuple[float, int]:
     """Return (--hold-out or its default, the smallest number of held-out rows).
 
     The second value matters only if the first value is a share.
     """
     if config.hold_out is None:
-        return (DEFAULT_SHARE, LEAST) if rows >= ENOUGH else (0, 0)
+        return (DEFAULT_SHARE, LEAST) if len({row.hash for row in rows}) >= ENOUGH else (0, 0)
     return config.hold_out, 1
 
 
@@ -212,7 +212,8 @@ def divide(rows: list[Encoded] | list[Conversation], hold_out: float, least: int
                        if (place < limit) == held] for held in (False, True))
     if not kept:
         raise Refusal(f"--hold-out {hold_out:g}: {data} has only {len(set(hashes))} different "
-                      f"{plural(len(set(hashes)), 'row', 'rows')}; none would be left to train on")
+                      f"{plural(len(set(hashes)), 'row', 'rows')}; none would be left to train on; "
+                      f"--hold-out 0 trains on all rows")
     return kept, held_out
 
 

@@ -84,17 +84,17 @@ def header(cells, where: str) -> list[str]:
 
 
 def sheet_row(names: list[str], as_typed, as_shown, where: str, findings: Findings) -> Record:
-    found = {}
+    found = dict.fromkeys(names)  # an empty cell is None, as a missing text in JSON
     for n, (typed, shown) in enumerate(zip(as_typed, as_shown, strict=True)):
         column = names[n] if n < len(names) else f"column {n + 1}"
-        if typed.value is None or column in found:
+        if typed.value is None or found.get(column) is not None:
             continue
         found[column] = text_of(typed, shown)
         if typed.data_type == "f" and isinstance(found[column], str):
             findings.note("formula", where, str(typed.value))
         elif isinstance(found[column], str) and not isinstance(shown.value, str):
             findings.note("number", where, found[column])
-    return Record(found, where)
+    return Record(found, where, table=True)
 
 
 def text_of(typed, shown) -> str | NoText:

@@ -179,7 +179,7 @@ class Walk:
         return self.text[end - 1] not in '"}]' and self.more()
 
 
-def json_values(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Record]:
+def json_values(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Record | Bad]:
     """Yield the rows of JSON text.
 
     Each member of a list is a row, and so is each object outside a list. But an object may contain
@@ -222,7 +222,7 @@ def is_row(own: list[tuple[str, object]]) -> bool:
     return len(known) > 1 or bool(known & {"messages", "conversations"})
 
 
-def object_members(walk: Walk, findings: Findings) -> Iterator[Record]:
+def object_members(walk: Walk, findings: Findings) -> Iterator[Record | Bad]:
     where, own, lists = walk.where(), [], []
     walk.take("{", "an object")
     if walk.peek() == "}":
@@ -246,7 +246,10 @@ def object_members(walk: Walk, findings: Findings) -> Iterator[Record]:
         if walk.take(",}", "a comma or }") == "}":
             break
     known = [key for key, _ in own if field_of(key)]
-    if not lists:
+    if not lists and not known and all(isinstance(value, list) for _, value in own):
+        yield Bad(where, f"no objects in {' and '.join(key for key, _ in own)}; a .json file is a "
+                         f"list of objects, or an object that contains one such list")
+    elif not lists:
         yield Record(members(own), where)
     elif known:
         raise Refusal(f"{where}: this object has a row's field, {known[0]}, and also a list of "

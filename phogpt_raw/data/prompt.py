@@ -24,6 +24,7 @@ from phogpt_raw.data.records import Bad, Findings
 from phogpt_raw.refusal import Refusal
 
 IGNORED = -100  # the target of a position that carries no loss, as in torch
+HALF = "\ufffd"  # what a tokenizer decodes from the bytes of an incomplete character
 AT_ONCE = 512  # number of conversations that are tokenized together
 # No token has more than LETTERS characters. So only the first LETTERS * (max_len + 1) characters of
 # a text are encoded.
@@ -118,6 +119,12 @@ def encode_row(tokenizer, template: Template, row: Conversation, max_len: int) -
     if isinstance(found, Bad):
         raise Refusal(str(found))
     return found[0]
+
+
+def decoded(tokenizer, ids: list[int]) -> str:
+    """Return the text of ids. A token may end inside a character, so the first or last character
+    may be incomplete; it is left out."""
+    return tokenizer.decode(ids).strip(HALF)
 
 
 def encode(tokenizer, template: Template, rows: Iterable[Conversation], max_len: int,

@@ -20,10 +20,12 @@ MANY = 100_000  # if more rows than this are bad, and most rows are bad, reading
 
 @dataclass(frozen=True)
 class Record:
-    """One row of a file. value: its content, usually a dict of fields. where: file:line."""
+    """One row of a file. value: its content, usually a dict of fields. where: file:line. table:
+    True if the first row of a table names the fields."""
 
     value: object
     where: str
+    table: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ path on this computer.
 
 import gzip
 import hashlib
+import logging
 import re
 import unicodedata
 import zlib
@@ -244,15 +245,46 @@ def documents(stream: TextIOWrapper, name: str) -> Iterator[Record | Bad]:
         empty = line is not None and line.isspace()
 
 
-def read_hub(repository: str, split: str, revision: str | None) -> Iterator[Record]:
-    """Yield the rows of a split of a hub dataset while the dataset is downloaded."""
+def form_of_rows(source: Source, *fields: str) -> str:
+    """Describe a row with these fields in the kind of file that the source has, for a message about
+    a source without rows."""
+    kind = kind_of(source.files[0]) if source.files else "hub"
+    if kind in ("jsonl", "json"):
+        texts = ", ".join(f'"{field}": "…"' for field in fields)
+        return f"a row is {'a line' if kind == 'jsonl' else 'an object'} such as {{{texts}}}"
+    if kind == "text":
+        return "write a text into it"
+    names = " and ".join(fields)
+    if kind in ("table", "xlsx"):
+        return f"the first row names the columns, such as {names}; the rows are below it"
+    return f"a row has fields such as {names}"
+
+
+def read_hub(source: Source) -> Iterator[Record]:
+    """Yield the rows of a hub dataset while the dataset is downloaded."""
     import datasets
 
-    name = f"{repository}:{split}"
+    repository, split, revision = source.hub
+    with quiet("datasets", "huggingface_hub"):
+        try:
+            rows = datasets.load_dataset(repository, split=split, revision=revision,
+                                         streaming=True)
+            for number, row in enumerate(rows, 1):
+                yield Record(row, f"{repository}:{split}:{number}")
+        except Exception as error:  # an error of the network, the hub, or the files
+            raise Refusal(f"{source.name}: is not a file on this computer, and cannot be read from "
+                          f"the hub ({one_line(error)})") from None
+
+
+@contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """Print no log messages of these libraries, such as one line for each failed attempt."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    levels = [logger.level for logger in loggers]
     try:
-        rows = datasets.load_dataset(repository, split=split, revision=revision, streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield Record(row, f"{name}:{number}")
-    except Exception as error:  # an error of the network, the hub, or the files
-        raise Refusal(f"{name}: is not a file on this computer, and cannot be read from the hub "
-                      f"({one_line(error)})") from None
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -73,8 +73,8 @@ def cells_of(text: Text, delimiter: str) -> Iterator[tuple[int, list[str] | str]
 
 def in_words(error: str) -> str:
     if "expected after" in error:
-        return ('text follows the closing quote of a cell; write "" for each quote inside a cell, '
-                'and put the cell in quotes')
+        return ('text follows the closing quote of a cell; close each quote that opens a cell, '
+                'write "" for each quote inside a cell, and put the cell in quotes')
     if "unexpected end" in error:
         return 'a quote opens a cell and never closes; write "" for a quote inside a cell'
     return error
@@ -132,7 +132,7 @@ def text_table(stream: TextIOBase, name: str, findings: Findings) -> Iterator[Re
         else:
             if any("\n" in cell and rows_within(cell, names, delimiter) for cell in cells):
                 findings.note("like rows", where)
-            yield Record(dict(zip(names, cells, strict=False)), where)
+            yield Record(dict(zip(names, cells, strict=False)), where, table=True)
 
 
 def columns(cells: list, where: str) -> list[str]:

@@ -1,15 +1,14 @@
 """Export a fine-tuned PhoGPT: files for transformers, llama.cpp and Ollama.
 
-    python -m phogpt_raw.export runs/nano-001 out --merged       a checkpoint for transformers
-    python -m phogpt_raw.export runs/nano-001 out --gguf q8_0    for llama.cpp and Ollama
-    python -m phogpt_raw.export runs/nano-001 out --lora-gguf    for llama.cpp, over a base's GGUF
-    python -m phogpt_raw.export runs/nano-001 --push ME/NAME     adapter and model card, to the hub
+    python -m phogpt_raw.export RUN out --merged     for transformers
+    python -m phogpt_raw.export RUN out --gguf q8_0  for llama.cpp and Ollama
+    python -m phogpt_raw.export RUN out --lora-gguf  for llama.cpp, with a base
+    python -m phogpt_raw.export RUN --push ME/NAME   upload the adapter
 
 An adapter is merged into the base's stored weights, without quantising them first. The folder is
 written completely or not at all.
 """
 
-import argparse
 import os
 import shlex
 import time
@@ -28,7 +27,7 @@ from phogpt_raw.export.report import NF4, progress, say_distance, say_uses, show
 from phogpt_raw.export.source import find_source
 from phogpt_raw.files import check_free, check_space, expanded, whole_folder
 from phogpt_raw.model import nf4_file
-from phogpt_raw.model.adapter_config import run_record
+from phogpt_raw.model.adapter_config import instead, run_record
 from phogpt_raw.model.base_identity import say_if_another
 from phogpt_raw.model.nf4 import NF4_BYTES
 from phogpt_raw.model.weights import find_cache, find_folder, read_model
@@ -37,8 +36,8 @@ from phogpt_raw.show.console import out
 
 
 def parse(arguments):
-    parser = Parser(prog="python -m phogpt_raw.export", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m phogpt_raw.export", description=__doc__,
+                    usage="%(prog)s [options] RUN [OUT]")
     parser.add_argument("run", metavar="RUN", help="the folder of a run or of a checkpoint; or a "
                         "base (nano, a folder, a hub id), to export it without an adapter")
     parser.add_argument("out", metavar="OUT", type=Path, nargs="?",
@@ -73,9 +72,14 @@ def parse(arguments):
 def check(options) -> None:
     """Raise Refusal for flags that exclude each other or have no effect. Find the run's adapter."""
     model = options.merged or options.gguf or options.lora_gguf
-    if bool(options.out) != bool(model or options.nf4) or not (options.out or options.push):
-        raise Refusal("nothing to write: name a folder OUT and one or more of --merged, --gguf, "
-                      "--lora-gguf and --nf4; or give --push USER/NAME alone")
+    kinds = "one or more of --merged, --gguf, --lora-gguf and --nf4"
+    if (model or options.nf4) and not options.out:
+        raise Refusal("OUT: is missing; name the folder to write after RUN")
+    if options.out and not (model or options.nf4):
+        raise Refusal(f"{options.out}: nothing to write there; give {kinds}")
+    if not options.out and not options.push:
+        raise Refusal(f"nothing to write: name a folder OUT and {kinds}; or give --push USER/NAME "
+                      f"alone")
     effects = {"dtype": options.merged or options.nf4, "template": model, "model": options.out,
                "revision": options.out}
     for name, has_one in effects.items():
@@ -103,7 +107,7 @@ def find_adapter(options) -> None:
         return
     none = f"{options.run}: holds no adapter (adapter_config.json)"
     if run_record(options.adapter / "config.json"):
-        raise Refusal(f"{none}: this run has not ended; name one of its checkpoint-N folders")
+        raise Refusal(f"{none}: {instead(options.adapter)}")
     if options.lora_gguf:
         raise Refusal(f"{none}, and --lora-gguf needs one")
     if options.model:

@@ -23,9 +23,15 @@ from phogpt_raw.data.conversations import (
     Reader,
     Unusable,
 )
-from phogpt_raw.data.fields import field_of
-from phogpt_raw.data.records import Bad, Findings, Record, check_all
-from phogpt_raw.data.sources import find_unweighted, opened, read_file, read_hub, suffix
+from phogpt_raw.data.records import Bad, Findings, check_all
+from phogpt_raw.data.sources import (
+    find_unweighted,
+    form_of_rows,
+    opened,
+    read_file,
+    read_hub,
+    suffix,
+)
 from phogpt_raw.decode.engine import Engine
 from phogpt_raw.decode.history import Turn, encode_history
 from phogpt_raw.decode.text import TextStream
@@ -37,8 +43,7 @@ from phogpt_raw.messages import _, plural
 from phogpt_raw.model.phogpt import PhoGPT
 from phogpt_raw.refusal import Refusal
 
-ANSWERS = ("response", "completion", "output", "answer")
-STAND_IN = "-"  # placeholder answer for a row without an answer
+STAND_IN = "-"  # the reader puts it in place of a missing answer; no question contains it
 LINES = (".txt", ".md", ".markdown")  # in these files each line is a question
 PROGRESS = ".progress"  # ending of the file that stores the finished answers until the end
 
@@ -74,24 +79,30 @@ def read_questions(spec: str, mapped: dict[str, str]) -> list[Question]:
     Refusal, which names the unusable rows, if there are any.
     """
     source, found, findings = find_unweighted(spec, "--input"), [], Findings()
-    units = [(read_hub(*source.hub), None)] if source.hub else [
+    units = [(read_hub(source), None)] if source.hub else [
         (read_file(path, findings), path) for path in source.files]
-    reader = Reader(findings, mapped)
+    reader = Reader(findings, mapped, stand_in=STAND_IN)
     for records, path in units:
         if path and suffix(path) in LINES:
             found += lines_of(path, findings)
             continue
         for record in findings.sift(records):
             try:
-                found.append(question_of(reader.conversation(with_answer(record, mapped))))
+                found.append(question_of(reader.conversation(record)))
             except Unusable as fault:
                 findings.bad.append(Bad(record.where, str(fault)))
     findings.good = len(found)
     check_all(findings)
     if not found:
-        raise Refusal(f"{spec}: holds no questions; a row is a line such as "
-                      f'{{"question": "…"}}')
+        raise Refusal(f"{spec}: holds no questions; {form_of_rows(source, 'question')}")
     return found
+
+
+def check_map(spec: str, mapped: dict[str, str]) -> None:
+    """Raise Refusal for a --map without effect, because the file has lines of text."""
+    files = find_unweighted(spec, "--input").files
+    if mapped and files and all(suffix(path) in LINES for path in files):
+        raise Refusal(f"--map: {spec} has lines of text without columns; leave out --map")
 
 
 def lines_of(path: Path, findings: Findings) -> Iterator[Question]:
@@ -99,28 +110,6 @@ def lines_of(path: Path, findings: Findings) -> Iterator[Question]:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield Question((Turn(line.strip()),), "", f"{path}:{number}")
-
-
-def with_answer(record: Record, mapped: dict[str, str]) -> Record:
-    """The record, with a placeholder answer if it has no answer. The reader, which is also used for
-    training rows, accepts no record without an answer."""
-    row = record.value
-    if not isinstance(row, dict):
-        return record
-    meaning = {name: mapped.get(name) or field_of(name) for name in row}
-    for name, field in meaning.items():
-        if field in ("messages", "conversations") and isinstance(row[name], list) and row[name]:
-            last, role, text = row[name][-1], "role", "content"
-            if isinstance(last, dict) and "from" in last:
-                role, text = "from", "value"
-            if isinstance(last, dict) and last.get(role) in ("user", "human"):
-                answered = [*row[name], {role: "assistant", text: STAND_IN}]
-                return Record(row | {name: answered}, record.where)
-            return record
-    if any(field in ANSWERS and row[name] for name, field in meaning.items()):
-        return record
-    kept = {name: row[name] for name, field in meaning.items() if field not in ANSWERS}
-    return Record(kept | {"response": STAND_IN}, record.where)
 
 
 def question_of(row: Conversation) -> Question:
@@ -199,6 +188,7 @@ def lengths_in(found: Found, spec: str, mapped: dict[str, str]) -> list[int]:
 
     Without a tokenizer, each question is assumed to be as long as the model allows.
     """
+    check_map(spec, mapped)
     asked = read_questions(spec, mapped)
     if found.tokenizer is None:
         return [found.shape.max_seq_len - 1] * len(asked)
@@ -217,6 +207,7 @@ def answer_file(found: Found, spec: str, output: Path, how: Generation, *, sampl
 def answer_held_file(found: Found, spec: str, output: Path, how: Generation, samples: int,
                      mapped: dict[str, str]) -> None:
     """The work of answer_file. The caller holds the lock, so no other process writes `output`."""
+    check_map(spec, mapped)
     asked = read_questions(spec, mapped)
     prompts = encoded(found, asked)
     memory_plan.check_fits(found, memory_plan.file(found, how, samples * list(map(len, prompts))))

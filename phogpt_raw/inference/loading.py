@@ -116,6 +116,6 @@ def in_context(shape: ModelConfig, most: int | None) -> ModelConfig:
     if most is None:
         return shape
     if not LEAST_CONTEXT <= most <= shape.max_seq_len:
-        raise Refusal(f"--context {most}: must be from {LEAST_CONTEXT} to {shape.max_seq_len}, "
+        raise Refusal(f"--context {most}: must be from {LEAST_CONTEXT} to {shape.max_seq_len:,}, "
                       f"the limit of the model")
     return replace(shape, max_seq_len=most)

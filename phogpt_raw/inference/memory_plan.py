@@ -104,7 +104,8 @@ def show(found: Found, work: Work, remedy: str = SHORTER) -> None:
     adapter = (_("none") if not found.adapter else
                plural(work.models, f"{gib(used.adapters)} GiB",
                       _("{gib} GiB for {n}", gib=gib(used.adapters), n=work.models)))
-    rows = _("{n} at once, of at most {tokens:,} tokens", n=work.rows, tokens=work.positions)
+    rows = _("{n} at once, of at most {tokens:,} tokens, prompt included", n=work.rows,
+             tokens=work.positions)
     if work.models > 1:
         rows += _(", for each of {n} models", n=work.models)
     listing("PhoGPT raw", {

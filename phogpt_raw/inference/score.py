@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.table import Table
 
 from phogpt_raw.data.batches import Window
-from phogpt_raw.data.encoded import encode_sources
+from phogpt_raw.data.encoded import encode_sources, read_sources
 from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import check_all
 from phogpt_raw.data.sources import find_unweighted
@@ -138,20 +138,35 @@ def chrf():
 
 def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
     """The rows of a file, encoded as train.py encodes them. Raises Refusal for a bad row."""
-    if found.tokenizer is None:
-        raise Refusal(f"--eval {spec}: a shape without weights has no tokenizer; name a base with "
-                      f"--model")
     rows = encode_sources([find_unweighted(spec, "--eval")], found.tokenizer, found.template,
                           max_len=found.shape.max_seq_len, mapped=mapped)
     check_all(rows.together())
     examples = [document for row in rows.rows for document in row.documents[:1] if document.asks]
     if not examples:
-        raise Refusal(f"{spec}: holds no questions with answers")
+        raise Refusal(no_questions(spec))
     texts = len(rows.rows) - len(examples)
     if texts:
         say(plural(texts, _("(1 row is a text without a question: left out)"),
                    _("({n:,} rows are texts without a question: left out)", n=texts)))
     return examples
+
+
+def prompt_lengths(found: Found, spec: str, mapped: dict[str, str]) -> list[int]:
+    """The number of tokens of each row's prompt.
+
+    Without a tokenizer, each prompt is assumed to be as long as the model allows.
+    """
+    if found.tokenizer:
+        return [len(prompt_of(example)) for example in read(found, spec, mapped)]
+    rows = read_sources([find_unweighted(spec, "--eval")], mapped, strict=True)
+    asked = [row for row in rows if row.question]
+    if not asked:
+        raise Refusal(no_questions(spec))
+    return [found.shape.max_seq_len - 1] * len(asked)
+
+
+def no_questions(spec: str) -> str:
+    return f"{spec}: holds no questions with answers"
 
 
 def last_answer(example: Example) -> slice:

@@ -44,8 +44,7 @@ def read_adapter_config(folder: Path):
     """
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise Refusal(f"{file}: missing; name a folder that a run has written, such as "
-                      f"runs/nano-001")
+        raise Refusal(f"{file}: missing; {instead(folder)}")
     fields = read_object(file, "use another copy of the adapter")
     check(fields, file)
     from peft import PeftConfig
@@ -54,6 +53,17 @@ def read_adapter_config(folder: Path):
         return PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT raises different errors for unexpected values
         raise Refusal(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+
+
+def instead(folder: Path) -> str:
+    """What to do about a folder that has no adapter."""
+    if run_record(folder / "config.json"):
+        if next(folder.glob("checkpoint-*"), None):
+            return "this run has not ended; name one of its checkpoint-N folders"
+        return "this run has saved no checkpoint; give its command again"
+    if (folder / "config.json").is_file():
+        return f"{folder} is a whole model; name it with --model"
+    return "name a folder that a run has written, such as runs/nano-001"
 
 
 def check(fields: dict, file: Path) -> None:

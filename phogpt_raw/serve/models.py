@@ -18,7 +18,7 @@ from phogpt_raw.files import expanded
 from phogpt_raw.inference import memory_plan
 from phogpt_raw.inference.loading import Found, find
 from phogpt_raw.inference.memory_plan import gib, precision
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
 from phogpt_raw.model.adapters import load_adapters, same_base
 from phogpt_raw.model.nf4_product import MOST
 from phogpt_raw.model.phogpt import PhoGPT
@@ -59,8 +59,8 @@ class Served:
                                 param=where)
         if len(ids) >= config.max_seq_len:
             raise ProtocolError(
-                f"'{where}' has {len(ids)} tokens; with the answer there can be at most "
-                f"{config.max_seq_len}; shorten it", param=where, code="context_length_exceeded")
+                f"'{where}' has {len(ids):,} tokens; with the answer there can be at most "
+                f"{config.max_seq_len:,}; shorten it", param=where, code="context_length_exceeded")
         return ids
 
 
@@ -167,9 +167,10 @@ def memory_line(found: dict[str, Found], slots: int) -> str:
     """The memory of weights and slots as one line of text, which is printed at the start."""
     one, work = largest(found), work_of(found, slots)
     used = memory(memory_plan.model_of(one), work, one.card)
-    text = _("(slots for {slots} answers of {tokens:,} tokens", slots=slots, tokens=work.positions)
+    answers = plural(slots, _("(1 slot for an answer"), _("({n:,} slots for answers", n=slots))
+    text = answers + _(" of {tokens:,} tokens, prompt included", tokens=work.positions)
     if work.models > 1:
-        text += _(" in each of {models} models", models=work.models)
+        text += _(", in each of {models} models", models=work.models)
     text += _(": cache at most {cache} GiB; base {weights} GiB, {precision}",
               cache=gib(used.cache), weights=gib(used.base), precision=precision(one))
     if one.card.memory_gib:

@@ -200,8 +200,9 @@ def sampling(fields: dict, default: Sampling) -> Sampling:
         if type(value) not in kinds or not least <= value <= most or (
                 value == least and not with_least):
             what = "a whole number" if name == "top_k" else "a number"
-            above = "from" if with_least else "above"
-            raise wrong(name, f"must be {what} {above} {least} to {most}, not {shortened(value)}")
+            span = (f"from {least} to {most}" if with_least
+                    else f"above {least} and at most {most}")
+            raise wrong(name, f"must be {what} {span}, not {shortened(value)}")
     return Sampling(**values)
 
 
@@ -214,7 +215,7 @@ def stops(value) -> list[str]:
         raise wrong("stop", f"must be at most {MOST_STOPS} texts")
     for stop in found:
         if not clean(stop, "stop") or len(stop) > MOST_STOP:
-            raise wrong("stop", f"must be texts of 1 to {MOST_STOP} letters")
+            raise wrong("stop", f"must be texts of 1 to {MOST_STOP:,} letters")
     return [unicodedata.normalize("NFC", stop) for stop in found]
 
 
@@ -253,13 +254,13 @@ def conversation(messages) -> Conversation:
         role, said = message.get("role"), content(message.get("content"), f"{where}.content")
         if role in ("system", "developer"):
             if turns or asked:
-                raise wrong(where, f"a {role} message must come before all others")
+                raise wrong(where, f"is a {role} message, which must come before all others")
             system.append(said)
         elif role == "user":
             asked.append(said)
         elif role == "assistant":
             if not asked:
-                raise wrong(where, "an assistant message must follow one of the user")
+                raise wrong(where, "is an assistant message, which must follow a user message")
             turns.append(Turn("\n".join(asked), said))
             asked = []
         else:

@@ -3,7 +3,7 @@ left out."""
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.examples import Examples, questions
-from phogpt_raw.data.prompt import TEMPLATES
+from phogpt_raw.data.prompt import IGNORED, TEMPLATES, decoded
 from phogpt_raw.data.records import NAMED, Findings, Note, named, printable
 from phogpt_raw.data.report import Lengths, Report
 from phogpt_raw.messages import _, plural
@@ -56,11 +56,12 @@ def format_line(findings: Findings) -> str:
 def first_line(tokenizer, examples: Examples) -> str:
     """The first training example, shortened."""
     example = examples.train[0]
-    learned = [target for target in example.targets if target >= 0]
     where = printable(example.where.rpartition("/")[2])
-    answer = one_line(tokenizer.decode(learned), EXCERPT)
     if not example.asks:
-        return _("{where}: {text}", where=where, text=answer)
+        text = one_line(decoded(tokenizer, example.ids), EXCERPT)
+        return _("{where}: {text}", where=where, text=text)
+    learned = [target for target in example.targets if target != IGNORED]
+    answer = one_line(decoded(tokenizer, learned), EXCERPT)
     [question] = questions(tokenizer, TEMPLATES[examples.template], [example])
     return _("{where}: {question} → {answer}", where=where, question=one_line(question, EXCERPT),
              answer=answer)

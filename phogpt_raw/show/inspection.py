@@ -6,9 +6,10 @@ from itertools import groupby, islice
 
 from rich.text import Text
 
-from phogpt_raw.data.prompt import IGNORED, Example
+from phogpt_raw.data.prompt import IGNORED, Example, decoded
 from phogpt_raw.data.records import printable
-from phogpt_raw.messages import _
+from phogpt_raw.messages import _, plural
+from phogpt_raw.refusal import Refusal
 from phogpt_raw.show.console import heading, out
 from phogpt_raw.training.setup import Job
 
@@ -16,8 +17,13 @@ from phogpt_raw.training.setup import Job
 def show(job: Job) -> None:
     """Print the first --inspect rows: the text of each example, and the tokens that carry loss.
 
-    With --json, print a line of JSON for each row instead.
+    With --json, print a line of JSON for each row instead. Raises Refusal if the text is needed and
+    there is no tokenizer.
     """
+    if job.tokenizer is None and not job.config.json:
+        raise Refusal(f"--inspect: needs a tokenizer, which the shape {job.config.model} does not "
+                      f"have; name a base with --model, or add --json")
+    number = 0
     for number, (examples, length) in enumerate(islice(rows(job), job.config.inspect), 1):
         if job.config.json:
             print(json.dumps(as_lists(examples), ensure_ascii=False))
@@ -27,6 +33,9 @@ def show(job: Job) -> None:
                       length=length))
             for place, example in enumerate(examples):
                 print_example(job.tokenizer, example, place)
+    if number < job.config.inspect and not job.config.json:
+        out.print(plural(number, _("(one epoch has only this row)"),
+                         _("(one epoch has only these {n:,} rows)", n=number)))
 
 
 def rows(job: Job) -> Iterator[tuple[list[Example], int]]:
@@ -45,16 +54,25 @@ def as_lists(examples: list[Example]) -> dict[str, list]:
             "where": [printable(e.where) for e in examples]}
 
 
+def parts(tokenizer, example: Example) -> Iterator[tuple[bool, str]]:
+    """Yield (whether it carries loss, text) for each part of an example. A character whose tokens
+    are in two parts belongs to the second part."""
+    carries_loss = [False, *(target != IGNORED for target in example.targets[:-1])]
+    stop = shown = 0
+    for supervised, part in groupby(carries_loss):
+        stop += len(list(part))
+        text = decoded(tokenizer, example.ids[:stop])
+        yield supervised, text[shown:]
+        shown = len(text)
+
+
 def print_example(tokenizer, example: Example, place: int | None = None) -> None:
     """Print a training example. The tokens that carry loss are in brackets and in colour."""
     border = "" if place is None else _("document {n}, ", n=place)
     out.print(Text(border + _("{where}; loss on the {n} of {of} tokens between ⟦ and ⟧",
                               where=printable(example.where), n=example.supervised,
                               of=len(example.ids)), "dim cyan"))
-    carries_loss = [False, *(target != IGNORED for target in example.targets[:-1])]
-    for supervised, part in groupby(zip(example.ids, carries_loss, strict=True),
-                                    key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _carries in part])
+    for supervised, text in parts(tokenizer, example):
         out.print(Text(f"⟦{text}⟧" if supervised else text,
                        "bold green" if supervised else ""), end="")
     out.print()

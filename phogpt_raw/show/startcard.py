@@ -57,16 +57,17 @@ def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
     for fault in run.damaged:
         say(_("not used: {fault}", fault=fault))
     if longest > shape.max_seq_len:
-        say(_("the longest row is longer than the {n} tokens that the model was trained for",
+        say(_("the longest row is longer than the {n:,} tokens that the model was trained for",
               n=shape.max_seq_len))
     if job.examples.trained_too:
-        say(_("held-out rows that are also training rows: {n} of {of} (the first: {where}); they "
-              "make the validation loss too low", n=len(job.examples.trained_too),
+        say(_("held-out rows that are also training rows: {n:,} of {of:,} (the first: {where}); "
+              "they make the validation loss too low", n=len(job.examples.trained_too),
               of=job.examples.held_out_rows, where=job.examples.trained_too[0]))
     cut = [e for e in job.examples.train + job.examples.held_out if e.cut]
     if cut:
-        say(_("rows longer than --max-len {limit}: {n} (the first: {where}); their answers are cut "
-              "and have no </s>", n=len(cut), limit=config.max_len, where=cut[0].where))
+        say(_("rows longer than --max-len {limit:,}: {n:,} (the first: {where}); their ends are "
+              "cut off, so they have no </s>", limit=config.max_len, n=len(cut),
+              where=cut[0].where))
 
 
 def preset_line(config: Config) -> str:
@@ -89,7 +90,7 @@ def data_line(job: Job) -> str:
     lengths = [len(e.ids) for e in job.examples.train]
     if len(lengths) != job.examples.rows:
         rows += plural(len(lengths), _(" as 1 example"), _(" as {n:,} examples", n=len(lengths)))
-    return _("{rows}, median {median} tokens, longest {longest}; {held}", rows=rows,
+    return _("{rows}, median {median:,} tokens, longest {longest:,}; {held}", rows=rows,
              median=int(statistics.median(lengths)), longest=max(lengths), held=held_out_line(job))
 
 
@@ -104,8 +105,8 @@ def held_out_line(job: Job) -> str:
     if job.examples.held_out_file:
         return _("{n:,} held out, of {file}", n=n, file=job.examples.held_out_file.name)
     if hold_out is None and not n:
-        return _("none held out: fewer than {enough} rows; --hold-out N or --val FILE holds out "
-                 "some", enough=ENOUGH)
+        return _("none held out: fewer than {enough} different rows; --hold-out N or --val FILE "
+                 "holds out some", enough=ENOUGH)
     if hold_out is None:
         return _("{n:,} held out (about {share:.0%}, at least {least}; --hold-out 0 trains on "
                  "all)", n=n, share=DEFAULT_SHARE, least=LEAST)
@@ -122,11 +123,13 @@ def model_line(job: Job) -> str:
     frozen = [p for p in job.model.parameters() if not p.requires_grad]
     quantised = 2 * sum(p.numel() for p in frozen if p.dtype == torch.uint8)
     plain = sum(p.numel() for p in frozen if p.dtype != torch.uint8)
-    shape = job.model.config
-    return _("{name}: {blocks} blocks of width {width}, vocabulary {vocabulary:,}; {quantised} "
-             "parameters in NF4, {plain} in {dtype}", name=job.config.model, blocks=shape.n_layers,
-             width=shape.d_model, vocabulary=shape.vocab_size, quantised=millions(quantised),
-             plain=millions(plain), dtype=dtype_name(job.model.head.dtype))
+    shape, dtype = job.model.config, dtype_name(job.model.head.dtype)
+    weights = (_("{quantised} parameters in NF4, {plain} in {dtype}", dtype=dtype,
+                 quantised=millions(quantised), plain=millions(plain)) if quantised
+               else _("{plain} parameters in {dtype}", plain=millions(plain), dtype=dtype))
+    return _("{name}: {blocks} blocks of width {width}, vocabulary {vocabulary:,}; {weights}",
+             name=job.config.model, blocks=shape.n_layers, width=shape.d_model,
+             vocabulary=shape.vocab_size, weights=weights)
 
 
 def adapters_line(job: Job) -> str:
@@ -174,7 +177,8 @@ def steps_line(job: Job) -> str:
 
 def time_line(job: Job, duration: Duration) -> str:
     """The simulated time of a step, and of all steps if their number is known."""
-    text = _("simulated: {low:.3g} to {high:.3g} s a step", low=duration.low, high=duration.high)
+    low, high = (f"{s:.3g}" if s < 1000 else f"{s:,.0f}" for s in (duration.low, duration.high))
+    text = _("simulated: {low} to {high} s a step", low=low, high=high)
     if job.tokenizer or job.config.data or job.config.steps:
         ends = dict.fromkeys(clock(max(1, job.run.steps * s))
                              for s in (duration.low, duration.high))

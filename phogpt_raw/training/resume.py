@@ -90,13 +90,27 @@ def check_same(folder: Path, config: Config, examples: Examples) -> None:
     # config.json lacks a setting that is newer than the run. The run used the setting's default.
     before = dataclasses.asdict(Config()) | read_object(file, ANOTHER)
     now = dataclasses.asdict(config)
-    for name in sorted(now.keys() - FREE):
-        if whole_path(name, before[name]) != whole_path(name, now[name]):
-            raise Refusal(
-                f"--out {folder}: this run started {as_typed(name, before[name])}, not "
-                f"{as_typed(name, now[name])}; keep the old setting, or name another --out"
-            )
+    different = [name for name in now.keys() - FREE
+                 if whole_path(name, before[name]) != whole_path(name, now[name])]
+    if different:
+        name = most_likely_typed(different, before, now)
+        raise Refusal(f"--out {folder}: this run started {as_typed(name, before[name])}, not "
+                      f"{as_typed(name, now[name])}; keep the old setting, or name another --out")
     check_rows(folder, before, now, examples)
+
+
+def most_likely_typed(different: list[str], before: dict, now: dict) -> str:
+    """The one of the different settings that a message should name.
+
+    A preset changes several settings. So the model comes first, and then a setting that now differs
+    from its default. If there is neither, the preset is named, if it differs too.
+    """
+    changed = sorted(name for name in different if now[name] != getattr(Config(), name))
+    if "model" in different:
+        return "model"
+    if not changed and before["preset"] != now["preset"]:
+        return "preset"
+    return (changed or sorted(different))[0]
 
 
 def as_typed(name: str, value) -> str:
@@ -165,13 +179,17 @@ def changes(began: list[str], examples: list[Example]) -> str:
     now = [fingerprint(example) for example in examples]
     if now == began:
         return ""
-    added, removed = Counter(now) - Counter(began), Counter(began) - Counter(now)
+    before = Counter(began)
+    added, removed = Counter(now) - before, before - Counter(now)
     if not added and not removed:
         return f"the same {len(now):,} rows in another order"
     parts = []
-    if added:
-        first = next(e for e, known in zip(examples, now, strict=True) if known in added)
-        parts.append(f"{added.total():,} new or edited (the first: {first.where})")
+    new = Counter({row: count for row, count in added.items() if row not in before})
+    if new:
+        first = next(e for e, row in zip(examples, now, strict=True) if row in new)
+        parts.append(f"{new.total():,} new or edited (the first: {first.where})")
+    if copies := (added - new).total():
+        parts.append(f"{copies:,} more copies of the same rows")
     if removed:
         parts.append(f"{removed.total():,} missing")
     return f"{', '.join(parts)} (rows at the start: {len(began):,}, now: {len(now):,})"

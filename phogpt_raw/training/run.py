@@ -82,6 +82,10 @@ class Run:
             self.state = restored(self.checkpoint)
             self.planned, self.state.planned = self.state.planned, steps
             self.saved = self.state.step, self.state.evaluated
+            if self.state.step > steps:
+                raise Refusal(f"{self.folder}: this run is already at step {self.state.step:,}, "
+                              f"and this command ends at step {steps:,}; give a larger --steps or "
+                              f"--epochs")
             if self.ended:
                 self.check_adapter()
                 if (self.folder / CARD).is_file():
@@ -122,9 +126,9 @@ class Run:
             why, more = f"this run is complete ({done})", "a larger --steps or --epochs"
         else:
             times = plural(state.not_better, "1 evaluation", f"{state.not_better} evaluations")
-            why = (f"this run ended early, after step {state.step} of {self.steps}: the validation "
-                   f"loss was no lower in {times} (--patience {patience})")
-            more = f"a --patience above {state.not_better}, or none"
+            why = (f"this run ended early, after step {state.step} of {self.planned}: the "
+                   f"validation loss was no lower in {times} (--patience {patience})")
+            more = f"a --patience above {state.not_better}, or no --patience"
         folder = shlex.quote(str(self.folder))
         return (f'{self.folder}: {why}. To train it further, give {more}. To train its adapter on '
                 f"other rows, give --adapter {folder} and another --out. To ask it a question: "
@@ -252,10 +256,12 @@ class Run:
             self.settle()
         state = self.state
         if state.skipped_in_row >= self.config.max_skipped:
-            raise RunFailed(_(
-                "{folder}: steps {first} to {last} were skipped because their gradients are not "
-                "finite; {advice}", folder=self.folder, first=state.step - state.skipped_in_row + 1,
-                last=state.step, advice=self.advice()))
+            first, last = state.step - state.skipped_in_row + 1, state.step
+            skipped = plural(state.skipped_in_row, _("step {n} was", n=last),
+                             _("steps {first} to {last} were", first=first, last=last))
+            raise RunFailed(_("{folder}: {skipped} skipped because the gradients are not finite; "
+                              "{advice}", folder=self.folder, skipped=skipped,
+                              advice=self.advice()))
 
     def check_result(self, loss: float) -> None:
         """Raise RunFailed if the run has no usable result, because more than half of its steps were
@@ -293,8 +299,9 @@ class Run:
         last_applied = state.step - state.skipped_in_row
         good = checkpoint.newest(self.folder, state.best_step if state.first else last_applied - 1)
         if good is None or not state.applied:
-            return _("no good checkpoint was saved; start a new run with a lower --lr, or --dtype "
-                     "bf16 or fp32, and another --out")
+            wider = {"fp16": _(" or --dtype bf16 or fp32"), "bf16": _(" or --dtype fp32")}
+            return _("no good checkpoint was saved; start a new run with another --out and a lower "
+                     "--lr{wider}", wider=wider.get(self.config.dtype, ""))
         return _("the last good checkpoint is {good}; continue from it with --adapter {good}, a "
                  "lower --lr and another --out", good=shlex.quote(str(good)))
 

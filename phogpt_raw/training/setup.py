@@ -151,12 +151,19 @@ def check_asked(config: Config, shape: ModelConfig) -> None:
         config.blocks_to_recompute(shape.n_layers)
 
 
+def check_warmup(config: Config, steps: int) -> None:
+    """Raise Refusal if the warm-up is not shorter than the run."""
+    if config.warmup and config.warmup >= steps:
+        raise Refusal(f"--warmup {config.warmup}: must be below the run's number of steps, which "
+                      f"is {steps:,}; lower --warmup, or raise --steps or --epochs")
+
+
 def make_stream(examples: Examples, config: Config, pad_id: int) -> Stream:
     """The stream of accumulation windows: each has --batch-size examples, or at most --batch-tokens
     tokens. Raises Refusal if an example has more than --batch-tokens tokens."""
     longest = max(examples.train, key=lambda e: len(e.ids))
     if config.batch_tokens and config.batch_tokens < len(longest.ids):
-        raise Refusal(f"{longest.where}: {len(longest.ids)} tokens are more than --batch-tokens "
+        raise Refusal(f"{longest.where}: {len(longest.ids):,} tokens are more than --batch-tokens "
                       f"{config.batch_tokens}; raise --batch-tokens or lower --max-len")
     if config.batch_tokens:
         return TokenStream(examples.train, batch_tokens=config.batch_tokens, pad_id=pad_id,
@@ -177,9 +184,6 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
     card = known_card(config.card) if config.card else this_card()
     dtype, dtype_reason = training_dtype(card, config.dtype, asked_by(config, "dtype"))
     shape = shape_alone(config.model, card, planned=config.dry_run)
-    if shape and config.max_len > shape.max_seq_len:
-        raise Refusal(f"--max-len {config.max_len}: {config.model} has rows of up to "
-                      f"{shape.max_seq_len} tokens")
     folder = None if shape else find_folder(config.model, config.revision, files=WITHOUT_WEIGHTS)
     shape = shape or read_config(folder)
     if config.adapter and folder:
@@ -193,6 +197,8 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
         raise Refusal(f"--patience {config.patience}: needs held-out rows, and there are none; "
                       f"give --hold-out or --val, or omit --patience")
     steps = config.steps or stream.steps(config.epochs or EPOCHS)
+    if tokenizer or config.data or config.steps:  # otherwise the number of steps is not known
+        check_warmup(config, steps)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
 
     if config.dry_run or config.inspect:  # only shapes are needed

@@ -58,8 +58,9 @@ class GracefulShutdown:
         self.asked = self.asked or number
         if self.may_raise:
             self.check()
-        text = _("\n{signal}: finishing the step, then saving; Ctrl-C stops without saving\n",
-                 signal=name_of(number))
+        again = _("a second Ctrl-C") if number == signal.SIGINT else _("Ctrl-C")
+        text = _("\n{signal}: finishing the step, then saving; {again} stops without saving\n",
+                 signal=name_of(number), again=again)
         with suppress(OSError):  # after SIGHUP the terminal no longer exists
             os.write(sys.stderr.fileno(), text.encode())  # print is not safe in a signal handler
 
