@@ -200,7 +200,7 @@ def test_errors_have_the_protocols_form_and_status(client):
     assert caught.value.param == "frequency_penalty" and "must be 0" in str(caught.value)
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="nano", messages=asked("Ngày mai " * 1000))
-    assert caught.value.code == "context_length_exceeded" and "1024" in str(caught.value)
+    assert caught.value.code == "context_length_exceeded" and "1,024" in str(caught.value)
     for prompt in ([70_000], [-1]):
         with pytest.raises(openai.BadRequestError, match="token id outside 0 to"):
             client.completions.create(model="nano", prompt=prompt)
