@@ -64,7 +64,7 @@ def short(card: Card) -> str:
 
 def across(what: str, cell) -> list[str]:
     """The lines of a table with a row for each number of tokens, and a column for each model and
-    GPU. cell(row): the text of a cell for a row of a result."""
+    GPU. cell(record): the text of the cell for one record of a saved result."""
     table = columns(what)
     lengths = sorted({length for rows in table.values() for length in rows})
     return [

@@ -30,7 +30,8 @@ def start(name: str, folder: Path, options) -> Side:
 
 
 class Ours:
-    """This loop over the checkpoint in a folder. Its steps run as CUDA graphs or eagerly."""
+    """train.py's training step, on the model of a checkpoint's folder. It runs as CUDA graphs or
+    eagerly."""
 
     def __init__(self, options):
         self.bench = Bench(options)

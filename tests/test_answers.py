@@ -96,13 +96,15 @@ def test_every_letter_that_ends_a_line_somewhere_is_kept_in_the_progress(tmp_pat
         assert module.Progress(tmp_path / str(n), "key").done == {0: line}
 
 
-def test_a_map_of_lines_of_text_is_refused(run, tmp_path):
-    file = tmp_path / "ask.txt"
-    file.write_text("Phở?\n", "utf-8")
+@pytest.mark.parametrize("name, line", [("ask.txt", "Phở?"), ("ask.jsonl", '{"prompt": "Phở?"}')])
+def test_a_map_to_a_column_that_no_row_has_is_refused(run, tmp_path, name, line):
+    """Only the column of the answers may be missing, because questions need no answers."""
+    file = tmp_path / name
+    file.write_text(line + "\n", "utf-8")
     for flags in ([], ["--dry-run"]):
-        status, said = run("--input", file, "--output", tmp_path / "a", "--map", "prompt=x", *flags)
-        assert status == 2
-        assert said == f"error: --map: {file} has lines of text without columns; leave out --map\n"
+        status, said = run("--input", file, "--output", tmp_path / "a", "--map", "system=x", *flags)
+        assert status == 2 and said == "error: --map system=x: no row has a field x\n"
+    assert run("--input", file, "--output", tmp_path / "b", "--map", "response=x")[0] == 0
 
 
 @pytest.mark.parametrize("cut", range(1, 25))

@@ -759,7 +759,7 @@ def test_the_score_before_training_counts_for_patience(train, tmp_path, monkeypa
     status, said, _ = train("--out", tmp_path / "run", "--steps", 20, "--patience", 2)
     assert status == 0 and "ended early: the validation loss was no lower in 2 evaluations" in said
     assert metrics(tmp_path / "run")[0][-1]["step"] == 4
-    assert "(step 4, the best of the trained steps)" in said  # the loss was lowest before training
+    assert "(step 4, the best after training began)" in said  # the loss was lowest before training
     card = (tmp_path / "run" / "README.md").read_text("utf-8")
     assert "| steps | 4 of 20 planned (1.8 epochs), 0 skipped |" in card
     assert "the adapter of step 4 of 4." in card and "no lower than before training" in card

@@ -147,3 +147,10 @@ def test_two_evaluations_do_not_write_the_same_files(tiny, rows, tmp_path, capsy
     assert stopped.value.code == 2
     assert f"{name}: another process is about to write it" in capsys.readouterr().err
     assert not list(tmp_path.glob("scores*"))
+
+
+def test_a_map_to_a_column_that_no_row_has_is_refused(tiny, rows, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        scored(tiny, rows, tmp_path / "scores.json", "--map", "system=x")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: --map system=x: no row has a field x\n"

@@ -109,6 +109,13 @@ def parse_map(spec: str | None) -> dict[str, str]:
     return found
 
 
+def check_map(mapped: dict[str, str], *findings: Findings) -> None:
+    """Raise Refusal for a --map that names a column which no row has."""
+    for name, field in mapped.items():
+        if not any(f"mapped {field}" in found.notes for found in findings):
+            raise Refusal(f"--map {field}={name}: no row has a field {name}")
+
+
 def conversations(records: Iterable[Record | Bad], findings: Findings,
                   mapped: dict[str, str] | None = None) -> Iterator[Conversation]:
     """Yield a conversation for each good record. Bad rows and notes go into `findings`.

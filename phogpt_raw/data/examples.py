@@ -7,7 +7,7 @@ from pathlib import Path
 
 from phogpt_raw.config import Config
 from phogpt_raw.data.chat_template import choose_template
-from phogpt_raw.data.conversations import Conversation, parse_map
+from phogpt_raw.data.conversations import Conversation, check_map, parse_map
 from phogpt_raw.data.encoded import Encoded, Rows, encode_sources, read_sources
 from phogpt_raw.data.prompt import TEMPLATES, Example, Template, next_tokens
 from phogpt_raw.data.report import Report, report
@@ -82,7 +82,7 @@ def load_examples(tokenizer, config: Config) -> Examples:
     name, reason = choose_template(tokenizer, config.template)
     found, found_val = (read(part, tokenizer, TEMPLATES[name], config) if part else Rows()
                         for part in (sources, others))
-    check_map(config.map, found, found_val)
+    check_map(parse_map(config.map), found.together(), found_val.together())
     rows, held_out = found.rows, found_val.rows
     if not val:
         rows, held_out = divide(rows, *hold_out_of(config, rows), names(sources))
@@ -154,13 +154,6 @@ def read(sources: list[Source], tokenizer, template: Template, config: Config) -
         raise Refusal(f"{names(sources)}: no row is left; all are longer than --max-len "
                       f"{config.max_len}, and --too-long drop leaves them out")
     return found
-
-
-def check_map(spec: str | None, *found: Rows) -> None:
-    """Raise Refusal for a --map that names a column which no row has."""
-    for name, field in parse_map(spec).items():
-        if not any(f"mapped {field}" in rows.together().notes for rows in found):
-            raise Refusal(f"--map {field}={name}: no row has a field {name}")
 
 
 def weighted(rows: list[Encoded], weights: list[float]) -> list[Example]:

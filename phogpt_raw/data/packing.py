@@ -25,7 +25,7 @@ from heapq import heapreplace
 from phogpt_raw.data.prompt import Example
 
 LENGTHS = 4  # largest number of row lengths in a run
-WORTH = 1.01  # fewer lengths are used if the rows then need at most 1 % more time
+WORTH = 1.01  # a smaller set of row lengths is used if it costs at most 1 % more time
 ALIGNED = 16  # row lengths in tokens are multiples of ALIGNED
 STEPS = 128  # largest number of candidates for a row length
 TRIED = 24  # choose_packing compares about this number of capacities (greatest row lengths)

@@ -22,6 +22,7 @@ from phogpt_raw.data.conversations import (
     Conversation,
     Reader,
     Unusable,
+    check_map,
 )
 from phogpt_raw.data.records import Bad, Findings, check_all
 from phogpt_raw.data.sources import (
@@ -93,16 +94,11 @@ def read_questions(spec: str, mapped: dict[str, str]) -> list[Question]:
                 findings.bad.append(Bad(record.where, str(fault)))
     findings.good = len(found)
     check_all(findings)
+    # A question needs no answer, so a --map for training rows may name a column that is not there.
+    check_map({name: field for name, field in mapped.items() if field != "response"}, findings)
     if not found:
         raise Refusal(f"{spec}: holds no questions; {form_of_rows(source, 'question')}")
     return found
-
-
-def check_map(spec: str, mapped: dict[str, str]) -> None:
-    """Raise Refusal for a --map without effect, because the file has lines of text."""
-    files = find_unweighted(spec, "--input").files
-    if mapped and files and all(suffix(path) in LINES for path in files):
-        raise Refusal(f"--map: {spec} has lines of text without columns; leave out --map")
 
 
 def lines_of(path: Path, findings: Findings) -> Iterator[Question]:
@@ -188,7 +184,6 @@ def lengths_in(found: Found, spec: str, mapped: dict[str, str]) -> list[int]:
 
     Without a tokenizer, each question is assumed to be as long as the model allows.
     """
-    check_map(spec, mapped)
     asked = read_questions(spec, mapped)
     if found.tokenizer is None:
         return [found.shape.max_seq_len - 1] * len(asked)
@@ -207,7 +202,6 @@ def answer_file(found: Found, spec: str, output: Path, how: Generation, *, sampl
 def answer_held_file(found: Found, spec: str, output: Path, how: Generation, samples: int,
                      mapped: dict[str, str]) -> None:
     """The work of answer_file. The caller holds the lock, so no other process writes `output`."""
-    check_map(spec, mapped)
     asked = read_questions(spec, mapped)
     prompts = encoded(found, asked)
     memory_plan.check_fits(found, memory_plan.file(found, how, samples * list(map(len, prompts))))

@@ -23,6 +23,7 @@ from pathlib import Path
 from rich.table import Table
 
 from phogpt_raw.data.batches import Window
+from phogpt_raw.data.conversations import check_map
 from phogpt_raw.data.encoded import encode_sources, read_sources
 from phogpt_raw.data.prompt import IGNORED, Example, Template
 from phogpt_raw.data.records import check_all
@@ -141,6 +142,7 @@ def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
     rows = encode_sources([find_unweighted(spec, "--eval")], found.tokenizer, found.template,
                           max_len=found.shape.max_seq_len, mapped=mapped)
     check_all(rows.together())
+    check_map(mapped, rows.together())
     examples = [document for row in rows.rows for document in row.documents[:1] if document.asks]
     if not examples:
         raise Refusal(no_questions(spec))

@@ -98,7 +98,7 @@ def write_checkpoint(
     `tokenizer`.
 
     `tensors` are all parameters of the PhoGPT that `config` describes, in any order, on any device
-    and in the dtype to be stored. An iterable is read only once. The tensors go to `shards` files
+    and in the dtype to be stored. `tensors` is read only once. The tensors go to `shards` files
     of about equal size, in their given order. A shard stays in host memory until it is complete, so
     a single file needs memory for all tensors. `kind` is "bin" (torch.save) or "safetensors".
 

@@ -6,10 +6,10 @@ at which each document begins. Their work grows with the sum of the squared docu
 
 These kernels accept no bias, so ALiBi is added through extra columns of the queries and keys. Of
 -slope * (i - j) only slope * j is needed, because softmax ignores a value that is constant along a
-row. j counts from the beginning of the document. Three extra columns of each key contain
-slope * j / (scale * COLUMN) as the sum of three values in the compute dtype. The same columns of
-each query contain the constant COLUMN. Five more columns are zero, because the kernels read eight
-elements at once.
+row. j counts from the beginning of the document. The value slope * j / (scale * COLUMN) is split
+into three values of the compute dtype, because their sum is more precise than one value. Each key
+has three extra columns, one for each of these values. The same columns of each query contain the
+constant COLUMN. Five more columns are zero, because the kernels read eight elements at once.
 
 `plain` computes the same attention, one document at a time. Tests compare the kernels with it.
 

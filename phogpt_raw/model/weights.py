@@ -320,7 +320,7 @@ def iterate(files: list[Path]) -> Iterator[tuple[str, torch.Tensor, Path]]:
 
 
 def read_bin(file: Path) -> dict[str, torch.Tensor]:
-    """The memory-mapped tensors of a .bin file. It loads weights only, so no code in the file can
+    """The memory-mapped tensors of a .bin file. Only weights are loaded, so no code in the file can
     run."""
     with open(file, "rb") as opened:
         if opened.read(2) != b"PK":

@@ -33,8 +33,8 @@ WARM_UP = 4  # tokens: one for an eager step, the others to capture and replay a
 class Job:
     """One answer to generate.
 
-    most: the largest number of its tokens. lstrip: True if white space is removed from the
-    beginning of the answer.
+    most: the answer has at most this number of tokens. lstrip: True if white space is removed from
+    the beginning of the answer.
     """
 
     key: int

@@ -197,7 +197,7 @@ def summary(run: Run, questions: list[str], display: Display) -> None:
                 after=best["stops"], n=len(best["answers"]))
     no_better = bool(first) and best["val_loss"] >= first["val_loss"]
     which = (_("step {n}, the last", n=state.best_step) if not first
-             else _("step {n}, the best of the trained steps", n=state.best_step) if no_better
+             else _("step {n}, the best after training began", n=state.best_step) if no_better
              else _("step {n}, the lowest validation loss", n=state.best_step))
     lines[_("adapter")] = f"{run.folder} ({which})"
     about = [name for name in ("README.md", "loss.png", "loss.svg")

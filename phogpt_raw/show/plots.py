@@ -132,8 +132,8 @@ def held_out_loss(axes, evaluations: list[dict]) -> None:
 
 
 def skipped_steps(axes, steps: list[dict]) -> None:
-    """Draw a mark at the bottom for each skipped step. `skipped` in a row counts all skipped steps
-    up to this row."""
+    """Draw a mark at the bottom for each skipped step. The field `skipped` is the number of
+    steps skipped so far."""
     count = [row["skipped"] for row in steps]
     at = [row["step"] for row, before, now in zip(steps, [0, *count], count, strict=False)
           if now > before]

@@ -100,7 +100,7 @@ class Trace:
         return max(self.moments(workspace), key=lambda m: m.allocated)
 
     def moments(self, workspace: int = 0) -> list[Moment]:
-        """One moment for each operation of the step that allocates memory."""
+        """The memory at each operation that allocates memory, in the order of the step."""
         found: dict[int, Moment] = {}
         kinds, by_block = defaultdict(int), defaultdict(int)
         kinds["matmul workspace"] = workspace

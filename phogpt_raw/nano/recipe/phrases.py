@@ -38,7 +38,9 @@ ENDINGS = words(  # words that cannot end a noun phrase
     " tự dần bắt nhanh chóng lượt ngay gần chính đang việc đám món thích gặp chối chịu thiết mở"
     " thông sắp dễ tiếp muốn tính đứng đóng trợ xem sợ giữ tìm ép chấp xác cấp đạt định"
 )
-DANGLING = words(  # as a whole phrase, these nouns refer to an earlier sentence; _ joins syllables
+# A phrase that consists of one of these nouns alone refers to an earlier sentence. The character _
+# joins the syllables of a word.
+DANGLING = words(
     "nguyên_nhân lý_do lí_do kết_quả mục_tiêu mục_đích ví_dụ vấn_đề tên con_trai con_gái cha mẹ"
     " vợ chồng tác_giả tác_phẩm bài_hát bộ_phim album ca_khúc trò_chơi cuốn_sách truyện phim"
     " thành_phố thị_trấn huyện xã tỉnh đất_nước công_ty trường loài chi đảo trận_đấu dân_số"
