@@ -24,7 +24,7 @@ import torch
 
 from phogpt_raw.cards import DTYPES
 from phogpt_raw.command_line import Parser
-from phogpt_raw.config import as_typed
+from phogpt_raw.config import number_text
 from phogpt_raw.data.conversations import parse_map
 from phogpt_raw.data.prompt import TEMPLATES, encode_prompt
 from phogpt_raw.decode.engine import Engine
@@ -156,11 +156,11 @@ def sampling_of(options) -> Sampling:
         if value is None:
             continue
         if not low <= value <= high or (name in ("top_p", "repetition_penalty") and value == 0):
-            raise Refusal(f"{flag} {as_typed(value)}: must be from {low:,} to {high:,}"
+            raise Refusal(f"{flag} {number_text(value)}: must be from {low:,} to {high:,}"
                           + (", and not 0" if low == value else ""))
         if name in ("top_k", "top_p", "min_p", "seed") and not options.temperature \
                 and value != getattr(Sampling, name, None):
-            raise Refusal(f"{flag} {as_typed(value)}: needs random sampling; give --temperature "
+            raise Refusal(f"{flag} {number_text(value)}: needs random sampling; give --temperature "
                           f"too")
     if options.max_new_tokens < 1:
         raise Refusal(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")

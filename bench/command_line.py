@@ -42,7 +42,7 @@ class Setting:
 
 
 def parser(description: str) -> Parser:
-    built = Parser(usage="%(prog)s [options]", description=description)
+    built = Parser(description=description)
     built.add_argument("--card", metavar="NAME,…", help=f"simulate these GPUs: {', '.join(KNOWN)} "
                        "(default t4,v100; on a computer with a GPU, its GPU is measured instead)")
     built.add_argument("--measured", action=argparse.BooleanOptionalAction, default=None,

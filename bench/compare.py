@@ -269,7 +269,7 @@ def rewritten(text: str, where: str) -> str:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--check", action="store_true",
                         help="write nothing; exit with status 2 if a table is out of date")
     parser.add_argument("--simulate", action="store_true",

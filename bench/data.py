@@ -84,7 +84,7 @@ def in_a_process(*arguments) -> dict:
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rows", type=within(1, 10_000_000), default=60_000, metavar="N",
                         help="rows to generate (default 60000)")
     parser.add_argument("--tokenizer", default="nano", help="nano, a folder or a hub id")

@@ -153,7 +153,7 @@ def turn(options, shape: ModelConfig, sides: dict[str, Side], prompt: int, batch
 
 
 def parse(arguments):
-    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="7b5", choices=PUBLISHED, help="shape of "
                         "the model; its weights are random (default 7b5)")
     parser.add_argument("--card", metavar="NAME,…", help="compute the bounds of these GPUs "

@@ -139,7 +139,7 @@ def trainers(text: str) -> list[int]:
 
 
 def parse(arguments):
-    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="7b5", metavar="BASE", help="7b5 or 4b: that shape with "
                         "random weights; with --card also nano, a folder, a hub id (default 7b5)")
     parser.add_argument("--card", metavar="NAME,…", help="simulate these GPUs (default t4,v100; on "

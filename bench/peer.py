@@ -101,7 +101,7 @@ def summary(row: dict) -> dict:
 
 
 def parse(arguments):
-    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="7b5", metavar="BASE",
                         help="7b5 or 4b: that shape with random weights (default 7b5)")
     parser.add_argument("--work", default="1x512,1x1024,1x2048", metavar="BxL,…",

@@ -74,7 +74,7 @@ def measure(out_features: int, width: int, rows: list[int], dtype: torch.dtype) 
 
 
 def parse(arguments):
-    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="7b5", choices=PUBLISHED,
                         help="the model whose matrix shapes are used (default 7b5)")
     parser.add_argument("--rows", type=several(1, MOST), default=[1, 2, 4, 8, 16], metavar="N,…",

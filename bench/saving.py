@@ -109,7 +109,7 @@ def costs(saving: list[dict], plain: list[dict], first_save_s: float) -> dict:
 
 
 def parse(arguments):
-    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="7b5", choices=tuple(PUBLISHED), help="that shape with "
                         "random weights (default 7b5)")
     parser.add_argument("--steps", type=within(1, MOST_STEPS), default=500, metavar="N",

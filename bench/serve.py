@@ -151,7 +151,7 @@ def median(values) -> float:
 
 
 def parse(arguments):
-    parser = Parser(usage="%(prog)s [options]", description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="7b5" if torch.cuda.is_available() else "nano",
                         choices=[*PUBLISHED, "nano"], help="7b5 or 4b: random weights of that "
                         "shape; or nano")

@@ -63,7 +63,8 @@ class Parser(argparse.ArgumentParser):
     suggests the most similar flag."""
 
     def __init__(self, **settings):
-        super().__init__(**{"allow_abbrev": False, "formatter_class": Help, **settings})
+        super().__init__(**{"allow_abbrev": False, "formatter_class": Help,
+                            "usage": "%(prog)s [options]", **settings})
 
     def parse_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
@@ -134,8 +135,7 @@ METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 def parser(description: str) -> Parser:
     """A parser with one flag for each field of Config, grouped by the headings in Config."""
-    built = Parser(usage="%(prog)s [options]", description=description,
-                   argument_default=argparse.SUPPRESS)
+    built = Parser(description=description, argument_default=argparse.SUPPRESS)
     nano, help_texts = read_preset("nano"), comments()
     groups = {}
     for title, names in headings().items():

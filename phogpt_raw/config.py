@@ -81,7 +81,7 @@ class Config:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:  # also refuses nan
-                raise Refusal(f"--{flag(name)} {as_typed(value)}: must be from {low:,} to "
+                raise Refusal(f"--{flag(name)} {number_text(value)}: must be from {low:,} to "
                               f"{high:,}")
         for name, value in vars(self).items():
             if value == "" or (isinstance(value, tuple) and "" in value):
@@ -93,7 +93,7 @@ class Config:
         for name, most in ABOVE_ZERO.items():
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:
-                raise Refusal(f"--{flag(name)} {as_typed(value)}: must be above 0, and at most "
+                raise Refusal(f"--{flag(name)} {number_text(value)}: must be above 0, and at most "
                               f"{most:,}")
         if self.steps is not None and self.epochs is not None:
             raise Refusal("--steps and --epochs: give one of them")
@@ -185,10 +185,10 @@ def flag(field: str) -> str:
     return field.replace("_", "-")
 
 
-def as_typed(value: float) -> str:
+def number_text(value: float) -> str:
     """The text of a flag's number. A whole number has no fraction, because few people type one.
 
-    >>> as_typed(-3.0), as_typed(0.5), as_typed(10**20)
+    >>> number_text(-3.0), number_text(0.5), number_text(10**20)
     ('-3', '0.5', '100000000000000000000')
     """
     return str(value).removesuffix(".0")

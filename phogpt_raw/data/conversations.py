@@ -388,10 +388,17 @@ def misspelled(fields: Iterable[str]) -> dict[str, str]:
     """
     found = {}
     for field in fields:
-        close = difflib.get_close_matches(plain(field), FIELDS, 1, CLOSE)
-        if field.startswith("(") and close and FIELDS[close[0]] not in fields:
-            found.setdefault(FIELDS[close[0]], field[1:-1])
+        meaning = similar_field(plain(field)) if field.startswith("(") else None
+        if meaning and meaning not in fields:
+            found.setdefault(meaning, field[1:-1])
     return found
+
+
+@lru_cache(1024)  # many bad rows have the same names
+def similar_field(name: str) -> str | None:
+    """Return the meaning of the known name that is most similar to a name, or None."""
+    close = difflib.get_close_matches(name, FIELDS, 1, CLOSE)
+    return FIELDS[close[0]] if close else None
 
 
 def pairs(name: str, value) -> Iterator[tuple[tuple, tuple]]:

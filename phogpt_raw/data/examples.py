@@ -82,7 +82,8 @@ def load_examples(tokenizer, config: Config) -> Examples:
     name, reason = choose_template(tokenizer, config.template)
     found, found_val = (read(part, tokenizer, TEMPLATES[name], config) if part else Rows()
                         for part in (sources, others))
-    check_map(parse_map(config.map), found.together(), found_val.together())
+    findings, findings_val = found.together(), found_val.together()
+    check_map(parse_map(config.map), findings, findings_val)
     rows, held_out = found.rows, found_val.rows
     if not val:
         rows, held_out = divide(rows, *hold_out_of(config, rows), names(sources))
@@ -92,8 +93,8 @@ def load_examples(tokenizer, config: Config) -> Examples:
     kept_out = [document for row in held_out for document in row.documents]
     return Examples(train, kept_out, questions(tokenizer, TEMPLATES[name], kept_out), name, reason,
                     file_names(sources), len(rows), len(held_out), identify(sources),
-                    identify(others), shared(rows, held_out), report(rows, found.together()),
-                    report(held_out, found_val.together()) if val else None)
+                    identify(others), shared(rows, held_out), report(rows, findings),
+                    report(held_out, findings_val) if val else None)
 
 
 def stand_ins(config: Config) -> Examples:

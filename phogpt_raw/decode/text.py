@@ -7,7 +7,8 @@ a stop string is held back too.
 
 from collections.abc import Sequence
 
-HALF = "\ufffd"  # the replacement character: invalid or incomplete bytes
+from phogpt_raw.data.prompt import HALF
+
 TURNS = 4  # an answer that ends with TURNS repetitions of a passage is in a loop
 
 

@@ -141,8 +141,9 @@ def read(found: Found, spec: str, mapped: dict[str, str]) -> list[Example]:
     """The rows of a file, encoded as train.py encodes them. Raises Refusal for a bad row."""
     rows = encode_sources([find_unweighted(spec, "--eval")], found.tokenizer, found.template,
                           max_len=found.shape.max_seq_len, mapped=mapped)
-    check_all(rows.together())
-    check_map(mapped, rows.together())
+    findings = rows.together()
+    check_all(findings)
+    check_map(mapped, findings)
     examples = [document for row in rows.rows for document in row.documents[:1] if document.asks]
     if not examples:
         raise Refusal(no_questions(spec))

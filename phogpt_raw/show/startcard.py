@@ -19,7 +19,7 @@ from phogpt_raw.show.inspection import print_example
 from phogpt_raw.simulate.fit import Choice, attention_kernels
 from phogpt_raw.simulate.plan import Duration
 from phogpt_raw.simulate.trace import Recorder
-from phogpt_raw.training.setup import EPOCHS, Job
+from phogpt_raw.training.setup import EPOCHS, Job, steps_known
 
 
 def show(job: Job, choice: Choice, duration: Duration | None = None) -> None:
@@ -179,7 +179,7 @@ def time_line(job: Job, duration: Duration) -> str:
     """The simulated time of a step, and of all steps if their number is known."""
     low, high = (f"{s:.3g}" if s < 1000 else f"{s:,.0f}" for s in (duration.low, duration.high))
     text = _("simulated: {low} to {high} s a step", low=low, high=high)
-    if job.tokenizer or job.config.data or job.config.steps:
+    if steps_known(job.config, job.tokenizer):
         ends = dict.fromkeys(clock(max(1, job.run.steps * s))
                              for s in (duration.low, duration.high))
         text += _(", {span} for all steps, without evaluations", span=_(" to ").join(ends))

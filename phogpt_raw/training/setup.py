@@ -151,6 +151,12 @@ def check_asked(config: Config, shape: ModelConfig) -> None:
         config.blocks_to_recompute(shape.n_layers)
 
 
+def steps_known(config: Config, tokenizer) -> bool:
+    """Whether the number of steps is known. The plan of a shape has no tokenizer. Without --data it
+    also has no rows, so only --steps gives the number."""
+    return bool(tokenizer or config.data or config.steps)
+
+
 def check_warmup(config: Config, steps: int) -> None:
     """Raise Refusal if the warm-up is not shorter than the run."""
     if config.warmup and config.warmup >= steps:
@@ -197,7 +203,7 @@ def set_up(config: Config, examples: Examples | None = None) -> Job:
         raise Refusal(f"--patience {config.patience}: needs held-out rows, and there are none; "
                       f"give --hold-out or --val, or omit --patience")
     steps = config.steps or stream.steps(config.epochs or EPOCHS)
-    if tokenizer or config.data or config.steps:  # otherwise the number of steps is not known
+    if steps_known(config, tokenizer):
         check_warmup(config, steps)
     run = Run(replace(config, dtype=dtype_name(dtype)), steps, examples)
 
